@@ -1,0 +1,328 @@
+"""How example inputs, batches and outputs meet a model.
+
+The rest of the library never looks inside a batch: here alone is decided what is an input, what is a target, what a
+forward accepts and which tensor of a result is the output.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, IterableDataset
+
+from netopt.errors import (
+    ArgumentTypeError,
+    DeviceMismatchError,
+    EmptyDataError,
+    ForwardError,
+    NetoptError,
+)
+
+__all__ = [
+    "Batch",
+    "Inputs",
+    "call",
+    "device_of",
+    "feed",
+    "iterate",
+    "move",
+    "normalize",
+    "primary",
+    "split",
+    "tensors",
+]
+
+Inputs: TypeAlias = Tensor | tuple[Any, ...] | Mapping[str, Any]
+"""Example inputs of one forward call: a tensor, a tuple of positional inputs, or a mapping of keyword inputs."""
+
+Batch: TypeAlias = Tensor | Sequence[Any] | Mapping[str, Any]
+"""One batch: a tensor, ``(inputs, targets)``, or a mapping as Hugging Face gives it, targets under ``"labels"``."""
+
+PRIMARY_NAMES = ("logits", "out", "last_hidden_state")
+
+
+def normalize(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Returns ``inputs`` as positional and keyword arguments of one forward call.
+
+    Raises:
+        ArgumentTypeError: ``inputs`` is neither a tensor, nor a tuple, nor a mapping with names as keys.
+
+    Example:
+        >>> normalize({"x": 1})
+        ((), {'x': 1})
+        >>> normalize((1, 2))
+        ((1, 2), {})
+    """
+    if isinstance(inputs, Tensor):
+        return (inputs,), {}
+    if isinstance(inputs, tuple):
+        return inputs, {}
+    if isinstance(inputs, Mapping):
+        strangers = [key for key in inputs if not isinstance(key, str)]
+        if strangers:
+            raise ArgumentTypeError(f"keyword inputs need names as keys, and {strangers[0]!r} is not a string.")
+        return (), dict(inputs)
+    hints = {
+        "list": "write a tuple for positional inputs, (x, y), or ([x, y],) for one input that is a list",
+        "ndarray": "convert it with torch.from_numpy(...)",
+        "NoneType": "pass what the model's forward takes, such as torch.randn(1, 3, 224, 224)",
+        "DataLoader": "pass one batch of inputs, not the loader",
+    }
+    hint = hints.get(type(inputs).__name__, "pass what the model's forward takes")
+    raise ArgumentTypeError(
+        "example inputs must be a tensor, a tuple of positional inputs or a dict of keyword inputs, "
+        f"not {type(inputs).__name__}; {hint}."
+    )
+
+
+def call(model: nn.Module, inputs: Inputs) -> Any:
+    """Runs ``model`` once on ``inputs`` and returns its result.
+
+    Raises:
+        ArgumentTypeError: ``inputs`` cannot be arguments, see :func:`normalize`.
+        DeviceMismatchError: inputs and parameters live on different devices.
+        ForwardError: the forward failed; its exception is chained, the message names shapes, dtypes and devices.
+    """
+    args, kwargs = normalize(inputs)
+    _check_meta(model, (args, kwargs))
+    try:
+        return model(*args, **kwargs)
+    except NetoptError:
+        raise
+    except Exception as error:
+        raise _forward_error(model, args, kwargs, error) from error
+
+
+def split(batch: Batch) -> tuple[Inputs, Any]:
+    """Returns the inputs and the targets, ``None`` if there are none, of one batch.
+
+    A tensor, or a sequence of one entry, is inputs alone. A sequence of two is ``(inputs, targets)``; inputs that are
+    themselves a list become a tuple of positional inputs. Of a mapping, ``"labels"`` is the targets and stays among the
+    inputs too, as Hugging Face models want it.
+
+    Raises:
+        ArgumentTypeError: the batch is none of these.
+
+    Example:
+        >>> split(([1, 2], 3))
+        ((1, 2), 3)
+    """
+    if isinstance(batch, Tensor):
+        return batch, None
+    if isinstance(batch, Mapping):
+        return batch, batch.get("labels")
+    if isinstance(batch, (tuple, list)):
+        if len(batch) == 1:
+            return _positional(batch[0]), None
+        if len(batch) == 2:
+            return _positional(batch[0]), batch[1]
+        raise ArgumentTypeError(
+            f"a batch of {len(batch)} entries is ambiguous; yield ((input, input, ...), targets), or a dict."
+        )
+    raise ArgumentTypeError(
+        f"a batch must be a tensor, (inputs, targets) or a dict, not {type(batch).__name__}; "
+        "let the data yield one of these."
+    )
+
+
+def feed(model: nn.Module, batch: Batch, device: torch.device | str | None = None) -> Any:
+    """Runs ``model`` on the inputs of ``batch`` and returns its result.
+
+    The inputs are moved to ``device``, by default the model's own; of a mapping, only what the forward accepts is
+    passed on.
+
+    Raises:
+        ArgumentTypeError: the batch is of no known form, or the forward accepts none of its names.
+        ForwardError: the forward failed.
+    """
+    inputs, _ = split(batch)
+    if isinstance(inputs, Mapping):
+        inputs = _accepted(model, inputs)
+    device = device_of(model) if device is None else device
+    return call(model, inputs if device is None else move(inputs, device))
+
+
+def device_of(model: nn.Module) -> torch.device | None:
+    """Returns the device of the model's first parameter or buffer, or ``None`` if it has neither."""
+    for tensor in model.parameters():
+        return tensor.device
+    for tensor in model.buffers():
+        return tensor.device
+    return None
+
+
+def move(value: Any, device: torch.device | str) -> Any:
+    """Returns ``value`` with every tensor in its tuples, lists and mappings on ``device``; the rest is passed on."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, tuple) and getattr(value, "_fields", None):
+        return type(value)(*(move(one, device) for one in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(move(one, device) for one in value)
+    if isinstance(value, Mapping):
+        return {key: move(one, device) for key, one in value.items()}
+    return value
+
+
+def tensors(result: Any) -> list[tuple[str, Tensor]]:
+    """Lists the tensors of a result with their dotted paths, through tuples, lists, mappings and dataclasses.
+
+    Objects of any other kind are opaque and skipped.
+
+    Example:
+        >>> [path for path, _ in tensors({"logits": torch.zeros(1), "states": (torch.zeros(1), None)})]
+        ['logits', 'states.0']
+    """
+    found: list[tuple[str, Tensor]] = []
+
+    def visit(value: Any, path: tuple[str, ...]) -> None:
+        if isinstance(value, Tensor):
+            found.append((".".join(path), value))
+            return
+        for name, one in _entries(value):
+            visit(one, (*path, name))
+
+    visit(result, ())
+    return found
+
+
+def primary(result: Any) -> Tensor:
+    """Returns the main output: the tensor itself, ``logits``, ``out``, ``last_hidden_state``, or the first float.
+
+    Raises:
+        ArgumentTypeError: the result holds no floating tensor.
+    """
+    if isinstance(result, Tensor):
+        return result
+    for name in PRIMARY_NAMES:
+        value = result.get(name) if isinstance(result, Mapping) else getattr(result, name, None)
+        if isinstance(value, Tensor):
+            return value
+    for _, tensor in tensors(result):
+        if tensor.is_floating_point():
+            return tensor
+    raise ArgumentTypeError(
+        f"the model returned a {type(result).__name__} without a floating-point tensor; "
+        "let its forward return a tensor, or a tuple or dict of tensors."
+    )
+
+
+def iterate(data: Iterable[Any], *, what: str = "data") -> Iterator[Any]:
+    """Iterates over the batches of ``data``, called ``what`` in messages.
+
+    Raises:
+        ArgumentTypeError: at once, if ``data`` is no iterable of batches.
+        EmptyDataError: on the first step, if ``data`` yields nothing.
+    """
+    hint = _no_batches(data)
+    if hint:
+        raise ArgumentTypeError(f"{what} must be an iterable of batches, not {type(data).__name__}; {hint}.")
+    return _checked(data, what)
+
+
+def _checked(data: Iterable[Any], what: str) -> Iterator[Any]:
+    empty = True
+    for batch in data:
+        empty = False
+        yield batch
+    if empty:
+        used_up = isinstance(data, Iterator)
+        hint = (
+            "a generator can be read only once, so pass a list or a DataLoader"
+            if used_up
+            else "check the dataset's length, and drop_last of the loader"
+        )
+        raise EmptyDataError(f"{what} ({type(data).__name__}) yielded no batch; {hint}.")
+
+
+def _no_batches(data: Any) -> str:
+    """Says what to write instead of ``data``, or nothing if it may be an iterable of batches."""
+    if isinstance(data, Tensor):
+        return "for a single batch write [tensor]"
+    if isinstance(data, Mapping):
+        return "for a single batch write [batch]"
+    if isinstance(data, (str, bytes, nn.Module)):
+        return "pass a list of batches or a DataLoader"
+    if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+        return "a dataset yields single samples, so wrap it: DataLoader(dataset, batch_size=...)"
+    if not isinstance(data, Iterable) and not hasattr(data, "__getitem__"):
+        return "pass a list of batches or a DataLoader"
+    return ""
+
+
+def _positional(inputs: Any) -> Any:
+    # A DataLoader collates the tuples of a dataset into lists.
+    return tuple(inputs) if isinstance(inputs, list) else inputs
+
+
+def _entries(value: Any) -> list[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        return [(str(key), one) for key, one in value.items()]
+    fields = getattr(value, "_fields", None)
+    if isinstance(value, tuple) and fields:
+        return list(zip(fields, value, strict=True))
+    if isinstance(value, (tuple, list)):
+        return [(str(position), one) for position, one in enumerate(value)]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
+    return []
+
+
+def _accepted(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    parameters = inspect.signature(_forward(model)).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return dict(inputs)
+    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    accepted = {name: value for name, value in inputs.items() if name in names}
+    if not accepted:
+        raise ArgumentTypeError(
+            f"the forward of {type(model).__name__} takes ({', '.join(names)}), "
+            f"and the batch has only {', '.join(map(repr, inputs)) or 'nothing'}; rename the batch's keys."
+        )
+    return accepted
+
+
+def _forward(model: nn.Module) -> Callable[..., Any]:
+    return model.forward
+
+
+def _check_meta(model: nn.Module, inputs: Any) -> None:
+    # Mixed with real tensors, tensors without data sometimes fail late and sometimes not at all.
+    home = device_of(model)
+    for path, tensor in _described(*inputs):
+        if home is not None and (tensor.device.type == "meta") != (home.type == "meta"):
+            hint = "materialise the model with .to_empty(device=...) and load its weights"
+            if home.type != "meta":
+                hint = f"move it with .to({str(home)!r})"
+            where = f"input {path}" if path else "the input"
+            raise DeviceMismatchError(f"{where} is on {tensor.device} and {type(model).__name__} on {home}; {hint}.")
+
+
+def _described(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
+    return [*tensors(args), *tensors(kwargs)]
+
+
+def _forward_error(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], error: Exception) -> NetoptError:
+    given = _described(args, kwargs)
+    lines = [
+        f"  input {path}: shape {tuple(tensor.shape)}, {str(tensor.dtype).removeprefix('torch.')}, {tensor.device}"
+        for path, tensor in given
+    ]
+    home = device_of(model)
+    first = str(error).strip().splitlines()
+    reason = f"{type(error).__name__}: {first[0]}" if first else type(error).__name__
+    listing = "\n".join(lines) or "  no tensor among the inputs"
+    if home is not None and any(tensor.device != home and tensor.dim() > 0 for _, tensor in given):
+        return DeviceMismatchError(
+            f"{type(model).__name__} is on {home} and some inputs are not:\n{listing}\n"
+            f"The forward failed ({reason}). Move the inputs with .to({str(home)!r})."
+        )
+    return ForwardError(
+        f"the forward of {type(model).__name__} failed on the inputs given:\n{listing}\n  {reason}\n"
+        "Pass inputs with which model(...) runs; the chained exception shows the line."
+    )

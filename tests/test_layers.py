@@ -1,0 +1,78 @@
+"""Imports go only downward, so that every module can be read knowing only what lies below it."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import netopt
+
+ROOT = Path(netopt.__file__).parent
+SOURCES = sorted(ROOT.rglob("*.py"))
+
+# A module may import from rows below its own, and from its own package.
+LAYERS = (
+    {"integrations"},
+    {"prune", "gradual", "distillation"},
+    {"report"},
+    {"plan"},
+    {"masking", "surgery"},
+    {"selection", "schedules"},
+    {"axes", "importance", "measure"},
+    {"calls"},
+    {"batches", "selectors", "restore"},
+    {"errors"},
+)
+OPTIONAL = {"matplotlib", "IPython", "transformers", "timm", "torchvision", "lightning_fabric", "accelerate", "sklearn"}
+
+
+def row(package: str) -> int:
+    rows = [index for index, layer in enumerate(LAYERS) if package in layer]
+    assert rows, f"{package} is in no row of LAYERS; add it"
+    return rows[0]
+
+
+def package_of(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def netopt_imports(path: Path) -> set[str]:
+    """The top-level parts of netopt that the file imports, anywhere in it; parsed, nothing is executed."""
+    found: set[str] = set()
+    inside = path.relative_to(ROOT.parent).with_suffix("").parts
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            base = ".".join(inside[: len(inside) - node.level])
+            names = [f"{base}.{node.module or ''}".rstrip(".") + f".{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        found.update(name.split(".")[1] for name in names if name.startswith("netopt."))
+    return found
+
+
+@pytest.mark.parametrize("path", [path for path in SOURCES if path != ROOT / "__init__.py"], ids=lambda p: p.stem)
+def test_imports_point_downward(path):
+    own = package_of(path)
+    for target in sorted(netopt_imports(path)):
+        assert target == own or row(target) > row(own), f"{path.relative_to(ROOT)} reaches up or aside, to {target}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.stem)
+def test_a_module_opens_with_its_idea_and_stays_small(path):
+    text = path.read_text(encoding="utf-8")
+    assert ast.get_docstring(ast.parse(text)), f"{path.relative_to(ROOT)} has no docstring"
+    assert len(text.splitlines()) < 600, f"{path.relative_to(ROOT)} wants to be two modules"
+
+
+def test_import_reaches_no_optional_package():
+    code = f"import sys, netopt; print(sorted(set(sys.modules) & {OPTIONAL!r}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
