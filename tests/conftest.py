@@ -29,7 +29,7 @@ def declare_torchvision_operators() -> None:
     TORCHVISION_OPERATORS.append(library)
 
 
-if torch.version.cuda is None:
+if torch.version.cuda is None and not hasattr(torch.ops.torchvision, "nms"):
     declare_torchvision_operators()
 
 

@@ -18,6 +18,8 @@ Each error is also the builtin a Python user would catch, and says what happened
     ├── TraceError (RuntimeError)        the model ran, but its operations could not be followed
     ├── MaskError (RuntimeError)         masks are missing, or not ours to change
     ├── OptimizerStateError (RuntimeError)
+    ├── SurgeryError (RuntimeError)      a tensor refuses to be exchanged; nothing changed
+    ├── MissingPackageError (ImportError) an optional package is not installed
     └── VerificationError (RuntimeError) the changed model did not do what was promised; it was restored
 """
 
@@ -34,6 +36,7 @@ __all__ = [
     "InvalidArgumentError",
     "MaskError",
     "MissingDataError",
+    "MissingPackageError",
     "NetoptError",
     "NonFiniteError",
     "NothingToPruneError",
@@ -41,6 +44,7 @@ __all__ = [
     "PlanMismatchError",
     "SelectorError",
     "ShapeMismatchError",
+    "SurgeryError",
     "TraceError",
     "UnknownNameError",
     "VerificationError",
@@ -135,5 +139,13 @@ class OptimizerStateError(NetoptError, RuntimeError):
     """An optimizer's state does not fit the parameters it holds."""
 
 
+class MissingPackageError(NetoptError, ImportError):
+    """An optional package is needed and not installed; the message has the command."""
+
+
 class VerificationError(NetoptError, RuntimeError):
     """The changed model did not do what was promised; model and optimizer were restored."""
+
+
+class SurgeryError(NetoptError, RuntimeError):
+    """A tensor refuses to be exchanged for its smaller successor; everything was put back."""

@@ -1,0 +1,259 @@
+"""What a model costs: parameters, multiplications, bytes, seconds.
+
+Multiplications are counted while the model runs, so they are those of the operations executed, not of the layers
+listed. A model is run in eval mode and given back as it was.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from netopt import batches
+from netopt.batches import Inputs
+from netopt.errors import InvalidArgumentError
+from netopt.restore import given_back
+
+__all__ = [
+    "Cost",
+    "Latency",
+    "cost",
+    "count_macs",
+    "count_parameters",
+    "latencies",
+    "latency",
+    "nonzero_parameters",
+    "size_bytes",
+]
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Seconds of one forward call.
+
+    Attributes:
+        median: The median over the repeats.
+        spread: The distance between the quartiles of the repeats.
+    """
+
+    median: float
+    spread: float
+
+    def __str__(self) -> str:
+        return f"{self.median * 1e3:.3f} ms (± {self.spread * 1e3 / 2:.3f})"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a model costs at one moment.
+
+    Attributes:
+        params: Entries of all parameters, a shared one counted once.
+        nonzero: Those of them that are not zero, masks taken into account.
+        bytes: Memory of parameters and buffers.
+        macs: Multiply-accumulate operations of one forward call, or ``None`` where no inputs were at hand.
+    """
+
+    params: int
+    nonzero: int
+    bytes: int
+    macs: int | None = None
+
+
+def cost(model: nn.Module, inputs: Inputs | None = None) -> Cost:
+    """Returns what ``model`` costs now; without ``inputs`` it is not run and its operations are not counted.
+
+    Example:
+        >>> cost(nn.Linear(3, 4), torch.randn(1, 3))
+        Cost(params=16, nonzero=16, bytes=64, macs=12)
+    """
+    macs = None if inputs is None else count_macs(model, inputs)
+    return Cost(count_parameters(model), nonzero_parameters(model), size_bytes(model), macs)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Counts the entries of all parameters, a shared one once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def nonzero_parameters(model: nn.Module) -> int:
+    """Counts the entries of all parameters that are not zero; an entry masked by ``torch.nn.utils.prune`` is zero.
+
+    Example:
+        >>> from torch.nn.utils import prune
+        >>> layer = prune.l1_unstructured(nn.Linear(4, 4, bias=False), "weight", amount=6)
+        >>> nonzero_parameters(layer)
+        10
+    """
+    total, seen = 0, set()
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None or id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            mask = module._buffers.get(name.removesuffix("_orig") + "_mask") if name.endswith("_orig") else None
+            total += _nonzero(parameter.detach(), mask)
+    return total
+
+
+def size_bytes(model: nn.Module) -> int:
+    """Returns the memory of parameters and buffers, in bytes; a shared tensor counts once."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
+
+
+def count_macs(model: nn.Module, inputs: Inputs) -> int:
+    """Counts the multiply-accumulate operations of one forward call, for the whole batch given.
+
+    Counted are matrix products, convolutions, attention and recurrent layers, by torch's own counter and a few entries
+    of ours (two floating-point operations are one multiply-accumulate); additions, norms and activations are not.
+
+    Args:
+        model: Any module; run once, in eval mode and without gradients.
+        inputs: Example inputs of one forward call.
+
+    Raises:
+        ForwardError: the forward failed on ``inputs``.
+
+    Example:
+        >>> count_macs(nn.Conv2d(3, 8, 3), torch.randn(2, 3, 6, 6))
+        6912
+    """
+    counter = FlopCounterMode(display=False, custom_mapping=_EXTRA_FLOPS)
+    with given_back(model), torch.no_grad(), _separate_operations():
+        model.eval()
+        with counter:
+            batches.call(model, inputs)
+    return int(counter.get_total_flops()) // 2
+
+
+def latency(model: nn.Module, inputs: Inputs, repeats: int = 30, warmup: int = 5) -> Latency:
+    """Measures the seconds of one forward call, in eval mode and without gradients.
+
+    Args:
+        model: Any module.
+        inputs: Example inputs of one forward call, on the model's device.
+        repeats: Number of timed calls; the median is reported.
+        warmup: Number of calls before, not timed.
+
+    Raises:
+        ForwardError: the forward failed on ``inputs``.
+        InvalidArgumentError: ``repeats`` is less than 1.
+
+    Example:
+        >>> latency(nn.Linear(3, 4), torch.randn(1, 3), repeats=3).median > 0
+        True
+    """
+    return latencies([model], inputs, repeats, warmup)[0]
+
+
+def latencies(models: Sequence[nn.Module], inputs: Inputs, repeats: int = 30, warmup: int = 5) -> list[Latency]:
+    """Measures several models on the same inputs, taking turns, so that a busy moment of the machine hits all alike.
+
+    Raises:
+        ForwardError: a forward failed on ``inputs``.
+        InvalidArgumentError: ``repeats`` is less than 1.
+    """
+    if repeats < 1:
+        raise InvalidArgumentError(f"repeats must be at least 1, not {repeats}.")
+    seconds: list[list[float]] = [[] for _ in models]
+    with given_back(*models), torch.no_grad():
+        for model in models:
+            model.eval()
+            for _ in range(warmup):
+                batches.call(model, inputs)
+        for _ in range(repeats):
+            for model, times in zip(models, seconds, strict=True):
+                times.append(_seconds(model, inputs))
+    return [_summary(times) for times in seconds]
+
+
+def _seconds(model: nn.Module, inputs: Inputs) -> float:
+    _wait(model)
+    start = time.perf_counter()
+    batches.call(model, inputs)
+    _wait(model)
+    return time.perf_counter() - start
+
+
+def _wait(model: nn.Module) -> None:
+    """Lets an accelerator finish what it was given."""
+    device = batches.device_of(model)
+    if device is not None and device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device is not None and device.type == "mps":
+        torch.mps.synchronize()
+
+
+def _summary(times: list[float]) -> Latency:
+    if len(times) < 2:
+        return Latency(times[0], 0.0)
+    low, median, high = statistics.quantiles(times, n=4, method="inclusive")
+    return Latency(median, high - low)
+
+
+def _nonzero(values: Tensor, mask: Tensor | None) -> int:
+    if values.is_meta:
+        return values.numel()
+    kept = values != 0
+    return int((kept if mask is None else kept & mask.bool()).sum())
+
+
+@contextmanager
+def _separate_operations() -> Iterator[None]:
+    # The fast path of torch's transformer layers is one operation, whose work a counter cannot see.
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+Shape: TypeAlias = Sequence[int]
+
+
+def _matrix_vector(matrix: Shape, *_: Any, **__: Any) -> int:
+    return 2 * prod(matrix)
+
+
+def _added_matrix_vector(_: Shape, matrix: Shape, *__: Any, **___: Any) -> int:
+    return 2 * prod(matrix)
+
+
+def _bilinear(left: Shape, weight: Shape, *_: Any, **__: Any) -> int:
+    return 2 * prod(left[:-1]) * prod(weight)
+
+
+def _attention(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
+    return 2 * prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+
+
+def _recurrent_layer(inputs: Shape, from_input: Shape, from_state: Shape, *_: Any, **__: Any) -> int:
+    return 2 * prod(inputs[:-1]) * (prod(from_input) + prod(from_state))
+
+
+def _recurrent_stack(inputs: Shape, weights: Sequence[Shape], *_: Any, **__: Any) -> int:
+    return 2 * prod(inputs[:-1]) * sum(prod(weight) for weight in weights if len(weight) == 2)
+
+
+# What torch's counter leaves out, as floating-point operations of the shapes an operation is given.
+_EXTRA_FLOPS: dict[Any, Callable[..., int]] = {
+    aten.mv: _matrix_vector,
+    aten.addmv: _added_matrix_vector,
+    aten.dot: _matrix_vector,
+    aten._trilinear: _bilinear,
+    aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    aten.mkldnn_rnn_layer: _recurrent_layer,
+    aten._cudnn_rnn: _recurrent_stack,
+}
