@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 __all__ = ["given_back", "random_state_kept"]
 
@@ -106,7 +107,7 @@ def _note_buffers(module: nn.Module) -> Callable[[], None]:
         module._non_persistent_buffers_set.update(transient)
         for tensor, version, value in values.values():
             # Copying unasked would disturb a graph of the user's that has saved the buffer.
-            if version is None or tensor._version != version:
+            if _changed(tensor, version, value):
                 with torch.inference_mode(tensor.is_inference()), torch.no_grad():
                     tensor.copy_(value)
 
@@ -115,3 +116,10 @@ def _note_buffers(module: nn.Module) -> Callable[[], None]:
 
 def _version(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
+
+
+def _changed(tensor: Tensor, version: int | None, value: Tensor) -> bool:
+    if _version(tensor) != version:
+        return True
+    # Batch norm writes its running statistics without counting a version, so values are compared as well.
+    return not (tensor.is_meta or isinstance(tensor, FakeTensor)) and not torch.equal(tensor, value)
