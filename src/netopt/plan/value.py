@@ -1,0 +1,418 @@
+"""What to keep, decided and not yet done.
+
+A plan is a value made of names, dimensions and integers: it can be printed, compared, saved, and carried out on any
+model that has the same names and shapes, without running it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path as FilePath
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from netopt import surgery
+from netopt.errors import InvalidArgumentError, PlanMismatchError
+from netopt.plan.codes import Pool, pack, unpack
+from netopt.surgery.attributes import Path, show
+
+__all__ = ["AxisCut", "Plan", "shapes_of"]
+
+VERSION = 1
+
+Key = TypeVar("Key")
+
+
+@dataclass(frozen=True, eq=False)
+class AxisCut:
+    """What a plan keeps of one axis: a row of the plan."""
+
+    name: str
+    size: int
+    kept: Tensor
+    """Positions that stay, ascending."""
+    exact: bool = True
+    reason: str | None = None
+    """Why removing is not the same as masking here, if it is not."""
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.size} -> {len(self.kept)}"
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What to keep of a model's tensors, as names and indices; immutable.
+
+    Args:
+        tensors: Kept indices, ascending, of each narrowed dimension, by tensor name and dimension.
+        attributes: New values of integers that modules and configurations hold. A path is a module's dotted name (the
+            model's own is ""), an attribute, and the items below it: ``(("blocks.0.attn", "num_heads"), 5)``.
+        values: New contents of integer buffers whose entries point into something narrowed.
+        scales: Factors that compensate for what a smaller size would change, by tensor name.
+        axes: The axes behind the tensors, one row each.
+        shapes: Shapes of the parameters, and of the buffers narrowed, of the model the plan was made for; a plan with
+            none fits every model that has its tensors.
+        predicted: Parameters, MACs and bytes before and after.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> plan = Plan({"0.weight": {0: [0, 2]}, "0.bias": {0: [0, 2]}, "2.weight": {1: [0, 2]}})
+        >>> plan.apply(net)
+        >>> net[0].out_features, tuple(net[2].weight.shape)
+        (2, (2, 2))
+    """
+
+    tensors: Mapping[str, Mapping[int, Tensor]]
+    attributes: tuple[tuple[Path, Any], ...] = ()
+    values: Mapping[str, Tensor] = field(default_factory=dict)
+    scales: Mapping[str, float] = field(default_factory=dict)
+    axes: tuple[AxisCut, ...] = ()
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    predicted: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        tensors = {
+            name: MappingProxyType({int(dim): _indices(kept, name, dim) for dim, kept in sorted(dims.items())})
+            for name, dims in sorted(self.tensors.items())
+            if dims
+        }
+        normal: dict[str, Any] = {
+            "tensors": MappingProxyType(tensors),
+            "attributes": tuple(
+                (tuple(path), value) for path, value in sorted(self.attributes, key=lambda one: repr(one[0]))
+            ),
+            "values": MappingProxyType(dict(self.values)),
+            "scales": MappingProxyType(dict(self.scales)),
+            "axes": tuple(self.axes),
+            "shapes": MappingProxyType({name: tuple(shape) for name, shape in self.shapes.items()}),
+            "predicted": MappingProxyType(dict(self.predicted)),
+        }
+        for name, value in normal.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def exact(self) -> bool:
+        """Whether the smaller model computes what the masked model computes: every axis that is cut is exact."""
+        return all(axis.exact for axis in self.axes)
+
+    @property
+    def fingerprint(self) -> str:
+        """A short name of the model the plan was made for: a hash of its parameters' names and shapes."""
+        text = json.dumps(sorted((name, shape) for name, shape in self.shapes.items()))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def shapes_after(self) -> dict[str, tuple[int, ...]]:
+        """The same shapes as ``shapes`` once the plan is carried out."""
+        after = {}
+        for name, shape in self.shapes.items():
+            dims = self.tensors.get(name, {})
+            after[name] = tuple(len(dims[dim]) if dim in dims else size for dim, size in enumerate(shape))
+        return after
+
+    def apply(self, model: nn.Module, optimizer: Optimizer | Iterable[Optimizer] | None = None) -> None:
+        """Removes from ``model``, in place, everything the plan does not keep; all of it or nothing.
+
+        The model is not run. Parameters stay the same objects; gradients, masks of ``torch.nn.utils.prune`` and the
+        state of ``optimizer`` are narrowed with them.
+
+        Args:
+            model: One with the names and shapes of the model the plan was made for: the same model, a copy, an average
+                of its weights, one freshly built.
+            optimizer: One or several whose state follows.
+
+        Raises:
+            PlanMismatchError: Some tensor or attribute is missing or has another shape; the message names the first.
+            OptimizerStateError: Some optimizer state cannot be narrowed.
+        """
+        return self.prepare(model, optimizer).run(_nothing)
+
+    def prepare(self, model: nn.Module, optimizer: Optimizer | Iterable[Optimizer] | None = None) -> surgery.Operation:
+        """Everything :meth:`apply` needs, built and checked, with nothing changed yet."""
+        target = self._unwrap(model)
+        self.check(target)
+        return surgery.prepare(
+            target,
+            self.tensors,
+            attributes=self.attributes,
+            values=self.values,
+            scales=self.scales,
+            optimizer=optimizer,
+        )
+
+    def check(self, model: nn.Module) -> None:
+        """Compares names and shapes with ``model``.
+
+        Raises:
+            PlanMismatchError: They differ; the message names the first difference.
+        """
+        if not self.shapes:
+            return
+        found = shapes_of(model, self.shapes)
+        after = self.shapes_after
+        if found == after and found != dict(self.shapes):
+            raise PlanMismatchError(f"this {type(model).__name__} has the plan's sizes already: it was carried out")
+        for name, shape in self.shapes.items():
+            if name not in found:
+                raise PlanMismatchError(
+                    f"the plan was made for a model with `{name}` {shape}; this {type(model).__name__} lacks it"
+                )
+            if found[name] != shape:
+                raise PlanMismatchError(
+                    f"`{name}` has shape {found[name]} here and {shape} in the model the plan was made for"
+                )
+        extra = next((name for name in found if name not in self.shapes), None)
+        if extra is not None:
+            raise PlanMismatchError(
+                f"this {type(model).__name__} has `{extra}` {found[extra]}, which the model the plan was made for lacks"
+            )
+
+    def _unwrap(self, model: nn.Module) -> nn.Module:
+        """The model inside wrappers that add a prefix to every name (averages, parallel, compiled models)."""
+        known = self.shapes or self.tensors
+        while known and not any(surgery.find_tensor(model, name) is not None for name in known):
+            inner = next((child for name, child in model.named_children() if name in ("module", "_orig_mod")), None)
+            if inner is None:
+                break
+            model = inner
+        return model
+
+    def merge(self, other: Plan) -> Plan:
+        """One plan for this one and ``other``, made for the same model and cutting other axes.
+
+        Raises:
+            PlanMismatchError: They were made for different models, or decide about one thing differently.
+        """
+        if self.shapes and other.shapes and self.fingerprint != other.fingerprint:
+            raise PlanMismatchError("the plans were made for different models; plans made one after the other: then()")
+        tensors = {name: dict(dims) for name, dims in self.tensors.items()}
+        for name, dims in other.tensors.items():
+            _unite(tensors.setdefault(name, {}), dims, f"`{name}`", "dimension")
+        attributes = dict(self.attributes)
+        _unite(attributes, dict(other.attributes), "attributes", "path")
+        values, scales = dict(self.values), dict(self.scales)
+        _unite(values, other.values, "values", "tensor")
+        _unite(scales, other.scales, "scales", "tensor")
+        known = {axis.name for axis in self.axes}
+        return Plan(
+            tensors,
+            tuple(attributes.items()),
+            values,
+            scales,
+            (*self.axes, *(axis for axis in other.axes if axis.name not in known)),
+            dict(self.shapes) | dict(other.shapes),
+        )
+
+    def then(self, later: Plan) -> Plan:
+        """One plan for this one followed by ``later``, which was made for the model this one leaves.
+
+        Raises:
+            PlanMismatchError: ``later`` was made for another model.
+        """
+        after = self.shapes_after
+        common = after.keys() & later.shapes.keys()
+        wrong = next((name for name in sorted(common) if after[name] != later.shapes[name]), None)
+        if wrong is not None:
+            raise PlanMismatchError(
+                f"`{wrong}` has shape {after[wrong]} after the first plan, and the second expects {later.shapes[wrong]}"
+            )
+        tensors = {name: dict(dims) for name, dims in self.tensors.items()}
+        for name, dims in later.tensors.items():
+            own = tensors.setdefault(name, {})
+            for dim, kept in dims.items():
+                own[dim] = own[dim][kept] if dim in own else kept
+        values = {
+            name: surgery.narrow(value, later.tensors.get(name, {})) for name, value in self.values.items()
+        } | dict(later.values)
+        scales = dict(self.scales)
+        for name, factor in later.scales.items():
+            scales[name] = scales.get(name, 1.0) * factor
+        axes = {axis.name: axis for axis in self.axes}
+        for axis in later.axes:
+            first = axes.get(axis.name)
+            axes[axis.name] = axis if first is None else _followed(first, axis)
+        shapes = dict(self.shapes) | {name: s for name, s in later.shapes.items() if name not in self.shapes}
+        attributes = tuple((dict(self.attributes) | dict(later.attributes)).items())
+        return Plan(tensors, attributes, values, scales, tuple(axes.values()), shapes)
+
+    def with_prediction(self, predicted: Mapping[str, int]) -> Plan:
+        """The same plan with sizes before and after."""
+        return replace(self, predicted=predicted)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan in what JSON knows; indices are ranges or bitmaps, whichever is shorter, and stored once."""
+        pool = Pool()
+        return {
+            "format": "netopt.plan",
+            "version": VERSION,
+            "tensors": {
+                name: {str(dim): pool.add(kept) for dim, kept in dims.items()} for name, dims in self.tensors.items()
+            },
+            "attributes": [[list(path), value] for path, value in self.attributes],
+            "values": {name: pack(value) for name, value in self.values.items()},
+            "scales": dict(self.scales),
+            "axes": [
+                {
+                    "name": axis.name,
+                    "size": axis.size,
+                    "kept": pool.add(axis.kept),
+                    "exact": axis.exact,
+                    "reason": axis.reason,
+                }
+                for axis in self.axes
+            ],
+            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+            "predicted": dict(self.predicted),
+            "indices": pool.entries,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Plan:
+        """The plan that :meth:`to_dict` wrote.
+
+        Raises:
+            InvalidArgumentError: The data is no plan, or of a version this library does not know.
+        """
+        if data.get("format") != "netopt.plan":
+            raise InvalidArgumentError("this is no plan: its 'format' is not 'netopt.plan'")
+        if data.get("version") != VERSION:
+            raise InvalidArgumentError(
+                f"this plan has version {data.get('version')!r} and this library reads {VERSION}; update netopt"
+            )
+        indices = Pool(data["indices"]).tensors()
+        return cls(
+            tensors={
+                name: {int(dim): indices[place] for dim, place in dims.items()}
+                for name, dims in data["tensors"].items()
+            },
+            attributes=tuple((tuple(path), value) for path, value in data["attributes"]),
+            values={name: unpack(value) for name, value in data["values"].items()},
+            scales=data["scales"],
+            axes=tuple(AxisCut(**{**row, "kept": indices[row["kept"]]}) for row in data["axes"]),
+            shapes=data["shapes"],
+            predicted=data["predicted"],
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the plan as JSON; an existing file is replaced whole or not at all."""
+        target = FilePath(path)
+        partial = target.with_name(f"{target.name}.partial")
+        try:
+            partial.write_text(json.dumps(self.to_dict(), separators=(",", ":")) + "\n")
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Reads a plan that :meth:`save` wrote.
+
+        Raises:
+            InvalidArgumentError: The file holds no plan.
+        """
+        try:
+            data = json.loads(FilePath(path).read_text())
+        except ValueError as error:
+            raise InvalidArgumentError(f"{path} holds no plan: it is not JSON ({error})") from error
+        if not isinstance(data, dict):
+            raise InvalidArgumentError(f"{path} holds no plan")
+        return cls.from_dict(data)
+
+    def __eq__(self, other: object) -> bool:
+        return self.to_dict() == other.to_dict() if isinstance(other, Plan) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(json.dumps(self.to_dict(), sort_keys=True))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Plan.from_dict, (self.to_dict(),))
+
+    def _rows(self) -> list[tuple[str, str, str]]:
+        if self.axes:
+            return [
+                (axis.name, f"{axis.size} -> {len(axis.kept)}", "" if axis.exact else f"inexact: {axis.reason}")
+                for axis in self.axes
+            ]
+        return [
+            (
+                f"{name}[{dim}]",
+                f"{self.shapes[name][dim]} -> {len(kept)}" if name in self.shapes else f"{len(kept)}",
+                "",
+            )
+            for name, dims in self.tensors.items()
+            for dim, kept in dims.items()
+        ]
+
+    def _heading(self) -> str:
+        made_for = f", made for model {self.fingerprint}" if self.shapes else ""
+        return f"Plan: {len(self.axes) or len(self.tensors)} {'axes' if self.axes else 'tensors'}{made_for}"
+
+    def __str__(self) -> str:
+        rows = self._rows()
+        widths = [max((len(row[column]) for row in rows), default=0) for column in range(2)]
+        lines = [f"  {name:<{widths[0]}}  {change:<{widths[1]}}  {note}".rstrip() for name, change, note in rows]
+        lines += [f"  {show(path)} = {value}" for path, value in self.attributes]
+        return "\n".join([self._heading(), *lines])
+
+    def __repr__(self) -> str:
+        return f"<{self._heading()}>"
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in self._rows()
+        )
+        head = "<tr><th>axis</th><th>neurons</th><th></th></tr>"
+        return f"<p>{html.escape(self._heading())}</p><table>{head}{rows}</table>"
+
+
+def shapes_of(model: nn.Module, also: Iterable[str] = ()) -> dict[str, tuple[int, ...]]:
+    """Shapes of the model's parameters by the names they have without masks, and of the buffers named in ``also``."""
+    shapes = {}
+    for name, tensor in model.named_parameters(remove_duplicate=False):
+        bare = name.removesuffix("_orig")
+        masked = bare != name and surgery.find_tensor(model, f"{bare}_mask") is not None
+        shapes[bare if masked else name] = tuple(tensor.shape)
+    for name in also:
+        if name not in shapes and (tensor := surgery.find_tensor(model, name)) is not None:
+            shapes[name] = tuple(tensor.shape)
+    return shapes
+
+
+def _nothing() -> None:
+    """Nothing is left to be done after the changes."""
+
+
+def _indices(kept: Tensor | Sequence[int], name: str, dim: int) -> Tensor:
+    indices = torch.as_tensor(kept, dtype=torch.int64, device="cpu").detach().clone()
+    if indices.dim() != 1 or not len(indices):
+        raise InvalidArgumentError(f"dimension {dim} of `{name}` needs a list of one or more kept indices")
+    if int(indices[0]) < 0 or bool((indices.diff() <= 0).any()):
+        raise InvalidArgumentError(f"the kept indices of dimension {dim} of `{name}` must ascend from 0 or more")
+    return indices
+
+
+def _same(first: Any, second: Any) -> bool:
+    if isinstance(first, Tensor):
+        return torch.equal(first, second)
+    return first == second
+
+
+def _unite(mine: dict[Key, Any], theirs: Mapping[Key, Any], what: str, kind: str) -> None:
+    for key, value in theirs.items():
+        if key in mine and not _same(mine[key], value):
+            raise PlanMismatchError(f"the plans differ in {what}, {kind} {key}, so they cannot be merged")
+        mine[key] = value
+
+
+def _followed(first: AxisCut, later: AxisCut) -> AxisCut:
+    exact = first.exact and later.exact
+    return AxisCut(first.name, first.size, first.kept[later.kept], exact, first.reason or later.reason)

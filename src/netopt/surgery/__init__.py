@@ -1,0 +1,8 @@
+"""How a model is made smaller in place, with everything that depends on its shapes, and put back on failure."""
+
+from __future__ import annotations
+
+from netopt.surgery.commit import Operation, prepare
+from netopt.surgery.tensors import find_tensor, named_tensors, narrow
+
+__all__ = ["Operation", "find_tensor", "named_tensors", "narrow", "prepare"]

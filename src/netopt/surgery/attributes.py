@@ -1,0 +1,201 @@
+"""How the integers a model keeps about its own sizes are changed and put back.
+
+A path names a module, an attribute, and items below it; what is immutable on the way (a tuple, a size) is rebuilt
+around the new value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from netopt.errors import PlanMismatchError
+from netopt.surgery.tensors import step_into
+
+Path = tuple[Any, ...]
+"""Module's dotted name ("" is the model), attribute, then items or attributes below it."""
+
+_ABSENT = object()
+
+
+def show(path: Path) -> str:
+    """A path as a reader writes it: ``norm.normalized_shape[0]``."""
+    text = ".".join(part for part in path[:2] if part)
+    for item in path[2:]:
+        text += f".{item}" if isinstance(item, str) and item.isidentifier() else f"[{item!r}]"
+    return text
+
+
+def read(model: nn.Module, path: Path) -> Any:
+    """The value at ``path``.
+
+    Raises:
+        PlanMismatchError: The model has nothing there.
+    """
+    try:
+        holder: Any = model.get_submodule(path[0])
+        for step in path[1:]:
+            holder = step_into(holder, step)
+    except (AttributeError, KeyError, IndexError, TypeError) as error:
+        raise PlanMismatchError(f"the plan sets `{show(path)}`, which this {type(model).__name__} lacks") from error
+    return holder
+
+
+class Assignment:
+    """One value at one path; doing and undoing may be interrupted anywhere and be called again."""
+
+    def __init__(self, model: nn.Module, path: Path, value: Any) -> None:
+        self.path = path
+        self.value = value
+        self._model = model
+        self._old: Any = _ABSENT
+        self._place: tuple[Any, Any] | None = None
+        self._was_own = True
+
+    def do(self) -> None:
+        """Puts the new value in."""
+        holders = [self._model.get_submodule(self.path[0])]
+        for step in self.path[1:-1]:
+            holders.append(step_into(holders[-1], step))
+        value: Any = self.value
+        for holder, step in zip(reversed(holders), reversed(self.path[1:]), strict=True):
+            if not isinstance(holder, tuple):
+                self._remember(holder, step)
+                _set(holder, step, value)
+                return
+            value = _with_item(holder, int(step), value)
+
+    def undo(self) -> None:
+        """Puts back the very object that was there."""
+        if self._place is None:
+            return
+        holder, step = self._place
+        if self._was_own:
+            _set(holder, step, self._old)
+        elif step in vars(holder):
+            del vars(holder)[step]
+
+    def _remember(self, holder: Any, step: Any) -> None:
+        self._old = step_into(holder, step)
+        if not isinstance(holder, (Mapping, list)):
+            # A default on the class is only shadowed: undoing takes the shadow away. Properties and slots are set back.
+            self._was_own = step in getattr(holder, "__dict__", {}) or not _plain_class_attribute(holder, step)
+        self._place = (holder, step)
+
+
+def _plain_class_attribute(holder: Any, name: str) -> bool:
+    found = getattr(type(holder), name, _ABSENT)
+    return found is not _ABSENT and not hasattr(found, "__set__") and hasattr(holder, "__dict__")
+
+
+def _set(holder: Any, step: Any, value: Any) -> None:
+    if isinstance(holder, (dict, list)):
+        holder[step] = value
+    elif getattr(getattr(type(holder), "__dataclass_params__", None), "frozen", False):
+        object.__setattr__(holder, step, value)
+    else:
+        setattr(holder, str(step), value)
+
+
+def _with_item(holder: tuple[Any, ...], index: int, value: Any) -> tuple[Any, ...]:
+    items = [*holder[:index], value, *holder[index + 1 :]]
+    make = getattr(type(holder), "_make", type(holder))
+    return make(items)
+
+
+@dataclass(frozen=True)
+class Description:
+    """An integer by which a module describes one of its tensors."""
+
+    attribute: str
+    tensor: str
+    dim: int
+    transposed: int | None = None
+    """The dimension instead, in a module whose own ``transposed`` is true."""
+    grouped: bool = False
+    """The integer counts all groups, the dimension one."""
+
+
+# What modules say about themselves and never compute with, so that no equation can know it. A row holds for a module
+# only if it is true of it before the surgery; the module's class plays no part.
+DESCRIPTIONS = (
+    Description("out_features", "weight", 0),
+    Description("in_features", "weight", 1),
+    Description("in1_features", "weight", 1),
+    Description("in2_features", "weight", 2),
+    Description("out_channels", "weight", 0, transposed=1),
+    Description("in_channels", "weight", 1, transposed=0),
+    Description("out_channels", "weight", 1, transposed=1, grouped=True),
+    Description("in_channels", "weight", 1, transposed=0, grouped=True),
+    Description("num_features", "weight", 0),
+    Description("num_features", "running_mean", 0),
+    Description("num_channels", "weight", 0),
+    Description("num_embeddings", "weight", 0),
+    Description("embedding_dim", "weight", 1),
+    Description("num_parameters", "weight", 0),
+    Description("nf", "weight", 1),
+    Description("nx", "weight", 0),
+    Description("input_size", "weight_ih", 1),
+    Description("hidden_size", "weight_hh", 1),
+    Description("input_size", "weight_ih_l0", 1),
+    Description("hidden_size", "weight_hr_l0", 1),
+    Description("proj_size", "weight_hr_l0", 0),
+    Description("embed_dim", "out_proj_weight", 0),
+    Description("kdim", "k_proj_weight", 1),
+    Description("vdim", "v_proj_weight", 1),
+)
+
+
+def stored_under(module: nn.Module, tensor: str) -> str | None:
+    """The name below ``module`` of the parameter or buffer behind its attribute ``tensor``."""
+    own = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
+    for name in (tensor, f"{tensor}_orig", f"{tensor}_v"):
+        if name in own:
+            return name
+    inner = f"parametrizations.{tensor}.original"
+    return next((name for name, _ in module.named_parameters() if name in (inner, f"{inner}1")), None)
+
+
+def described(
+    model: nn.Module, shapes: Mapping[str, torch.Size], taken: Collection[Path]
+) -> Iterator[tuple[Path, int]]:
+    """Describing integers that are true now and will not be once the tensors have these shapes.
+
+    Args:
+        model: Before the surgery.
+        shapes: Shape to come of each tensor that changes, by name.
+        taken: Paths the plan sets itself.
+    """
+    from_named = dict(model.named_parameters(remove_duplicate=False)) | dict(
+        model.named_buffers(remove_duplicate=False)
+    )
+    for prefix, module in model.named_modules():
+        settled = {path[1] for path in taken if path[0] == prefix}
+        for row in DESCRIPTIONS:
+            said = vars(module).get(row.attribute)
+            if type(said) is not int or row.attribute in settled:
+                continue
+            name = stored_under(module, row.tensor)
+            full = f"{prefix}.{name}" if prefix else str(name)
+            if name is None or full not in shapes:
+                continue
+            dim = row.transposed if row.transposed is not None and getattr(module, "transposed", False) else row.dim
+            was, becomes = from_named[full].shape, shapes[full]
+            if dim is None or dim >= len(was):
+                continue
+            factor = getattr(module, "groups", 1) if row.grouped else 1
+            if said != was[dim] * factor:
+                continue
+            groups = next((value for path, value in _of(taken, prefix, "groups")), factor) if row.grouped else 1
+            settled.add(row.attribute)
+            if becomes[dim] * groups != said:
+                yield (prefix, row.attribute), becomes[dim] * groups
+
+
+def _of(taken: Collection[Path], prefix: str, attribute: str) -> Iterator[tuple[Path, int]]:
+    values = taken.items() if isinstance(taken, Mapping) else ()
+    return ((path, value) for path, value in values if path == (prefix, attribute))

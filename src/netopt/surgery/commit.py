@@ -1,0 +1,204 @@
+"""All of it or nothing: every change is built and checked first, then done, and any failure puts everything back.
+
+Each change can be done and undone any number of times, so that an interruption anywhere, even in the middle of an
+undo, still ends with the model as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from netopt.errors import PlanMismatchError, ShapeMismatchError
+from netopt.surgery.attributes import Assignment, Path, described, read
+from netopt.surgery.optimizers import as_optimizers, narrowed_states
+from netopt.surgery.tensors import Cuts, Exchange, companions, locate, retire, successor
+
+Result = TypeVar("Result")
+
+
+class Change(Protocol):
+    """One step that can be taken and taken back."""
+
+    def do(self) -> None:
+        """Takes the step."""
+        ...
+
+    def undo(self) -> None:
+        """Takes it back, if it was taken."""
+        ...
+
+
+class Operation:
+    """Changes that are ready and not yet done; see :func:`prepare`."""
+
+    def __init__(self, model: nn.Module, changes: Iterable[Change]) -> None:
+        self.changes = tuple(changes)
+        self._model = model
+
+    def run(self, finish: Callable[[], Result]) -> Result:
+        """Does all changes, then ``finish``; if anything is raised meanwhile, undoes them and lets it pass.
+
+        Args:
+            finish: What has to succeed for the changes to stay: checks, measurements, the report.
+
+        Returns:
+            What ``finish`` returned.
+        """
+        try:
+            for change in self.changes:
+                change.do()
+            self._flatten()
+            result = finish()
+            for change in self.changes:
+                if isinstance(change, Exchange):
+                    retire(change.new)
+            return result
+        except BaseException:
+            self._restore()
+            raise
+
+    def _restore(self) -> None:
+        try:
+            for change in reversed(self.changes):
+                change.undo()
+            self._flatten()
+        except KeyboardInterrupt:
+            # The interruption that led here is on its way already; a second one must not leave half a model.
+            self._restore()
+
+    def _flatten(self) -> None:
+        """Recurrent modules keep their weights in one block on some devices."""
+        for module in self._model.modules():
+            flatten = getattr(module, "flatten_parameters", None)
+            if flatten is not None and any(
+                parameter.is_cuda for parameter in module.parameters(recurse=False)
+            ):  # pragma: no cover
+                flatten()
+
+
+def prepare(
+    model: nn.Module,
+    tensors: Mapping[str, Cuts],
+    *,
+    attributes: Iterable[tuple[Path, Any]] = (),
+    values: Mapping[str, Tensor] | None = None,
+    scales: Mapping[str, float] | None = None,
+    optimizer: Optimizer | Iterable[Optimizer] | None = None,
+) -> Operation:
+    """Builds every new tensor, attribute and optimizer state and checks them; changes nothing.
+
+    Args:
+        model: To be operated on.
+        tensors: Kept indices by tensor name and dimension.
+        attributes: Path and new value of modules' and configurations' integers.
+        values: New contents of integer buffers, by name.
+        scales: Factors on narrowed tensors, by name.
+        optimizer: Whose state follows; one, several or none.
+
+    Raises:
+        PlanMismatchError: A tensor or attribute is missing, or has another shape.
+        OptimizerStateError: Some optimizer state cannot be narrowed.
+    """
+    optimizers = as_optimizers(optimizer)
+    # Tensors born in inference mode could never be trained again.
+    with torch.inference_mode(False), torch.no_grad():
+        cuts, shapes = _collect(model, tensors)
+        replacements = _replacements(cuts, values or {}, scales or {}, model)
+        assignments = list(attributes)
+        for path, _ in assignments:
+            read(model, path)
+        assignments += described(model, shapes, dict(assignments))
+        changes: list[Change] = [*narrowed_states(optimizers, {id(tensor): (tensor, cut) for tensor, cut in cuts})]
+        changes += [Exchange(tensor, new) for tensor, new in replacements]
+        changes += [Assignment(model, path, value) for path, value in assignments]
+    return Operation(model, changes)
+
+
+def _collect(model: nn.Module, tensors: Mapping[str, Cuts]) -> tuple[list[tuple[Tensor, Cuts]], dict[str, torch.Size]]:
+    """Each tensor once with its cuts, however many names it has; and the shape to come under every name."""
+    found: dict[int, tuple[Tensor, Cuts, str]] = {}
+    for name, cuts in tensors.items():
+        place = locate(model, name)
+        if place is None:
+            continue
+        stored, tensor = place
+        for label, one in ((stored, tensor), *companions(model, stored, tensor)):
+            _check(label, one, cuts)
+            known = found.get(id(one))
+            if known is not None and not same_cuts(known[1], cuts):
+                raise PlanMismatchError(f"`{label}` and `{known[2]}` are one tensor, and the plan cuts it differently")
+            found[id(one)] = (one, cuts, label)
+    shapes: dict[str, torch.Size] = {}
+    for kind in (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)):
+        for name, tensor in kind:
+            if id(tensor) in found:
+                shapes[name] = _new_shape(tensor, found[id(tensor)][1])
+    return [(tensor, cuts) for tensor, cuts, _ in found.values()], shapes
+
+
+def _new_shape(tensor: Tensor, cuts: Cuts) -> torch.Size:
+    return torch.Size(len(cuts[dim]) if dim in cuts else size for dim, size in enumerate(tensor.shape))
+
+
+def same_cuts(first: Cuts, second: Cuts) -> bool:
+    """Whether two cuts keep the same indices of the same dimensions."""
+    return first.keys() == second.keys() and all(torch.equal(first[dim], second[dim]) for dim in first)
+
+
+def _check(name: str, tensor: Tensor, cuts: Cuts) -> None:
+    for dim, kept in cuts.items():
+        if dim >= tensor.dim() or int(kept[-1]) >= tensor.shape[dim]:
+            raise PlanMismatchError(
+                f"the plan keeps index {int(kept[-1])} of dimension {dim} of `{name}`, whose shape is "
+                f"{tuple(tensor.shape)}"
+            )
+
+
+def _replacements(
+    cuts: list[tuple[Tensor, Cuts]], values: Mapping[str, Tensor], scales: Mapping[str, float], model: nn.Module
+) -> list[tuple[Tensor, Tensor]]:
+    built: dict[int, tuple[Tensor, Tensor]] = {}
+    shared: dict[Any, tuple[Tensor, Cuts]] = {}
+    for tensor, own in cuts:
+        view = _memory(tensor)
+        alias, alias_cuts = shared.get(view, (None, own))
+        alias = alias if alias is not None and same_cuts(alias_cuts, own) else None
+        new = successor(tensor, own, alias)
+        built[id(tensor)] = (tensor, new)
+        if view is not None:
+            shared.setdefault(view, (new, own))
+    for name, factor in scales.items():
+        tensor, new = _pending(model, name, built)
+        new.detach().mul_(factor)
+        built[id(tensor)] = (tensor, new)
+    for name, value in values.items():
+        tensor, new = _pending(model, name, built)
+        if new.shape != value.shape:
+            raise ShapeMismatchError(
+                f"the plan gives `{name}` values of shape {tuple(value.shape)}; it will have {tuple(new.shape)}"
+            )
+        new.detach().copy_(value)
+        built[id(tensor)] = (tensor, new)
+    return list(built.values())
+
+
+def _pending(model: nn.Module, name: str, built: Mapping[int, tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """The tensor called ``name`` and what it will hold."""
+    place = locate(model, name)
+    if place is None:
+        raise PlanMismatchError(f"the plan sets `{name}`, which this {type(model).__name__} lacks")
+    tensor = place[1]
+    return built.get(id(tensor)) or (tensor, successor(tensor, {}))
+
+
+def _memory(tensor: Tensor) -> Any:
+    """What two tensors that are the same view of the same memory have in common; None where memory is not real."""
+    if tensor.layout is not torch.strided or tensor.device.type == "meta" or getattr(tensor, "fake_mode", None):
+        return None
+    storage = tensor.untyped_storage().data_ptr()
+    return (storage, tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype) if storage else None

@@ -1,0 +1,139 @@
+"""How an optimizer's memory of a parameter is narrowed with it.
+
+State is read by its shape, not by the optimizer's class: what has the parameter's shape is cut alike, what is one
+number stays, and what fits neither is refused before anything changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from netopt.errors import InvalidArgumentError, OptimizerStateError
+from netopt.surgery.tensors import Cuts, narrow
+
+Cut = tuple[Tensor, Cuts]
+"""A tensor and its kept indices."""
+
+
+class StateEntry:
+    """One entry of a dictionary gets a new value; doing and undoing may be called again."""
+
+    def __init__(self, holder: dict[str, Any], key: str, new: Any) -> None:
+        self._holder, self._key, self._new = holder, key, new
+        self._old = holder[key]
+
+    def do(self) -> None:
+        """Puts the new value in."""
+        self._holder[self._key] = self._new
+
+    def undo(self) -> None:
+        """Puts the old value back."""
+        self._holder[self._key] = self._old
+
+
+def as_optimizers(optimizer: Optimizer | Iterable[Optimizer] | None) -> tuple[Optimizer, ...]:
+    """None, one optimizer or several, as a tuple.
+
+    Raises:
+        InvalidArgumentError: Something in it is no optimizer.
+    """
+    if optimizer is None:
+        return ()
+    several = (optimizer,) if isinstance(optimizer, Optimizer) or not isinstance(optimizer, Iterable) else optimizer
+    found = tuple(several)
+    for one in found:
+        if not isinstance(one, Optimizer):
+            raise InvalidArgumentError(f"optimizer must be a torch.optim.Optimizer, got {type(one).__name__}")
+    return found
+
+
+def narrowed_states(optimizers: Iterable[Optimizer], cuts: Mapping[int, Cut]) -> Iterator[StateEntry]:
+    """The entries of every optimizer's state that change when the parameters in ``cuts`` (by id) are narrowed.
+
+    Raises:
+        InvalidArgumentError: An optimizer holds none of these parameters, though there are some.
+        OptimizerStateError: Some state has no known relation to the parameter's shape.
+    """
+    for optimizer in optimizers:
+        members = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if cuts and not any(id(parameter) in cuts for parameter in members):
+            raise InvalidArgumentError(
+                f"this {type(optimizer).__name__} trains none of the parameters that become smaller; pass the one that "
+                f"was built from this model's parameters()"
+            )
+        for group in optimizer.param_groups:
+            flat = _Flat(group["params"], cuts)
+            for parameter in group["params"]:
+                state = optimizer.state.get(parameter, {})
+                _, kept = cuts.get(id(parameter), (parameter, {}))
+                for key, value in state.items():
+                    where = f"state {key!r} of {type(optimizer).__name__}"
+                    new = _narrowed(value, parameter, kept, flat, where)
+                    if new is not value:
+                        yield StateEntry(state, key, new)
+            # LBFGS keeps the length of its flat vectors; the only such number in torch.optim.
+            if flat.changes and vars(optimizer).get("_numel_cache") is not None:
+                yield StateEntry(vars(optimizer), "_numel_cache", None)
+
+
+class _Flat:
+    """State that runs through all parameters of a group, one after the other (LBFGS)."""
+
+    def __init__(self, parameters: list[Tensor], cuts: Mapping[int, Cut]) -> None:
+        self._parameters, self._cuts = parameters, cuts
+        self.length = sum(parameter.numel() for parameter in parameters)
+        self.changes = any(id(parameter) in cuts for parameter in parameters)
+
+    def narrow(self, vector: Tensor) -> Tensor:
+        parts = vector.split([parameter.numel() for parameter in self._parameters])
+        kept = [
+            narrow(part.view(parameter.shape), self._cuts[id(parameter)][1]).flatten()
+            if id(parameter) in self._cuts
+            else part
+            for parameter, part in zip(self._parameters, parts, strict=True)
+        ]
+        return torch.cat(kept)
+
+
+def _narrowed(value: Any, parameter: Tensor, kept: Cuts, flat: _Flat, where: str) -> Any:
+    """``value`` for the narrowed parameter; the same object where it does not change."""
+    if isinstance(value, Tensor):
+        return _narrowed_tensor(value, parameter, kept, flat, where)
+    if value is None or isinstance(value, (bool, int, float, complex, str)):
+        return value
+    if isinstance(value, (list, tuple)):
+        parts = [_narrowed(part, parameter, kept, flat, where) for part in value]
+        same = all(new is old for new, old in zip(parts, value, strict=True))
+        return value if same else type(value)(parts)
+    if isinstance(value, dict):
+        items = {key: _narrowed(part, parameter, kept, flat, where) for key, part in value.items()}
+        return value if all(items[key] is value[key] for key in value) else items
+    if not kept:
+        return value
+    raise OptimizerStateError(f"{where} is a {type(value).__name__}, which cannot be narrowed; {_ADVICE}")
+
+
+def _narrowed_tensor(value: Tensor, parameter: Tensor, kept: Cuts, flat: _Flat, where: str) -> Tensor:
+    if value.dim() == 1 and value.numel() == flat.length and value.shape != parameter.shape:
+        return flat.narrow(value) if flat.changes else value
+    if not kept or value.numel() <= 1:
+        return value
+    # Adafactor keeps one number a row: the parameter's dimensions, some of them 1.
+    aligned = value.dim() == parameter.dim() and all(
+        size in (1, full) for size, full in zip(value.shape, parameter.shape, strict=True)
+    )
+    if aligned:
+        own = {dim: indices for dim, indices in kept.items() if value.shape[dim] == parameter.shape[dim]}
+        return narrow(value, own)
+    raise OptimizerStateError(
+        f"{where} has shape {tuple(value.shape)} for a parameter of shape {tuple(parameter.shape)}: it is factored in "
+        f"a way that is not known, so it cannot be narrowed; {_ADVICE}"
+    )
+
+
+_ADVICE = "clear that state (optimizer.state.clear()) or build a new optimizer after pruning"

@@ -1,0 +1,204 @@
+"""How a tensor becomes smaller and stays the same tensor.
+
+A narrowed copy is built beside the original, and the two exchange their contents: every Python reference to the
+original (ties, optimizers, lists of flat weights, users' variables) then sees the small one, and exchanging again is
+the undo.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from netopt.errors import PlanMismatchError, SurgeryError
+
+Cuts = Mapping[int, Tensor]
+"""Kept indices of each narrowed dimension of one tensor, ascending."""
+
+_STEP = re.compile(r"\.?([^.\[\]]+)|\[([^\]]+)\]")
+
+# Where torch keeps the tensor behind ``weight`` once a mask (torch.nn.utils.prune, spectral_norm: ``weight_orig``) or
+# a weight norm (``weight_v``) computes it; ``weight`` is then a plain attribute of the same shape.
+_STORED = ("_orig", "_v")
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers of ``model`` by dotted name; a tied tensor appears under each of its names."""
+    found: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    found.update(model.named_buffers(remove_duplicate=False))
+    return found
+
+
+def step_into(holder: Any, step: Any) -> Any:
+    """One step of a path: a member of a module, an item of a container, or an attribute of anything else.
+
+    Raises:
+        KeyError, IndexError, AttributeError: There is no such member, item or attribute.
+    """
+    if isinstance(holder, nn.Module):
+        for members in (holder._parameters, holder._buffers, holder._modules):
+            if members.get(step) is not None:
+                return members[step]
+    if isinstance(holder, Mapping) or (isinstance(holder, (list, tuple)) and isinstance(step, int)):
+        return holder[step]
+    if isinstance(holder, (list, tuple, nn.ModuleList, nn.Sequential)) and str(step).isdigit():
+        return holder[int(step)]
+    return getattr(holder, str(step))
+
+
+def steps(name: str) -> Iterator[str | int]:
+    """The steps of a dotted name with items: ``"attn.cache['k'][0]"`` is attn, cache, k, 0."""
+    for dotted, item in _STEP.findall(name):
+        yield dotted or ast.literal_eval(item)
+
+
+def find_tensor(model: nn.Module, name: str) -> Tensor | None:
+    """The tensor of ``model`` called ``name``: a parameter, a buffer, or a tensor at an attribute path; else None."""
+    holder: Any = model
+    try:
+        for step in steps(name):
+            holder = step_into(holder, step)
+    except (KeyError, IndexError, AttributeError, ValueError, SyntaxError, TypeError):
+        return None
+    return holder if isinstance(holder, Tensor) else None
+
+
+def locate(model: nn.Module, name: str) -> tuple[str, Tensor] | None:
+    """The stored tensor behind ``name`` and its own name, looking through masks that are on or were on.
+
+    ``"conv.weight"`` finds ``"conv.weight_orig"`` where a mask is on, and the other way round where it is not.
+    ``None`` stands for the mask of a tensor that has none now.
+
+    Raises:
+        PlanMismatchError: The model has no such tensor.
+    """
+    owner_name, _, leaf = name.rpartition(".")
+    prefix = f"{owner_name}." if owner_name else ""
+    direct = find_tensor(model, name)
+    if isinstance(direct, nn.Parameter) or (direct is not None and find_tensor(model, f"{name}_orig") is None):
+        return name, direct
+    for stored in _STORED:
+        behind = find_tensor(model, f"{name}{stored}")
+        if isinstance(behind, nn.Parameter):
+            return f"{name}{stored}", behind
+    if leaf.endswith("_orig") and (bare := find_tensor(model, prefix + leaf.removesuffix("_orig"))) is not None:
+        return prefix + leaf.removesuffix("_orig"), bare
+    if leaf.endswith("_mask") and find_tensor(model, prefix + leaf.removesuffix("_mask")) is not None:
+        return None
+    raise PlanMismatchError(f"the plan cuts `{name}`, and this {type(model).__name__} has no tensor of that name")
+
+
+def companions(model: nn.Module, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """What torch keeps beside a computed tensor and must keep its shape: the mask, and the attribute last computed."""
+    for stored in _STORED:
+        if not name.endswith(stored):
+            continue
+        base = name.removesuffix(stored)
+        for beside in (base, f"{base}_mask"):
+            found = find_tensor(model, beside)
+            if found is not None and found is not tensor and found.shape == tensor.shape:
+                yield beside, found
+
+
+def narrow(tensor: Tensor, cuts: Cuts) -> Tensor:
+    """A detached copy of ``tensor`` with only the kept indices of each cut dimension, its memory laid out alike."""
+    kept = tensor.detach()
+    # The dimension that loses most goes first, so that the copies in between are small.
+    for dim in sorted(cuts, key=lambda dim: len(cuts[dim]) / max(tensor.shape[dim], 1)):
+        kept = kept.index_select(dim, _beside(cuts[dim], kept))
+    if not cuts:
+        kept = kept.clone()
+    return like_layout(kept, tensor)
+
+
+def _beside(indices: Tensor, tensor: Tensor) -> Tensor:
+    """``indices`` where ``tensor`` is; a fake tensor wants fake indices."""
+    mode = getattr(tensor, "fake_mode", None)
+    if mode is not None:
+        return mode.from_tensor(indices).to(tensor.device)
+    return indices.to(tensor.device)
+
+
+def like_layout(tensor: Tensor, original: Tensor) -> Tensor:
+    """``tensor`` with its dimensions in memory in the order of ``original`` (channels_last stays channels_last)."""
+    if tensor.layout is not torch.strided or original.is_contiguous() or 0 in original.stride():
+        return tensor
+    order = sorted(range(original.dim()), key=lambda dim: (-original.stride(dim), dim))
+    back = [order.index(dim) for dim in range(len(order))]
+    return tensor.permute(order).contiguous().permute(back)
+
+
+def successor(tensor: Tensor, cuts: Cuts, alias: Tensor | None = None) -> Tensor:
+    """What ``tensor`` will hold: narrowed, with its gradient narrowed, its flag and its hooks.
+
+    Args:
+        tensor: A parameter, a buffer, or any tensor a module holds.
+        cuts: Kept indices of each narrowed dimension.
+        alias: Already narrowed values to share memory with, for tensors that share memory now.
+    """
+    new = narrow(tensor, cuts) if alias is None else alias.detach()
+    if not tensor.is_leaf:
+        return new
+    new.requires_grad_(tensor.requires_grad)
+    if tensor.grad is not None:
+        new.grad = narrow(tensor.grad, cuts)
+    for hooks in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+        registered = getattr(tensor, hooks, None)
+        if registered:
+            setattr(new, hooks, registered)
+    return new
+
+
+def exchange(first: Tensor, second: Tensor) -> None:
+    """Gives each tensor the contents of the other; the Python objects stay where they are.
+
+    ``torch.utils.swap_tensors`` does the same behind two checks that would refuse ordinary models: it allows no weak
+    reference (every ``nn.LSTM`` keeps some to its weights), and it poisons the gradient accumulator of a graph that is
+    still alive (a ``loss`` left over from training), which an undo could not take back. See :func:`retire`.
+    """
+    try:
+        torch._C._swap_tensor_impl(first, second)  # pyright: ignore[reportAttributeAccessIssue]
+    except RuntimeError as error:
+        raise SurgeryError(
+            f"a tensor of shape {tuple(first.shape)} cannot be exchanged because something outside Python refers to it "
+            f"weakly (a captured graph?); prune before compiling or capturing the model"
+        ) from error
+
+
+class Exchange:
+    """One tensor gets new contents; doing and undoing may be interrupted anywhere and be called again."""
+
+    def __init__(self, tensor: Tensor, new: Tensor) -> None:
+        self.tensor = tensor
+        self.new = new
+        self._before = tensor._cdata
+
+    def do(self) -> None:
+        """Puts the new contents in."""
+        if self.tensor._cdata == self._before:
+            exchange(self.tensor, self.new)
+
+    def undo(self) -> None:
+        """Puts the old contents back, if they are out."""
+        if self.tensor._cdata != self._before:
+            exchange(self.tensor, self.new)
+
+
+def _refuse_gradient(_: tuple[Tensor, ...]) -> None:
+    raise RuntimeError(
+        "this graph was recorded before neurons were removed, and its gradients no longer fit the parameters; "
+        "run the forward pass again"
+    )
+
+
+def retire(old: Tensor) -> None:
+    """Makes a backward pass through a graph older than the surgery fail instead of filling a tensor nobody sees."""
+    held = old._use_count()  # pyright: ignore[reportAttributeAccessIssue]
+    if old.is_leaf and old.requires_grad and held > 1:
+        node = torch.autograd.graph.get_gradient_edge(old).node
+        node.register_prehook(_refuse_gradient)  # pyright: ignore[reportArgumentType]
