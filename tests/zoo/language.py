@@ -9,9 +9,8 @@ from collections.abc import Callable, Mapping
 
 import torch
 import transformers as hf
+from tests.zoo.case import Case
 from torch import Tensor, nn
-
-from zoo.case import Case
 
 WIDTH, LAYERS, HEADS, INNER, WORDS = 48, 2, 4, 80, 61
 ENCODER = {

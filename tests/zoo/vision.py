@@ -9,12 +9,11 @@ from collections.abc import Callable
 
 import timm
 import torch
+from tests.zoo.case import Case
 from torch import nn
 from torchvision import models
 from torchvision.models import segmentation, video
 from torchvision.models.maxvit import MaxVit
-
-from zoo.case import Case
 
 
 def _case(
