@@ -24,7 +24,7 @@ LAYERS = (
     {"selection", "schedules"},
     {"axes", "importance", "measure"},
     {"calls"},
-    {"batches", "selectors", "restore"},
+    {"batches", "parameters", "selectors", "restore"},
     {"errors"},
 )
 OPTIONAL = {"matplotlib", "IPython", "transformers", "timm", "torchvision", "lightning_fabric", "accelerate", "sklearn"}
