@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 import sys
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from conftest import unchanged
-from netopt.errors import MissingPackageError, NetoptError
+from netopt.errors import InvalidArgumentError, MissingPackageError, NetoptError
 from netopt.measure import Cost, Latency
 from netopt.report import PruningReport, Row
 
@@ -114,13 +115,25 @@ def test_a_plan_that_can_be_a_dict_becomes_one():
 def test_measuring_adds_seconds_and_changes_nothing(dense):
     model, inputs = nn.Sequential(nn.Linear(4, 4), nn.Dropout()), torch.zeros(2, 4)
     given = {"module": copy.deepcopy(model), "latency": Latency(0.25, 0.0), None: None}[dense]
-    report = a_report()
+    report = a_report(subject=model)
     with unchanged(model):
-        measured = report.measure(model, inputs, dense=given, repeats=2)
+        measured = report.measure(inputs, dense=given, repeats=2)
     assert measured.latency_after.median > 0
     assert (measured.latency_before is None) == (dense is None)
     assert "latency" in str(measured)
     assert "latency" not in str(report)
+
+
+def test_a_report_does_not_keep_the_model_alive_and_can_be_copied():
+    model = nn.Linear(4, 4)
+    report = a_report(subject=model)
+    copies = [copy.deepcopy(report), pickle.loads(pickle.dumps(report))]
+    assert all(one == report for one in copies)
+    del model
+    for one in (report, *copies):
+        with pytest.raises(InvalidArgumentError, match="pass it as model="):
+            one.measure(torch.zeros(2, 4))
+    assert report.measure(torch.zeros(2, 4), model=nn.Linear(4, 4), repeats=1).latency_after is not None
 
 
 def test_plot_draws_a_bar_for_each_row(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import html
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from netopt.batches import Inputs
-from netopt.errors import MissingPackageError
+from netopt.errors import InvalidArgumentError, MissingPackageError
 from netopt.measure import Cost, Latency, latencies, latency
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ class PruningReport:
         settings: What was asked for, such as ``{"amount": 0.5, "importance": "saliency"}``.
         latency_before: Seconds of a forward call before, if measured; see :meth:`measure`.
         latency_after: Seconds of a forward call now, if measured.
+        subject: The pruned model, given as it is and kept as a weak reference, for :meth:`measure` alone.
 
     Example:
         >>> report = PruningReport(
@@ -96,6 +98,14 @@ class PruningReport:
     settings: Mapping[str, Any] = field(default_factory=dict)
     latency_before: Latency | None = None
     latency_after: Latency | None = None
+    subject: Any = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.subject, nn.Module):
+            object.__setattr__(self, "subject", weakref.ref(self.subject))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "subject": None}
 
     @property
     def params_before(self) -> int:
@@ -144,20 +154,29 @@ class PruningReport:
         return 1 - sum(row.after for row in self.rows) / total if total else 0.0
 
     def measure(
-        self, model: nn.Module, inputs: Inputs, *, dense: nn.Module | Latency | None = None, repeats: int = 30
+        self,
+        inputs: Inputs,
+        *,
+        dense: nn.Module | Latency | None = None,
+        model: nn.Module | None = None,
+        repeats: int = 30,
     ) -> PruningReport:
         """Returns this report with measured seconds of one forward call.
 
         Args:
-            model: The pruned model.
             inputs: Example inputs of one forward call.
             dense: A copy of the model from before, then both are timed in turns; or its latency, if measured earlier.
+                Without it, only the pruned model is timed.
+            model: The pruned model, by default the one that was pruned, as long as it is alive.
             repeats: Number of timed calls.
 
         Raises:
             ForwardError: a forward failed on ``inputs``.
-            InvalidArgumentError: ``repeats`` is less than 1.
+            InvalidArgumentError: ``repeats`` is less than 1, or the pruned model is gone.
         """
+        model = model or (self.subject() if self.subject is not None else None)
+        if model is None:
+            raise InvalidArgumentError("the pruned model is no longer known to this report; pass it as model=.")
         if isinstance(dense, nn.Module):
             old, new = latencies([dense, model], inputs, repeats)
         else:
