@@ -1,0 +1,324 @@
+"""Which neurons stay: from scores to kept positions.
+
+Scores of different axes are made comparable by one stated normalisation, ranked together or axis by axis, and cut at an
+amount, a threshold, or a budget. Names, numbers and scores only: nothing here knows a model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from netopt.errors import (
+    ArgumentTypeError,
+    InvalidArgumentError,
+    NonFiniteError,
+    NothingToPruneError,
+    SelectorError,
+    UnknownNameError,
+    nearest,
+)
+
+__all__ = ["NORMALIZATIONS", "Amount", "Limits", "check_amount", "normalized", "select", "select_within"]
+
+Amount = float | int | Mapping[str, float | int]
+"""A fraction in [0, 1), a count, or one of these for each axis name or pattern."""
+
+Scope = Literal["global", "layer"]
+
+Scores = Mapping[str, Tensor]
+"""One score a neuron, higher means keep, by axis name."""
+
+Counts = dict[str, int]
+
+
+def _largest(scores: Tensor) -> Tensor:
+    return scores.abs().max()
+
+
+def _mean(scores: Tensor) -> Tensor:
+    return scores.abs().mean()
+
+
+def _root_mean_square(scores: Tensor) -> Tensor:
+    return scores.square().mean().sqrt()
+
+
+def _total(scores: Tensor) -> Tensor:
+    return scores.abs().sum()
+
+
+def _one(scores: Tensor) -> Tensor:
+    return scores.new_ones(())
+
+
+NORMALIZATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "none": _one,
+    "mean": _mean,
+    "max": _largest,
+    "rms": _root_mean_square,
+    "sum": _total,
+}
+"""What an axis's scores are divided by before axes are ranked together."""
+
+NORMALIZATION = "mean"
+"""The one in use: a neuron is compared with the average neuron of its own axis; see docs/neurons.md for the trial."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What every choice has to respect.
+
+    Args:
+        round_to: Keep a multiple of this many neurons on every axis that has more.
+        feasible: The nearest counts that satisfy every equation between sizes, from counts by axis name.
+    """
+
+    round_to: int = 1
+    feasible: Callable[[Mapping[str, int]], Mapping[str, int]] | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.round_to, bool) or not isinstance(self.round_to, int):
+            raise ArgumentTypeError(f"round_to must be a whole number, got {self.round_to!r}")
+        if self.round_to < 1:
+            raise InvalidArgumentError(f"round_to must be 1 or more, got {self.round_to}")
+
+    def settle(self, counts: Mapping[str, int], sizes: Mapping[str, int], *, down: bool = False) -> Counts:
+        """The counts nearest to ``counts`` that are allowed; with ``down``, not above where that can be helped."""
+        rounded = {name: self._round(count, sizes[name], down=down) for name, count in counts.items()}
+        return dict(self.feasible(rounded)) if self.feasible is not None else rounded
+
+    def _round(self, count: int, size: int, *, down: bool) -> int:
+        step = self.round_to
+        if step == 1 or count >= size:
+            return max(1, min(count, size))
+        multiple = (count // step if down else math.floor(count / step + 0.5)) * step
+        return min(max(multiple, step), size)
+
+
+def select(
+    scores: Scores,
+    amount: Amount | None = None,
+    *,
+    threshold: float | None = None,
+    scope: Scope = "global",
+    limits: Limits = Limits(),
+) -> dict[str, Tensor]:
+    """Keeps what an amount or a threshold leaves; at least one neuron on every axis.
+
+    Args:
+        scores: One score a neuron, by axis; higher means keep.
+        amount: Fraction in [0, 1) of all neurons, a count, or a mapping from axis names or patterns to these, whose
+            amounts are each of one axis and which leaves the other axes whole.
+        threshold: Instead of an amount: neurons that score below are removed.
+        scope: ``"global"`` ranks all axes together, ``"layer"`` removes the amount of every axis.
+        limits: Multiples and equations to respect.
+
+    Returns:
+        Kept positions, ascending, of every axis.
+
+    Raises:
+        InvalidArgumentError: The amount or threshold is out of range, or both or none are given.
+        NonFiniteError: Some score is NaN or infinite.
+
+    Example:
+        >>> select({"a": torch.tensor([3.0, 1.0, 2.0]), "b": torch.tensor([5.0, 5.0])}, 0.4)
+        {'a': tensor([0]), 'b': tensor([0, 1])}
+    """
+    _check_scores(scores)
+    sizes = {name: len(one) for name, one in scores.items()}
+    if (amount is None) == (threshold is None):
+        raise InvalidArgumentError("give exactly one of amount and threshold")
+    if threshold is not None:
+        _check_number(threshold, "threshold")
+        counts = {name: int((one >= threshold).sum()) for name, one in scores.items()}
+    else:
+        assert amount is not None
+        check_amount(amount)
+        counts = _counts(scores, amount, _check_scope(scope))
+    return best(scores, limits.settle(counts, sizes))
+
+
+def best(scores: Scores, counts: Mapping[str, int]) -> dict[str, Tensor]:
+    """The positions of the ``counts`` best neurons of every axis, ascending; of equal ones the first."""
+    return {
+        name: torch.sort(one, descending=True, stable=True).indices[: counts[name]].sort().values
+        for name, one in scores.items()
+    }
+
+
+def select_within(
+    scores: Scores,
+    cost: Callable[[Mapping[str, Tensor]], int],
+    limit: int,
+    *,
+    unit_costs: Mapping[str, float],
+    limits: Limits = Limits(),
+) -> dict[str, Tensor]:
+    """Keeps as much as a budget allows: neurons go in the order of least score for the cost they free.
+
+    The order is that of the greedy solution of the knapsack problem, with each neuron's cost taken in the whole model.
+    How many go is then found by bisection on the true cost, so that the result is never above ``limit`` and one neuron
+    fewer removed would be.
+
+    Args:
+        scores: One score a neuron, by axis; higher means keep.
+        cost: What a model with these kept positions costs (parameters, MACs); falls as neurons go.
+        limit: The most it may cost.
+        unit_costs: What one neuron of each axis costs in the whole model; only their ratios matter.
+        limits: Multiples and equations to respect.
+
+    Raises:
+        NothingToPruneError: Even one neuron on every axis costs more than ``limit``.
+    """
+    _check_scores(scores)
+    sizes = {name: len(one) for name, one in scores.items()}
+    order = _cheapest_first(scores, unit_costs)
+    tried: dict[int, tuple[dict[str, Tensor], int]] = {}
+
+    def attempt(removed: int) -> tuple[dict[str, Tensor], int]:
+        if removed not in tried:
+            gone = order[:removed]
+            counts = {name: size - int((gone == place).sum()) for place, (name, size) in enumerate(sizes.items())}
+            kept = best(scores, limits.settle(counts, sizes, down=True))
+            tried[removed] = kept, cost(kept)
+        return tried[removed]
+
+    low, high = 0, len(order)
+    if attempt(high)[1] > limit:
+        raise NothingToPruneError(
+            f"the budget allows {limit:,}, and with one neuron left on every axis that may be pruned the model still "
+            f"costs {attempt(high)[1]:,}; allow more, or exclude less"
+        )
+    while low < high:
+        middle = (low + high) // 2
+        if attempt(middle)[1] <= limit:
+            high = middle
+        else:
+            low = middle + 1
+    return attempt(high)[0]
+
+
+def normalized(scores: Tensor, how: str = NORMALIZATION) -> Tensor:
+    """Scores of one axis made comparable with those of others.
+
+    Args:
+        scores: Of the neurons of one axis.
+        how: A name in :data:`NORMALIZATIONS`.
+
+    Raises:
+        UnknownNameError: There is no normalisation of that name.
+    """
+    if how not in NORMALIZATIONS:
+        raise UnknownNameError.of("normalization", how, NORMALIZATIONS)
+    scale = NORMALIZATIONS[how](scores)
+    return scores / scale if float(scale) > 0 else scores
+
+
+def check_amount(amount: Amount) -> None:
+    """Checks an amount before any work is done.
+
+    Raises:
+        ArgumentTypeError: It is not a number, or a mapping of names to numbers.
+        InvalidArgumentError: It is out of range.
+    """
+    if isinstance(amount, Mapping):
+        if not amount:
+            raise InvalidArgumentError("amount is an empty mapping, so nothing would be removed")
+        for one in amount.values():
+            if isinstance(one, Mapping):
+                raise ArgumentTypeError("an amount inside a mapping must be a number")
+            check_amount(one)
+        return
+    if isinstance(amount, bool) or not isinstance(amount, (int, float)):
+        raise ArgumentTypeError(f"amount must be a fraction in [0, 1), a count or a mapping of these, got {amount!r}")
+    if isinstance(amount, float) and not 0 <= amount < 1:
+        hint = f"; for a count write {int(amount)}" if amount.is_integer() and amount >= 1 else ""
+        percent = f"; {amount:g} percent is {amount / 100:g}" if 1 < amount < 100 else ""
+        raise InvalidArgumentError(f"amount must be a fraction in [0, 1), got {amount}{hint}{percent}")
+    if amount < 0:
+        raise InvalidArgumentError(f"amount must be 0 or more, got {amount}")
+
+
+def _counts(scores: Scores, amount: Amount, scope: Scope) -> Counts:
+    """How many neurons each axis keeps."""
+    sizes = {name: len(one) for name, one in scores.items()}
+    if isinstance(amount, Mapping):
+        return _counts_by_name(sizes, amount)
+    if scope == "layer":
+        return {name: max(1, size - _removed(amount, size)) for name, size in sizes.items()}
+    total = sum(sizes.values())
+    asked = _removed(amount, total)
+    removable = total - len(sizes)
+    if isinstance(amount, int) and amount > removable:
+        raise InvalidArgumentError(
+            f"amount asks for {amount} neurons and {removable} can go: {total} on {len(sizes)} axes, of which each "
+            f"keeps one"
+        )
+    gone = _cheapest_first(scores, dict.fromkeys(scores, 1.0))[:asked]
+    return {name: size - int((gone == place).sum()) for place, (name, size) in enumerate(sizes.items())}
+
+
+def _counts_by_name(sizes: Mapping[str, int], amounts: Mapping[str, float | int]) -> Counts:
+    unused = set(amounts)
+    counts = {}
+    for name, size in sizes.items():
+        fitting = [key for key in amounts if key == name or fnmatchcase(name, key)]
+        unused.difference_update(fitting)
+        chosen = name if name in fitting else next(iter(fitting), None)
+        counts[name] = size if chosen is None else max(1, size - _removed(amounts[chosen], size))
+    if unused:
+        wrong = min(unused)
+        raise SelectorError(f"amount names {wrong!r}, which fits no axis. {nearest(wrong, sizes)}".strip())
+    return counts
+
+
+def _removed(amount: float, size: int) -> int:
+    """How many of ``size`` an amount removes, to the nearest; half a neuron is rounded up."""
+    return math.floor(amount * size + 0.5) if isinstance(amount, float) else min(amount, size)
+
+
+def _cheapest_first(scores: Scores, unit_costs: Mapping[str, float]) -> Tensor:
+    """The axis (by place) of every neuron that may go, in the order they go; the best of every axis stays.
+
+    Only axes are listed: on each, the neurons with the lowest scores go first.
+    """
+    ranks, places = [], []
+    for place, (name, one) in enumerate(scores.items()):
+        going = normalized(one.double()).sort().values[:-1]
+        ranks.append(going / max(float(unit_costs[name]), 1e-12))
+        places.append(torch.full((len(going),), place))
+    if not ranks:
+        return torch.empty(0, dtype=torch.int64)
+    return torch.cat(places)[torch.sort(torch.cat(ranks), stable=True).indices]
+
+
+def _check_scores(scores: Scores) -> None:
+    if not scores:
+        raise NothingToPruneError("no axis has scores, so there is nothing to select from")
+    for name, one in scores.items():
+        if one.dim() != 1 or not len(one):
+            raise InvalidArgumentError(f"axis `{name}` needs one score a neuron, got shape {tuple(one.shape)}")
+        if not bool(one.isfinite().all()):
+            raise NonFiniteError(f"scores of axis `{name}` are not finite; look for NaN or infinity in its weights")
+
+
+def _check_scope(scope: str) -> Scope:
+    scopes: Sequence[Scope] = ("global", "layer")
+    for known in scopes:
+        if scope == known:
+            return known
+    raise UnknownNameError.of("scope", str(scope), scopes)
+
+
+def _check_number(value: float, what: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ArgumentTypeError(f"{what} must be a number, got {value!r}")
+    if math.isnan(value):
+        raise InvalidArgumentError(f"{what} is NaN")
