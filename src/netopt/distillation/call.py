@@ -1,0 +1,325 @@
+"""One call trains a student on what a teacher says."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from netopt.distillation.engines import engine_for, precision
+from netopt.distillation.hints import Hints, HintTerm, hint_terms
+from netopt.distillation.interrupts import graceful
+from netopt.distillation.loop import Loop, Settings
+from netopt.distillation.objective import Objective, SoftLoss
+from netopt.distillation.optimizing import OptimizerLike, SchedulerLike, check_positive, optimizers_for, scheduler_for
+from netopt.distillation.outputs import Picker, check_shapes, is_causal
+from netopt.distillation.report import DistillationReport
+from netopt.distillation.sources import Drawn, Source, source
+from netopt.distillation.student import Trainee, evaluating, lent, modes, undone_on_error
+from netopt.distillation.targets import Labels, Targets
+from netopt.distillation.teachers import Forward, as_teachers, check_apart
+from netopt.distillation.validating import Metric, Validation
+from netopt.errors import ArgumentTypeError, InvalidArgumentError, NonFiniteError
+from netopt.restore import given_back, random_state_kept
+
+__all__ = ["distill"]
+
+
+def distill(
+    student: nn.Module,
+    teacher: nn.Module | Sequence[nn.Module],
+    data: Any,
+    *,
+    epochs: int = 1,
+    steps: int | None = None,
+    batch_size: int = 64,
+    loss: SoftLoss = "mse",
+    temperature: float = 4.0,
+    hard: float = 0.0,
+    labels: Labels = None,
+    ignore_index: int = -100,
+    hints: Hints = None,
+    teacher_weights: Iterable[float] | None = None,
+    forward: Callable[..., Any] | tuple[Forward, Forward] | None = None,
+    output: Picker | tuple[Picker, Picker] = None,
+    optimizer: OptimizerLike = None,
+    lr: float | None = None,
+    scheduler: SchedulerLike = None,
+    accumulate: int = 1,
+    clip: float | None = None,
+    amp: Any = None,
+    validation: Any = None,
+    metric: Metric = None,
+    patience: int | None = None,
+    keep_best: bool | None = None,
+    engine: Any = None,
+    callbacks: Sequence[Callable[..., Any]] = (),
+    seed: int | None = None,
+    progress: bool = True,
+) -> DistillationReport:
+    r"""Trains ``student``, in place, to say what ``teacher`` says.
+
+    The base loss is the squared error summed over outputs and averaged over samples; the data needs no labels. The
+    teacher runs in eval mode without gradients and is bit for bit unchanged afterwards. Training flags, gradients,
+    hooks and random states are as they were before; only the student's weights and buffers, and the optimizer passed
+    in, have changed. If one of this library's errors is raised, they have not either.
+
+    Args:
+        student: Any module. Sub-modules in eval mode (a frozen batch norm) stay in it, unless all of it is; parameters
+            that need no gradient stay as they are.
+        teacher: Any module, or several, whose losses are averaged by ``teacher_weights``.
+        data: A DataLoader, a Dataset, tensors (``x`` or ``(x, y)``, shuffled and cut into batches here), any iterable
+            of batches, or a function that returns one. A batch is a tensor, ``(inputs, targets)`` or a dict.
+        epochs: Passes over the data.
+        steps: Optimizer steps instead, over as many epochs as it takes.
+        batch_size: Samples a batch, where batches are made here.
+        loss: A name of :func:`netopt.distillation.losses.names`, a loss such as ``losses.kl.using(standardize=True)``,
+            a function of ``(student_output, teacher_output)``, or a mapping of these to weights.
+        temperature: Softening :math:`T` of the losses on distributions, which are multiplied by :math:`T^2`.
+        hard: Weight in [0, 1] of the labels' term; the others weigh ``1 - hard``. Class indices give cross-entropy,
+            real values squared error. A label of -1 means unlabelled.
+        labels: Where labels are: a key of the batch, a function of it, or by default its targets.
+        ignore_index: Positions with this label count in no term.
+        hints: ``{"student.layer": "teacher.layer"}``, with :class:`netopt.distillation.Hint` for other kinds than
+            ``"hint"``; or the plan of the pruning that made the student.
+        teacher_weights: One a teacher, by default equal.
+        forward: ``(model, batch) -> result``, for both, or a pair for student and teacher.
+        output: Path or function that finds the output in a result, for both, or a pair for student and teacher.
+        optimizer: An optimizer of the student's parameters, or a function that makes one of a list of parameters; by
+            default AdamW.
+        lr: Learning rate of the default optimizer, 0.001 if not given.
+        scheduler: Stepped after every optimizer step: a scheduler, a function of the optimizer, or ``"cosine"``.
+        accumulate: Batches a step. Means run over the items of the whole step, so this equals one larger batch.
+        clip: Largest norm of the gradient.
+        amp: ``"bf16"`` or ``"fp16"`` for autocast; losses are in float32 regardless.
+        validation: Data in any form, or a function of the student that returns a number, higher being better.
+        metric: On validation data: ``None`` for the loss, ``"accuracy"``, or a function of ``(output, targets)``.
+        patience: Stop after this many epochs without a better validation.
+        keep_best: Put the best weights back at the end; by default if ``validation`` is given.
+        engine: A Hugging Face ``Accelerator`` or a Lightning ``Fabric``.
+        callbacks: Called as ``(student, epoch)`` after every epoch; a true answer stops.
+        seed: Makes the call reproducible by itself; otherwise it follows the global random state.
+        progress: Show a bar.
+
+    Returns:
+        History by epoch and term, validation, times, and why training stopped. Ctrl-C stops it after the step under
+        way, with the report and a usable student.
+
+    Raises:
+        ShapeMismatchError: student and teacher say tensors of different shapes.
+        InvalidArgumentError: student and teacher share what would be trained, or an argument cannot be meant.
+        NonFiniteError: the loss is NaN or infinite.
+        EmptyDataError: the data yields no batch.
+
+    References:
+        Do Deep Nets Really Need to be Deep? (Ba and Caruana, 2014), https://arxiv.org/abs/1312.6184
+
+    Example:
+        >>> teacher, student = nn.Linear(4, 2), nn.Linear(4, 2)
+        >>> x = torch.randn(256, 4, generator=torch.Generator().manual_seed(0))
+        >>> report = distill(student, teacher, x, epochs=40, lr=0.03, seed=0, progress=False)
+        >>> report.stopped, report.steps, report.loss < 1e-3
+        ('finished', 160, True)
+    """
+    _check(
+        epochs=epochs,
+        steps=steps,
+        batch_size=batch_size,
+        temperature=temperature,
+        hard=hard,
+        lr=lr,
+        accumulate=accumulate,
+        clip=clip,
+        patience=patience,
+        seed=seed,
+    )
+    _check_student(student)
+    teachers, shares = as_teachers(teacher, teacher_weights)
+    check_apart(student, teachers)
+    own = optimizer if isinstance(optimizer, Optimizer) else None
+    student_forward, teacher_forward = _pair(forward, "forward")
+    student_output, teacher_output = _pair(output, "output")
+    terms = hint_terms(hints, student, teachers[0])
+    objective = Objective(loss, temperature=temperature, hard=hard, teachers=shares, hints=terms)
+    machine = engine_for(engine, student, precision(amp))
+    with ExitStack() as stack:
+        stack.enter_context(random_state_kept())
+        _seed(seed)
+        base = int(torch.randint(2**31, ()).item())
+        common: dict[str, Any] = {"batch_size": batch_size, "seed": base}
+        drawn_from = source(data, shuffle=True, epochs=epochs if steps is None else 1, **common)
+        targets = Targets(
+            teachers,
+            forward=teacher_forward,
+            picker=teacher_output,
+            layers=[one.hint.layer for one in terms],
+            labels=labels,
+            ignore_index=ignore_index,
+            causal=is_causal(student),
+            engine=machine,
+        )
+        checked = _validation(validation, metric, targets, objective, common)
+        if checked is None and (patience is not None or keep_best):
+            raise InvalidArgumentError("patience and keep_best need validation=, which is not given.")
+        stack.enter_context(given_back(*teachers, rng=False))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(undone_on_error(student, own, scheduler))
+        stack.enter_context(lent(student, own))
+        stack.enter_context(targets.listening())
+        for part, flag in modes(student).items():
+            part.training = flag
+        first, rest = _rehearse(
+            student,
+            forward=student_forward,
+            picker=student_output,
+            drawn_from=drawn_from,
+            targets=targets,
+            objective=objective,
+            terms=terms,
+            seed=base,
+        )
+        trainee = Trainee(student, terms, student_forward, student_output)
+        stack.enter_context(trainee.listening())
+        stack.callback(machine.close)
+        optimizers = optimizers_for(
+            optimizer, lr, trainee, {id(one) for model in teachers for one in model.parameters()}
+        )
+        total = steps or -(-len(drawn_from) // accumulate) * epochs
+        keep = checked is not None if keep_best is None else keep_best
+        loop = Loop(
+            trainee,
+            targets,
+            objective,
+            drawn_from,
+            machine,
+            optimizers=optimizers,
+            schedulers=scheduler_for(scheduler, optimizers, total),
+            settings=Settings(epochs, steps, accumulate, clip, patience, keep),
+            validation=checked,
+            callbacks=tuple(callbacks),
+            interruption=stack.enter_context(graceful()),
+            progress=progress,
+        )
+        report = loop.run(chain([first], rest))
+        _check_finite(student)
+        return report
+
+
+def _rehearse(
+    student: nn.Module,
+    *,
+    forward: Forward,
+    picker: Picker,
+    drawn_from: Source,
+    targets: Targets,
+    objective: Objective,
+    terms: Sequence[HintTerm],
+    seed: int,
+) -> tuple[Drawn, Iterator[Drawn]]:
+    """Looks at the first batch before anything is trained: shapes, what losses average over, projections.
+
+    Returns the batch and the rest of its epoch. Nothing of the student changes, no buffer and no random state.
+    """
+    drawn = drawn_from.epoch()
+    first = next(drawn)
+    with random_state_kept(), torch.no_grad(), evaluating(student):
+        batch, target = targets.prepare(*first)
+        probe = Trainee(student, terms, forward, picker)
+        with probe.listening(), targets.engine.autocast():
+            record = probe.record(batch)
+        for place, theirs in enumerate(target.records):
+            who = "the teacher" if len(target.records) == 1 else f"teacher {place}"
+            check_shapes(record.output, theirs.output, who)
+        objective.learn(target)
+        generator = torch.Generator().manual_seed(seed)
+        for term in terms:
+            term.learn(*term.pair(record.features, target.records[0].features), generator)
+    return first, drawn
+
+
+def _validation(
+    validation: Any, metric: Metric, targets: Targets, objective: Objective, common: Mapping[str, Any]
+) -> Validation | None:
+    """Returns what scores the student, or ``None``."""
+    if validation is None:
+        if metric is not None:
+            raise InvalidArgumentError("metric needs validation=, the data to measure it on.")
+        return None
+    if not (metric is None or callable(metric) or metric in ("loss", "accuracy")):
+        raise InvalidArgumentError(f"metric must be None, 'loss', 'accuracy' or a function, not {metric!r}.")
+    if callable(validation) and not isinstance(validation, (Iterable, nn.Module)) and metric is None:
+        return Validation(validation, None, targets, objective)
+    found = source(validation, shuffle=False, epochs=2, what="validation", **common)
+    return Validation(found, metric, targets, objective)
+
+
+def _pair(value: Any, name: str) -> tuple[Any, Any]:
+    if not isinstance(value, (tuple, list)):
+        return value, value
+    if len(value) != 2:
+        raise InvalidArgumentError(f"{name} must be one entry for both models or a pair (student, teacher).")
+    return value[0], value[1]
+
+
+def _seed(seed: int | None) -> None:
+    if seed is not None:
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+
+
+def _check(
+    *,
+    epochs: Any,
+    steps: Any,
+    batch_size: Any,
+    temperature: Any,
+    hard: Any,
+    lr: Any,
+    accumulate: Any,
+    clip: Any,
+    patience: Any,
+    seed: Any,
+) -> None:
+    check_positive("epochs", epochs, int)
+    check_positive("steps", steps, int, optional=True)
+    check_positive("batch_size", batch_size, int)
+    check_positive("temperature", temperature, float)
+    check_positive("lr", lr, float, optional=True)
+    check_positive("accumulate", accumulate, int)
+    check_positive("clip", clip, float, optional=True)
+    check_positive("patience", patience, int, optional=True)
+    if isinstance(hard, bool) or not isinstance(hard, (int, float)):
+        raise ArgumentTypeError(f"hard must be a number in [0, 1], not {hard!r}.")
+    if not 0 <= hard <= 1:
+        raise InvalidArgumentError(f"hard must lie in [0, 1], not {hard}.")
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+        raise ArgumentTypeError(f"seed must be an int or None, not {seed!r}.")
+
+
+def _check_student(student: Any) -> None:
+    if not isinstance(student, nn.Module):
+        raise ArgumentTypeError(f"student must be a module, not {type(student).__name__}.")
+    if not any(True for _ in student.parameters()):
+        raise InvalidArgumentError(f"the student, a {type(student).__name__}, has no parameters to train.")
+    if not any(one.requires_grad for one in student.parameters()):
+        raise InvalidArgumentError(
+            "every parameter of the student is frozen, so there is nothing to train; call student.requires_grad_(True)."
+        )
+    _check_finite(student, before=True)
+
+
+def _check_finite(student: nn.Module, *, before: bool = False) -> None:
+    for name, parameter in student.named_parameters():
+        if parameter.is_floating_point() and not bool(torch.isfinite(parameter.detach()).all()):
+            when = "before training" if before else "after the last step"
+            hint = "load finite weights" if before else "lower lr, or set clip=1.0"
+            raise NonFiniteError(f"the student's {name!r} holds NaN or infinity {when}; {hint}.")

@@ -1,0 +1,42 @@
+"""Ctrl-C asks to stop; the step under way is finished first."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+__all__ = ["Interruption", "graceful"]
+
+
+class Interruption:
+    """Whether someone asked to stop."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+
+@contextmanager
+def graceful() -> Iterator[Interruption]:
+    """Turns the first Ctrl-C into a request and the second into a KeyboardInterrupt.
+
+    Only where Python's own handler is installed, and in the main thread; elsewhere nothing changes.
+    """
+    interruption = Interruption()
+    ours = threading.current_thread() is threading.main_thread()
+    if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield interruption
+        return
+
+    def ask(_signal: int, _frame: FrameType | None) -> None:
+        if interruption.asked:
+            raise KeyboardInterrupt
+        interruption.asked = True
+
+    signal.signal(signal.SIGINT, ask)
+    try:
+        yield interruption
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)

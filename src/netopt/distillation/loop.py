@@ -1,0 +1,313 @@
+"""The training loop: micro-batches to steps, steps to epochs, epochs to a report."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from netopt.distillation.engines import Engine
+from netopt.distillation.interrupts import Interruption
+from netopt.distillation.objective import Objective, Record, Target
+from netopt.distillation.report import DistillationReport, Epoch
+from netopt.distillation.sources import Drawn, Source
+from netopt.distillation.student import Snapshot, Trainee
+from netopt.distillation.targets import Targets
+from netopt.distillation.validating import Validation
+from netopt.errors import NonFiniteError
+
+__all__ = ["Loop", "Settings"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How long to train, and how to step.
+
+    Args:
+        epochs: Passes over the data, where ``steps`` is ``None``.
+        steps: Optimizer steps, over as many epochs as it takes.
+        accumulate: Micro-batches a step.
+        clip: Largest gradient norm, or ``None``.
+        patience: Epochs without a better validation score after which to stop, or ``None``.
+        keep_best: Put the best weights back at the end.
+    """
+
+    epochs: int
+    steps: int | None
+    accumulate: int
+    clip: float | None
+    patience: int | None
+    keep_best: bool
+
+
+@dataclass
+class State:
+    """Where training is; with weights, optimizer and random states all that a checkpoint has to hold."""
+
+    epoch: int = 0
+    drawn: int = 0
+    step: int = 0
+    samples: int = 0
+    sums: Tensor | None = None
+    counts: Tensor | None = None
+    best: float | None = None
+    best_epoch: int | None = None
+    stale: int = 0
+    seconds: float = 0.0
+    history: list[Epoch] = field(default_factory=list)
+
+
+class Loop:
+    """Everything one call trains with, wired together.
+
+    Args:
+        trainee: Student and projections.
+        targets: Asks the teachers.
+        objective: What is minimised.
+        source: Where batches come from.
+        engine: Where a step runs.
+        optimizers: What is stepped.
+        schedulers: Stepped after every optimizer step.
+        settings: How long, and how.
+        validation: Scores the student after every epoch, or ``None``.
+        callbacks: Called after every epoch; a true answer stops.
+        interruption: Whether someone asked to stop.
+        progress: Whether to show a bar.
+    """
+
+    def __init__(
+        self,
+        trainee: Trainee,
+        targets: Targets,
+        objective: Objective,
+        source: Source,
+        engine: Engine,
+        *,
+        optimizers: list[Optimizer],
+        schedulers: Sequence[Any],
+        settings: Settings,
+        validation: Validation | None,
+        callbacks: Sequence[Callable[..., Any]],
+        interruption: Interruption,
+        progress: bool,
+    ) -> None:
+        self.trainee, self.targets, self.objective, self.source = trainee, targets, objective, source
+        self.engine, self.schedulers, self.settings = engine, schedulers, settings
+        self.validation, self.callbacks, self.interruption, self.progress = (
+            validation,
+            callbacks,
+            interruption,
+            progress,
+        )
+        self.model, self.optimizers = engine.prepare(trainee, optimizers)
+        self.parameters = [one for one in trainee.parameters() if one.requires_grad]
+        self.state = State()
+        self.best: Snapshot | None = None
+        self.watch = _Watch(engine.device, objective)
+        self.stopped = "finished"
+
+    def run(self, first: Iterator[Drawn]) -> DistillationReport:
+        """Trains until there is a reason to stop; ``first`` is the first epoch, begun already."""
+        began = time.perf_counter()
+        state, drawn = self.state, first
+        try:
+            with self._bar() as bar:
+                while self.stopped == "finished" and not self._done():
+                    self._epoch(drawn, bar)
+                    drawn = self.source.epoch()
+        except KeyboardInterrupt:
+            self.stopped = "interrupted"
+        self.watch.settle(state.step)
+        if state.drawn:
+            self._close_epoch(time.perf_counter())
+        restored = self.settings.keep_best and self.best is not None and state.best_epoch is not None
+        if restored and self.best is not None:
+            self.best.put_back()
+        return DistillationReport(
+            history=state.history,
+            stopped=self.stopped,
+            steps=state.step,
+            samples=state.samples,
+            seconds=state.seconds + time.perf_counter() - began,
+            teacher_seconds=self.targets.seconds(),
+            metric=self.validation.name if self.validation is not None else None,
+            best=state.best,
+            best_epoch=state.best_epoch,
+            kept_best=restored,
+            cache=self.targets.facts(),
+            notes=list(self.targets.notes),
+        )
+
+    def _done(self) -> bool:
+        steps = self.settings.steps
+        return self.state.epoch >= self.settings.epochs if steps is None else self.state.step >= steps
+
+    def _epoch(self, drawn: Iterator[Drawn], bar: Any) -> None:
+        """One pass over the data, or what is left of it; then validation, and a line in the history."""
+        state, began = self.state, time.perf_counter()
+        while group := list(islice(drawn, self.settings.accumulate)):
+            state.drawn += len(group)
+            self._step(group)
+            bar.tick(self.watch)
+            if self.interruption.asked:
+                self.stopped = "interrupted"
+                return
+            if self.settings.steps is not None and state.step >= self.settings.steps:
+                break
+        self._close_epoch(began)
+        entry = state.history[-1]
+        if self.settings.patience is not None and state.stale >= self.settings.patience:
+            self.stopped = "patience"
+        for callback in self.callbacks:
+            if callback(self.trainee.student, entry):
+                self.stopped = "callback"
+
+    def _step(self, group: Sequence[Drawn]) -> None:
+        """One optimizer step on all micro-batches of ``group``."""
+        prepared = [self.targets.prepare(identities, batch) for identities, batch in group]
+        counts = [self.objective.counts(one.items, one.labels) for _, one in prepared]
+        totals = self.engine.totals([sum(column) for column in zip(*counts, strict=True)])
+        for place, (batch, target) in enumerate(prepared):
+            last = place == len(prepared) - 1
+            with self.engine.holding(self.model, last):
+                self.engine.backward(self._loss(batch, target, totals, counts[place]))
+        self.engine.step(self.optimizers, self.parameters, self.settings.clip)
+        for scheduler in self.schedulers:
+            scheduler.step()
+        self.state.step += 1
+
+    def _loss(self, batch: Any, target: Target, totals: Sequence[float | Tensor], counts: Sequence[int]) -> Tensor:
+        with self.engine.autocast():
+            output, features = self.model(batch)
+        sums = self.objective.sums(Record(output, features), target)
+        parts = [weight * one / total for weight, one, total in zip(self.objective.weights, sums, totals, strict=True)]
+        loss = parts[0] if len(parts) == 1 else torch.stack(parts).sum()
+        self.watch.add(loss, sums, counts, self.state.step)
+        self.state.samples += target.items.positions[0]
+        return loss * self.engine.world if self.engine.world > 1 else loss
+
+    def _close_epoch(self, began: float) -> None:
+        """Ends an epoch, be it a partial one: its means, its validation, its line in the history."""
+        state = self.state
+        self.watch.settle(state.step)
+        state.epoch += 1
+        state.drawn = 0
+        means = self.watch.means(self.engine)
+        loss = math.fsum(w * means[n] for w, n in zip(self.objective.weights, self.objective.names, strict=True) if w)
+        score = self._validate()
+        state.history.append(Epoch(state.epoch, state.step, loss, means, score, time.perf_counter() - began))
+
+    def _validate(self) -> float | None:
+        if self.validation is None:
+            return None
+        score = self.validation.score(self.trainee)
+        if self.validation.better(score, self.state.best):
+            self.state.best, self.state.best_epoch, self.state.stale = score, self.state.epoch, 0
+            if self.settings.keep_best:
+                self.best = Snapshot(self.trainee.student)
+        else:
+            self.state.stale += 1
+        return score
+
+    def _bar(self) -> _Bar:
+        steps = self.settings.steps
+        if steps is None:
+            steps = -(-len(self.source) // self.settings.accumulate) * self.settings.epochs
+        return _Bar(steps or None, self.progress and self.engine.rank == 0)
+
+
+class _Watch:
+    """Adds terms up on the device, and looks for a loss that is not finite without waiting for the device."""
+
+    def __init__(self, device: torch.device, objective: Objective) -> None:
+        self.objective = objective
+        self.dtype = torch.float32 if device.type == "mps" else torch.float64
+        self.sums = torch.zeros(len(objective.names), dtype=self.dtype, device=device)
+        self.counts = [0] * len(objective.names)
+        self.pending: deque[tuple[int, Any, Tensor, list[Tensor]]] = deque()
+        self.last: Tensor | None = None
+
+    def add(self, loss: Tensor, sums: Sequence[Tensor], counts: Sequence[int], step: int) -> None:
+        terms = [one.detach() for one in sums]
+        self.sums += terms[0] if len(terms) == 1 else torch.stack(terms)
+        self.counts = [have + more for have, more in zip(self.counts, counts, strict=True)]
+        self.last = loss.detach()
+        if loss.device.type == "cpu":
+            if not torch.isfinite(self.last):
+                self._complain(step, terms)
+            return
+        # Copied to the host in passing and read once it has arrived, so no step waits for the device.
+        arrived = torch.empty((), dtype=loss.dtype, pin_memory=loss.device.type == "cuda")
+        arrived.copy_(self.last, non_blocking=True)
+        event = torch.Event(loss.device.type)
+        event.record()
+        self.pending.append((step, event, arrived, terms))
+        while self.pending and (self.pending[0][1].query() or len(self.pending) > 32):
+            self._read()
+
+    def settle(self, _step: int) -> None:
+        """Reads what has not been read yet."""
+        while self.pending:
+            self._read()
+
+    def means(self, engine: Engine) -> dict[str, float]:
+        """Returns each term's mean since the last call, over all processes, and starts anew."""
+        counts = torch.tensor(self.counts, dtype=self.dtype, device=self.sums.device)
+        sums, totals = engine.sum(torch.stack([self.sums, counts])).tolist()
+        self.sums.zero_()
+        self.counts = [0] * len(self.counts)
+        return {
+            name: one / total if total else 0.0
+            for name, one, total in zip(self.objective.names, sums, totals, strict=True)
+        }
+
+    def _read(self) -> None:
+        step, event, arrived, terms = self.pending.popleft()
+        event.synchronize()
+        if not torch.isfinite(arrived):
+            self._complain(step, terms)
+
+    def _complain(self, step: int, terms: Sequence[Tensor]) -> None:
+        values = ", ".join(f"{name} {one.item():.4g}" for name, one in zip(self.objective.names, terms, strict=True))
+        raise NonFiniteError(
+            f"the loss is not finite at step {step + 1} (sums over the batch: {values}); look for NaN in the data, "
+            "or lower lr, set clip=1.0, or choose amp='bf16'. Student and optimizer are as they were before the call."
+        )
+
+
+class _Bar:
+    """tqdm, kept off the hot path: the loss is fetched a few times a second at most."""
+
+    def __init__(self, total: int | None, shown: bool) -> None:
+        self.bar: Any = None
+        if shown:
+            from tqdm.auto import tqdm
+
+            self.bar = tqdm(total=total, desc="distill", unit="step", leave=False, dynamic_ncols=True)
+        self.next = time.perf_counter() + 0.5
+        self.ticks = 0
+
+    def __enter__(self) -> _Bar:  # noqa: PYI034
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def tick(self, watch: _Watch) -> None:
+        if self.bar is None:
+            return
+        self.ticks += 1
+        now = time.perf_counter()
+        if now >= self.next and watch.last is not None:
+            self.bar.set_postfix(loss=f"{watch.last.item():.4g}", refresh=False)
+            self.bar.update(self.ticks)
+            self.ticks, self.next = 0, now + 0.5

@@ -1,0 +1,324 @@
+"""What is minimised: weighted terms, each a sum over its items divided by how many count in the whole optimizer step.
+
+Terms hand out sums and counts, never means. Whoever holds the whole step, across accumulated micro-batches and across
+processes, adds the counts up first and then divides every sum by the total, so that an item weighs the same wherever
+it happens to lie. (The mean of means does not: of 3 and 17 tokens the 3 would weigh as much as the 17.)
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from netopt.distillation import losses
+from netopt.distillation.hints import HintTerm
+from netopt.distillation.losses import Loss
+from netopt.distillation.outputs import UNLABELLED, classes_last
+from netopt.errors import ArgumentTypeError, InvalidArgumentError, MissingDataError, ShapeMismatchError
+
+__all__ = ["Items", "Objective", "Record", "SoftLoss", "Target", "loss_terms"]
+
+SoftLoss: TypeAlias = str | Loss | Callable[..., Tensor] | Mapping[Any, float]
+Kind: TypeAlias = Literal["sample", "position", "hard"]
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one model said about a batch: its output, and the activations of the layers asked for, by name."""
+
+    output: Tensor
+    features: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Items:
+    """Which samples and positions of a batch count.
+
+    Args:
+        positions: The shape of the output's positions, samples first.
+        mask: True where a position, or a whole sample, counts; ``None`` if all do.
+    """
+
+    positions: tuple[int, ...]
+    mask: Tensor | None = None
+
+    @property
+    def _whole_samples(self) -> bool:
+        return self.mask is not None and self.mask.dim() == 1
+
+    def samples(self) -> int:
+        """How many samples count: those with any position that does."""
+        if self.mask is None:
+            return self.positions[0]
+        return int(self.mask.flatten(1).any(1).sum() if self.mask.dim() > 1 else self.mask.sum())
+
+    def places(self) -> int:
+        """How many positions count."""
+        if self.mask is None:
+            return math.prod(self.positions)
+        each = math.prod(self.positions[1:]) if self._whole_samples else 1
+        return int(self.mask.sum()) * each
+
+    def whole(self, output: Tensor) -> Tensor:
+        """Returns the samples that count, ``(n, ...)``, their masked positions set to zero."""
+        if self.mask is None:
+            return output
+        if self._whole_samples:
+            return output[_rows(self.mask, output)]
+        mask = self.mask.to(output.device)
+        output = output.masked_fill(~(mask.unsqueeze(1) if output.dim() > 3 else mask[..., None]), 0)
+        return output[_rows(self.mask.flatten(1).any(1), output)]
+
+    def flat(self, output: Tensor) -> Tensor:
+        """Returns the positions that count, ``(items, classes)``."""
+        classes = classes_last(output)
+        if self._whole_samples and self.mask is not None:
+            return classes[_rows(self.mask, output)].flatten(0, -2)
+        flat = classes.flatten(0, -2)
+        return flat if self.mask is None else flat[_rows(self.mask, output)]
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Returns the entries of ``values``, one a position, at positions that count."""
+        if self.mask is None:
+            return values.flatten()
+        if self._whole_samples:
+            return values[_rows(self.mask, values)].flatten()
+        return values.flatten()[_rows(self.mask, values)]
+
+
+def _rows(mask: Tensor, like: Tensor) -> Tensor:
+    # Found where the mask is, in host memory as a rule, so that the device does not have to be waited for.
+    return mask.flatten().nonzero().squeeze(1).to(like.device)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the student should say to one micro-batch."""
+
+    items: Items
+    records: Sequence[Record]
+    labels: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Soft:
+    """One term against the teachers' outputs."""
+
+    name: str
+    loss: Loss
+    weight: float
+    kind: Kind
+
+    def total(
+        self, student: Tensor, teacher: Tensor, labels: Tensor | None, items: Items, temperature: float
+    ) -> Tensor:
+        options: dict[str, Any] = {}
+        if "temperature" in self.loss.accepts:
+            options["temperature"] = temperature
+        if self.loss.per == "position":
+            if "labels" in self.loss.accepts and labels is not None:
+                options["labels"] = items.spread(labels)
+            return self.loss(items.flat(student), items.flat(teacher), **options).sum()
+        return self.loss(items.whole(student), items.whole(teacher), **options).sum()
+
+
+@dataclass(frozen=True)
+class _Custom:
+    """A caller's own function, a term like any other; what it returns tells what it averages over."""
+
+    name: str
+    function: Callable[..., Tensor]
+    weight: float
+    kind: Kind = "sample"
+
+    def total(
+        self, student: Tensor, teacher: Tensor, labels: Tensor | None, items: Items, temperature: float
+    ) -> Tensor:
+        wanted = _named(self.function)
+        options = {"labels": labels, "temperature": temperature}
+        value = self.function(student, teacher, **{name: options[name] for name in options if name in wanted})
+        if not isinstance(value, Tensor):
+            raise ArgumentTypeError(f"the loss {self.name!r} returned a {type(value).__name__}; return a tensor.")
+        if value.dim() == 0:
+            return value * items.samples()
+        if tuple(value.shape) == items.positions:
+            return items.spread(value).sum()
+        if tuple(value.shape) == items.positions[:1]:
+            return items.whole(value[:, None]).sum() if items.mask is None or items.mask.dim() == 1 else value.sum()
+        raise ShapeMismatchError(
+            f"the loss {self.name!r} returned shape {tuple(value.shape)}; return one value a sample, "
+            f"{items.positions[:1]}, one a position, {items.positions}, or a single number."
+        )
+
+
+def _named(function: Callable[..., Any]) -> set[str]:
+    try:
+        return set(inspect.signature(function).parameters)
+    except ValueError:
+        return set()
+
+
+def loss_terms(loss: SoftLoss) -> list[tuple[str, Loss | Callable[..., Tensor], float]]:
+    """Returns name, function and weight of each term meant by ``loss=``.
+
+    Raises:
+        UnknownNameError: A name that is not registered.
+        ArgumentTypeError: Neither a name, nor a function, nor a mapping of these to weights.
+        InvalidArgumentError: A weight that is negative or not finite, or no term at all.
+    """
+    pairs: list[tuple[Any, Any]] = list(loss.items()) if isinstance(loss, Mapping) else [(loss, 1.0)]
+    if not pairs:
+        raise InvalidArgumentError("loss is an empty mapping; name at least one loss, such as {'kl': 1.0}.")
+    terms: list[tuple[str, Loss | Callable[..., Tensor], float]] = []
+    for entry, weight in pairs:
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
+            raise InvalidArgumentError(
+                f"the weight of the loss {entry!r} must be finite and not negative, not {weight}."
+            )
+        if isinstance(entry, str):
+            found = losses.get(entry)
+            terms.append((found.name, found, float(weight)))
+        elif isinstance(entry, Loss):
+            terms.append((entry.name, entry, float(weight)))
+        elif callable(entry):
+            terms.append((getattr(entry, "__name__", type(entry).__name__), entry, float(weight)))
+        else:
+            raise ArgumentTypeError(
+                f"loss must be a name, a function of (student, teacher) or a mapping of these to weights, "
+                f"not {type(entry).__name__}."
+            )
+    return terms
+
+
+class Objective:
+    """The sum of all terms, made from what the caller asked for.
+
+    Args:
+        loss: As given to :func:`netopt.distill`.
+        temperature: Softening of the losses that have one.
+        hard: Weight of the labels' term, in [0, 1]; the soft terms weigh ``1 - hard``.
+        teachers: One weight a teacher, summing to 1.
+        hints: Terms between layers, with weights of their own.
+    """
+
+    def __init__(
+        self,
+        loss: SoftLoss,
+        *,
+        temperature: float,
+        hard: float,
+        teachers: Sequence[float],
+        hints: Sequence[HintTerm] = (),
+    ) -> None:
+        self.temperature, self.hard, self.teachers, self.hints = temperature, hard, tuple(teachers), tuple(hints)
+        self.soft: list[_Soft | _Custom] = []
+        for name, function, weight in loss_terms(loss):
+            share = weight * (1 - hard)
+            if isinstance(function, Loss):
+                kind: Kind = "position" if function.per == "position" else "sample"
+                self.soft.append(_Soft(name, function, share, kind))
+            else:
+                self.soft.append(_Custom(name, function, share))
+        self.probabilistic = any(one.kind == "position" for one in self.soft)
+        self.names = [one.name for one in self.soft]
+        self.weights = [one.weight for one in self.soft]
+        if hard > 0:
+            self.names.append("labels")
+            self.weights.append(hard)
+        for hint in self.hints:
+            self.names.append(hint.name)
+            self.weights.append(hint.weight)
+
+    def learn(self, target: Target) -> None:
+        """Finds out on the first batch what the caller's own functions average over, and checks the others' shapes."""
+        output = target.records[0].output
+        for place, term in enumerate(self.soft):
+            if (
+                isinstance(term, _Soft)
+                and term.kind == "position"
+                and (output.dim() < 2 or classes_last(output).shape[-1] < 2)
+            ):
+                raise ShapeMismatchError(
+                    f"the loss {term.name!r} compares distributions over classes and the output of shape "
+                    f"{tuple(output.shape)} has no two classes; use loss='mse', or a model with two logits."
+                )
+            if isinstance(term, _Custom):
+                with torch.no_grad():
+                    wanted = {"labels": target.labels, "temperature": self.temperature}
+                    options = {key: one for key, one in wanted.items() if key in _named(term.function)}
+                    value = term.function(output, output, **options)
+                per_position = isinstance(value, Tensor) and tuple(value.shape) == target.items.positions
+                kind: Kind = "position" if per_position else "sample"
+                self.soft[place] = _Custom(term.name, term.function, term.weight, kind)
+
+    def counts(self, items: Items, labels: Tensor | None) -> list[int]:
+        """Returns how many items of this micro-batch each term runs over."""
+        samples = items.samples()
+        places = samples if len(items.positions) == 1 else items.places()
+        counts = [places if one.kind == "position" else samples for one in self.soft]
+        if self.hard > 0:
+            counts.append(self._labelled(items, labels))
+        return counts + [one.count(items, samples) for one in self.hints]
+
+    def sums(self, student: Record, target: Target) -> list[Tensor]:
+        """Returns each term's sum over the items of one micro-batch, in float32 at least."""
+        output = _precise(student.output)
+        found = []
+        for term in self.soft:
+            if term.weight == 0:
+                found.append(output.new_zeros(()))
+                continue
+            parts = [
+                weight * term.total(output, _precise(record.output), target.labels, target.items, self.temperature)
+                for weight, record in zip(self.teachers, target.records, strict=True)
+            ]
+            found.append(parts[0] if len(parts) == 1 else torch.stack(parts).sum())
+        if self.hard > 0:
+            found.append(self._labels_total(output, target))
+        for hint in self.hints:
+            ours, theirs = hint.pair(student.features, target.records[0].features)
+            found.append(hint.total(_precise(ours), _precise(theirs), target.items))
+        return found
+
+    def _labelled(self, items: Items, labels: Tensor | None) -> int:
+        if labels is None:
+            raise MissingDataError(
+                f"hard={self.hard} asks for labels and a batch has none; let the data yield (inputs, labels) or a dict "
+                'with "labels", pass labels=, or set hard=0.'
+            )
+        if labels.is_floating_point():
+            return items.places() if self.probabilistic else items.samples()
+        if tuple(labels.shape) != items.positions:
+            raise ShapeMismatchError(
+                f"the labels have shape {tuple(labels.shape)} and the output's positions {items.positions}; give one "
+                "class index a position."
+            )
+        return int((items.spread(labels) > UNLABELLED).sum())
+
+    def _labels_total(self, output: Tensor, target: Target) -> Tensor:
+        labels, items = target.labels, target.items
+        if labels is None:
+            raise MissingDataError("labels are missing.")
+        labels = labels.to(output.device)
+        if labels.is_floating_point():
+            if labels.numel() != output.numel():
+                raise ShapeMismatchError(
+                    f"real-valued labels of shape {tuple(labels.shape)} do not fit the output's {tuple(output.shape)}."
+                )
+            labels = labels.reshape(output.shape).to(output.dtype)
+            if self.probabilistic:
+                return -(items.flat(labels) * items.flat(output).log_softmax(-1)).sum()
+            return losses.mse(items.whole(output), items.whole(labels)).sum()
+        chosen = items.spread(labels)
+        return F.cross_entropy(items.flat(output), chosen.long().clamp_min(0), reduction="none")[chosen >= 0].sum()
+
+
+def _precise(value: Tensor) -> Tensor:
+    return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value

@@ -1,0 +1,97 @@
+"""What steps the weights: the caller's optimizer, or one made for them, and a schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+from torch import nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+from netopt.distillation.student import Trainee
+from netopt.errors import ArgumentTypeError, InvalidArgumentError
+
+__all__ = ["OptimizerLike", "SchedulerLike", "optimizers_for", "scheduler_for"]
+
+OptimizerLike: TypeAlias = Optimizer | Callable[[list[nn.Parameter]], Optimizer] | None
+SchedulerLike: TypeAlias = Any
+
+DEFAULT_LR = 1e-3
+
+
+def optimizers_for(
+    optimizer: OptimizerLike, lr: float | None, trainee: Trainee, teacher_ids: set[int]
+) -> list[Optimizer]:
+    """Returns the optimizers to step: the caller's or a new AdamW, and one for projections a given one does not know.
+
+    Raises:
+        InvalidArgumentError: ``lr`` beside an optimizer, an optimizer without the student's parameters, or with a
+            teacher's.
+        ArgumentTypeError: neither an optimizer nor a function that makes one.
+    """
+    trainable = [one for one in trainee.parameters() if one.requires_grad]
+    if optimizer is None:
+        return [AdamW(trainable, lr=DEFAULT_LR if lr is None else lr)]
+    if lr is not None:
+        raise InvalidArgumentError("both optimizer and lr are given; set the optimizer's own learning rate.")
+    if not isinstance(optimizer, Optimizer):
+        if isinstance(optimizer, (str, nn.Module)) or not callable(optimizer):
+            raise ArgumentTypeError(
+                f"optimizer must be a torch optimizer or a function of the parameters, not {type(optimizer).__name__}; "
+                "write lambda parameters: torch.optim.SGD(parameters, lr=0.1)."
+            )
+        made = optimizer(trainable)
+        if not isinstance(made, Optimizer):
+            raise ArgumentTypeError(f"the function given as optimizer returned a {type(made).__name__}.")
+        return [made]
+    held = {id(one) for group in optimizer.param_groups for one in group["params"]}
+    if held & teacher_ids:
+        raise InvalidArgumentError("the optimizer holds parameters of the teacher; make it from the student's alone.")
+    if not held & {id(one) for one in trainee.student.parameters() if one.requires_grad}:
+        raise InvalidArgumentError(
+            "the optimizer holds no trainable parameter of the student; make it from student.parameters()."
+        )
+    projections = [one for one in trainee.projections.parameters() if one.requires_grad]
+    return [optimizer, AdamW(projections, lr=optimizer.param_groups[0]["lr"])] if projections else [optimizer]
+
+
+def scheduler_for(scheduler: SchedulerLike, optimizers: list[Optimizer], steps: int) -> list[Any]:
+    """Returns what is stepped after every optimizer step.
+
+    Args:
+        scheduler: A scheduler, a function of the optimizer that returns one, ``"cosine"``, or ``None``.
+        optimizers: The first is the one scheduled.
+        steps: How many steps there will be, 0 if that is not known.
+
+    Raises:
+        InvalidArgumentError: a name that is not known, or a cosine over an unknown number of steps.
+        ArgumentTypeError: something without ``step``.
+    """
+    if scheduler is None:
+        return []
+    if isinstance(scheduler, str):
+        if scheduler != "cosine":
+            raise InvalidArgumentError(f"scheduler={scheduler!r} is not known; write 'cosine', or pass a scheduler.")
+        if not steps:
+            raise InvalidArgumentError("a cosine needs the number of steps, and the data has no length; set steps=.")
+        return [CosineAnnealingLR(one, T_max=steps) for one in optimizers]
+    if not hasattr(scheduler, "step") and callable(scheduler):
+        scheduler = scheduler(optimizers[0])
+    if not hasattr(scheduler, "step"):
+        raise ArgumentTypeError(
+            f"scheduler must be a scheduler, a function of the optimizer or 'cosine', not {type(scheduler).__name__}."
+        )
+    return [scheduler]
+
+
+def check_positive(name: str, value: Any, kind: type[int | float], *, optional: bool = False) -> None:
+    """Raises unless ``value`` is a positive finite ``kind``, or ``None`` where that is allowed."""
+    if value is None and optional:
+        return
+    allowed = (int,) if kind is int else (int, float)
+    if isinstance(value, bool) or not isinstance(value, allowed):
+        raise ArgumentTypeError(f"{name} must be {'an int' if kind is int else 'a number'}, not {value!r}.")
+    if not 0 < value < math.inf:
+        raise InvalidArgumentError(f"{name} must be positive and finite, not {value}.")

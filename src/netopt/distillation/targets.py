@@ -1,0 +1,144 @@
+"""What the student should say: asks the teachers about a micro-batch, and finds its labels and what counts of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from netopt import batches
+from netopt.distillation.engines import Engine
+from netopt.distillation.hints import captured
+from netopt.distillation.objective import Items, Record, Target
+from netopt.distillation.outputs import Picker, positions_of, shifted, valid_positions
+from netopt.distillation.teachers import Forward, all_eval, ask
+from netopt.errors import ArgumentTypeError, InvalidArgumentError
+
+__all__ = ["Labels", "Targets"]
+
+Labels: TypeAlias = str | Callable[[Any], Tensor] | None
+"""Where labels are: a key of the batch, a function of it, or ``None`` for the batch's targets."""
+
+
+class Targets:
+    """The teachers, and what else is known of a batch.
+
+    Args:
+        teachers: Asked in eval mode and without gradients, where they are.
+        forward: How a teacher is run on a batch.
+        picker: Finds a teacher's output.
+        layers: The first teacher's layers that hints need.
+        labels: Where labels are.
+        ignore_index: The label of what does not count.
+        causal: Whether a position's label is the next one's.
+        engine: Where the student is.
+    """
+
+    def __init__(
+        self,
+        teachers: Sequence[nn.Module],
+        *,
+        forward: Forward,
+        picker: Picker,
+        layers: Sequence[str],
+        labels: Labels,
+        ignore_index: int,
+        causal: bool,
+        engine: Engine,
+    ) -> None:
+        self.teachers, self.forward, self.picker, self.layers = tuple(teachers), forward, picker, tuple(layers)
+        self.labels, self.ignore_index, self.causal, self.engine = labels, ignore_index, causal, engine
+        self.notes: list[str] = []
+        self._seen: dict[str, Tensor] = {}
+        self._clock = _Clock(engine.device)
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Puts the teachers into eval mode and lets the layers that hints need be heard."""
+        with ExitStack() as stack:
+            all_eval(self.teachers)
+            self._seen = stack.enter_context(captured(self.teachers[0], list(self.layers)))
+            yield
+
+    def prepare(self, identities: Tensor | None, batch: Any) -> tuple[Any, Target]:  # noqa: ARG002
+        """Returns the batch on the student's device, and its target."""
+        with self._clock:
+            records = [self._ask(teacher, batch) for teacher in self.teachers]
+        positions = positions_of(records[0].output.shape)
+        labels = self._labels(batch, positions)
+        items = Items(positions, valid_positions(batch, labels, positions, self.ignore_index))
+        if labels is not None:
+            labels = labels.to(self.engine.device, non_blocking=True)
+        return batches.move(batch, self.engine.device), Target(items, records, labels)
+
+    def seconds(self) -> float:
+        """How long the teachers have been asked altogether."""
+        return self._clock.seconds()
+
+    def facts(self) -> dict[str, Any]:
+        """What the report says of the cache."""
+        return {}
+
+    def _ask(self, teacher: nn.Module, batch: Any) -> Record:
+        with torch.no_grad(), self.engine.autocast():
+            record = ask(teacher, batch, self.forward, self.picker, self._seen)
+        home = self.engine.device
+        return Record(record.output.to(home), {name: one.to(home) for name, one in record.features.items()})
+
+    def _labels(self, batch: Any, positions: tuple[int, ...]) -> Tensor | None:
+        if callable(self.labels):
+            found = self.labels(batch)
+        elif isinstance(self.labels, str):
+            if not isinstance(batch, Mapping) or self.labels not in batch:
+                keys = list(batch) if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
+                raise InvalidArgumentError(f"labels={self.labels!r} is no key of the batch, {keys}.")
+            found = batch[self.labels]
+        else:
+            found = batches.split(batch)[1]
+        if found is None or not isinstance(found, Tensor):
+            if self.labels is not None:
+                raise ArgumentTypeError(f"labels= gave a {type(found).__name__}; let it give a tensor.")
+            return None
+        if self.causal and self.labels is None and isinstance(batch, Mapping) and tuple(found.shape) == positions:
+            found = shifted(found, self.ignore_index)
+        if found.dim() == len(positions) + 1 and found.shape[-1] == 1 and not found.is_floating_point():
+            found = found.squeeze(-1)
+        return found
+
+
+class _Clock:
+    """Adds up time spent inside; on an accelerator by events, so that nobody waits for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        self.total, self.began = 0.0, 0.0
+        self.events: list[tuple[Any, Any]] = []
+
+    def __enter__(self) -> None:
+        if self.cuda:
+            self.events.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
+            self.events[-1][0].record()
+        else:
+            self.began = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        if self.cuda:
+            self.events[-1][1].record()
+            if len(self.events) > 256:
+                self._drain()
+        else:
+            self.total += time.perf_counter() - self.began
+
+    def _drain(self, keep: int = 64) -> None:
+        while len(self.events) > keep:
+            start, end = self.events.pop(0)
+            end.synchronize()
+            self.total += start.elapsed_time(end) / 1000
+
+    def seconds(self) -> float:
+        self._drain(keep=0)
+        return self.total

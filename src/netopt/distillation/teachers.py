@@ -1,0 +1,98 @@
+"""A model is asked about a batch, and answers with its output and the layers wanted.
+
+The teacher is only ever read: in eval mode, without gradients, unwrapped, where it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeAlias
+
+from torch import Tensor, nn
+
+from netopt import batches
+from netopt.distillation.objective import Record
+from netopt.distillation.outputs import Picker, pick
+from netopt.errors import ArgumentTypeError, InvalidArgumentError
+
+__all__ = ["Forward", "all_eval", "as_teachers", "ask", "check_apart"]
+
+Forward: TypeAlias = Callable[[nn.Module, Any], Any] | None
+"""How a model is run on a batch, ``(model, batch) -> result``; ``None`` feeds it the batch's inputs."""
+
+
+def ask(model: nn.Module, batch: Any, forward: Forward, picker: Picker, seen: Mapping[str, Tensor]) -> Record:
+    """Runs ``model`` on ``batch``; ``seen`` is what hooks fill with the layers' activations meanwhile."""
+    result = batches.feed(model, _without_labels(model, batch)) if forward is None else forward(model, batch)
+    return Record(pick(result, picker), dict(seen))
+
+
+def as_teachers(teacher: Any, weights: Iterable[float] | None) -> tuple[list[nn.Module], list[float]]:
+    """Returns the teachers as a list, and their weights, which sum to 1.
+
+    Raises:
+        ArgumentTypeError: not a module, nor a list of modules.
+        InvalidArgumentError: no teacher, or weights that do not fit.
+    """
+    teachers = [teacher] if isinstance(teacher, nn.Module) and not isinstance(teacher, nn.ModuleList) else teacher
+    if isinstance(teachers, (str, bytes)) or not isinstance(teachers, Iterable):
+        raise ArgumentTypeError(f"teacher must be a module or a list of modules, not {type(teacher).__name__}.")
+    teachers = list(teachers)
+    for one in teachers:
+        if not isinstance(one, nn.Module):
+            raise ArgumentTypeError(f"teacher must be a module or a list of modules; one is a {type(one).__name__}.")
+    if not teachers:
+        raise InvalidArgumentError("teacher is an empty list; pass at least one model.")
+    shares = [1.0] * len(teachers) if weights is None else [float(one) for one in weights]
+    if len(shares) != len(teachers) or min(shares) < 0 or not 0 < sum(shares) < float("inf"):
+        raise InvalidArgumentError(
+            f"teacher_weights needs {len(teachers)} weights, none negative and not all zero, and got {shares}."
+        )
+    return teachers, [one / sum(shares) for one in shares]
+
+
+def check_apart(student: nn.Module, teachers: Iterable[nn.Module]) -> None:
+    """Makes sure that training the student cannot change a teacher.
+
+    Raises:
+        InvalidArgumentError: they are one model, or share memory that training writes to; frozen parameters may be
+            shared.
+    """
+    written = {_memory(one): name for name, one in student.named_parameters() if one.requires_grad}
+    for path, part in student.named_modules():
+        if isinstance(part, nn.modules.batchnorm._NormBase):
+            written |= {_memory(one): f"{path}.{name}" for name, one in part.named_buffers()}
+    for teacher in teachers:
+        if teacher is student:
+            raise InvalidArgumentError(
+                "teacher and student are the same model; copy.deepcopy(model) before pruning keeps a teacher."
+            )
+        for name, tensor in (*teacher.named_parameters(), *teacher.named_buffers()):
+            ours = written.get(_memory(tensor))
+            if ours is not None and tensor.numel() and tensor.device.type != "meta":
+                raise InvalidArgumentError(
+                    f"the student's {ours!r} and the teacher's {name!r} are one tensor, so training would change the "
+                    "teacher; give the student a copy, or freeze it with requires_grad_(False)."
+                )
+
+
+def _memory(tensor: Tensor) -> tuple[str, int]:
+    return str(tensor.device), tensor.untyped_storage().data_ptr()
+
+
+def _without_labels(model: nn.Module, batch: Any) -> Any:
+    # Left in, they make a Hugging Face model compute a loss nobody asked for. Only a sequence-to-sequence model that
+    # would make its decoder's inputs from them keeps them.
+    if not isinstance(batch, Mapping) or "labels" not in batch or "decoder_input_ids" in batch:
+        return batch
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        return batch
+    return {key: value for key, value in batch.items() if key != "labels"}
+
+
+def all_eval(modules: Iterable[nn.Module]) -> None:
+    """Puts every sub-module into eval mode, without calling a ``train`` that someone has overridden."""
+    for module in modules:
+        for part in module.modules():
+            part.training = False

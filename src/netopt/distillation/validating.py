@@ -1,0 +1,102 @@
+"""How good the student is, as one number an epoch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from netopt import batches
+from netopt.distillation.objective import Objective
+from netopt.distillation.outputs import classes_last
+from netopt.distillation.sources import Source
+from netopt.distillation.student import Trainee, evaluating
+from netopt.distillation.targets import Targets
+from netopt.errors import ArgumentTypeError, MissingDataError, NonFiniteError
+
+__all__ = ["Metric", "Validation"]
+
+Metric = str | Callable[..., Any] | None
+
+
+class Validation:
+    """Scores the student in eval mode.
+
+    Args:
+        data: Where batches come from, or a function of the student that returns the score itself.
+        metric: ``None`` or ``"loss"``, the objective itself, lower is better; ``"accuracy"``; or a function of
+            ``(output, targets)`` that returns a number or one value a sample. Higher is better for all but the loss.
+        targets: Asks the teachers, where the loss is wanted.
+        objective: The loss.
+    """
+
+    def __init__(
+        self, data: Source | Callable[[nn.Module], float], metric: Metric, targets: Targets, objective: Objective
+    ) -> None:
+        self.data, self.metric, self.targets, self.objective = data, metric, targets, objective
+        self.by_loss = isinstance(data, Source) and metric in (None, "loss")
+        if isinstance(data, Source):
+            self.name = "validation loss" if self.by_loss else str(getattr(metric, "__name__", metric))
+        else:
+            self.name = str(getattr(data, "__name__", "validation"))
+
+    def better(self, score: float, best: float | None) -> bool:
+        """Whether ``score`` beats ``best``."""
+        return best is None or (score < best if self.by_loss else score > best)
+
+    def score(self, trainee: Trainee) -> float:
+        """Returns the score; the student's flags stay as they are.
+
+        Raises:
+            NonFiniteError: it is not a finite number.
+            MissingDataError: a batch has no targets, and the metric needs them.
+        """
+        with torch.no_grad(), evaluating(trainee.student):
+            score = self._score(trainee)
+        if not isinstance(score, (int, float)):
+            raise ArgumentTypeError(f"validation must give a number, not a {type(score).__name__}.")
+        if not math.isfinite(score):
+            raise NonFiniteError(f"validation ({self.name}) gave {score}; look for NaN in the data, or lower lr.")
+        return float(score)
+
+    def _score(self, trainee: Trainee) -> float:
+        if not isinstance(self.data, Source):
+            score = self.data(trainee.student)
+            return score.item() if isinstance(score, Tensor) and score.numel() == 1 else score
+        total, count = 0.0, 0.0
+        losses = [[0.0, 0.0] for _ in self.objective.names]
+        for _, batch in self.data.epoch():
+            if self.by_loss:
+                self._add_loss(trainee, batch, losses)
+                continue
+            values = self._values(trainee.record(batches.move(batch, self.targets.engine.device)).output, batch)
+            total += float(values.sum())
+            count += values.numel()
+        if self.by_loss:
+            weights = self.objective.weights
+            return sum(w * one / max(1, n) for w, (one, n) in zip(weights, losses, strict=True))
+        return total / max(1, count)
+
+    def _add_loss(self, trainee: Trainee, batch: Any, losses: list[list[float]]) -> None:
+        moved, target = self.targets.prepare(None, batch)
+        with self.targets.engine.autocast():
+            output, features = trainee(moved)
+        sums = self.objective.sums(type(target.records[0])(output, features), target)
+        counts = self.objective.counts(target.items, target.labels)
+        for held, one, more in zip(losses, sums, counts, strict=True):
+            held[0] += float(one)
+            held[1] += more
+
+    def _values(self, output: Tensor, batch: Any) -> Tensor:
+        _, wanted = batches.split(batch)
+        if wanted is None:
+            raise MissingDataError(f"metric {self.name!r} needs targets and a validation batch has none.")
+        wanted = wanted.to(output.device) if isinstance(wanted, Tensor) else wanted
+        if callable(self.metric):
+            value = torch.as_tensor(self.metric(output, wanted), dtype=torch.float64)
+            return value.expand(len(output)) if value.dim() == 0 else value
+        right = classes_last(output).argmax(-1) == wanted
+        return right[wanted >= 0].double()
