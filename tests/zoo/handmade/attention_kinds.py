@@ -1,0 +1,286 @@
+"""Kinds of attention beyond the plain one."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from tests.zoo.case import axis, case
+from torch import nn
+
+SEQUENCE = {"inputs": (2, 6, 16), "other": (3, 9, 16)}
+
+
+def split_heads(x, heads):
+    """(batch, tokens, heads · entries) to (batch, heads, tokens, entries)."""
+    b, n, c = x.shape
+    return x.reshape(b, n, heads, c // heads).permute(0, 2, 1, 3)
+
+
+def merge_heads(x):
+    """The inverse of :func:`split_heads`."""
+    b, h, n, d = x.shape
+    return x.permute(0, 2, 1, 3).reshape(b, n, h * d)
+
+
+@case(
+    "talking_heads",
+    **SEQUENCE,
+    share=0.95,
+    expected=[
+        axis("q:0 k:0 before.weight:1", 4, label="h"),
+        axis("before.weight:0 after.weight:1", 6, label="m"),
+        axis("after.weight:0 v:0 out.weight:1", 5, label="w"),
+        axis("q:0 k:0", 3, label="d"),
+        axis("v:0 out.weight:1", 4, label="v"),
+    ],
+    sizes={"heads": "h", "value_heads": "w", "before.in_features": "h", "before.out_features": "m", "after.out_features": "w"},
+)
+class TalkingHeads(nn.Module):
+    """Heads are mixed before and after the softmax: three axes of heads."""
+
+    def __init__(self):
+        super().__init__()
+        self.heads, self.value_heads = 4, 5
+        self.q, self.k, self.v = nn.Linear(16, 12), nn.Linear(16, 12), nn.Linear(16, 20)
+        self.before = nn.Linear(4, 6, bias=False)
+        self.after = nn.Linear(6, 5, bias=False)
+        self.out = nn.Linear(20, 7)
+
+    def forward(self, x):
+        q, k = split_heads(self.q(x), self.heads), split_heads(self.k(x), self.heads)
+        v = split_heads(self.v(x), self.value_heads)
+        scores = torch.einsum("bhid,bhjd->bijh", q, k) * 0.5
+        weights = self.before(scores).softmax(dim=2)
+        weights = self.after(weights).permute(0, 3, 1, 2)
+        return self.out(merge_heads(weights @ v))
+
+
+@case(
+    "linear_attention",
+    **SEQUENCE,
+    share=0.95,
+    expected=[
+        axis("to_qkv:0 out.weight:1", 4, None, "h"),
+        axis("to_qkv:0", 5, False, "d"),
+        axis("to_qkv:0 out.weight:1", 5, None, "v"),
+    ],
+    sizes={"heads": "h"},
+)
+class LinearAttention(nn.Module):
+    """Kernel attention: a zeroed entry still adds elu(0) + 1 = 1, so removing is not masking."""
+
+    def __init__(self, heads=4):
+        super().__init__()
+        self.heads = heads
+        self.to_qkv = nn.Linear(16, 60, bias=False)
+        self.out = nn.Linear(20, 7)
+
+    def forward(self, x):
+        q, k, v = (split_heads(t, self.heads) for t in self.to_qkv(x).chunk(3, dim=-1))
+        q, k = F.elu(q) + 1, F.elu(k) + 1
+        context = torch.einsum("bhnd,bhne->bhde", k, v)
+        norm = 1 / torch.einsum("bhnd,bhd->bhn", q, k.sum(dim=2))
+        out = torch.einsum("bhnd,bhde,bhn->bhne", q, context, norm)
+        return self.out(merge_heads(out))
+
+
+@case(
+    "cosine_attention",
+    **SEQUENCE,
+    share=0.95,
+    expected=[
+        axis("q:0 k:0 v:0 logit_scale:0 out.weight:1", 4, label="h"),
+        axis("q:0 k:0", 5, None, "d"),
+        axis("v:0 out.weight:1", 5, label="v"),
+    ],
+    sizes={"heads": "h"},
+)
+class CosineAttention(nn.Module):
+    """Normalised queries and keys with a learned temperature per head (Swin v2)."""
+
+    def __init__(self, heads=4):
+        super().__init__()
+        self.heads = heads
+        self.q, self.k, self.v = (nn.Linear(16, 20, bias=bias) for bias in (True, False, True))
+        self.logit_scale = nn.Parameter(torch.ones(heads, 1, 1))
+        self.out = nn.Linear(20, 7)
+
+    def forward(self, x):
+        q, k, v = split_heads(self.q(x), self.heads), split_heads(self.k(x), self.heads), split_heads(self.v(x), self.heads)
+        attn = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1)
+        attn = attn * torch.clamp(self.logit_scale, max=4.6).exp()
+        return self.out(merge_heads(attn.softmax(-1) @ v))
+
+
+@case(
+    "alibi_slopes",
+    **SEQUENCE,
+    share=0.95,
+    expected=[
+        axis("q:0 k:0 v:0 slopes:0 out.weight:1", 4, label="h"),
+        axis("q:0 k:0", 5, False, "d"),
+        axis("v:0 out.weight:1", 5, label="v"),
+    ],
+    sizes={"heads": "h"},
+)
+class ALiBi(nn.Module):
+    """A slope per head in a buffer, and the scale read off the tensor."""
+
+    def __init__(self, heads=4):
+        super().__init__()
+        self.heads = heads
+        self.q, self.k, self.v = nn.Linear(16, 20), nn.Linear(16, 20), nn.Linear(16, 20)
+        self.register_buffer("slopes", 2.0 ** -torch.arange(1, heads + 1).float())
+        self.out = nn.Linear(20, 7)
+
+    def forward(self, x):
+        q, k, v = split_heads(self.q(x), self.heads), split_heads(self.k(x), self.heads), split_heads(self.v(x), self.heads)
+        position = torch.arange(x.size(1))
+        bias = -(position[:, None] - position).abs()[None] * self.slopes[:, None, None]
+        attn = torch.baddbmm(
+            bias.repeat(len(x), 1, 1), q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), alpha=q.size(-1) ** -0.5
+        )
+        attn = attn.view(len(x), self.heads, *attn.shape[1:])
+        return self.out(merge_heads(attn.softmax(-1) @ v))
+
+
+@case(
+    "rotary_complex",
+    **SEQUENCE,
+    share=0.95,
+    expected=[
+        axis("wq:0 wk:0 wv:0 wo.weight:1", 4, label="h"),
+        axis("wv:0 wo.weight:1", 6, label="v"),
+        axis("wq:0 wk:0 freqs_cis:1", 3, label="d"),
+    ],
+    sizes={"n_heads": "h"},
+)
+class ComplexRotary(nn.Module):
+    """Rotary positions as a complex buffer: pairs of neighbours are one neuron."""
+
+    def __init__(self, n_heads=4, head_dim=6):
+        super().__init__()
+        self.n_heads = n_heads
+        self.wq, self.wk, self.wv = (nn.Linear(16, n_heads * head_dim, bias=False) for _ in range(3))
+        self.wo = nn.Linear(n_heads * head_dim, 7, bias=False)
+        freqs = 1.0 / (10000.0 ** (torch.arange(0, head_dim, 2).float() / head_dim))
+        freqs = torch.outer(torch.arange(32).float(), freqs)
+        self.register_buffer("freqs_cis", torch.polar(torch.ones_like(freqs), freqs))
+
+    def rotate(self, x):
+        x = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2))
+        return torch.view_as_real(x * self.freqs_cis[: x.shape[1], None, :]).flatten(3)
+
+    def forward(self, x):
+        b, n, _ = x.shape
+        q, k, v = (w(x).view(b, n, self.n_heads, -1) for w in (self.wq, self.wk, self.wv))
+        q, k = self.rotate(q), self.rotate(k)
+        scores = torch.einsum("bihd,bjhd->bhij", q, k) / 2.5
+        return self.wo(torch.einsum("bhij,bjhd->bihd", scores.softmax(dim=-1), v).flatten(2))
+
+
+@case(
+    "attention_weights_as_parameters",
+    **SEQUENCE,
+    share=0.95,
+    expected=[
+        axis("w_q:1 w_k:1 w_v:1 w_o:0", 4, label="h"),
+        axis("w_q:2 w_k:2", 5),
+        axis("w_v:2 w_o:1", 6),
+    ],
+)
+class ParameterAttention(nn.Module):
+    """Weights of shape (model, heads, entries), everything by einsum."""
+
+    def __init__(self):
+        super().__init__()
+        self.w_q, self.w_k = (nn.Parameter(0.2 * torch.randn(16, 4, 5)) for _ in range(2))
+        self.w_v = nn.Parameter(0.2 * torch.randn(16, 4, 6))
+        self.w_o = nn.Parameter(0.2 * torch.randn(4, 6, 7))
+
+    def forward(self, x):
+        q = torch.einsum("btd,dhk->bthk", x, self.w_q)
+        k = torch.einsum("bsd,dhk->bshk", x, self.w_k)
+        v = torch.einsum("bsd,dhk->bshk", x, self.w_v)
+        logits = torch.einsum("bthk,bshk->bhts", q, k)
+        return torch.einsum("bhts,bshk,hko->bto", logits.softmax(-1), v, self.w_o)
+
+
+@case(
+    "learned_queries",
+    **SEQUENCE,
+    share=0.9,
+    expected=[
+        axis("key:0 q:0", 9),
+        axis("value:0 out.weight:1", 8),
+        axis("queries:2 q.weight:1 out:0 head.weight:1", 10),
+    ],
+)
+class LearnedQueries(nn.Module):
+    """Latents that read a sequence (Perceiver, DETR)."""
+
+    def __init__(self, latents=5):
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(1, latents, 10))
+        self.q, self.key, self.value = nn.Linear(10, 9), nn.Linear(16, 9), nn.Linear(16, 8)
+        self.out = nn.Linear(8, 10)
+        self.head = nn.Linear(10, 3)
+
+    def forward(self, x):
+        queries = self.queries.expand(x.size(0), -1, -1)
+        for _ in range(2):
+            attn = torch.bmm(self.q(queries), self.key(x).mT).mul(1 / 3).softmax(-1)
+            queries = queries + self.out(torch.bmm(attn, self.value(x)))
+        return self.head(queries)
+
+
+@case(
+    "linear_attention_over_channels",
+    inputs=(2, 3, 6, 6),
+    other=(1, 3, 8, 5),
+    share=0.9,
+    expected=[axis("theta:0 phi:0", 6), axis("g:0 w.weight:1", 5), axis("stem:0 theta.weight:1 phi.weight:1 g.weight:1 w:0 head.weight:1", 8)],
+)
+class NonLocal(nn.Module):
+    """A non-local block: attention between the pixels of an image."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.theta, self.phi, self.g = nn.Conv2d(8, 6, 1), nn.Conv2d(8, 6, 1), nn.Conv2d(8, 5, 1)
+        self.w = nn.Conv2d(5, 8, 1)
+        self.head = nn.Conv2d(8, 2, 1)
+
+    def forward(self, x):
+        x = self.stem(x)
+        theta = self.theta(x).flatten(2).permute(0, 2, 1)
+        phi = F.max_pool2d(self.phi(x), 2).flatten(2)
+        g = F.max_pool2d(self.g(x), 2).flatten(2).transpose(1, 2)
+        y = torch.bmm(torch.softmax(torch.bmm(theta, phi), dim=-1), g)
+        y = y.permute(0, 2, 1).contiguous().view(x.size(0), -1, *x.size()[2:])
+        return self.head(x + self.w(y))
+
+
+@case(
+    "key_value_cache_output",
+    **SEQUENCE,
+    share=0.3,
+    expected=[axis("o:0 head.weight:1", 12)],
+    frozen={"k.weight:0": "output", "v.weight:0": "output"},
+)
+class ReturnsKeysAndValues(nn.Module):
+    """What is returned stays as it is: the keys, the values, and the queries tied to them."""
+
+    def __init__(self, heads=4):
+        super().__init__()
+        self.heads = heads
+        self.q, self.k, self.v = nn.Linear(16, 20), nn.Linear(16, 20), nn.Linear(16, 20)
+        self.o = nn.Linear(20, 12)
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, x, past=None):
+        q, k, v = (split_heads(t, self.heads) for t in (self.q(x), self.k(x), self.v(x)))
+        if past is not None:
+            k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
+        out = F.scaled_dot_product_attention(q, k, v)
+        return self.head(self.o(merge_heads(out)).relu()), (k, v)
