@@ -1,0 +1,24 @@
+"""Which neurons a model has and which must be removed together.
+
+Every dimension of every parameter starts as an axis of its own. The model runs once, every operation states equations
+between dimensions, and unification solves them: dimensions that share an axis shrink together. Shapes and integers
+only: nothing here reads a weight's value or changes the model.
+"""
+
+from netopt.axes.axis import Assignment, Axes, Axis, Member, Tap
+from netopt.axes.find import Outputs, find_axes
+from netopt.axes.operation import Dim, Operation, known_operations, rule
+
+__all__ = [
+    "Assignment",
+    "Axes",
+    "Axis",
+    "Dim",
+    "Member",
+    "Operation",
+    "Outputs",
+    "Tap",
+    "find_axes",
+    "known_operations",
+    "rule",
+]

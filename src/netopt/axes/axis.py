@@ -1,0 +1,403 @@
+"""The axes of a model, as its user sees them.
+
+An :class:`Axis` is a solved unknown: a name, a size, the tensor dimensions it appears in, and whether and why it is
+frozen or inexact. :class:`Axes` is the sequence of them, and answers what a plan needs to know: which indices of which
+tensor a choice of neurons keeps, which counts are possible, and what the model's integers become.
+"""
+
+from __future__ import annotations
+
+import html
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, overload
+
+import torch
+from torch import Tensor, nn
+
+from netopt.axes.counts import Counts
+from netopt.axes.layout import Atom, Layout, atoms, freeze, mark_inexact, resolve
+from netopt.axes.positions import indices, labels
+from netopt.axes.sizes import Extent, leaves
+from netopt.axes.trace import Trace
+from netopt.calls import Call
+from netopt.errors import UnknownNameError, nearest
+
+
+class Member(NamedTuple):
+    """One dimension of one parameter or buffer in which an axis appears.
+
+    Attributes:
+        tensor: Dotted name of the tensor, its first if it has several.
+        dim: The dimension, counted from the left.
+    """
+
+    tensor: str
+    dim: int
+
+    def __str__(self) -> str:
+        return f"{self.tensor}:{self.dim}"
+
+
+class Assignment(NamedTuple):
+    """The new value of an integer a model holds.
+
+    Attributes:
+        path: The module's dotted name, the attribute, then items or attributes below it.
+        value: What it becomes.
+    """
+
+    path: tuple[str | int, ...]
+    value: int
+
+
+class Tap(NamedTuple):
+    """A place where the activations of an axis are read by a contraction.
+
+    Attributes:
+        call: The torch call that contracts.
+        argument: Which of its positional arguments holds the activations.
+        dim: The dimension contracted over.
+        positions: For each index of that dimension the position of the axis, or -1.
+    """
+
+    call: Call
+    argument: int
+    dim: int
+    positions: Tensor
+
+
+@dataclass(frozen=True)
+class Axis:
+    """An index space shared by every tensor dimension that must shrink together; its positions are neurons.
+
+    Attributes:
+        name: The layer that makes it, followed by what it counts where a layer makes several.
+        size: Number of neurons.
+        members: Where it appears.
+        exact: Whether removing neurons computes the same function as masking them.
+        inexact: Why it does not, or ``None``.
+        frozen: Why no neuron can be removed, or ``None``.
+    """
+
+    name: str
+    size: int
+    members: tuple[Member, ...]
+    frozen: str | None = None
+    inexact: str | None = None
+
+    @property
+    def exact(self) -> bool:
+        """Whether removing neurons of this axis computes the same function as masking them."""
+        return self.inexact is None
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.size})"
+
+
+@dataclass
+class _Group:
+    """The unknowns behind one axis: one atom, or the single positions of an axis that a permutation took apart."""
+
+    atoms: list[Atom]
+    members: list[Member] = field(default_factory=list)
+
+    @property
+    def size(self) -> int:
+        return sum(atom.size for atom in self.atoms)
+
+
+class Axes(Sequence[Axis]):
+    """Every axis of a model, in the order its tensors are held.
+
+    Index with a number, with an axis's name, or with the name of a layer for the axis of its outputs.
+    """
+
+    def __init__(self, model: nn.Module, trace: Trace, readings: Sequence[Any]) -> None:
+        self._tensors = {name: tuple(tensor.shape) for name, tensor in trace.members.items()}
+        self._dims: dict[str, tuple[Layout, ...]] = {
+            name: tuple(dim.layout for dim in _peek(trace, tensor)) for name, tensor in trace.members.items()
+        }
+        self._makes = dict(trace.makes)
+        self.operations = trace.operations
+        self.unknown = tuple(sorted(trace.unknown))
+        self._freeze_rest(model, trace)
+        groups = self._group()
+        self._counts = Counts({index: group.atoms for index, group in enumerate(groups)}, trace.ledger)
+        for index, why in self._counts.stuck().items():
+            _set(groups[int(str(index))].atoms, "frozen", why)
+        self._mark_numbers(trace, groups)
+        names = self._name(groups)
+        self._axes = tuple(
+            Axis(
+                name,
+                group.size,
+                tuple(group.members),
+                frozen=next((atom.frozen for atom in group.atoms if atom.frozen), None),
+                inexact=next((atom.inexact for atom in group.atoms if atom.inexact), None),
+            )
+            for name, group in zip(names, groups, strict=True)
+        )
+        self._groups = {axis.name: group for axis, group in zip(self._axes, groups, strict=True)}
+        self._index = {axis.name: index for index, axis in enumerate(self._axes)}
+        self._readings = readings
+
+    # Building.
+
+    def _freeze_rest(self, model: nn.Module, trace: Trace) -> None:
+        parameters = {name for name, _ in model.named_parameters()}
+        touching: dict[Atom, bool] = {}
+        for name, dims in self._dims.items():
+            for layout in dims:
+                for atom in atoms(layout):
+                    touching[atom] = touching.get(atom, False) or name in parameters
+                    if name not in trace.touched and atom.frozen is None:
+                        freeze(atom, "is not used by the forward")
+        for atom, has_parameter in touching.items():
+            if not has_parameter:
+                freeze(atom, "belongs to no parameter")
+
+    def _group(self) -> list[_Group]:
+        found: dict[Atom, list[Member]] = {}
+        for name, dims in self._dims.items():
+            for dim, layout in enumerate(dims):
+                for atom in atoms(layout):
+                    members = found.setdefault(atom, [])
+                    if not members or members[-1] != Member(name, dim):
+                        members.append(Member(name, dim))
+        groups: list[_Group] = []
+        bundles: dict[tuple[Any, ...], _Group] = {}
+        for atom, members in found.items():
+            if atom.size == 1 and not atom.unit:
+                continue
+            if not atom.unit:
+                groups.append(_Group([atom], members))
+                continue
+            key = (tuple(members), atom.frozen is None)
+            if key not in bundles:
+                bundles[key] = _Group([], members)
+                groups.append(bundles[key])
+            bundles[key].atoms.append(atom)
+        return groups
+
+    def _mark_numbers(self, trace: Trace, groups: Sequence[_Group]) -> None:
+        """A size used as a number makes its axes inexact."""
+        for number, where in trace.ledger.numbers:
+            why = f"has a size that the forward computes with, at {where}"
+            for leaf in leaves(number):
+                if isinstance(leaf, Extent):
+                    mark_inexact(leaf.layout, why)
+                else:
+                    for key in self._counts.extents(leaf):
+                        _set(groups[int(str(key))].atoms, "inexact", why)
+
+    def _name(self, groups: Sequence[_Group]) -> list[str]:
+        made: dict[Atom, str] = {}
+        self._layers: dict[str, list[Atom]] = defaultdict(list)
+        for tensor in self._tensors:
+            for layout in self._makes.get(tensor, ()):
+                for atom in atoms(layout):
+                    made.setdefault(atom, _layer(tensor))
+                    self._layers[_layer(tensor)].append(atom)
+        bases = []
+        for group in groups:
+            base = next((made[atom] for atom in group.atoms if atom in made), None)
+            bases.append(base if base is not None else f"{_layer(group.members[0].tensor)}.in")
+        attributes: dict[int, str] = {}
+        for place, expression in self._counts.bound_places():
+            if expression[0] == "var" and isinstance(expression[1], int):
+                attributes.setdefault(expression[1], str(place.path[-1]))
+        return _distinct(bases, attributes)
+
+    # Reading.
+
+    @overload
+    def __getitem__(self, key: int | str) -> Axis: ...
+    @overload
+    def __getitem__(self, key: slice) -> Sequence[Axis]: ...
+    def __getitem__(self, key: int | str | slice) -> Axis | Sequence[Axis]:
+        """An axis by its position, its name, or the name of the layer whose outputs it is.
+
+        Raises:
+            UnknownNameError: No axis has this name and no layer of this name makes exactly one.
+        """
+        if not isinstance(key, str):
+            return self._axes[key]
+        if key in self._index:
+            return self._axes[self._index[key]]
+        made = {id(atom) for atom in (resolve(one) for one in self._layers.get(key, ())) if isinstance(atom, Atom)}
+        found = [axis for axis in self._axes if any(id(atom) in made for atom in self._groups[axis.name].atoms)]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            listing = ", ".join(repr(axis.name) for axis in found)
+            raise UnknownNameError(f"layer {key!r} makes {len(found)} axes; name one of {listing}.")
+        raise UnknownNameError(
+            f"no axis is called {key!r}, and no layer of this name makes one{nearest(key, self._index)}."
+        )
+
+    def __len__(self) -> int:
+        return len(self._axes)
+
+    def __iter__(self) -> Iterator[Axis]:
+        return iter(self._axes)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Axes) and self._axes == other._axes
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def free(self) -> tuple[Axis, ...]:
+        """The axes whose neurons can be removed."""
+        return tuple(axis for axis in self._axes if axis.frozen is None)
+
+    @property
+    def frozen(self) -> tuple[Axis, ...]:
+        """The axes that must stay as they are, each with its reason."""
+        return tuple(axis for axis in self._axes if axis.frozen is not None)
+
+    def __str__(self) -> str:
+        width = max((len(axis.name) for axis in self._axes), default=4)
+        rows = [f"{'axis':<{width}}  {'size':>6}  {'members':>7}  state"]
+        rows.extend(
+            f"{axis.name:<{width}}  {axis.size:>6}  {len(axis.members):>7}  {_state(axis)}" for axis in self._axes
+        )
+        return "\n".join(rows)
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        cells = "".join(
+            f"<tr><td>{html.escape(axis.name)}</td><td>{axis.size}</td>"
+            f"<td>{html.escape(', '.join(map(str, axis.members)))}</td><td>{html.escape(_state(axis))}</td></tr>"
+            for axis in self._axes
+        )
+        return f"<table><tr><th>axis</th><th>size</th><th>members</th><th>state</th></tr>{cells}</table>"
+
+    # Planning.
+
+    def members(self, axis: Axis) -> list[tuple[str, int, Tensor]]:
+        """For each appearance of ``axis``: tensor name, dimension, and the axis's position at each index (-1: none)."""
+        group = self._groups[axis.name]
+        return [
+            (member.tensor, member.dim, found)
+            for member in axis.members
+            for found in labels(self._dims[member.tensor][member.dim], group.atoms)
+        ]
+
+    def feasible(self, counts: Mapping[str, int]) -> dict[str, int]:
+        """The counts nearest to those wanted that satisfy every equation between the model's integers.
+
+        Args:
+            counts: Wanted number of neurons by axis name; free axes not named keep their size.
+
+        Returns:
+            A possible count for every free axis.
+        """
+        wanted = {self._index[self[name].name]: int(value) for name, value in counts.items()}
+        for index, axis in enumerate(self._axes):
+            if axis.frozen is not None:
+                wanted.pop(index, None)
+        found = self._counts.nearest(wanted)
+        return {axis.name: found[index] for index, axis in enumerate(self._axes) if axis.frozen is None}
+
+    def tensor_indices(self, kept: Mapping[str, Tensor]) -> dict[str, dict[int, Tensor]]:
+        """Which indices of which tensor dimension remain when these neurons are kept.
+
+        Args:
+            kept: Sorted positions to keep, by axis name; axes not named keep all.
+
+        Returns:
+            Kept indices by tensor name and dimension, of the dimensions that shrink.
+        """
+        chosen = self._chosen(kept)
+        result: dict[str, dict[int, Tensor]] = {}
+        for name, dims in self._dims.items():
+            for dim, layout in enumerate(dims):
+                if any(atom in chosen for atom in atoms(layout)):
+                    result.setdefault(name, {})[dim] = indices(layout, chosen)
+        return result
+
+    def attribute_values(self, counts: Mapping[str, int]) -> list[Assignment]:
+        """What the integers of the model become when axes have ``counts`` neurons; only those that change."""
+        full = self._counts.nearest({self._index[self[name].name]: int(value) for name, value in counts.items()})
+        return [Assignment(place.path, value) for place, value in self._counts.assignments(full)]
+
+    def values(self, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """New values of integer buffers whose entries point into an axis."""
+        return {}
+
+    def taps(self, axis: Axis) -> list[Tap]:
+        """Where the activations of ``axis`` are read by a contraction, in the order of the forward."""
+        group = self._groups[axis.name]
+        wanted = set(group.atoms)
+        return [
+            Tap(reading.call, reading.argument, reading.dim, found)
+            for reading in self._readings
+            if not wanted.isdisjoint(atoms(reading.layout))
+            for found in labels(reading.layout, group.atoms)
+        ]
+
+    def _chosen(self, kept: Mapping[str, Tensor]) -> dict[Atom, Tensor]:
+        chosen: dict[Atom, Tensor] = {}
+        for name, positions in kept.items():
+            group = self._groups[self[name].name]
+            if len(group.atoms) == 1:
+                chosen[group.atoms[0]] = positions
+            else:
+                stay = set(positions.tolist())
+                for index, atom in enumerate(group.atoms):
+                    chosen[atom] = torch.arange(1 if index in stay else 0)
+        return chosen
+
+
+def _peek(trace: Trace, tensor: Tensor) -> Any:
+    """The dimensions of a member, without counting it as used."""
+    known = trace._known(tensor)
+    assert known is not None
+    return known.dims
+
+
+def _set(atoms_: Iterable[Atom], attribute: str, why: str) -> None:
+    for atom in atoms_:
+        if getattr(atom, attribute) is None:
+            setattr(atom, attribute, why)
+
+
+def _layer(tensor: str) -> str:
+    """The layer a tensor belongs to: its module, if it is that module's weight, else the tensor itself."""
+    module, _, last = tensor.rpartition(".")
+    if ".parametrizations." in f".{tensor}":
+        return f".{tensor}".partition(".parametrizations.")[0].lstrip(".") or last
+    if module and last.startswith(("weight", "bias")):
+        return module
+    return tensor
+
+
+def _distinct(bases: Sequence[str], attributes: Mapping[int, str]) -> list[str]:
+    """Names told apart, where a layer makes several axes, by the attribute that holds the count, else by number."""
+    used: dict[str, int] = defaultdict(int)
+    total: dict[str, int] = defaultdict(int)
+    for base in bases:
+        total[base] += 1
+    names: list[str] = []
+    for index, base in enumerate(bases):
+        name = base
+        if total[base] > 1:
+            name = f"{base}/{attributes[index]}" if index in attributes else f"{base}/{used[base]}"
+            used[base] += 1
+            if name in names:
+                name = f"{name}/{used[base]}"
+        names.append(name)
+    return names
+
+
+def _state(axis: Axis) -> str:
+    if axis.frozen is not None:
+        return f"frozen: {axis.frozen}"
+    return "free" if axis.inexact is None else f"free, not exact: {axis.inexact}"
+
+
+__all__ = ["Assignment", "Axes", "Axis", "Member", "Tap"]

@@ -1,0 +1,155 @@
+"""Finds the axes of a model by watching its forward.
+
+The forward is run once in evaluation and once in training mode on the example inputs; what the operations say of
+dimensions, and the code of integers, is solved together. The model is read, never changed.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_iter
+
+from netopt import batches
+from netopt.axes import rules as _rules  # noqa: F401 - registers the rules
+from netopt.axes.axis import Axes
+from netopt.axes.layout import freeze
+from netopt.axes.places import remembered
+from netopt.axes.sizes import remembering_roots
+from netopt.axes.trace import Trace, members_of
+from netopt.axes.watch import Watch
+from netopt.batches import Inputs
+from netopt.errors import ArgumentTypeError, ForwardError, InvalidArgumentError
+from netopt.restore import given_back
+
+Outputs: TypeAlias = "str | Sequence[str] | Callable[..., Any] | None"
+
+
+def find_axes(model: nn.Module, example_inputs: Inputs, *, outputs: Outputs = None) -> Axes:
+    """Finds which neurons a model has, what is coupled to each, and what cannot be removed and why.
+
+    The forward is run twice on ``example_inputs``, in evaluation and in training mode, without gradients; parameters,
+    buffers, flags, attributes and random states are as before afterwards. Fake and meta tensors work alike.
+
+    Args:
+        model: Any module.
+        example_inputs: A tensor, a tuple of positional or a dict of keyword inputs, of one forward call.
+        outputs: Which results must keep their shape. By default every tensor reached through tuples, lists, dicts and
+            dataclasses. A name or names of results (``"logits"``, ``"0"``), a predicate of a result's dotted name and
+            tensor, or a function of the whole result that returns those that count.
+
+    Returns:
+        A sequence of :class:`~netopt.axes.Axis`; print it for a table.
+
+    Raises:
+        ForwardError: The forward fails on the example inputs.
+        InvalidArgumentError: ``outputs`` names no result.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+        >>> axes = find_axes(net, torch.randn(1, 8))
+        >>> [(axis.name, axis.size, axis.frozen is None) for axis in axes]
+        [('0.in', 8, False), ('0', 16, True), ('1', 4, False)]
+    """
+    if not isinstance(model, nn.Module):
+        raise ArgumentTypeError(f"model must be a torch.nn.Module, not {type(model).__name__}.")
+    trace = Trace(members_of(model))
+    readings: list[Any] = []
+    try:
+        with ExitStack() as borrowed:
+            for context in (given_back(model), _plain_kernels(), torch.no_grad(), _fake_mode(model)):
+                borrowed.enter_context(context)
+            trace.inputs(leaf for leaf in tree_iter(batches.normalize(example_inputs)) if isinstance(leaf, Tensor))
+            _freeze_scripted(model, trace)
+            for training in (False, True):
+                watch = Watch(model, trace)
+                if _run(model.train(training), example_inputs, trace, watch, outputs, must=not training):
+                    readings = readings or watch.readings
+        trace.ledger.is_open = False
+        return Axes(model, trace, readings)
+    finally:
+        trace.ledger.is_open = False
+        trace.forget()
+
+
+def _run(model: nn.Module, inputs: Inputs, trace: Trace, watch: Watch, outputs: Outputs, *, must: bool) -> bool:
+    """Runs the forward once; one in training mode may fail, as batch norm does on a single sample."""
+    try:
+        with remembered(model, trace.ledger), remembering_roots(), warnings.catch_warnings():
+            if not must:
+                warnings.simplefilter("ignore")
+            with trace, watch:
+                result = batches.call(model, inputs)
+            for tensor in _counted(result, outputs):
+                for dim in trace.dims(tensor):
+                    freeze(dim.layout, "is a dimension of the model's output")
+    except ForwardError:
+        if must:
+            raise
+        return False
+    return True
+
+
+def _counted(result: Any, outputs: Outputs) -> list[Tensor]:
+    named = batches.tensors(result)
+    if outputs is None:
+        return [tensor for _, tensor in named]
+    if callable(outputs):
+        if len(inspect.signature(outputs).parameters) > 1:
+            return [tensor for name, tensor in named if outputs(name, tensor)]
+        return [tensor for _, tensor in batches.tensors(outputs(result))]
+    names = [outputs] if isinstance(outputs, str) else list(outputs)
+    chosen = []
+    for name in names:
+        found = [tensor for path, tensor in named if path == name or path.startswith(f"{name}.")]
+        if not found:
+            paths = ", ".join(repr(path) for path, _ in named)
+            raise InvalidArgumentError(f"outputs={name!r} names no result of the forward; there are {paths}.")
+        chosen.extend(found)
+    return chosen
+
+
+@contextmanager
+def _plain_kernels() -> Iterator[None]:
+    """Switches off kernels that fuse many operations into one, so that each is seen."""
+    with ExitStack() as stack:
+        fast = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
+        stack.callback(torch._C._set_mkldnn_enabled, torch._C._get_mkldnn_enabled())
+        torch._C._set_mkldnn_enabled(False)
+        stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
+
+
+@contextmanager
+def _fake_mode(model: nn.Module) -> Iterator[None]:
+    """Enters the mode a fake model belongs to, so that tensors made by the forward are fake too."""
+    fake = next((tensor for tensor in model.parameters() if isinstance(tensor, FakeTensor)), None)
+    if fake is None:
+        yield
+    else:
+        with fake.fake_mode:
+            yield
+
+
+def _freeze_scripted(model: nn.Module, trace: Trace) -> None:
+    """The integers of a scripted module cannot be rewritten."""
+    for module in model.modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            for tensor in (*module.parameters(), *module.buffers()):
+                for dim in trace.dims(tensor):
+                    freeze(dim.layout, "belongs to a scripted module, whose sizes cannot be rewritten")
+
+
+__all__ = ["Outputs", "find_axes"]

@@ -1,0 +1,222 @@
+"""One executed operation, as a rule sees it.
+
+A rule reads the dimensions of an operation's tensors, states equations between them and returns the dimensions of the
+result. The registry maps operations to rules; an operation without one freezes what it touches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from netopt.axes.layout import (
+    Atom,
+    Concat,
+    Layout,
+    Product,
+    atoms,
+    concat,
+    freeze,
+    mark_inexact,
+    product,
+    resolve,
+    split_concat,
+    split_product,
+)
+from netopt.axes.layout import unify as unify_layouts
+from netopt.errors import InvalidArgumentError
+
+if TYPE_CHECKING:
+    from netopt.axes.trace import Trace
+
+
+class Dim(NamedTuple):
+    """One dimension of a traced tensor.
+
+    Attributes:
+        layout: What its positions are.
+        zero: Whether a masked position of it holds zeros: then summing over it is the same as removing it.
+    """
+
+    layout: Layout
+    zero: bool = False
+
+    @property
+    def size(self) -> int:
+        """Number of positions."""
+        return self.layout.size
+
+
+Dims = list[Dim]
+Rule = Callable[..., Any]
+_RULES: dict[str, Rule] = {}
+
+
+def rule(*operations: Any) -> Callable[[Rule], Rule]:
+    """Registers how dimensions go through an operation.
+
+    Args:
+        operations: Overload packets (``torch.ops.mylib.scale``), overloads, or names (``"mylib::scale"``).
+
+    Returns:
+        A decorator. The function gets the :class:`Operation` and the operation's own arguments, and returns the
+        dimensions of its result: a list for one tensor, a tuple of lists for several. Entries are
+        :class:`Dim` or layouts; ``None`` leaves the dimensions of the result unrelated to anything.
+
+    Raises:
+        InvalidArgumentError: An operation has a rule already, or is none.
+
+    Example:
+        >>> library = torch.library.Library("netopt_doctest", "FRAGMENT")
+        >>> library.define("double(Tensor x) -> Tensor")
+        >>> library.impl("double", lambda x: 2 * x, "CompositeExplicitAutograd")
+        >>> @rule("netopt_doctest::double")
+        ... def double(op, x):
+        ...     return op.dims(x)
+    """
+
+    def register(function: Rule) -> Rule:
+        for operation in operations:
+            name = operation_name(operation)
+            if name in _RULES:
+                raise InvalidArgumentError(f"operation {name} has a rule already; a second one would be ambiguous.")
+            _RULES[name] = function
+        return function
+
+    return register
+
+
+def operation_name(operation: Any) -> str:
+    """``"aten::mm"``, of an overload, an overload packet or a name."""
+    if isinstance(operation, str):
+        return operation
+    if isinstance(operation, torch._ops.OpOverload):
+        return str(operation._schema.name)
+    if isinstance(operation, torch._ops.OpOverloadPacket):
+        return str(operation._qualified_op_name)
+    raise InvalidArgumentError(
+        f"{operation!r} is no operation; pass an overload packet such as torch.ops.aten.mm, or a name, 'aten::mm'."
+    )
+
+
+def find_rule(name: str) -> Rule | None:
+    """The rule of an operation; an in-place operation shares the rule of the one it is named after."""
+    found = _RULES.get(name)
+    if found is None and name.endswith("_") and not name.endswith("__"):
+        found = _RULES.get(name[:-1])
+    return found
+
+
+def known_operations() -> tuple[str, ...]:
+    """Names of all operations with a rule."""
+    return tuple(sorted(_RULES))
+
+
+class Operation:
+    """One executed operation: its name, its result, and what may be stated about them."""
+
+    __slots__ = ("name", "out", "tensors", "trace")
+
+    def __init__(self, trace: Trace, name: str, tensors: Sequence[Tensor], out: Any) -> None:
+        self.trace = trace
+        self.name = name
+        self.tensors = tensors
+        self.out = out
+
+    def dims(self, tensor: Tensor) -> Dims:
+        """The dimensions of a tensor the operation reads or wrote, resolved."""
+        return self.trace.dims(tensor)
+
+    def same(self, left: Dim | Layout, right: Dim | Layout) -> Layout:
+        """States that two dimensions are one and the same, and returns it."""
+        a, b = layout_of(left), layout_of(right)
+        if a is not b:
+            unify_layouts(a, b, self._misaligned)
+        return resolve(a)
+
+    def _misaligned(self) -> str:
+        return f"has parts that {self.short} aligns in two ways, at {self.trace.where()}"
+
+    @property
+    def short(self) -> str:
+        """The operation's name without its library, as a user would write it."""
+        name = self.name.rpartition("::")[2].strip("_")
+        return name or self.name
+
+    def freeze(self, dims: Dim | Layout | Iterable[Dim], why: str) -> None:
+        """Keeps every position of these dimensions, for a reason that completes "the axis ..."."""
+        for dim in [dims] if isinstance(dims, (Dim, *_LAYOUTS)) else dims:
+            freeze(layout_of(dim), f"{why}, at {self.trace.where()}")
+
+    def inexact(self, dims: Dim | Layout | Iterable[Dim], why: str) -> None:
+        """States that a removed position of these dimensions differs from a masked one."""
+        for dim in [dims] if isinstance(dims, (Dim, *_LAYOUTS)) else dims:
+            mark_inexact(layout_of(dim), f"{why}, at {self.trace.where()}")
+
+    def frozen(self, size: int, why: str) -> Dim:
+        """A new dimension none of whose positions may go."""
+        return Dim(Atom(size, f"{why}, at {self.trace.where()}"))
+
+    def asked(self, size: int, *, zero: bool = False) -> Dim:
+        """A new dimension whose size the caller's code asked for, by an argument of the call being made."""
+        dim = Dim(Atom(size), zero)
+        if size > 1:
+            self.trace.asked.append(dim.layout)
+        return dim
+
+    def is_weight(self, tensor: Any) -> bool:
+        """Whether a tensor is made of parameters, buffers and constants alone, not of the model's inputs."""
+        return isinstance(tensor, Tensor) and not self.trace.depends_on_data(tensor)
+
+    def contract(self, tensor: Tensor, summed: Iterable[Dim], kept: Iterable[Dim]) -> None:
+        """Notes which dimensions of a weight an operation sums over (reads) and which remain (makes)."""
+        if self.is_weight(tensor):
+            self.trace.note_roles(tensor, summed, kept)
+
+    def summed(self, left: Dim, right: Dim) -> None:
+        """States that two dimensions are one, multiplied and summed over."""
+        self.same(left, right)
+        if not (left.zero or right.zero):
+            self.inexact(left, f"is summed over by {self.short} where a masked neuron need not be zero")
+
+
+_LAYOUTS = (Atom, Product, Concat)
+
+
+def layout_of(dim: Dim | Layout) -> Layout:
+    """The layout itself, of a dimension or a layout."""
+    return dim.layout if isinstance(dim, Dim) else dim
+
+
+def merge(dims: Sequence[Dim]) -> Dim:
+    """Dimensions flattened into one, row-major."""
+    if len(dims) == 1:
+        return dims[0]
+    return Dim(product(dim.layout for dim in dims), all(map(vanishes, dims)))
+
+
+def join(dims: Sequence[Dim]) -> Dim:
+    """Dimensions one after the other."""
+    if len(dims) == 1:
+        return dims[0]
+    return Dim(concat(dim.layout for dim in dims), all(map(vanishes, dims)))
+
+
+def vanishes(dim: Dim) -> bool:
+    """Whether every position of a dimension that could be masked is zero then; of a frozen one, none can be."""
+    return dim.zero or dim.size == 1 or all(atom.frozen is not None for atom in atoms(dim.layout))
+
+
+def rows(dim: Dim, size: int) -> tuple[Dim, Dim] | None:
+    """A dimension read as ``size`` rows, or ``None`` where its boundaries forbid it."""
+    halves = split_product(dim.layout, size)
+    return None if halves is None else (Dim(halves[0], dim.zero), Dim(halves[1], dim.zero))
+
+
+def cut(dim: Dim, size: int) -> tuple[Dim, Dim] | None:
+    """A dimension cut after ``size`` positions, or ``None`` where its boundaries forbid it."""
+    halves = split_concat(dim.layout, size)
+    return None if halves is None else (Dim(halves[0], dim.zero), Dim(halves[1], dim.zero))

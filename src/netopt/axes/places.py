@@ -1,0 +1,189 @@
+"""The integers a model holds.
+
+Sizes sit in module attributes, in tuples and lists, in configuration objects reached from modules, in class bodies and
+in the defaults and closures of functions kept by modules. This module finds each of them, names its place, and lends
+it out as a :class:`~netopt.axes.sizes.Size` for the time of a trace; everything is put back afterwards, including whatever
+the forward itself left in the attributes.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import sys
+import types
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from netopt.axes.sizes import Ledger, Place, Size
+
+_TORCH_OWN = frozenset(nn.Module().__dict__) | {"call_super_init", "dump_patches"}
+_DEPTH = 6
+
+
+@contextmanager
+def remembered(model: nn.Module, ledger: Ledger) -> Iterator[None]:
+    """Replaces every integer above 1 that ``model`` holds by one that remembers its place, and puts all back."""
+    loan = _Loan(ledger)
+    with attributes_given_back(model):
+        try:
+            for name, module in model.named_modules():
+                loan.attributes(module.__dict__, (name,), _DEPTH)
+                loan.class_integers(module, name)
+            yield
+        finally:
+            loan.give_back()
+
+
+@contextmanager
+def attributes_given_back(model: nn.Module) -> Iterator[None]:
+    """Undoes whatever a forward does to the attributes of modules: new ones, changed ones, filled caches."""
+    kept: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    containers: list[tuple[Any, Any]] = []
+    for module in model.modules():
+        kept.append((module.__dict__, dict(module.__dict__)))
+        containers.extend(
+            (value, value.copy()) for value in module.__dict__.values() if isinstance(value, (dict, list, set))
+        )
+    try:
+        yield
+    finally:
+        for container, before in containers:
+            _refill(container, before)
+        for attributes, before in kept:
+            _refill(attributes, before)
+
+
+def _refill(container: Any, before: Any) -> None:
+    if isinstance(container, list):
+        if len(container) != len(before) or any(now is not then for now, then in zip(container, before, strict=True)):
+            container[:] = before
+    elif isinstance(container, dict):
+        if list(container) != list(before) or any(container[key] is not before[key] for key in before):
+            container.clear()
+            container.update(before)
+    elif container != before:
+        container.clear()
+        container.update(before)
+
+
+class _Loan:
+    """Walks attributes and containers, replaces integers, and remembers how to undo it."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger = ledger
+        self.undo: list[Callable[[], None]] = []
+        self.seen: set[int] = set()
+
+    def give_back(self) -> None:
+        for step in reversed(self.undo):
+            step()
+
+    def attributes(self, held: dict[str, Any], path: tuple[str | int, ...], depth: int) -> None:
+        for key, value in list(held.items()):
+            if not isinstance(key, str) or key in _TORCH_OWN:
+                continue
+            lent = self.lend(value, (*path, key), depth)
+            if lent is not value:
+                held[key] = lent
+                self.undo.append(functools.partial(held.__setitem__, key, value))
+
+    def class_integers(self, module: nn.Module, name: str) -> None:
+        for key, value in _class_integers(type(module)):
+            if key not in module.__dict__:
+                module.__dict__[key] = self.size(value, (name, key))
+                self.undo.append(functools.partial(module.__dict__.pop, key, None))
+
+    def size(self, value: int, path: tuple[str | int, ...]) -> Size:
+        return Size(value, Place(path), self.ledger)
+
+    def lend(self, value: Any, path: tuple[str | int, ...], depth: int) -> Any:
+        """``value`` itself, changed inside where it can be, or its replacement."""
+        kind = type(value)
+        if kind is int:
+            return self.size(value, path) if value > 1 else value
+        if value is None or kind in _SIMPLE or isinstance(value, (torch.Tensor, nn.Module, type, types.ModuleType)):
+            return value
+        if isinstance(value, tuple):
+            lent = [self.lend(item, (*path, index), depth) for index, item in enumerate(value)]
+            if all(new is old for new, old in zip(lent, value, strict=True)):
+                return value
+            return kind(*lent) if hasattr(value, "_fields") else kind(lent)
+        if depth == 0 or id(value) in self.seen:
+            return value
+        self.seen.add(id(value))
+        if isinstance(value, list):
+            self.items(value, range(len(value)), path, depth - 1)
+        elif kind in (dict, *_ORDERED):
+            self.items(value, list(value), path, depth - 1)
+        elif isinstance(value, functools.partial):
+            self.items(value.keywords, list(value.keywords), (*path, "keywords"), depth - 1)
+        elif isinstance(value, types.FunctionType):
+            self.function(value, path, depth - 1)
+        elif _is_configuration(value):
+            self.attributes(value.__dict__, path, depth - 1)
+        return value
+
+    def items(self, container: Any, keys: Any, path: tuple[str | int, ...], depth: int) -> None:
+        for key in keys:
+            if not isinstance(key, (str, int)):
+                continue
+            value = container[key]
+            lent = self.lend(value, (*path, key), depth)
+            if lent is not value:
+                container[key] = lent
+                self.undo.append(functools.partial(container.__setitem__, key, value))
+
+    def function(self, function: types.FunctionType, path: tuple[str | int, ...], depth: int) -> None:
+        if function.__module__ is None or _library(function.__module__):
+            return
+        for index, cell in enumerate(function.__closure__ or ()):
+            try:
+                value = cell.cell_contents
+            except ValueError:  # an empty cell
+                continue
+            lent = self.lend(value, (*path, "__closure__", index, "cell_contents"), depth)
+            if lent is not value:
+                cell.cell_contents = lent
+                self.undo.append(functools.partial(setattr, cell, "cell_contents", value))
+        defaults = function.__defaults__
+        if defaults:
+            lent = self.lend(defaults, (*path, "__defaults__"), depth)
+            if lent is not defaults:
+                function.__defaults__ = lent
+                self.undo.append(functools.partial(setattr, function, "__defaults__", defaults))
+
+
+_ORDERED = (type(__import__("collections").OrderedDict()),)
+_SIMPLE = frozenset({bool, float, str, bytes, complex, torch.dtype, torch.device, torch.layout, torch.memory_format})
+
+
+def _library(module: str) -> bool:
+    root = module.partition(".")[0]
+    return root == "torch" or root in sys.stdlib_module_names
+
+
+def _is_configuration(value: Any) -> bool:
+    """Whether an object is worth looking into: one of the user's own or of a model library, with attributes."""
+    kind = type(value)
+    return (
+        isinstance(getattr(value, "__dict__", None), dict)
+        and (not _library(kind.__module__) or kind.__module__ in ("types", "__main__"))
+        and not isinstance(value, (enum.Enum, Mapping))
+        and not callable(value)
+    )
+
+
+@functools.lru_cache(maxsize=None)
+def _class_integers(kind: type[nn.Module]) -> tuple[tuple[str, int], ...]:
+    found: dict[str, int] = {}
+    for base in reversed(kind.__mro__):
+        if issubclass(base, nn.Module) and not _library(base.__module__):
+            for key, value in vars(base).items():
+                if type(value) is int and value > 1 and not key.startswith("__") and key not in _TORCH_OWN:
+                    found[key] = value
+    return tuple(found.items())

@@ -1,0 +1,27 @@
+"""What each operation says about dimensions, one module a family."""
+
+from netopt.axes.rules import (
+    contraction,
+    convolution,
+    creation,
+    indexing,
+    normalization,
+    pointwise,
+    recurrent,
+    reduction,
+    shape,
+    spatial,
+)
+
+__all__ = [
+    "contraction",
+    "convolution",
+    "creation",
+    "indexing",
+    "normalization",
+    "pointwise",
+    "recurrent",
+    "reduction",
+    "shape",
+    "spatial",
+]

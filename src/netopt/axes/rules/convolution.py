@@ -1,0 +1,62 @@
+"""Convolutions: channels are contracted group by group; kernels and pixels stay as they are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from netopt.axes.layout import Atom
+from netopt.axes.operation import Dim, Dims, Operation, merge, rows, rule
+from netopt.axes.rules.contraction import biased
+
+
+@rule("aten::convolution", "aten::_convolution", "aten::mkldnn_convolution", "aten::cudnn_convolution",
+      "aten::convolution_overrideable", "aten::_slow_conv2d_forward")  # fmt: skip
+def convolution(
+    op: Operation,
+    tensor: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Any = None,
+    padding: Any = None,
+    dilation: Any = None,
+    transposed: bool = False,
+    output_padding: Any = None,
+    groups: int = 1,
+    *rest: Any,
+) -> Dims:
+    """Channels in ``groups``, each contracted with its own part of the kernel."""
+    dims, kernel = op.dims(tensor), op.dims(weight)
+    channel = len(dims) - len(kernel) + 1
+    op.freeze(dims[channel + 1 :], "is a spatial dimension of a convolution")
+    op.freeze(kernel[2:], "is a dimension of a kernel")
+    if groups == 1:
+        made, read = (kernel[1], kernel[0]) if transposed else (kernel[0], kernel[1])
+        op.summed(dims[channel], read)
+    else:
+        made, read = _grouped(op, dims[channel], kernel, groups, transposed=transposed)
+    op.contract(weight, [read], [made])
+    out = biased(op, [made], bias)[0]
+    spatial = [op.frozen(size, "is a spatial dimension of a convolution") for size in op.out.shape[channel + 1 :]]
+    return [*dims[:channel], out, *spatial]
+
+
+def _grouped(op: Operation, channels: Dim, kernel: Dims, groups: int, *, transposed: bool) -> tuple[Dim, Dim]:
+    """What a grouped convolution makes and reads: in both, the groups are the rows of a product."""
+    group = Dim(Atom(groups), True)
+    op.trace.groups = group.layout
+    first = rows(kernel[0], groups)
+    if first is None:
+        op.freeze([*kernel[:2], channels], "is cut into groups across the boundaries of its parts")
+        return (
+            (op.frozen(kernel[1].size * groups, "is cut into groups"), kernel[0])
+            if transposed
+            else (kernel[0], channels)
+        )
+    op.same(first[0], group)
+    group = Dim(group.layout, kernel[0].zero)
+    both = merge([group, kernel[1]])
+    made, read = (both, kernel[0]) if transposed else (kernel[0], both)
+    op.summed(channels, read)
+    return made, read

@@ -1,0 +1,36 @@
+"""Operations that make tensors from nothing: every size was asked for by the caller."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from netopt.axes.layout import Atom
+from netopt.axes.operation import Dim, Dims, Operation, rule
+
+
+@rule("aten::zeros", "aten::new_zeros")
+def zeros(op: Operation, *args: Any, **kwargs: Any) -> Dims:
+    """Zero everywhere."""
+    return [op.asked(size, zero=True) for size in op.out.shape]
+
+
+@rule("aten::ones", "aten::full", "aten::empty", "aten::rand", "aten::randn", "aten::arange", "aten::linspace", "aten::logspace",
+      "aten::new_ones", "aten::new_full", "aten::new_empty", "aten::randint", "aten::randperm", "aten::range",
+      "aten::empty_permuted", "aten::new_empty_strided", "aten::empty_strided", "aten::scalar_tensor", "aten::hann_window", "aten::normal_like",
+      "aten::_efficientzerotensor")  # fmt: skip
+def fresh(op: Operation, *args: Any, **kwargs: Any) -> Dims:
+    """Values that say nothing about neurons."""
+    return [op.asked(size) for size in op.out.shape]
+
+
+@rule("aten::eye", "aten::tril_indices", "aten::triu_indices", "aten::one_hot")
+def positional(op: Operation, *args: Any, **kwargs: Any) -> Dims:
+    """Rows and columns matched by position."""
+    return [op.frozen(size, f"is made by {op.short}") for size in op.out.shape]
+
+
+@rule("aten::rand_like_size")
+def _like(op: Operation, tensor: Tensor) -> Dims:
+    return [Dim(Atom(size)) for size in op.out.shape]

@@ -1,0 +1,131 @@
+"""Operations that reduce dimensions away.
+
+Summing over a neuron that is zero is the same as not having it; a mean, a maximum or a variance is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from netopt.axes.layout import Atom
+from netopt.axes.operation import Dim, Dims, Operation, rule
+
+
+def reduce(op: Operation, tensor: Tensor, dim: Any, why: str | None) -> Any:
+    """The dimensions left after reducing over ``dim`` (all, if there is none).
+
+    Args:
+        op: The operation.
+        tensor: What is reduced.
+        dim: A dimension, several, or ``None`` or ``()`` for all.
+        why: Why a reduced dimension is inexact although masked neurons are zero, or ``None``.
+    """
+    dims = op.dims(tensor)
+    rank = len(dims)
+    if isinstance(dim, int) and not isinstance(dim, bool):
+        dim = [dim]
+    gone = {one % rank for one in dim} if dim and rank else set(range(rank))
+    for index in gone:
+        reduced = dims[index]
+        if reduced.size > 1:
+            if why is not None:
+                op.inexact(reduced, why)
+            elif op.is_weight(tensor):
+                op.inexact(reduced, f"mixes weights: {op.short} is taken over it")
+            elif not reduced.zero:
+                op.inexact(reduced, f"is reduced by {op.short} where a masked neuron need not be zero")
+    answers = []
+    for out in tree_leaves(op.out):
+        if isinstance(out, Tensor):
+            if out.dim() == rank:
+                answers.append([Dim(Atom(1)) if index in gone else one for index, one in enumerate(dims)])
+            else:
+                answers.append([one for index, one in enumerate(dims) if index not in gone])
+    return tuple(answers)
+
+
+def _summing(position: int) -> Callable[..., Any]:
+    def speak(op: Operation, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        dim = args[position] if len(args) > position else kwargs.get("dim")
+        return reduce(op, tensor, dim, None)
+
+    return speak
+
+
+rule("aten::sum", "aten::nansum", "aten::count_nonzero", "aten::any")(_summing(0))
+rule("aten::norm", "aten::linalg_vector_norm")(_summing(1))
+
+
+@rule("aten::mean", "aten::nanmean", "aten::var", "aten::std", "aten::var_mean", "aten::std_mean", "aten::logsumexp", "aten::prod",
+      "aten::amax", "aten::amin", "aten::aminmax", "aten::all", "aten::argmax", "aten::argmin", "aten::median", "aten::mode")  # fmt: skip
+def whole(op: Operation, tensor: Tensor, dim: Any = None, *args: Any, **kwargs: Any) -> Any:
+    """Reductions whose result depends on how many positions there are, or on more than their sum."""
+    answer = reduce(op, tensor, None if isinstance(dim, bool) else dim, f"is reduced by {op.short}")
+    return tuple([Dim(one.layout, False) for one in dims] for dims in answer)
+
+
+@rule("aten::max", "aten::min")
+def extremum(op: Operation, tensor: Tensor, other: Any = None, *args: Any, **kwargs: Any) -> Any:
+    """The largest along a dimension, or of two tensors."""
+    if isinstance(other, Tensor):
+        from netopt.axes.rules.pointwise import pointwise
+
+        return pointwise(op, [tensor, other], all)
+    return whole(op, tensor, other)
+
+
+@rule("aten::_softmax", "aten::_log_softmax", "aten::softmax", "aten::log_softmax", "aten::_safe_softmax")
+def softmax(op: Operation, tensor: Tensor, dim: int, *args: Any, **kwargs: Any) -> Dims:
+    """Normalised over one dimension."""
+    dims = op.dims(tensor)
+    if dims:
+        op.inexact(dims[dim], f"is normalised over by {op.short}")
+    return [Dim(one.layout, False) for one in dims]
+
+
+@rule("aten::cumsum", "aten::cumprod", "aten::logcumsumexp", "aten::cummax", "aten::cummin")
+def cumulative(op: Operation, tensor: Tensor, dim: int, *args: Any, **kwargs: Any) -> Any:
+    """Every position depends on those before it."""
+    dims = op.dims(tensor)
+    if dims:
+        op.freeze(dims[dim], f"is accumulated along by {op.short}")
+    answer = [Dim(one.layout, one.zero and op.short == "cumsum") for one in dims]
+    return answer if isinstance(op.out, Tensor) else tuple(answer for _ in op.out)
+
+
+@rule("aten::topk", "aten::sort", "aten::kthvalue", "aten::argsort", "aten::msort")
+def ranked(op: Operation, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Positions are ranked against each other."""
+    dims = op.dims(tensor)
+    numbers = [arg for arg in args if isinstance(arg, int) and not isinstance(arg, bool)]
+    at = kwargs.get("dim", numbers[-1] if len(numbers) > (op.short in ("topk", "kthvalue")) else -1)
+    if not dims:
+        return (dims, dims)
+    op.freeze(dims[at], f"is ranked by {op.short}")
+    answers = []
+    for out in tree_leaves(op.out):
+        if out.dim() == len(dims):
+            kept = list(dims)
+            kept[at] = op.frozen(out.shape[at], f"is ranked by {op.short}")
+        else:
+            kept = [one for index, one in enumerate(dims) if index != at % len(dims)]
+        answers.append([Dim(one.layout, False) for one in kept])
+    return tuple(answers)
+
+
+@rule("aten::multinomial", "aten::histc", "aten::bincount", "aten::unique_consecutive", "aten::_unique2", "aten::nonzero",
+      "aten::masked_select")  # fmt: skip
+def by_value(op: Operation, *tensors: Any, **kwargs: Any) -> Any:
+    """The size of the result depends on values."""
+    for tensor in tensors:
+        if isinstance(tensor, Tensor):
+            op.freeze(op.dims(tensor), f"is selected from by value, by {op.short}")
+    return tuple(
+        [op.frozen(size, f"is selected by value, by {op.short}") for size in leaf.shape]
+        for leaf in tree_leaves(op.out)
+        if isinstance(leaf, Tensor)
+    )

@@ -1,0 +1,323 @@
+"""Integers that remember where they came from.
+
+While a model is traced, its integer attributes and every answer of ``x.shape`` are a :class:`Size`: an ``int`` whose
+``origin`` is an expression over attributes and layouts, kept through arithmetic. Where one of them is used as the size
+of a dimension, "this integer = the size of this layout" is an equation; where two are compared, the outcome is a
+condition; where one is used as a number, the result depends on how many neurons there are.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Union
+
+import torch
+
+from netopt.axes.layout import Atom, Layout, count
+
+_OWN = str(Path(__file__).parents[1])
+_TORCH = str(Path(torch.__file__).parent)
+_foreign: dict[str, bool] = {}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an integer lives: the module's dotted name, the attribute, then items or attributes below it."""
+
+    path: tuple[str | int, ...]
+
+    def __str__(self) -> str:
+        return ".".join(str(step) for step in self.path if step != "")
+
+
+@dataclass(frozen=True, eq=False)
+class Extent:
+    """The number of positions of a layout."""
+
+    layout: Layout
+
+
+@dataclass(frozen=True, eq=False)
+class Computed:
+    """An arithmetic operation on two numbers, each with an origin or plain."""
+
+    operation: Callable[[Any, Any], Any]
+    left: Any
+    right: Any
+
+
+Origin = Union[Place, Extent, Computed]
+
+
+@dataclass(frozen=True, eq=False)
+class Equation:
+    """``number``, as the user's code computes it, must stay the size of ``layout``."""
+
+    number: Any
+    layout: Layout
+    operation: str
+    where: tuple[str, int]
+
+    def __str__(self) -> str:
+        return f"{self.operation} ({show_place(self.where)})"
+
+
+@dataclass(frozen=True, eq=False)
+class Condition:
+    """A comparison the user's code made, whose outcome must stay what it was."""
+
+    compare: Callable[[Any, Any], bool]
+    left: Any
+    right: Any
+    outcome: bool
+    where: tuple[str, int]
+
+
+@dataclass
+class Ledger:
+    """What one trace learned of its integers."""
+
+    equations: list[Equation] = field(default_factory=list)
+    conditions: list[Condition] = field(default_factory=list)
+    numbers: list[tuple[Any, str]] = field(default_factory=list)
+    is_open: bool = True
+
+    def equate(self, number: Any, layout: Layout, operation: str) -> None:
+        """States that ``number`` is the size of ``layout``."""
+        if layout.size > 1:
+            self.equations.append(Equation(number, layout, operation, caller()))
+
+    def knows(self, number: Any) -> bool:
+        """Whether ``number`` carries an origin of this trace."""
+        return isinstance(number, (Size, Scalar)) and number.ledger is self
+
+
+def caller() -> tuple[str, int]:
+    """File and line of the innermost frame that is neither torch's nor this package's."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        foreign = _foreign.get(name)
+        if foreign is None:
+            foreign = _foreign[name] = not name.startswith((_OWN, _TORCH, "<"))
+        if foreign:
+            return name, frame.f_lineno
+        frame = frame.f_back
+    return "?", 0
+
+
+def show_place(where: tuple[str, int]) -> str:
+    """``model.py:33``."""
+    return f"{Path(where[0]).name}:{where[1]}"
+
+
+class Size(int):
+    """An integer with an origin; everywhere else an ``int``."""
+
+    origin: Origin
+    ledger: Ledger
+
+    def __new__(cls, value: int, origin: Origin, ledger: Ledger) -> Size:
+        """Makes ``value`` remember ``origin``."""
+        size = super().__new__(cls, value)
+        size.origin = origin
+        size.ledger = ledger
+        return size
+
+    def __reduce__(self) -> tuple[type[int], tuple[int]]:
+        return int, (int.__int__(self),)
+
+    def __copy__(self) -> int:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> int:
+        return self
+
+    def __hash__(self) -> int:
+        return int.__hash__(self)
+
+    def __float__(self) -> float:
+        _note_number(self)
+        return int.__float__(self)
+
+    def __truediv__(self, other: Any) -> Any:
+        return _remember(operator.truediv, self, other, self)
+
+    def __rtruediv__(self, other: Any) -> Any:
+        return _remember(operator.truediv, other, self, self)
+
+    def __neg__(self) -> Any:
+        return _remember(operator.sub, 0, self, self)
+
+    def __pos__(self) -> Any:
+        return self
+
+    def __divmod__(self, other: Any) -> tuple[Any, Any]:
+        return self // other, self % other
+
+
+class Scalar(float):
+    """A floating-point number with an origin, such as the root of a head dimension."""
+
+    origin: Origin
+    ledger: Ledger
+
+    def __new__(cls, value: float, origin: Origin, ledger: Ledger) -> Scalar:
+        """Makes ``value`` remember ``origin``."""
+        scalar = super().__new__(cls, value)
+        scalar.origin = origin
+        scalar.ledger = ledger
+        return scalar
+
+    def __reduce__(self) -> tuple[type[float], tuple[float]]:
+        return float, (float.__float__(self),)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> float:
+        return self
+
+    def __hash__(self) -> int:
+        return float.__hash__(self)
+
+    def __float__(self) -> float:
+        _note_number(self)
+        return float.__float__(self)
+
+    def __neg__(self) -> Any:
+        return _remember(operator.sub, 0, self, self)
+
+    def __floor__(self) -> Any:
+        return _remember(_floor_of, self, 0, self)
+
+    def __ceil__(self) -> Any:
+        return _remember(_ceil_of, self, 0, self)
+
+    def __round__(self, digits: int | None = None) -> Any:
+        return _remember(_round_of, self, digits, self)
+
+
+def _floor_of(value: float, _: Any) -> int:
+    return math.floor(float(value))
+
+
+def _ceil_of(value: float, _: Any) -> int:
+    return math.ceil(float(value))
+
+
+def _round_of(value: float, digits: int | None) -> float:
+    return round(float(value), digits)
+
+
+def _sqrt_of(value: float, _: Any) -> float:
+    return float(value) ** 0.5
+
+
+def _note_number(number: Size | Scalar) -> None:
+    """A size turned into a plain number can no longer be followed: something is computed with it."""
+    if number.ledger.is_open:
+        number.ledger.numbers.append((number, show_place(caller())))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Size):
+        return int.__int__(value)
+    if isinstance(value, Scalar):
+        return float.__float__(value)
+    return value
+
+
+def _remember(operation: Callable[[Any, Any], Any], left: Any, right: Any, known: Size | Scalar) -> Any:
+    """The result of ``operation``, with its origin."""
+    if isinstance(left, torch.Tensor) or isinstance(right, torch.Tensor):
+        return NotImplemented
+    result = operation(_plain(left), _plain(right))
+    if not known.ledger.is_open:
+        return result
+    origin = Computed(operation, left, right)
+    if type(result) is int:
+        return Size(result, origin, known.ledger)
+    if type(result) is float:
+        return Scalar(result, origin, known.ledger)
+    return result
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _arithmetic(operation: Callable[[Any, Any], Any]) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    def forward(self: Any, other: Any) -> Any:
+        return _remember(operation, self, other, self) if _number(other) else NotImplemented
+
+    def reflected(self: Any, other: Any) -> Any:
+        return _remember(operation, other, self, self) if _number(other) else NotImplemented
+
+    return forward, reflected
+
+
+def _comparison(compare: Callable[[Any, Any], bool]) -> Callable[[Any, Any], Any]:
+    def method(self: Any, other: Any) -> Any:
+        if not _number(other):
+            return NotImplemented
+        outcome = compare(_plain(self), _plain(other))
+        if self.ledger.is_open:
+            self.ledger.conditions.append(Condition(compare, self, other, outcome, caller()))
+        return outcome
+
+    return method
+
+
+for _name in ("add", "sub", "mul", "floordiv", "mod", "pow"):
+    _forward, _reflected = _arithmetic(getattr(operator, _name))
+    for _class in (Size, Scalar):
+        setattr(_class, f"__{_name}__", _forward)
+        setattr(_class, f"__r{_name}__", _reflected)
+Scalar.__truediv__, Scalar.__rtruediv__ = _arithmetic(operator.truediv)  # type: ignore[method-assign]
+for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
+    for _class in (Size, Scalar):
+        setattr(_class, f"__{_name}__", _comparison(getattr(operator, _name)))
+
+
+def evaluate(number: Any, counts: dict[Atom, int], places: dict[Place, int]) -> Any:
+    """What ``number`` will be once axes have ``counts`` positions and attributes the values in ``places``."""
+    if not isinstance(number, (Size, Scalar)):
+        return number
+    origin = number.origin
+    if isinstance(origin, Place):
+        return places.get(origin, _plain(number))
+    if isinstance(origin, Extent):
+        return count(origin.layout, counts)
+    return origin.operation(evaluate(origin.left, counts, places), evaluate(origin.right, counts, places))
+
+
+def leaves(number: Any) -> Iterator[Place | Extent]:
+    """The attributes and dimensions ``number`` was computed from."""
+    if isinstance(number, (Size, Scalar)):
+        origin = number.origin
+        if isinstance(origin, Computed):
+            yield from leaves(origin.left)
+            yield from leaves(origin.right)
+        else:
+            yield origin
+
+
+@contextmanager
+def remembering_roots() -> Iterator[None]:
+    """Lets ``math.sqrt`` of a number with an origin keep it, as ``/ math.sqrt(head_dim)`` is how attention is scaled."""
+    plain = math.sqrt
+
+    def sqrt(value: Any, /) -> Any:
+        if isinstance(value, (Size, Scalar)):
+            return _remember(_sqrt_of, value, 0, value)
+        return plain(value)
+
+    math.sqrt = sqrt
+    try:
+        yield
+    finally:
+        math.sqrt = plain

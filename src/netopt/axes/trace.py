@@ -1,0 +1,233 @@
+"""One forward, watched: every operation it executes states equations between the dimensions of its tensors.
+
+The trace sits below the user's code and above the kernels. It knows the dimensions of every tensor alive, asks the
+rules what an operation says about them, and never reads a value.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter, tree_leaves
+
+from netopt.axes.layout import Atom, Layout, freeze, resolve
+from netopt.axes.operation import Dim, Dims, Operation, find_rule
+from netopt.axes.sizes import Ledger, caller, show_place
+from netopt.errors import TraceError
+
+_KNOWN = "_netopt_dims"
+_QUESTIONS = frozenset(  # operations that answer a question about a tensor and make none
+    {"prim::device", "aten::sym_size", "aten::sym_numel", "aten::sym_stride", "aten::sym_storage_offset",
+     "aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::item", "aten::_assert_async", "aten::allclose",
+     "aten::_assert_tensor_metadata", "aten::_has_compatible_shallow_copy_type", "aten::is_same_size", "prim::layout"}
+)  # fmt: skip
+
+
+class _Known:
+    """What a trace knows of one tensor: its dimensions, whether it depends on the inputs, and what it is a view of."""
+
+    __slots__ = ("data", "dims", "source", "trace")
+
+    def __init__(self, trace: Trace, dims: Dims, *, data: bool, source: str | None) -> None:
+        self.trace = trace
+        self.dims = dims
+        self.data = data
+        self.source = source
+
+
+class Trace(TorchDispatchMode):
+    """The equations of one model, collected while its forward runs.
+
+    Attributes:
+        members: Every parameter, buffer and other tensor the model holds, by name; one name a tensor.
+        ledger: What was learned of integers.
+        asked: Layouts made by the call in progress whose size came from the caller's code.
+        groups: The layout of the groups of the last grouped operation.
+        reads: Per member name, the layouts its uses sum over.
+        makes: Per member name, the layouts its uses produce.
+        touched: Names of the members an operation has read.
+        operations: How many operations ran.
+        unknown: Names of the operations that had no rule.
+    """
+
+    def __init__(self, members: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.members = members
+        self.ledger = Ledger()
+        self.asked: list[Layout] = []
+        self.groups: Layout | None = None
+        self.reads: dict[str, list[Layout]] = defaultdict(list)
+        self.makes: dict[str, list[Layout]] = defaultdict(list)
+        self.touched: set[str] = set()
+        self.operations = 0
+        self.unknown: set[str] = set()
+        self.in_call = False
+        self._marked: list[Tensor] = []
+        self._dirty: dict[int, Any] = {}
+        for name, tensor in members.items():
+            zero = tensor.is_floating_point() or tensor.is_complex()
+            self._learn(tensor, [Dim(Atom(size), zero) for size in tensor.shape], data=False, source=name, mark=True)
+
+    def forget(self) -> None:
+        """Takes the notes off the tensors that outlive the trace."""
+        for tensor in self._marked:
+            tensor.__dict__.pop(_KNOWN, None)
+        self._marked.clear()
+
+    def inputs(self, tensors: Iterable[Tensor]) -> None:
+        """States that these tensors are given from outside: none of their positions may go."""
+        for tensor in tensors:
+            if self._known(tensor) is None:
+                dims = [Dim(Atom(size, "is a dimension of the model's input"), True) for size in tensor.shape]
+                self._learn(tensor, dims, data=True, source=None, mark=True)
+
+    def dims(self, tensor: Tensor) -> Dims:
+        """The dimensions of ``tensor``, resolved; a tensor from outside is a constant, whose positions all stay."""
+        known = self._known(tensor)
+        if known is None:
+            dims = [Dim(Atom(size, f"meets a constant tensor, at {self.where()}" if size > 1 else None))
+                    for size in tensor.shape]  # fmt: skip
+            known = self._learn(tensor, dims, data=False, source=None, mark=True)
+        if known.source is not None:
+            self.touched.add(known.source)
+        clean = not self._dirty or _storage(tensor) not in self._dirty
+        known.dims = [Dim(resolve(layout), zero and clean) for layout, zero in known.dims]
+        return known.dims
+
+    def depends_on_data(self, tensor: Tensor) -> bool:
+        """Whether ``tensor`` was computed from the model's inputs."""
+        known = self._known(tensor)
+        return known is not None and known.data
+
+    def note_roles(self, tensor: Tensor, summed: Iterable[Dim], kept: Iterable[Dim]) -> None:
+        """Notes, for the member a weight is made of, what a contraction sums over and what it produces."""
+        known = self._known(tensor)
+        if known is not None and known.source is not None:
+            self.reads[known.source].extend(dim.layout for dim in summed)
+            self.makes[known.source].extend(dim.layout for dim in kept)
+
+    def where(self) -> str:
+        """The line of the user's code being run."""
+        return show_place(caller())
+
+    def _known(self, tensor: Tensor) -> _Known | None:
+        known = tensor.__dict__.get(_KNOWN)
+        return known if known is not None and known.trace is self else None
+
+    def _learn(self, tensor: Tensor, dims: Dims, *, data: bool, source: str | None, mark: bool = False) -> _Known:
+        known = _Known(self, dims, data=data, source=source)
+        tensor.__dict__[_KNOWN] = known
+        if mark:
+            self._marked.append(tensor)
+        return known
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Runs one operation and lets its rule speak."""
+        kwargs = kwargs or {}
+        name = function._schema.name
+        if name in _QUESTIONS:
+            return function(*args, **kwargs)
+        tensors = [leaf for leaf in tree_iter((args, kwargs)) if isinstance(leaf, Tensor)]
+        for tensor in tensors:
+            self.dims(tensor)
+        out = function(*args, **kwargs)
+        self.operations += 1
+        outs = [out] if isinstance(out, Tensor) else [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        if outs:
+            self._state(function, name, args, kwargs, tensors, out, outs)
+        return out
+
+    def _state(
+        self, function: Any, name: str, args: Any, kwargs: Any, tensors: list[Tensor], out: Any, outs: list[Tensor]
+    ) -> None:
+        op = Operation(self, name, tensors, out)
+        speak = find_rule(name)
+        kwargs.pop("out", None)
+        if speak is None:
+            self._refuse(op, outs)
+            answer: Any = None
+        else:
+            answer = speak(op, *args, **kwargs)
+        lists = answer if isinstance(answer, tuple) else (answer,) * len(outs) if len(outs) == 1 else (answer,)
+        known = [self._known(tensor) for tensor in tensors]
+        data = any(one is not None and one.data for one in known)
+        source = None if data else next((one.source for one in known if one is not None and one.source), None)
+        for index, tensor in enumerate(outs):
+            dims = lists[index] if index < len(lists) else None
+            written = self._known(tensor)
+            if dims is None:
+                if speak is None or written is None or len(written.dims) != tensor.dim():
+                    why = f"reaches {name}, which has no rule, at {self.where()}" if speak is None else None
+                    dims = [Dim(Atom(size, why)) for size in tensor.shape]
+                else:
+                    dims = written.dims
+            dims = [dim if isinstance(dim, Dim) else Dim(dim) for dim in dims]
+            self._check(name, tensor, dims)
+            self._note_write(function, tensor, tensors, dims)
+            origin = written.source if written is not None and written.source else source
+            self._learn(tensor, dims, data=data or bool(written and written.data), source=origin)
+
+    def _refuse(self, op: Operation, outs: list[Tensor]) -> None:
+        self.unknown.add(op.name)
+        for tensor in op.tensors:
+            for dim in self.dims(tensor):
+                if dim.size > 1:
+                    freeze(dim.layout, f"reaches {op.name}, which has no rule, at {self.where()}")
+
+    def _check(self, name: str, tensor: Tensor, dims: Dims) -> None:
+        sizes = tuple(dim.size for dim in dims)
+        if sizes != tuple(tensor.shape):
+            raise TraceError(f"the rule of {name} gives sizes {sizes} to a result of shape {tuple(tensor.shape)}.")
+
+    def _note_write(self, function: Any, tensor: Tensor, tensors: list[Tensor], dims: Dims) -> None:
+        """After a write of what need not be zero, nothing in that storage is known to be zero any more."""
+        if function._schema.is_mutable and any(tensor is one for one in tensors):
+            before = self._known(tensor)
+            if before is not None and any(
+                old.zero and not new.zero for old, new in zip(before.dims, dims, strict=True) if old.size > 1
+            ):
+                key = _storage(tensor)
+                self._dirty[key] = tensor  # kept alive, so that its address is not reused
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)
+
+
+def members_of(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer of ``model`` once, under its first name, then other tensors its modules hold."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            found[name] = tensor
+    for prefix, module in model.named_modules():
+        for key, value in module.__dict__.items():
+            if key not in _OWN_ATTRIBUTES:
+                for path, tensor in _held(value, (prefix, key) if prefix else (key,), depth=3):
+                    if id(tensor) not in seen:
+                        seen.add(id(tensor))
+                        found[".".join(path)] = tensor
+    return found
+
+
+_OWN_ATTRIBUTES = frozenset(nn.Module().__dict__)
+
+
+def _held(value: Any, path: tuple[str, ...], depth: int) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+    if isinstance(value, Tensor):
+        yield path, value
+    elif depth and isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            yield from _held(item, (*path, str(index)), depth - 1)
+    elif depth and isinstance(value, dict):
+        for key, item in value.items():
+            yield from _held(item, (*path, str(key)), depth - 1)

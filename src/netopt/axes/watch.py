@@ -1,0 +1,363 @@
+"""What the user's code says of sizes.
+
+Operations state how dimensions relate; the calls that made them carry integers. This module watches the calls:
+it answers questions about shapes with integers that remember, and turns every integer that sets the size of a
+dimension into an equation. It also notes which calls contract over a dimension, where activations can be read later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from netopt.axes.layout import Layout, freeze, mark_inexact, split_concat
+from netopt.axes.sizes import Extent, Scalar, Size
+from netopt.axes.trace import Trace
+from netopt.calls import Call, CallNames
+
+
+class Reading(NamedTuple):
+    """A place where activations are contracted over one of their dimensions."""
+
+    call: Call
+    argument: int
+    dim: int
+    layout: Layout
+
+
+class Watch(CallNames):
+    """Sees every torch call of one traced forward."""
+
+    def __init__(self, model: nn.Module, trace: Trace) -> None:
+        super().__init__(model)
+        self.trace = trace
+        self.readings: list[Reading] = []
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Runs one call, with room for what its operations note."""
+        trace = self.trace
+        trace.asked.clear()
+        trace.groups = None
+        trace.in_call = True
+        try:
+            return super().__torch_function__(function, types, args, kwargs)
+        finally:
+            trace.in_call = False
+
+    def on_call(
+        self, call: Call, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
+    ) -> Any:
+        """Turns the integers of one call into equations."""
+        name = call.function
+        if name in _SHAPES:
+            return _SHAPES[name](self, function, args, kwargs, result)
+        if name in _CONTRACTIONS:
+            self._note_readings(call, args, kwargs)
+        speak = _SPEAKERS.get(name)
+        if speak is not None:
+            speak(self, args, kwargs, result)
+        elif self.trace.asked:
+            self._explain(name, args, kwargs)
+        self._note_numbers(args, kwargs, Scalar if name in _NO_NUMBERS else (Size, Scalar))
+        return result
+
+    def size(self, value: int, layout: Layout) -> int:
+        """``value`` as an integer that remembers it is the size of ``layout``."""
+        return Size(_plain(value), Extent(layout), self.trace.ledger) if _plain(value) > 1 else value
+
+    def equate(self, number: Any, layout: Layout, name: str) -> None:
+        """States that ``number``, if it is one, is the size of ``layout``; a plain one freezes it."""
+        if isinstance(number, bool) or not isinstance(number, int) or _plain(number) < 0 or layout.size == 1:
+            return
+        if self.trace.ledger.knows(number):
+            self.trace.ledger.equate(number, layout, name)
+        else:
+            freeze(layout, f"meets the literal {int(number)} in {name} at {self.trace.where()}")
+
+    def _explain(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Finds, for every dimension the call made afresh, the integer that asked for it."""
+        numbers = [number for number in _integers((args, kwargs))]
+        for layout in self.trace.asked:
+            fitting = [number for number in numbers if _plain(number) == layout.size]
+            match = next(
+                (number for number in fitting if self.trace.ledger.knows(number)), fitting[0] if fitting else None
+            )
+            if match is not None:
+                numbers = [number for number in numbers if number is not match]
+                self.equate(match, layout, name)
+            else:
+                freeze(layout, f"has a size that {name} computes at {self.trace.where()}")
+
+    def _note_numbers(self, args: tuple[Any, ...], kwargs: dict[str, Any], kinds: Any) -> None:
+        """A size used as a number makes the result depend on how many neurons there are."""
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, kinds) and self.trace.ledger.knows(value):
+                self.trace.ledger.numbers.append((value, self.trace.where()))
+
+    def _note_readings(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tensors = list(args) + [kwargs[key] for key in _OPERANDS.get(call.function, ()) if key in kwargs]
+        for argument, dim in _CONTRACTIONS[call.function]:
+            tensor = tensors[argument] if argument < len(tensors) else None
+            if isinstance(tensor, Tensor) and tensor.dim() > 0 and self.trace.depends_on_data(tensor):
+                at = dim if dim >= 0 else max(tensor.dim() + dim, 0)
+                if call.function.startswith("conv"):
+                    at = 1 if tensor.dim() == _weight_dim(tensors) else 0
+                self.readings.append(Reading(call, argument, at, self.trace.dims(tensor)[at].layout))
+
+
+def _plain(number: int) -> int:
+    """The integer alone, so that comparing it is no condition of the user's code."""
+    return int.__int__(number)
+
+
+def _weight_dim(tensors: Sequence[Any]) -> int:
+    return tensors[1].dim() if len(tensors) > 1 and isinstance(tensors[1], Tensor) else -1
+
+
+def _integers(value: Any) -> list[int]:
+    if isinstance(value, bool):
+        return []
+    if isinstance(value, int):
+        return [value]
+    if isinstance(value, (tuple, list)):
+        return [number for item in value for number in _integers(item)]
+    if isinstance(value, dict):
+        return [number for item in value.values() for number in _integers(item)]
+    return []
+
+
+def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], position: int, name: str, default: Any = None) -> Any:
+    return args[position] if len(args) > position else kwargs.get(name, default)
+
+
+# Questions about shapes, answered with integers that remember.
+
+
+def _shape(watch: Watch, function: Any, args: Any, kwargs: Any, result: Any) -> Any:
+    if not isinstance(result, torch.Size):  # ``__get__`` of another property
+        return result
+    dims = watch.trace.dims(args[0])
+    return torch.Size([watch.size(size, dim.layout) for size, dim in zip(result, dims, strict=True)])
+
+
+def _size(watch: Watch, function: Any, args: Any, kwargs: Any, result: Any) -> Any:
+    if isinstance(result, torch.Size):
+        return _shape(watch, function, args, kwargs, result)
+    if isinstance(result, int):
+        dim = _argument(args, kwargs, 1, "dim")
+        return watch.size(result, watch.trace.dims(args[0])[int(dim)].layout)
+    return result
+
+
+def _numel(watch: Watch, function: Any, args: Any, kwargs: Any, result: Any) -> Any:
+    total: Any = 1
+    for size, dim in zip(args[0].shape, watch.trace.dims(args[0]), strict=True):
+        total = total * watch.size(size, dim.layout)
+    return total
+
+
+_SHAPES: dict[str, Callable[..., Any]] = {"__get__": _shape, "size": _size, "numel": _numel, "nelement": _numel}
+
+
+# Calls whose integers are sizes of dimensions.
+
+
+def _given_sizes(first: int) -> Callable[..., None]:
+    """A call whose sizes, from argument ``first`` on or under ``size``/``shape``, are the result's dimensions in order."""
+
+    def speak(watch: Watch, args: Any, kwargs: Any, result: Any) -> None:
+        sizes: Any = args[first:]
+        if not sizes:
+            sizes = kwargs.get("size", kwargs.get("shape", kwargs.get("sizes", ())))
+        if sizes and isinstance(sizes[0], (tuple, list)):
+            sizes = sizes[0]
+        if not isinstance(result, Tensor) or any(isinstance(size, torch.dtype) for size in sizes):
+            return
+        dims = watch.trace.dims(result)
+        sizes = [size for size in sizes if isinstance(size, int) and not isinstance(size, bool)]
+        if len(sizes) == len(dims):
+            for size, dim in zip(sizes, dims, strict=True):
+                watch.equate(size, dim.layout, "view" if first else "a new tensor")
+
+    return speak
+
+
+def _unflatten(watch: Watch, args: Any, kwargs: Any, result: Any) -> None:
+    dim = int(_argument(args, kwargs, 1, "dim")) % args[0].dim()
+    sizes = args[2:] if len(args) > 2 else kwargs["sizes"]  # noqa: PLR2004 - tensor, dim, sizes
+    if isinstance(sizes[0], (tuple, list)):
+        sizes = sizes[0]
+    for size, made in zip(sizes, watch.trace.dims(result)[dim:], strict=False):
+        watch.equate(size, made.layout, "unflatten")
+
+
+def _normalized(watch: Watch, args: Any, kwargs: Any, result: Any) -> None:
+    shape = _argument(args, kwargs, 1, "normalized_shape")
+    for size, dim in zip(shape, watch.trace.dims(result)[-len(shape) :], strict=True):
+        watch.equate(size, dim.layout, "normalized_shape")
+
+
+def _grouped(position: int, name: str) -> Callable[..., None]:
+    def speak(watch: Watch, args: Any, kwargs: Any, result: Any) -> None:
+        if watch.trace.groups is not None:
+            watch.equate(_argument(args, kwargs, position, name, 1), watch.trace.groups, name)
+
+    return speak
+
+
+def _split(watch: Watch, args: Any, kwargs: Any, result: Any) -> None:
+    sizes = _argument(args, kwargs, 1, "split_size", kwargs.get("split_size_or_sections", kwargs.get("split_sizes")))
+    dim = int(_argument(args, kwargs, 2, "dim", 0))
+    parts = [watch.trace.dims(part)[dim].layout for part in result]
+    if isinstance(sizes, int):
+        for part in parts:
+            if part.size == _plain(sizes):
+                watch.equate(sizes, part, "split")
+            else:
+                freeze(part, f"is the remainder of split at {watch.trace.where()}")
+    else:
+        for size, part in zip(sizes, parts, strict=True):
+            watch.equate(size, part, "split")
+
+
+def _chunk(watch: Watch, args: Any, kwargs: Any, result: Any) -> None:
+    dim = int(_argument(args, kwargs, 2, "dim", 0))
+    parts = [watch.trace.dims(part)[dim].layout for part in result]
+    for part in parts[1:]:
+        if part.size == parts[0].size:
+            watch.equate(Size(part.size, Extent(parts[0]), watch.trace.ledger), part, "chunk")
+        else:
+            for uneven in (part, parts[0]):
+                freeze(uneven, f"is an uneven chunk at {watch.trace.where()}")
+
+
+def _narrow(watch: Watch, args: Any, kwargs: Any, result: Any) -> None:
+    dim, start, length = (_argument(args, kwargs, 1 + i, name) for i, name in enumerate(("dim", "start", "length")))
+    if isinstance(start, int) and isinstance(length, int):
+        _slice(watch, watch.trace.dims(args[0])[int(dim)].layout, slice(start, start + length), "narrow")
+
+
+def _getitem(watch: Watch, args: Any, kwargs: Any, result: Any) -> None:
+    tensor, index = args[0], args[1]
+    entries = index if isinstance(index, tuple) else (index,)
+    position, dims = 0, watch.trace.dims(tensor)
+    taken = sum(_consumes(entry) for entry in entries)
+    for entry in entries:
+        if entry is Ellipsis:
+            position += len(dims) - taken
+        elif isinstance(entry, slice):
+            _slice(watch, dims[position].layout, entry, "slice")
+            position += 1
+        else:
+            position += _consumes(entry)
+
+
+def _consumes(entry: Any) -> int:
+    if entry is None or entry is Ellipsis or isinstance(entry, bool):
+        return 0
+    if isinstance(entry, Tensor) and entry.dtype == torch.bool:
+        return entry.dim()
+    return 1
+
+
+def _slice(watch: Watch, layout: Layout, asked: slice, name: str) -> None:
+    """States what the bounds of a slice are: the sizes of what lies before, inside or behind it."""
+    size = layout.size
+    start, stop = (_plain(bound) for bound in asked.indices(size)[:2])
+    if isinstance(asked.start, int) and 0 < start < size:
+        halves = split_concat(layout, start)
+        if halves is not None:
+            _bound(watch, asked.start, halves, name)
+    if isinstance(asked.stop, int) and 0 < stop < size:
+        halves = split_concat(layout, stop)
+        if halves is not None:
+            _bound(watch, asked.stop, halves, name)
+    elif isinstance(asked.stop, Size) and stop == size == _plain(asked.stop):
+        watch.equate(asked.stop, layout, name)
+
+
+def _bound(watch: Watch, bound: int, halves: tuple[Layout, Layout], name: str) -> None:
+    if _plain(bound) >= 0:
+        watch.equate(bound, halves[0], name)
+    else:
+        watch.equate(-bound, halves[1], name)
+
+
+def _arange(watch: Watch, args: Any, kwargs: Any, result: Any) -> None:
+    numbers = [value for value in args if isinstance(value, int)]
+    if len(numbers) == 1:
+        start, stop, step = 0, numbers[0], 1
+    else:
+        start, stop = (numbers[0], numbers[1]) if numbers else (kwargs.get("start", 0), kwargs.get("end"))
+        step = numbers[2] if len(numbers) > 2 else kwargs.get("step", 1)  # noqa: PLR2004 - start, stop, step
+    layout = watch.trace.dims(result)[0].layout
+    if all(isinstance(value, int) for value in (start, stop, step)):
+        span = stop if _plain(start) == 0 and not isinstance(start, Size) else stop - start
+        length = span if _plain(step) == 1 else (span + (step - 1)) // step
+        watch.equate(length, layout, "arange")
+    else:
+        freeze(layout, f"has a size that arange computes at {watch.trace.where()}")
+
+
+def _default_scale(watch: Watch, args: Any, kwargs: Any, result: Any) -> None:
+    if _argument(args, kwargs, 6, "scale") is None:
+        mark_inexact(
+            watch.trace.dims(args[0])[-1].layout,
+            f"sets the default scale of attention, at {watch.trace.where()}",
+        )
+
+
+def _nothing(watch: Watch, args: Any, kwargs: Any, result: Any) -> None:
+    return None
+
+
+_SPEAKERS: dict[str, Callable[..., None]] = {
+    **dict.fromkeys(("view", "reshape", "expand", "broadcast_to", "_unsafe_view"), _given_sizes(1)),
+    **dict.fromkeys(("new_zeros", "new_ones", "new_empty", "new_full"), _given_sizes(1)),
+    **dict.fromkeys(("zeros", "ones", "empty", "rand", "randn", "full"), _given_sizes(0)),
+    "unflatten": _unflatten,
+    "layer_norm": _normalized,
+    "rms_norm": _normalized,
+    "group_norm": _grouped(1, "num_groups"),
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _grouped(6, "groups")),
+    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _grouped(6, "groups")),
+    "channel_shuffle": _grouped(1, "groups"),
+    **dict.fromkeys(("split", "split_with_sizes", "unsafe_split"), _split),
+    **dict.fromkeys(("chunk", "unsafe_chunk"), _chunk),
+    "narrow": _narrow,
+    "__getitem__": _getitem,
+    "__setitem__": _getitem,
+    "arange": _arange,
+    "scaled_dot_product_attention": _default_scale,
+}
+
+# Arguments of a call that are contracted over, and along which dimension.
+_CONTRACTIONS: dict[str, tuple[tuple[int, int], ...]] = {
+    "linear": ((0, -1),),
+    "bilinear": ((0, -1), (1, -1)),
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d"), ((0, 1),)),
+    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), ((0, 1),)),
+    **dict.fromkeys(("matmul", "__matmul__", "mm", "bmm", "__rmatmul__", "mv"), ((0, -1), (1, -2))),
+    **dict.fromkeys(("addmm", "baddbmm", "addbmm", "addmv"), ((1, -1), (2, -2))),
+    "scaled_dot_product_attention": ((0, -1), (1, -1)),
+    **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell"), ((0, -1),)),
+}
+_OPERANDS: dict[str, tuple[str, ...]] = {
+    "linear": ("input", "weight"),
+    "matmul": ("input", "other"),
+    "bmm": ("input", "mat2"),
+    "scaled_dot_product_attention": ("query", "key"),
+}
+
+# Calls whose plain integers are dimensions or sizes, never values.
+_NO_NUMBERS = frozenset(_SPEAKERS) | frozenset(
+    {"repeat", "tile", "repeat_interleave", "select", "transpose", "permute", "unsqueeze", "squeeze", "flatten", "sum",
+     "mean", "softmax", "log_softmax", "cat", "stack", "unbind", "index_select", "gather", "topk", "one_hot", "eye",
+     "linspace", "randint", "randperm", "tril", "triu", "roll", "flip", "movedim", "swapaxes", "dropout", "unfold", "glu",
+     "cumsum", "argmax", "amax", "max", "min", "norm", "bincount", "pad", "adaptive_avg_pool2d", "interpolate"}
+)  # fmt: skip

@@ -1,0 +1,144 @@
+"""Names every torch call of a forward, so that a place found in one run is found again in another.
+
+A call is named by the module it happens in, how many times that module has been entered, the torch function, and how
+many calls of that function came before it in the same visit. The Python wrappers of ``torch.nn.functional`` are run
+through, so that only calls that reach C++ have names.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch._tensor
+import torch.functional
+import torch.nn.functional
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
+
+_WRAPPERS = (torch.nn.functional, torch.functional, torch._tensor)
+_TESTS = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+_lock = threading.RLock()
+
+
+class Call(NamedTuple):
+    """One call of a torch function during a forward.
+
+    Attributes:
+        module: Dotted name of the innermost module being run; ``""`` is the model itself.
+        visit: How many times that module had been entered before.
+        function: Name of the torch function, such as ``"linear"``.
+        index: How many calls of that function came before it in this visit.
+    """
+
+    module: str
+    visit: int
+    function: str
+    index: int
+
+
+def _never(*_args: Any, **_kwargs: Any) -> bool:
+    return False
+
+
+@contextmanager
+def transparent_wrappers() -> Iterator[None]:
+    """Lets ``torch.nn.functional`` run its Python bodies although a torch-function mode is active.
+
+    Each wrapper first asks whether an argument or a mode overrides it, which a mode makes true of every call; answered
+    with no, only the calls that reach C++ are seen by the mode.
+    """
+    with _lock:
+        plain = [
+            (module, name, getattr(module, name)) for module in _WRAPPERS for name in _TESTS if hasattr(module, name)
+        ]
+        for module, name, _ in plain:
+            setattr(module, name, _never)
+        try:
+            yield
+        finally:
+            for module, name, test in plain:
+                setattr(module, name, test)
+
+
+class CallNames(TorchFunctionMode):
+    """Runs a model with a name for every torch call; subclasses override :meth:`on_call`.
+
+    Example:
+        >>> class Seen(CallNames):
+        ...     def on_call(self, call, function, args, kwargs, result):
+        ...         if call.function == "linear":
+        ...             print(call)
+        ...         return result
+        >>> net = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+        >>> with Seen(net):
+        ...     _ = net(torch.zeros(1, 2))
+        Call(module='0', visit=0, function='linear', index=0)
+        Call(module='1', visit=0, function='linear', index=0)
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._names = {id(module): name for name, module in model.named_modules()}
+        self._visits: Counter[str] = Counter()
+        self._stack: list[tuple[str, int, Counter[str]]] = [("", 0, Counter())]
+        self._open: ExitStack | None = None
+
+    def __enter__(self) -> Any:
+        """Starts naming; the model is left without hooks of its own."""
+        self._open = ExitStack()
+        self._open.enter_context(transparent_wrappers())
+        for handle in (
+            register_module_forward_pre_hook(self._enter_module),
+            register_module_forward_hook(self._leave_module, always_call=True),
+        ):
+            self._open.callback(handle.remove)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        """Stops naming and takes the hooks away."""
+        super().__exit__(*error)
+        assert self._open is not None
+        self._open.close()
+
+    def _enter_module(self, module: nn.Module, inputs: Any) -> None:
+        name = self._names.get(id(module))
+        if name is None:
+            name = self._stack[-1][0]
+        self._stack.append((name, self._visits[name], Counter()))
+        self._visits[name] += 1
+
+    def _leave_module(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        if len(self._stack) > 1:
+            self._stack.pop()
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Runs one torch function, then hands it to :meth:`on_call` under its name."""
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
+        name = getattr(function, "__name__", "")
+        module, visit, seen = self._stack[-1]
+        call = Call(module, visit, name, seen[name])
+        seen[name] += 1
+        return self.on_call(call, function, args, kwargs, result)
+
+    def on_call(
+        self, call: Call, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
+    ) -> Any:
+        """Sees one call and returns its result, or another in its place.
+
+        Args:
+            call: Its name.
+            function: The torch function.
+            args: Its positional arguments.
+            kwargs: Its keyword arguments.
+            result: What it returned.
+        """
+        return result
