@@ -188,6 +188,9 @@ def distill(
         )
         trainee = Trainee(student, terms, student_forward, student_output)
         stack.enter_context(trainee.listening())
+        if checked is not None:
+            with random_state_kept():
+                checked.rehearse(trainee)
         stack.callback(machine.close)
         optimizers = optimizers_for(
             optimizer, lr, trainee, {id(one) for model in teachers for one in model.parameters()}
@@ -256,7 +259,8 @@ def _validation(
     if not (metric is None or callable(metric) or metric in ("loss", "accuracy")):
         raise InvalidArgumentError(f"metric must be None, 'loss', 'accuracy' or a function, not {metric!r}.")
     if callable(validation) and not isinstance(validation, (Iterable, nn.Module)) and metric is None:
-        return Validation(validation, None, targets, objective)
+        judge: Callable[[nn.Module], Any] = validation
+        return Validation(judge, None, targets, objective)
     found = source(validation, shuffle=False, epochs=2, what="validation", **common)
     return Validation(found, metric, targets, objective)
 

@@ -188,7 +188,8 @@ def loss_terms(loss: SoftLoss) -> list[tuple[str, Loss | Callable[..., Tensor], 
         elif isinstance(entry, Loss):
             terms.append((entry.name, entry, float(weight)))
         elif callable(entry):
-            terms.append((getattr(entry, "__name__", type(entry).__name__), entry, float(weight)))
+            function: Any = entry
+            terms.append((getattr(entry, "__name__", type(entry).__name__), function, float(weight)))
         else:
             raise ArgumentTypeError(
                 f"loss must be a name, a function of (student, teacher) or a mapping of these to weights, "
@@ -238,7 +239,7 @@ class Objective:
 
     def learn(self, target: Target) -> None:
         """Finds out on the first batch what the caller's own functions average over, and checks the others' shapes."""
-        output = target.records[0].output
+        output = _precise(target.records[0].output)
         for place, term in enumerate(self.soft):
             if (
                 isinstance(term, _Soft)
@@ -304,8 +305,7 @@ class Objective:
 
     def _labels_total(self, output: Tensor, target: Target) -> Tensor:
         labels, items = target.labels, target.items
-        if labels is None:
-            raise MissingDataError("labels are missing.")
+        assert labels is not None, "counting comes first, and complains"
         labels = labels.to(output.device)
         if labels.is_floating_point():
             if labels.numel() != output.numel():

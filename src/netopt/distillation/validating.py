@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from itertools import islice
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from netopt import batches
-from netopt.distillation.objective import Objective
+from netopt.distillation.objective import Objective, Record
 from netopt.distillation.outputs import classes_last
 from netopt.distillation.sources import Source
 from netopt.distillation.student import Trainee, evaluating
@@ -19,7 +20,7 @@ from netopt.errors import ArgumentTypeError, MissingDataError, NonFiniteError
 
 __all__ = ["Metric", "Validation"]
 
-Metric = str | Callable[..., Any] | None
+Metric: TypeAlias = str | Callable[..., Any] | None
 
 
 class Validation:
@@ -34,7 +35,7 @@ class Validation:
     """
 
     def __init__(
-        self, data: Source | Callable[[nn.Module], float], metric: Metric, targets: Targets, objective: Objective
+        self, data: Source | Callable[[nn.Module], Any], metric: Metric, targets: Targets, objective: Objective
     ) -> None:
         self.data, self.metric, self.targets, self.objective = data, metric, targets, objective
         self.by_loss = isinstance(data, Source) and metric in (None, "loss")
@@ -47,28 +48,33 @@ class Validation:
         """Whether ``score`` beats ``best``."""
         return best is None or (score < best if self.by_loss else score > best)
 
-    def score(self, trainee: Trainee) -> float:
-        """Returns the score; the student's flags stay as they are.
+    def score(self, trainee: Trainee, *, limit: int | None = None) -> float:
+        """Returns the score, of the first ``limit`` batches only if that is given; the student's flags stay as they are.
 
         Raises:
             NonFiniteError: it is not a finite number.
             MissingDataError: a batch has no targets, and the metric needs them.
         """
         with torch.no_grad(), evaluating(trainee.student):
-            score = self._score(trainee)
+            score = self._score(trainee, limit)
         if not isinstance(score, (int, float)):
             raise ArgumentTypeError(f"validation must give a number, not a {type(score).__name__}.")
         if not math.isfinite(score):
             raise NonFiniteError(f"validation ({self.name}) gave {score}; look for NaN in the data, or lower lr.")
         return float(score)
 
-    def _score(self, trainee: Trainee) -> float:
+    def rehearse(self, trainee: Trainee) -> None:
+        """Scores one batch, so that what is wrong with the data shows before an epoch has been trained."""
+        if isinstance(self.data, Source):
+            self.score(trainee, limit=1)
+
+    def _score(self, trainee: Trainee, limit: int | None) -> float:
         if not isinstance(self.data, Source):
-            score = self.data(trainee.student)
+            score: Any = self.data(trainee.student)
             return score.item() if isinstance(score, Tensor) and score.numel() == 1 else score
         total, count = 0.0, 0.0
         losses = [[0.0, 0.0] for _ in self.objective.names]
-        for _, batch in self.data.epoch():
+        for _, batch in islice(self.data.epoch(), limit):
             if self.by_loss:
                 self._add_loss(trainee, batch, losses)
                 continue
@@ -84,8 +90,8 @@ class Validation:
         moved, target = self.targets.prepare(None, batch)
         with self.targets.engine.autocast():
             output, features = trainee(moved)
-        sums = self.objective.sums(type(target.records[0])(output, features), target)
         counts = self.objective.counts(target.items, target.labels)
+        sums = self.objective.sums(Record(output, features), target)
         for held, one, more in zip(losses, sums, counts, strict=True):
             held[0] += float(one)
             held[1] += more
