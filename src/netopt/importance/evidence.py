@@ -1,0 +1,257 @@
+"""What criteria need to know about a weight, collected in one pass over the data.
+
+Only what is asked for is collected, and only sums are kept. The model runs in eval mode and is given back as it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from netopt import batches
+from netopt.batches import Batch
+from netopt.errors import InvalidArgumentError, MissingDataError, NonFiniteError, UnknownNameError
+from netopt.importance.inputs import InputWatch, Reading
+from netopt.parameters import Place, places
+from netopt.restore import given_back
+
+__all__ = ["NEEDS", "Evidence", "collect", "samples"]
+
+NEEDS = ("grad", "grad_abs", "grad_sq", "output_grad_sq", "input_norm")
+OF_LOSS = frozenset({"grad", "grad_abs", "grad_sq"})
+OF_SAMPLES = frozenset({"grad_abs", "grad_sq", "output_grad_sq"})
+EXACT_OUTPUTS = 64
+PROBES = 32
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What is known about one weight; every tensor has its shape, and what no criterion asked for is absent.
+
+    Attributes:
+        name: The weight's name.
+        weight: Its values, detached; zero where masked.
+        grad: Mean gradient of the loss, over samples.
+        grad_abs: Mean absolute value, over samples, of the gradient of a sample's loss.
+        grad_sq: Mean square, over samples, of the gradient of a sample's loss.
+        output_grad_sq: Sum over the main output's entries of their squared gradients, averaged over samples. Exact up
+            to 64 entries a sample, above that estimated without bias by 32 random signs vectors.
+        input_norm: Euclidean norm, over everything seen, of what each entry was multiplied with.
+    """
+
+    name: str
+    weight: Tensor
+    collected: Mapping[str, Tensor]
+
+    def __getattr__(self, need: str) -> Tensor:
+        collected = self.__dict__.get("collected", {})
+        if need in collected:
+            return collected[need]
+        raise AttributeError(f"{need!r} was not collected; name it in the criterion's needs. Known are {NEEDS}.")
+
+
+def collect(
+    model: nn.Module,
+    wanted: Mapping[str, Place] | None = None,
+    needs: Collection[str] = (),
+    *,
+    data: Iterable[Batch] | None = None,
+    loss_fn: Callable[[Any, Any], Tensor] | None = None,
+    progress: bool = False,
+) -> dict[str, Evidence]:
+    """Collects evidence about weights of ``model``.
+
+    Args:
+        model: Run in eval mode, and given back as it was.
+        wanted: The weights, as :func:`netopt.parameters.places` lists them; by default those pruned by default.
+        needs: Names among the attributes of :class:`Evidence`.
+        data: Batches; read once, and not at all where nothing is needed.
+        loss_fn: Of the model's result and a batch's targets; by default the ``loss`` the model itself returns.
+        progress: Whether to show a progress bar.
+
+    Raises:
+        MissingDataError: something is needed that takes data, or a loss, and there is none.
+        NonFiniteError: a loss is NaN or infinite.
+        InvalidArgumentError: input norms are needed of a weight that was multiplied with nothing.
+    """
+    if wanted is None:
+        wanted = {name: place for name, place in places(model).items() if place.prunable}
+    for need in needs:
+        if need not in NEEDS:
+            raise UnknownNameError.of("kind of evidence", need, NEEDS)
+    sums: dict[str, dict[str, Tensor]] = {name: {} for name in wanted}
+    if needs:
+        if data is None:
+            raise MissingDataError(f"this importance needs {', '.join(sorted(needs))}; pass data=, a list of batches.")
+        with given_back(model), _ready(model, wanted, needs):
+            count = _Pass(model, wanted, frozenset(needs), loss_fn, sums).run(data, progress)
+        for name, place in wanted.items():
+            sums[name] = _finished(name, place, sums[name], frozenset(needs), count)
+    return {name: Evidence(name, place.value, sums[name]) for name, place in wanted.items()}
+
+
+def samples(batch: Batch) -> Iterator[Batch]:
+    """Yields each sample of a batch as a batch of one; what has no entry a sample is passed on whole."""
+    found = [tensor for _, tensor in batches.tensors(batches.split(batch)[0]) if tensor.dim() > 0]
+    size = len(found[0]) if found else 1
+
+    def part(value: Any, index: int) -> Any:
+        if isinstance(value, Tensor):
+            return value[index : index + 1] if value.dim() > 0 and len(value) == size else value
+        if isinstance(value, Mapping):
+            return {key: part(one, index) for key, one in value.items()}
+        if isinstance(value, (tuple, list)):
+            return type(value)(part(one, index) for one in value)
+        return value
+
+    for index in range(size):
+        yield part(batch, index)
+
+
+@contextlib.contextmanager
+def _ready(model: nn.Module, wanted: Mapping[str, Place], needs: Collection[str]) -> Iterator[None]:
+    """Sets flags so that every contraction is seen and only the wanted gradients are computed."""
+    model.eval()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    differentiated = any(need != "input_norm" for need in needs)
+    for place in wanted.values():
+        place.parameter.requires_grad_(differentiated)
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    fast = torch.backends.mha.get_fastpath_enabled()
+    with contextlib.ExitStack() as stack:
+        if recurrent:
+            # Fused recurrent kernels hide their contractions, and on a GPU have no gradient in eval mode.
+            # Not by torch.backends.mkldnn.flags, which sets and warns about settings of other devices as well.
+            stack.callback(torch._C._set_mkldnn_enabled, torch._C._get_mkldnn_enabled())
+            torch._C._set_mkldnn_enabled(False)
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
+        torch.backends.mha.set_fastpath_enabled(False)
+        stack.enter_context(torch.enable_grad() if differentiated else torch.no_grad())
+        yield
+
+
+class _Pass:
+    """One pass over the data, adding to sums."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        wanted: Mapping[str, Place],
+        needs: frozenset[str],
+        loss_fn: Callable[[Any, Any], Tensor] | None,
+        sums: dict[str, dict[str, Tensor]],
+    ) -> None:
+        self.model, self.wanted, self.needs, self.loss_fn, self.sums = model, wanted, needs, loss_fn, sums
+        self.parameters = [place.parameter for place in wanted.values()]
+        self.device = batches.device_of(model)
+        self.generator = torch.Generator().manual_seed(0)
+
+    def run(self, data: Iterable[Batch], progress: bool) -> int:
+        """Returns the number of samples seen."""
+        count = 0
+        for batch in tqdm(batches.iterate(data), desc="importance", disable=not progress, leave=False):
+            pieces = list(samples(batch))
+            count += len(pieces)
+            if self.needs & OF_SAMPLES:
+                for piece in pieces:
+                    self._see(piece, 1)
+            else:
+                self._see(batch, len(pieces))
+        return count
+
+    def _see(self, batch: Batch, size: int) -> None:
+        watch = InputWatch(self.wanted, self._add_reading) if "input_norm" in self.needs else contextlib.nullcontext()
+        with watch:
+            result = batches.feed(self.model, batch)
+        if "output_grad_sq" in self.needs:
+            self._differentiate_outputs(batches.primary(result), retain=bool(self.needs & OF_LOSS))
+        if self.needs & OF_LOSS:
+            self._differentiate_loss(self._loss(result, batch), size)
+
+    def _loss(self, result: Any, batch: Batch) -> Tensor:
+        if self.loss_fn is None:
+            loss = result.get("loss") if isinstance(result, Mapping) else getattr(result, "loss", None)
+            if not isinstance(loss, Tensor):
+                raise MissingDataError(
+                    f"this importance needs a loss, and {type(self.model).__name__} returns none; pass "
+                    "loss_fn=, a function of the model's result and the batch's targets."
+                )
+        else:
+            _, targets = batches.split(batch)
+            loss = self.loss_fn(result, targets if self.device is None else batches.move(targets, self.device))
+        if not torch.isfinite(loss).all():
+            raise NonFiniteError(
+                f"the loss is {loss.detach().sum().item()} on a batch; check the data and the weights."
+            )
+        return loss.sum()
+
+    def _differentiate_loss(self, loss: Tensor, size: int) -> None:
+        for name, grad in self._gradients(loss, retain=False):
+            for need, value in (("grad", grad * size), ("grad_abs", grad.abs()), ("grad_sq", grad.square())):
+                if need in self.needs:
+                    self._add(name, need, value)
+
+    def _differentiate_outputs(self, output: Tensor, retain: bool) -> None:
+        flat = output.flatten()
+        exact = flat.numel() <= EXACT_OUTPUTS
+        count = flat.numel() if exact else PROBES
+        for index in range(count):
+            if exact:
+                scalar = flat[index]
+            else:
+                signs = torch.randint(0, 2, (flat.numel(),), generator=self.generator).to(flat) * 2 - 1
+                scalar = flat @ signs
+            for name, grad in self._gradients(scalar, retain=retain or index < count - 1):
+                self._add(name, "output_grad_sq", grad.square() / (1 if exact else PROBES))
+
+    def _gradients(self, scalar: Tensor, retain: bool) -> Iterator[tuple[str, Tensor]]:
+        if not scalar.requires_grad:
+            raise InvalidArgumentError(
+                "the output does not depend on any of the weights in a differentiable way; "
+                "the forward must not run under no_grad, nor detach."
+            )
+        grads = torch.autograd.grad(scalar, self.parameters, retain_graph=retain, allow_unused=True)
+        for name, grad in zip(self.wanted, grads, strict=True):
+            if grad is not None:
+                yield name, grad.to(torch.promote_types(grad.dtype, torch.float32))
+
+    def _add_reading(self, reading: Reading) -> None:
+        with torch.no_grad():
+            sums = reading.square_sums()
+            if reading.dim is not None and reading.rows is not None:
+                other = reading.shape[1 - reading.dim]
+                if reading.rows != slice(0, other):
+                    full = sums.new_zeros(reading.shape)
+                    full.narrow(1 - reading.dim, reading.rows.start, reading.rows.stop - reading.rows.start).add_(sums)
+                    sums = full
+            self._add(reading.name, "input_norm", sums)
+
+    def _add(self, name: str, need: str, value: Tensor) -> None:
+        known = self.sums[name].get(need)
+        self.sums[name][need] = value.detach() if known is None else known + value.detach()
+
+
+def _finished(name: str, place: Place, sums: dict[str, Tensor], needs: frozenset[str], count: int) -> dict[str, Tensor]:
+    shape = place.parameter.shape
+    finished: dict[str, Tensor] = {}
+    for need in needs:
+        if need == "input_norm":
+            if need not in sums:
+                raise InvalidArgumentError(
+                    f"{name!r} met no inputs in a matrix product, convolution or embedding on this data, "
+                    "so its input norm is unknown; exclude it or choose another importance."
+                )
+            finished[need] = sums[need].sqrt().expand(shape)
+        elif need in sums:
+            finished[need] = sums[need] / count
+        else:
+            finished[need] = torch.zeros_like(place.parameter.detach())
+    return finished

@@ -1,0 +1,158 @@
+"""Every parameter under the name it had before a mask was put on it.
+
+``torch.nn.utils.prune`` renames ``weight`` to ``weight_orig``. Here a parameter keeps one name, the first it has in
+the unmasked model, whoever else holds it too; and a weight is seen as a matrix of one row an output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+__all__ = ["Orientation", "Place", "effective", "places"]
+
+NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
+EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+
+
+@dataclass(frozen=True)
+class Orientation:
+    """How a weight reads as a matrix: one row an output, its inputs along the row.
+
+    A convolution's row runs over the kernel and, innermost, over the input channels: the order in which hardware that
+    skips zeros reads it, and in which the members of an n:m group are neighbours.
+
+    Attributes:
+        inputs: The dimension of the inputs, or ``None`` where the weight is read as it lies, last dimension along rows.
+        groups: Groups of a transposed convolution, whose first dimension lists the inputs of every group.
+    """
+
+    inputs: int | None = None
+    groups: int = 1
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        """Returns ``tensor`` as ``(rows, columns)``; a view where memory allows.
+
+        Example:
+            >>> import torch
+            >>> Orientation(inputs=1).rows(torch.zeros(8, 3, 5, 5)).shape
+            torch.Size([8, 75])
+        """
+        if tensor.dim() < 2:
+            return tensor.reshape(1, -1)
+        if self.inputs is None:
+            return tensor.flatten(0, -2)
+        if self.inputs == 1:
+            return tensor.movedim(1, -1).flatten(1)
+        return tensor.unflatten(0, (self.groups, -1)).movedim(1, -1).flatten(0, 1).flatten(1)
+
+    def back(self, rows: Tensor, like: Tensor) -> Tensor:
+        """Returns what :meth:`rows` made of a tensor of the shape of ``like``, in that shape again."""
+        shape = like.shape
+        if like.dim() < 2 or self.inputs is None:
+            return rows.reshape(shape)
+        if self.inputs == 1:
+            return rows.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
+        split = rows.reshape(self.groups, shape[1], *shape[2:], shape[0] // self.groups)
+        return split.movedim(-1, 1).reshape(shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """One parameter: its name, where it hangs, and its mask if it has one.
+
+    Attributes:
+        name: The dotted name in the unmasked model; the first one, of a parameter that several modules hold.
+        parameter: The parameter itself, under a mask the unmasked values.
+        mask: ``True`` where an entry is kept, or ``None``.
+        names: Every dotted name it has in the unmasked model.
+        owners: The modules that hold it, each with the attribute's unmasked name.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    mask: Tensor | None
+    names: list[str] = field(default_factory=list)
+    owners: list[tuple[nn.Module, str]] = field(default_factory=list)
+
+    @property
+    def value(self) -> Tensor:
+        """The values the model computes with, detached: zero where masked."""
+        weight = self.parameter.detach()
+        return weight if self.mask is None else effective(weight, self.mask)
+
+    @property
+    def orientation(self) -> Orientation:
+        """How the parameter reads as a matrix, by the kind of module that holds it."""
+        module, _ = self.owners[0]
+        if isinstance(module, _ConvTransposeNd):
+            return Orientation(inputs=0, groups=module.groups)
+        if _is_conv1d_of_transformers(module):
+            return Orientation(inputs=0)
+        return Orientation(inputs=1 if isinstance(module, _ConvNd) else None)
+
+    @property
+    def prunable(self) -> bool:
+        """Whether it is a weight that is pruned unasked: of a linear, convolutional, recurrent or attention layer."""
+        if not self.parameter.is_floating_point() or nn.parameter.is_lazy(self.parameter):
+            return False
+        if any(isinstance(module, (*EMBEDDINGS, *NORMS)) for module, _ in self.owners):
+            return False
+        return any(_is_layer_weight(module, attribute) for module, attribute in self.owners)
+
+
+def effective(weight: Tensor, mask: Tensor) -> Tensor:
+    """Returns ``weight`` with zeros where ``mask`` is ``False``, in the dtype of ``weight``; differentiable."""
+    if mask.dtype == torch.bool:
+        # Read as bytes the product takes a third of the time it takes with booleans.
+        return weight * mask.view(torch.uint8)
+    return weight * mask.to(weight.dtype)
+
+
+def places(model: nn.Module) -> dict[str, Place]:
+    """Lists every parameter of ``model`` once, by its unmasked name, in the order of ``named_parameters``.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4))
+        >>> list(places(model))
+        ['0.weight', '0.bias', '1.weight', '1.bias']
+    """
+    found: dict[int, Place] = {}
+    for name, module, attribute, parameter, mask in _held(model):
+        place = found.setdefault(id(parameter), Place(name, parameter, mask))
+        place.names.append(name)
+        if not any(owner is module and held == attribute for owner, held in place.owners):
+            place.owners.append((module, attribute))
+    return {place.name: place for place in found.values()}
+
+
+def _held(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter, Tensor | None]]:
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for key, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            mask, attribute = None, key
+            if key.endswith("_orig"):
+                mask = module._buffers.get(f"{key.removesuffix('_orig')}_mask")
+                attribute = key if mask is None else key.removesuffix("_orig")
+            yield (f"{prefix}.{attribute}" if prefix else attribute), module, attribute, parameter, mask
+
+
+def _is_layer_weight(module: nn.Module, attribute: str) -> bool:
+    if isinstance(module, (nn.Linear, _ConvNd)) or _is_conv1d_of_transformers(module):
+        return attribute == "weight"
+    if isinstance(module, nn.MultiheadAttention):
+        return attribute.endswith("proj_weight")
+    return isinstance(module, RECURRENT) and attribute.startswith("weight_")
+
+
+def _is_conv1d_of_transformers(module: Any) -> bool:
+    # By name, as transformers is not imported: its Conv1D is a linear layer that keeps its weight as (in, out).
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and hasattr(module, "nx")
