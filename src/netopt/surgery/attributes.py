@@ -40,7 +40,7 @@ def read(model: nn.Module, path: Path) -> Any:
         holder: Any = model.get_submodule(path[0])
         for step in path[1:]:
             holder = step_into(holder, step)
-    except (AttributeError, KeyError, IndexError, TypeError) as error:
+    except (AttributeError, KeyError, IndexError, StopIteration, TypeError) as error:
         raise PlanMismatchError(f"the plan sets `{show(path)}`, which this {type(model).__name__} lacks") from error
     return holder
 

@@ -38,13 +38,15 @@ def step_into(holder: Any, step: Any) -> Any:
     """One step of a path: a member of a module, an item of a container, or an attribute of anything else.
 
     Raises:
-        KeyError, IndexError, AttributeError: There is no such member, item or attribute.
+        KeyError, IndexError, AttributeError, StopIteration: There is no such member, item or attribute.
     """
     if isinstance(holder, nn.Module):
         for members in (holder._parameters, holder._buffers, holder._modules):
             if members.get(step) is not None:
                 return members[step]
-    if isinstance(holder, Mapping) or (isinstance(holder, (list, tuple)) and isinstance(step, int)):
+    if isinstance(holder, Mapping):
+        return holder[step if step in holder else next(key for key in holder if str(key) == step)]
+    if isinstance(holder, (list, tuple)) and isinstance(step, int):
         return holder[step]
     if isinstance(holder, (list, tuple, nn.ModuleList, nn.Sequential)) and str(step).isdigit():
         return holder[int(step)]
@@ -63,7 +65,7 @@ def find_tensor(model: nn.Module, name: str) -> Tensor | None:
     try:
         for step in steps(name):
             holder = step_into(holder, step)
-    except (KeyError, IndexError, AttributeError, ValueError, SyntaxError, TypeError):
+    except (KeyError, IndexError, AttributeError, StopIteration, ValueError, SyntaxError, TypeError):
         return None
     return holder if isinstance(holder, Tensor) else None
 

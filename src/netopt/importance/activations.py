@@ -1,0 +1,419 @@
+"""What an axis's neurons carry, as its consumers read it.
+
+A tap is an argument of a contraction in which an axis's activations arrive. The model is run with every call named, the
+tensors at the taps are noted, and sums over everything but the axis are kept: nothing else survives a batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from tqdm.auto import tqdm
+
+from netopt import batches
+from netopt.batches import Batch
+from netopt.calls import Call, CallNames
+from netopt.errors import MissingDataError, NonFiniteError
+from netopt.importance.evidence import _ready
+from netopt.parameters import places
+from netopt.restore import given_back
+
+__all__ = ["Saliency", "Tap", "activations", "saliency"]
+
+EXACT_OUTPUTS = 64
+"""Up to so many outputs a sample every one is differentiated; beyond, random signs estimate their sum of squares."""
+
+SAMPLES_AT_ONCE = 64
+PROBES_AT_FIRST, PROBES_AT_MOST = 8, 64
+
+Taps = Mapping[str, Sequence["Tap"]]
+
+
+class Tap(Protocol):
+    """Where an axis's activations are contracted."""
+
+    @property
+    def call(self) -> Call:
+        """The contraction."""
+        ...
+
+    @property
+    def argument(self) -> int:
+        """Which of its operands carries the axis."""
+        ...
+
+    @property
+    def dim(self) -> int:
+        """Along which dimension."""
+        ...
+
+    @property
+    def positions(self) -> Tensor:
+        """The position of the axis at each index of that dimension, -1 elsewhere."""
+        ...
+
+
+@dataclass(frozen=True)
+class Saliency:
+    """Sums of squared gradients of the outputs with respect to neurons' activations, by axis.
+
+    Attributes:
+        scores: One score a neuron, by axis, float64.
+        exact: Whether every output was differentiated; otherwise the sum is an unbiased estimate.
+        error: Estimated relative error, the worst axis's; 0 if exact.
+        probes: Random sign vectors a sample; 0 if exact.
+        samples: How many samples were averaged.
+    """
+
+    scores: dict[str, Tensor]
+    exact: bool
+    error: float
+    probes: int
+    samples: int
+
+
+def saliency(
+    model: nn.Module,
+    taps: Taps,
+    sizes: Mapping[str, int],
+    data: Iterable[Batch],
+    *,
+    outputs: Callable[[Any], list[Tensor]] | None = None,
+    relative_error: float = 0.1,
+    exact_outputs: int = EXACT_OUTPUTS,
+    progress: bool = False,
+) -> Saliency:
+    r"""Importance of every neuron, :math:`\sum_j (\partial y_j / \partial x_i)^2`.
+
+    :math:`x_i` is the neuron's activation as its consumers read it; the squares are summed over its positions (a
+    channel's pixels, a unit's tokens) and consumers, and averaged over samples. The model runs in eval mode, and is
+    given back as it was; no ``.grad`` is touched.
+
+    Args:
+        model: Any module.
+        taps: For each axis, where its activations are read.
+        sizes: Number of neurons of each axis.
+        data: Batches of inputs; targets are not used.
+        outputs: From the forward's result to the outputs that count; by default all floating tensors of the result
+            but the loss and internal states.
+        relative_error: Wanted of the estimate where outputs are many; decides the number of random sign vectors.
+        exact_outputs: Up to so many outputs a sample, each is differentiated.
+        progress: Whether to show a progress bar.
+
+    Raises:
+        MissingDataError: No output depends on any activation in a differentiable way.
+        NonFiniteError: Gradients are NaN or infinite.
+
+    References:
+        Optimal Brain Damage (LeCun et al., 1989) for derivatives as importance; Hutchinson's estimator (1990) for the
+        random signs.
+    """
+    run = _Differentiation(model, taps, sizes, outputs=outputs or _outputs, exact=exact_outputs, error=relative_error)
+    with given_back(model), _differentiable(model):
+        for batch in tqdm(batches.iterate(data), desc="saliency", disable=not progress, leave=False):
+            run.see(batch)
+    return run.finish()
+
+
+def activations(
+    model: nn.Module, taps: Taps, sizes: Mapping[str, int], data: Iterable[Batch], *, progress: bool = False
+) -> dict[str, Tensor]:
+    """Mean absolute activation of every neuron, over samples, positions and consumers; by axis, float64.
+
+    Args:
+        model: Run in eval mode, and given back as it was.
+        taps: For each axis, where its activations are read.
+        sizes: Number of neurons of each axis.
+        data: Batches of inputs.
+        progress: Whether to show a progress bar.
+    """
+    sums = {name: torch.zeros(size, dtype=torch.float64) for name, size in sizes.items()}
+    seen = {name: torch.zeros(size, dtype=torch.float64) for name, size in sizes.items()}
+    with given_back(model), torch.no_grad(), _ready(model, {}, ("input_norm",)):
+        for batch in tqdm(batches.iterate(data), desc="activations", disable=not progress, leave=False):
+            with _Readings(model, taps, gradients=False) as readings:
+                batches.feed(model, batch)
+            for name, tensor, dim, positions in readings.tensors:
+                size = tensor.numel() // max(tensor.shape[dim], 1)
+                sums[name] += gather(_over_others(tensor.abs(), dim), positions, sizes[name])
+                full = torch.full((len(positions),), float(size), dtype=torch.float64)
+                seen[name] += gather(full, positions, sizes[name])
+    return {name: total / seen[name].clamp(min=1) for name, total in sums.items()}
+
+
+def gather(values: Tensor, positions: Tensor, size: int) -> Tensor:
+    """Adds up the values of the indices at each position of an axis; index -1 belongs to none."""
+    here = positions >= 0
+    total = torch.zeros(size, dtype=torch.float64)
+    return total.index_add_(0, positions[here].cpu(), values.to("cpu", torch.float64)[here.cpu()])
+
+
+class _Place(NamedTuple):
+    axis: str
+    edge: int
+    dim: int
+    positions: Tensor
+
+
+class _Readings(CallNames):
+    """Notes the tensors, or their places in the graph, that arrive at taps during one forward."""
+
+    def __init__(self, model: nn.Module, taps: Taps, *, gradients: bool) -> None:
+        super().__init__(model)
+        self._wanted: dict[Call, list[tuple[str, Tap]]] = defaultdict(list)
+        for name, several in taps.items():
+            for tap in several:
+                self._wanted[tap.call].append((name, tap))
+        self._gradients = gradients
+        self._edge_of: dict[tuple[int, int], int] = {}
+        self.edges: list[GradientEdge] = []
+        self.places: list[_Place] = []
+        self.tensors: list[tuple[str, Tensor, int, Tensor]] = []
+
+    def on_call(
+        self,
+        call: Call,
+        function: Callable[..., Any],  # noqa: ARG002 - what is seen of every call
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        result: Any,
+    ) -> Any:
+        """Notes what arrives at the taps of this call."""
+        for name, tap in self._wanted.get(call, ()):
+            operands = [*args, *kwargs.values()]
+            tensor = operands[tap.argument] if tap.argument < len(operands) else None
+            if isinstance(tensor, Tensor) and tensor.shape[tap.dim] == len(tap.positions):
+                self._note(name, tap, tensor)
+        return result
+
+    def _note(self, name: str, tap: Tap, tensor: Tensor) -> None:
+        if not self._gradients:
+            self.tensors.append((name, tensor.detach(), tap.dim % tensor.dim(), tap.positions))
+            return
+        if not tensor.requires_grad:
+            return
+        # The edge, not the tensor: a later in-place operation would make the tensor mean its new value.
+        edge = get_gradient_edge(tensor)
+        place = self._edge_of.setdefault((id(edge.node), edge.output_nr), len(self.edges))
+        if place == len(self.edges):
+            self.edges.append(edge)
+        found = _Place(name, place, tap.dim % tensor.dim(), tap.positions)
+        # One tensor read by two consumers is one activation.
+        if not any(one[:3] == found[:3] for one in self.places):
+            self.places.append(found)
+
+
+class _Differentiation:
+    """Squared gradients, summed batch by batch."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        taps: Taps,
+        sizes: Mapping[str, int],
+        *,
+        outputs: Callable[[Any], list[Tensor]],
+        exact: int,
+        error: float,
+    ) -> None:
+        self.model, self.taps, self.sizes, self.outputs = model, taps, sizes, outputs
+        self.exact_outputs, self.relative_error = exact, error
+        self.generator = torch.Generator().manual_seed(0)
+        self.sums = {name: torch.zeros(size, dtype=torch.float64) for name, size in sizes.items()}
+        self.variances = {name: torch.zeros(size, dtype=torch.float64) for name, size in sizes.items()}
+        self.samples = 0
+        self.probes = 0
+        self.reached = False
+        self.separate: bool | None = None
+        """Whether samples were found not to act on one another; None before a batch of several was seen."""
+
+    def see(self, batch: Batch) -> None:
+        """Adds one batch."""
+        inputs, _ = batches.split(batch)
+        count = _samples(inputs)
+        if self.separate is None and count > 1:
+            self.separate = self._are_separate(inputs, count)
+        self.samples += count
+        if not self.separate:
+            self._add(inputs, count)
+            return
+        for start in range(0, count, SAMPLES_AT_ONCE):
+            stop = min(start + SAMPLES_AT_ONCE, count)
+            self._add(_part(inputs, start, stop, count) if count > SAMPLES_AT_ONCE else inputs, stop - start)
+
+    def finish(self) -> Saliency:
+        """The averages."""
+        if not self.reached:
+            raise MissingDataError(
+                "no output depends on the activations in a differentiable way; the forward must not run under no_grad, "
+                "nor detach, and must return a floating-point tensor."
+            )
+        scores = {name: total / self.samples for name, total in self.sums.items()}
+        wrong = next((name for name, one in scores.items() if not bool(one.isfinite().all())), None)
+        if wrong is not None:
+            raise NonFiniteError(f"gradients at axis `{wrong}` are not finite; check the data and the weights.")
+        error = _relative_error(self.sums, self.variances) if self.probes else 0.0
+        return Saliency(scores, self.probes == 0, error, self.probes, self.samples)
+
+    def _forward(self, inputs: Any) -> tuple[_Readings, list[Tensor]]:
+        with _Readings(self.model, self.taps, gradients=True) as readings:
+            result = batches.feed(self.model, inputs if not isinstance(inputs, (tuple, list)) else (inputs, None))
+            found = [tensor for tensor in self.outputs(result) if tensor.requires_grad]
+        return readings, found
+
+    def _are_separate(self, inputs: Any, count: int) -> bool:
+        """Whether samples lie along the first dimension of all outputs and none acts on another's activations."""
+        size = min(count, 4)
+        readings, found = self._forward(_part(inputs, 0, size, count))
+        if not found or not readings.edges:
+            return True
+        if any(tensor.dim() == 0 or len(tensor) != size for tensor in found):
+            return False
+        touched = []
+        for half in (slice(0, size // 2), slice(size // 2, size)):
+            signs = []
+            for tensor in found:
+                sign = torch.zeros_like(tensor)
+                sign[half] = torch.randn(tensor[half].shape, generator=self.generator).to(tensor)
+                signs.append(sign)
+            grads = torch.autograd.grad(found, readings.edges, signs, retain_graph=True, allow_unused=True)
+            touched.append([None if grad is None else grad != 0 for grad in grads])
+        return not any(
+            first is not None and second is not None and bool((first & second).any())
+            for first, second in zip(*touched, strict=True)
+        )
+
+    def _add(self, inputs: Any, count: int) -> None:
+        readings, found = self._forward(inputs)
+        if not found or not readings.edges:
+            return
+        self.reached = True
+        rows = count if self.separate else 1
+        flat = torch.cat([tensor.reshape(rows, -1).to(found[0].dtype) for tensor in found], dim=1)
+        if flat.shape[1] <= self.exact_outputs:
+            for grads in _every_output(flat, readings.edges):
+                self._tally(readings, grads, self.sums)
+        else:
+            self._estimate(readings, flat)
+
+    def _tally(self, readings: _Readings, grads: Sequence[Tensor | None], sums: Mapping[str, Tensor]) -> None:
+        """Adds the squares of gradients, whose first dimension runs over outputs."""
+        for name, edge, dim, positions in readings.places:
+            grad = grads[edge]
+            if grad is not None:
+                sums[name].add_(gather(_over_others(grad.square(), dim + 1), positions, self.sizes[name]))
+
+    def _estimate(self, readings: _Readings, flat: Tensor) -> None:
+        """Random signs: the expectation of the squared gradient of their product with the outputs is the sum wanted."""
+        first = {name: torch.zeros(size, dtype=torch.float64) for name, size in self.sizes.items()}
+        second = {name: torch.zeros_like(one) for name, one in first.items()}
+        done = 0
+        while True:
+            signs = torch.randint(0, 2, flat.shape, generator=self.generator).to(flat) * 2 - 1
+            grads = torch.autograd.grad(flat, readings.edges, signs, retain_graph=True, allow_unused=True)
+            one = {name: torch.zeros_like(total) for name, total in first.items()}
+            self._tally(readings, [None if g is None else g.unsqueeze(0) for g in grads], one)
+            for name, value in one.items():
+                first[name] += value
+                second[name] += value.square()
+            done += 1
+            if self.probes:
+                if done == self.probes:
+                    break
+            elif done >= PROBES_AT_FIRST and (
+                done == PROBES_AT_MOST or _error_of(first, second, done) <= self.relative_error
+            ):
+                self.probes = done
+                break
+        for name, total in first.items():
+            mean = total / done
+            self.sums[name] += mean
+            self.variances[name] += (second[name] / done - mean.square()).clamp(min=0) / max(done - 1, 1)
+
+
+def _every_output(flat: Tensor, edges: Sequence[GradientEdge]) -> Iterator[Sequence[Tensor | None]]:
+    """Gradients of every column of ``flat``, several at once where the operations allow it."""
+    columns = flat.shape[1]
+    basis = torch.eye(columns, dtype=flat.dtype, device=flat.device)
+    at_once = max(1, min(columns, 4096 // max(flat.shape[0], 1)))
+    for part in basis.split(at_once):
+        directions = part.unsqueeze(1).expand(-1, *flat.shape)
+        try:
+            yield torch.autograd.grad(
+                flat, edges, directions, retain_graph=True, allow_unused=True, is_grads_batched=True
+            )
+        except RuntimeError:
+            # Some operations have no batched backward.
+            for direction in directions:
+                grads = torch.autograd.grad(flat, edges, direction, retain_graph=True, allow_unused=True)
+                yield [None if grad is None else grad.unsqueeze(0) for grad in grads]
+
+
+def _over_others(values: Tensor, dim: int) -> Tensor:
+    """Sums over every dimension but one, in at least single precision."""
+    dim %= values.dim()
+    precision = torch.promote_types(values.dtype, torch.float32)
+    others = [other for other in range(values.dim()) if other != dim]
+    return values.sum(others, dtype=precision) if others else values.to(precision)
+
+
+def _error_of(first: Mapping[str, Tensor], second: Mapping[str, Tensor], count: int) -> float:
+    variances = {
+        name: (second[name] / count - (first[name] / count).square()).clamp(min=0) / (count - 1) for name in first
+    }
+    return _relative_error({name: total / count for name, total in first.items()}, variances)
+
+
+def _relative_error(means: Mapping[str, Tensor], variances: Mapping[str, Tensor]) -> float:
+    """Standard error of an axis's scores over their size, of the worst axis."""
+    errors = [
+        math.sqrt(float(variances[name].sum())) / norm
+        for name, mean in means.items()
+        if (norm := float(mean.norm())) > 0
+    ]
+    return max(errors, default=0.0)
+
+
+def _outputs(result: Any) -> list[Tensor]:
+    """The floating tensors of a result, without the loss and internal states."""
+    return [
+        tensor
+        for path, tensor in batches.tensors(result)
+        if tensor.is_floating_point() and path.split(".")[0] not in _INTERNAL
+    ]
+
+
+_INTERNAL = frozenset({"loss", "hidden_states", "attentions", "cross_attentions", "past_key_values"})
+
+
+def _samples(inputs: Any) -> int:
+    """How many samples a batch holds: the common length of its tensors, or 1 if there is none."""
+    found = {len(tensor) for _, tensor in batches.tensors(inputs) if tensor.dim() > 0}
+    return found.pop() if len(found) == 1 else 1
+
+
+def _part(value: Any, start: int, stop: int, count: int) -> Any:
+    """Samples ``start`` to ``stop`` of a batch's inputs."""
+    if isinstance(value, Tensor):
+        return value[start:stop] if value.dim() > 0 and len(value) == count else value
+    if isinstance(value, Mapping):
+        return {key: _part(one, start, stop, count) for key, one in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(_part(one, start, stop, count) for one in value)
+    return value
+
+
+@contextlib.contextmanager
+def _differentiable(model: nn.Module) -> Iterator[None]:
+    """Makes every activation differentiable, frozen parameters or not, whatever the caller's mode."""
+    wanted = {name: place for name, place in places(model).items() if place.parameter.is_floating_point()}
+    with torch.inference_mode(False), _ready(model, wanted, ("output_grad_sq",)):
+        yield

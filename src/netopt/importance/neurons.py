@@ -1,0 +1,275 @@
+"""How much each neuron matters: one number for each position of an axis.
+
+A criterion of weights is reduced onto an axis once, over all its members; a criterion of neurons judges what is known
+of the axis itself, its activations and its weights. What an axis is, is not known here: a name with members and taps.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from netopt import batches
+from netopt.batches import Batch, Inputs
+from netopt.errors import ArgumentTypeError, MissingDataError, NonFiniteError, ShapeMismatchError
+from netopt.importance.activations import Saliency, Tap, activations, gather, saliency
+from netopt.importance.registry import Importance, criterion, lookup
+from netopt.importance.scores import scores
+from netopt.parameters import places
+
+__all__ = ["Member", "NeuronScores", "Neurons", "neuron_scores", "reduce"]
+
+Member = tuple[str, int, Tensor]
+"""A tensor's name, a dimension, and the position of the axis at each index of it, -1 elsewhere."""
+
+
+@dataclass(frozen=True)
+class Neurons:
+    """What is known about the neurons of one axis; what no criterion asked for is absent.
+
+    Attributes:
+        name: The axis's name.
+        size: Number of neurons.
+        weights: Values of the parameters in which the axis appears, each with the dimension and the axis's position at
+            each index of it.
+        scales: Those among them that are the weights of a normalisation.
+        saliency: Squared gradients of the outputs, see :func:`netopt.importance.activations.saliency`.
+        activation: Mean absolute activation.
+    """
+
+    name: str
+    size: int
+    weights: tuple[tuple[Tensor, int, Tensor], ...]
+    scales: tuple[tuple[Tensor, int, Tensor], ...] = ()
+    saliency: Tensor | None = None
+    activation: Tensor | None = None
+
+    def total(self, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """Sums ``function`` of every weight entry onto the neurons it belongs to; float64."""
+        return _total([(function(tensor), dim, positions) for tensor, dim, positions in self.weights], self.size)
+
+    def products(self) -> Tensor:
+        """Inner products of the neurons' weight vectors, ``(size, size)``, float64."""
+        gram = torch.zeros(self.size, self.size, dtype=torch.float64)
+        for tensor, dim, positions in self.weights:
+            rows = (
+                tensor.movedim(dim, 0).flatten(1).double().cpu() if tensor.dim() > 1 else tensor.double().cpu()[:, None]
+            )
+            here = torch.nonzero(positions >= 0).flatten()
+            # A neuron may own several rows (a channel flattened to pixels): the k-th of one meets the k-th of another.
+            turns = _turns(positions[here])
+            for turn in range(int(turns.max()) + 1 if len(turns) else 0):
+                chosen = here[turns == turn]
+                at = positions[chosen]
+                gram[at[:, None], at[None, :]] += rows[chosen] @ rows[chosen].T
+        return gram
+
+
+@dataclass(frozen=True)
+class NeuronScores:
+    """Scores of neurons by axis, higher means keep, and what is known of how good an estimate they are.
+
+    Attributes:
+        scores: One score a neuron, by axis, float64.
+        saliency: How the saliency was computed, if it was.
+    """
+
+    scores: dict[str, Tensor]
+    saliency: Saliency | None = None
+
+
+def neuron_scores(
+    model: nn.Module,
+    members: Mapping[str, Sequence[Member]],
+    taps: Callable[[str], Sequence[Tap]],
+    sizes: Mapping[str, int],
+    *,
+    importance: Importance | Mapping[str, Tensor] = "saliency",
+    data: Iterable[Batch] | None = None,
+    example_inputs: Inputs | None = None,
+    loss_fn: Callable[[Any, Any], Tensor] | None = None,
+    outputs: Callable[[Any], list[Tensor]] | None = None,
+    progress: bool = False,
+) -> NeuronScores:
+    """Scores every neuron of the axes named in ``sizes``.
+
+    Args:
+        model: Run only if the criterion needs that, in eval mode, and given back as it was.
+        members: Where each axis appears among the model's tensors.
+        taps: Where the activations of the axis of that name are read.
+        sizes: Number of neurons of each axis.
+        importance: A criterion's name, a criterion, a function of its evidence, or one tensor of scores for each axis.
+        data: Batches; what needs inputs and no targets falls back to ``example_inputs``.
+        example_inputs: Of one forward call.
+        loss_fn: Of the model's result and a batch's targets, for criteria that need the loss.
+        outputs: From the forward's result to the outputs that count for saliency.
+        progress: Whether to show a progress bar.
+
+    Raises:
+        UnknownNameError: No such criterion.
+        MissingDataError: The criterion needs targets, and there is no data.
+        NonFiniteError: A weight or a score is NaN.
+        ShapeMismatchError: A criterion gives no score, or several, for some neuron.
+    """
+    if isinstance(importance, Mapping):
+        return NeuronScores({name: _checked(importance.get(name), name, size) for name, size in sizes.items()})
+    chosen = lookup(importance, of="neurons")
+    values = _values(model, {name for axis in sizes for name, _, _ in members[axis]})
+    if chosen.of == "weights":
+        wanted = {name: place for name, place in places(model).items() if name in values and _floating(place.parameter)}
+        elementwise = scores(model, data, chosen, loss_fn=loss_fn, wanted=wanted, progress=progress)
+        reduced = {name: reduce(elementwise, members[name], size) for name, size in sizes.items()}
+        return NeuronScores({name: _checked(one, name, sizes[name]) for name, one in reduced.items()})
+    found, active = None, {}
+    if chosen.needs & {"saliency", "activation"}:
+        read = {name: taps(name) for name in sizes}
+        seen = data if data is not None else _only(example_inputs)
+        if "saliency" in chosen.needs:
+            found = saliency(model, read, sizes, seen, outputs=outputs, progress=progress)
+        if "activation" in chosen.needs:
+            active = activations(model, read, sizes, seen, progress=progress)
+    scales = _scales(model)
+    result = {}
+    for name, size in sizes.items():
+        own = [(tensor, values[_bare(tensor)], dim, at) for tensor, dim, at in members[name] if _bare(tensor) in values]
+        weights = tuple((value, dim, at) for _, value, dim, at in own)
+        norm = tuple((value, dim, at) for tensor, value, dim, at in own if _bare(tensor) in scales)
+        known = found.scores[name] if found else None
+        evidence = Neurons(name, size, weights, norm, known, active.get(name))
+        result[name] = _checked(chosen(evidence), name, size)
+    return NeuronScores(result, found)
+
+
+def reduce(elementwise: Mapping[str, Tensor], members: Sequence[Member], size: int) -> Tensor:
+    """Sums scores of weight entries onto the neurons they belong to, over all members of an axis.
+
+    Args:
+        elementwise: Scores of entries, by parameter name; what is not there is left out.
+        members: Where the axis appears.
+        size: Number of neurons.
+
+    Returns:
+        One score a neuron, float64.
+
+    Example:
+        >>> reduce({"w": torch.tensor([[1.0, 2.0], [3.0, 4.0]])}, [("w", 0, torch.tensor([0, 1]))], 2)
+        tensor([3., 7.], dtype=torch.float64)
+    """
+    own = [(elementwise[_bare(name)], dim, at) for name, dim, at in members if _bare(name) in elementwise]
+    return _total(own, size)
+
+
+def _total(entries: Sequence[tuple[Tensor, int, Tensor]], size: int) -> Tensor:
+    total = torch.zeros(size, dtype=torch.float64)
+    for tensor, dim, positions in entries:
+        others = [other for other in range(tensor.dim()) if other != dim]
+        total += gather(tensor.sum(others, dtype=torch.float64) if others else tensor, positions, size)
+    return total
+
+
+@criterion("saliency", needs={"saliency"}, of="neurons")
+def _saliency(seen: Neurons) -> Tensor:
+    r"""Squared gradients of all outputs by the neuron's activation, :math:`\sum_j (\partial y_j / \partial x_i)^2`."""
+    assert seen.saliency is not None
+    return seen.saliency
+
+
+@criterion("activation", needs={"activation"}, of="neurons", paper="https://arxiv.org/abs/1607.03250")
+def _activation(seen: Neurons) -> Tensor:
+    r"""Mean absolute activation, :math:`\mathbb{E}|x_i|`, as the neuron's consumers read it."""
+    assert seen.activation is not None
+    return seen.activation
+
+
+@criterion("l2", of="neurons", paper="https://arxiv.org/abs/1608.08710")
+def _l2(seen: Neurons) -> Tensor:
+    r"""Euclidean norm of all weights of the neuron, :math:`\lVert w_i \rVert_2`; ``"magnitude"`` is the sum."""
+    return seen.total(torch.square).sqrt()
+
+
+@criterion("bn_scale", of="neurons", paper="https://arxiv.org/abs/1708.06519")
+def _bn_scale(seen: Neurons) -> Tensor:
+    r"""The factor :math:`|\gamma_i|` of the normalisation the neuron passes, summed if it passes several."""
+    if not seen.scales:
+        raise MissingDataError(
+            f"importance 'bn_scale' needs a normalisation with a weight, and axis `{seen.name}` has none; exclude it, "
+            "or use another importance."
+        )
+    return _total([(tensor.abs(), dim, at) for tensor, dim, at in seen.scales], seen.size)
+
+
+@criterion("fpgm", of="neurons", paper="https://arxiv.org/abs/1811.00250")
+def _fpgm(seen: Neurons) -> Tensor:
+    r"""Sum of distances to the axis's other neurons: they can replace what lies near the geometric median."""
+    products = seen.products()
+    squares = products.diagonal()
+    return (squares[:, None] + squares[None, :] - 2 * products).clamp(min=0).sqrt().sum(1)
+
+
+@criterion("random", of="neurons")
+def _random(seen: Neurons) -> Tensor:
+    """Uniform noise, the same for the same ``torch.manual_seed``."""
+    generator = torch.Generator().manual_seed(torch.initial_seed() ^ zlib.crc32(seen.name.encode()))
+    return torch.rand(seen.size, generator=generator, dtype=torch.float64)
+
+
+def _turns(positions: Tensor) -> Tensor:
+    """For each index, how many before it have the same position."""
+    order = torch.sort(positions, stable=True).indices
+    ordered = positions[order]
+    starts = torch.searchsorted(ordered, ordered)
+    turns = torch.empty_like(positions)
+    turns[order] = torch.arange(len(positions)) - starts
+    return turns
+
+
+def _bare(name: str) -> str:
+    """A member's name without the mask that is on it."""
+    return name.removesuffix("_orig")
+
+
+def _floating(tensor: Tensor) -> bool:
+    return tensor.is_floating_point()
+
+
+def _values(model: nn.Module, wanted: set[str]) -> dict[str, Tensor]:
+    """Values of the floating parameters named, zero where masked, by the name without masks."""
+    bare = {_bare(name) for name in wanted}
+    found = {name: place for name, place in places(model).items() if name in bare and _floating(place.parameter)}
+    for name, place in found.items():
+        if not place.parameter.is_meta and bool(torch.isnan(place.parameter.detach()).any()):
+            raise NonFiniteError(f"the weight {name!r} holds NaN; repair it, or exclude it.")
+    return {name: place.value for name, place in found.items()}
+
+
+def _scales(model: nn.Module) -> set[str]:
+    """Names of the weights that multiply what was normalised: one-dimensional, beside an ``eps``."""
+    return {
+        f"{prefix}.weight" if prefix else "weight"
+        for prefix, module in model.named_modules()
+        if hasattr(module, "eps")
+        and isinstance(weight := module._parameters.get("weight"), Tensor)
+        and weight.dim() == 1
+    }
+
+
+def _only(example_inputs: Inputs | None) -> list[Batch]:
+    if example_inputs is None:
+        raise MissingDataError("this importance needs inputs; pass data=, a list of batches.")
+    args, kwargs = batches.normalize(example_inputs)
+    return [kwargs] if kwargs else [(args, None)]
+
+
+def _checked(score: Any, name: str, size: int) -> Tensor:
+    if not isinstance(score, Tensor):
+        raise ArgumentTypeError(f"the scores of axis `{name}` must be a tensor, not {type(score).__name__}.")
+    if score.shape != (size,):
+        raise ShapeMismatchError(f"axis `{name}` has {size} neurons and scores of shape {tuple(score.shape)}.")
+    if bool(torch.isnan(score).any()):
+        raise NonFiniteError(f"scores of axis `{name}` hold NaN; check the criterion and the data.")
+    return score.detach().to("cpu", torch.float64)
