@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations, prune
 
 import netopt
 from netopt import surgery
-from netopt.errors import InvalidArgumentError, OptimizerStateError, PlanMismatchError
+from netopt.errors import ArgumentTypeError, InvalidArgumentError, OptimizerStateError, PlanMismatchError
 from netopt.plan import Plan
 
 KEPT = torch.tensor([0, 2, 3])
@@ -360,7 +360,7 @@ def test_a_stranger_of_an_optimizer_is_refused():
     model = Net()
     with pytest.raises(InvalidArgumentError, match="trains none of the parameters"):
         net_plan().apply(model, torch.optim.SGD(Net().parameters(), lr=0.1))
-    with pytest.raises(InvalidArgumentError, match=r"must be a torch.optim.Optimizer, got str"):
+    with pytest.raises(ArgumentTypeError, match=r"must be a torch.optim.Optimizer, not str"):
         net_plan().apply(model, ["adam"])
 
 

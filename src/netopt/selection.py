@@ -25,7 +25,17 @@ from netopt.errors import (
     nearest,
 )
 
-__all__ = ["NORMALIZATIONS", "Amount", "Limits", "check_amount", "normalized", "select", "select_within"]
+__all__ = [
+    "NORMALIZATIONS",
+    "Amount",
+    "Limits",
+    "check_amount",
+    "check_scope",
+    "check_threshold",
+    "normalized",
+    "select",
+    "select_within",
+]
 
 Amount = float | int | Mapping[str, float | int]
 """A fraction in [0, 1), a count, or one of these for each axis name or pattern."""
@@ -136,12 +146,12 @@ def select(
     if (amount is None) == (threshold is None):
         raise InvalidArgumentError("give exactly one of amount and threshold")
     if threshold is not None:
-        _check_number(threshold, "threshold")
+        check_threshold(threshold)
         counts = {name: int((one >= threshold).sum()) for name, one in scores.items()}
     else:
         assert amount is not None
         check_amount(amount)
-        counts = _counts(scores, amount, _check_scope(scope))
+        counts = _counts(scores, amount, check_scope(scope))
     return best(scores, limits.settle(counts, sizes))
 
 
@@ -309,7 +319,12 @@ def _check_scores(scores: Scores) -> None:
             raise NonFiniteError(f"scores of axis `{name}` are not finite; look for NaN or infinity in its weights")
 
 
-def _check_scope(scope: str) -> Scope:
+def check_scope(scope: str) -> Scope:
+    """The scope of that name.
+
+    Raises:
+        UnknownNameError: There is none.
+    """
     scopes: Sequence[Scope] = ("global", "layer")
     for known in scopes:
         if scope == known:
@@ -317,8 +332,14 @@ def _check_scope(scope: str) -> Scope:
     raise UnknownNameError.of("scope", str(scope), scopes)
 
 
-def _check_number(value: float, what: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ArgumentTypeError(f"{what} must be a number, got {value!r}")
-    if math.isnan(value):
-        raise InvalidArgumentError(f"{what} is NaN")
+def check_threshold(threshold: float) -> None:
+    """Checks a threshold before any work is done.
+
+    Raises:
+        ArgumentTypeError: It is not a number.
+        InvalidArgumentError: It is NaN.
+    """
+    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
+        raise ArgumentTypeError(f"threshold must be a number, got {threshold!r}")
+    if math.isnan(threshold):
+        raise InvalidArgumentError("threshold is NaN, so nothing compares with it")

@@ -119,6 +119,10 @@ def neuron_scores(
     if isinstance(importance, Mapping):
         return NeuronScores({name: _checked(importance.get(name), name, size) for name, size in sizes.items()})
     chosen = lookup(importance, of="neurons")
+    if data is None and chosen.of == "weights" and chosen.needs:
+        raise MissingDataError(
+            f"importance {chosen.name!r} needs {', '.join(sorted(chosen.needs))}; pass data=, a list of batches."
+        )
     values = _values(model, {name for axis in sizes for name, _, _ in members[axis]})
     if chosen.of == "weights":
         wanted = {name: place for name, place in places(model).items() if name in values and _floating(place.parameter)}
@@ -242,8 +246,8 @@ def _values(model: nn.Module, wanted: set[str]) -> dict[str, Tensor]:
     bare = {_bare(name) for name in wanted}
     found = {name: place for name, place in places(model).items() if name in bare and _floating(place.parameter)}
     for name, place in found.items():
-        if not place.parameter.is_meta and bool(torch.isnan(place.parameter.detach()).any()):
-            raise NonFiniteError(f"the weight {name!r} holds NaN; repair it, or exclude it.")
+        if not place.parameter.is_meta and not bool(torch.isfinite(place.parameter.detach()).all()):
+            raise NonFiniteError(f"the weight {name!r} holds NaN or infinity; repair it, or exclude it.")
     return {name: place.value for name, place in found.items()}
 
 

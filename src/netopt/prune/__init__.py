@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from netopt.prune.neurons import plan_neurons, prune_neurons
 from netopt.prune.weights import prune_weights
 
-__all__ = ["prune_weights"]
+__all__ = ["plan_neurons", "prune_neurons", "prune_weights"]

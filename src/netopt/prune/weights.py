@@ -98,10 +98,15 @@ def prune_weights(
     shape = _check_arguments(model, amount, threshold, scope, pattern)
     wanted = _candidates(model, include, exclude)
     before, nonzero = measure.cost(model), _nonzero(wanted)
-    score = _scorer(model, wanted, importance=importance, data=data, loss_fn=loss_fn, progress=progress)
+    requests = [(group, Request(shape, scope, part, threshold)) for group, part in _groups(wanted, amount)]
     masks: dict[str, Tensor] = {}
-    for group, part in _groups(wanted, amount):
-        masks |= decide(group, score, Request(shape, scope, part, threshold))
+    if isinstance(importance, str) and importance in SOLVERS:
+        parts = [(list(group), request) for group, request in requests]
+        masks = reconstruct(model, wanted, data, importance, parts, progress=progress)
+    else:
+        score = _scorer(model, wanted, importance=importance, data=data, loss_fn=loss_fn, progress=progress)
+        for group, request in requests:
+            masks |= decide(group, score, request)
     masking.adopt(model, masks)
     again = places(model)
     left = _nonzero({name: again[name] for name in wanted})
@@ -288,5 +293,5 @@ def _nonzero(wanted: Mapping[str, Place]) -> dict[str, int]:
 
 def _name(importance: Any) -> str:
     if isinstance(importance, Mapping):
-        return "given"
+        return "scores"
     return importance if isinstance(importance, str) else lookup(importance).name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from netopt.surgery.commit import Operation, prepare
-from netopt.surgery.tensors import find_tensor, named_tensors, narrow
+from netopt.surgery.optimizers import as_optimizers
+from netopt.surgery.tensors import Exchange, find_tensor, named_tensors, narrow
 
-__all__ = ["Operation", "find_tensor", "named_tensors", "narrow", "prepare"]
+__all__ = ["Exchange", "Operation", "as_optimizers", "find_tensor", "named_tensors", "narrow", "prepare"]

@@ -62,6 +62,22 @@ class Operation:
             self._restore()
             raise
 
+    def rehearse(self, look: Callable[[], Result]) -> Result:
+        """Does all changes, looks, and undoes them whatever happens.
+
+        Args:
+            look: Called while the changes are done.
+
+        Returns:
+            What ``look`` returned.
+        """
+        try:
+            for change in self.changes:
+                change.do()
+            return look()
+        finally:
+            self._restore()
+
     def _restore(self) -> None:
         try:
             for change in reversed(self.changes):

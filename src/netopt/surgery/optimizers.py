@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from netopt.errors import InvalidArgumentError, OptimizerStateError
+from netopt.errors import ArgumentTypeError, InvalidArgumentError, OptimizerStateError
 from netopt.surgery.tensors import Cuts, narrow
 
 Cut = tuple[Tensor, Cuts]
@@ -40,15 +40,17 @@ def as_optimizers(optimizer: Optimizer | Iterable[Optimizer] | None) -> tuple[Op
     """None, one optimizer or several, as a tuple.
 
     Raises:
-        InvalidArgumentError: Something in it is no optimizer.
+        ArgumentTypeError: Something in it is no optimizer.
     """
     if optimizer is None:
         return ()
-    several = (optimizer,) if isinstance(optimizer, Optimizer) or not isinstance(optimizer, Iterable) else optimizer
+    several = (
+        (optimizer,) if isinstance(optimizer, (Optimizer, str)) or not isinstance(optimizer, Iterable) else optimizer
+    )
     found = tuple(several)
     for one in found:
         if not isinstance(one, Optimizer):
-            raise InvalidArgumentError(f"optimizer must be a torch.optim.Optimizer, got {type(one).__name__}")
+            raise ArgumentTypeError(f"optimizer must be a torch.optim.Optimizer, not {type(one).__name__}")
     return found
 
 

@@ -1,0 +1,123 @@
+"""Which axes may lose neurons: those that are free, included and not excluded."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, TypeAlias
+
+from torch import nn
+
+from netopt.axes import Axes, Axis
+from netopt.errors import NothingToPruneError, SelectorError, UnknownNameError
+from netopt.selectors import Selector, matches
+from netopt.surgery import named_tensors
+
+__all__ = ["AxisSelector", "candidates", "explain"]
+
+AxisSelector: TypeAlias = Selector | Callable[[Axis], bool] | Sequence[Any]
+"""A selector, or a predicate of an :class:`~netopt.axes.Axis`, or the name or pattern of axes, or several of these."""
+
+
+def candidates(
+    model: nn.Module, axes: Axes, include: AxisSelector = None, exclude: AxisSelector = None
+) -> tuple[list[Axis], dict[str, str]]:
+    """The axes that may lose neurons, and why the others may not.
+
+    A module's neurons are its outputs: naming it means the axes it makes, or scales and shifts (a normalisation), and
+    not those it reads.
+
+    Raises:
+        SelectorError: An entry selects nothing.
+        NothingToPruneError: No axis is left; the message lists the reasons.
+    """
+    if next(model.parameters(), None) is None:
+        raise NothingToPruneError(f"{type(model).__name__} has no parameters, so it has no neurons to remove.")
+    if include is not None and not _entries(include):
+        raise SelectorError("include is empty, so nothing would be touched; leave it out to include everything.")
+    included, excluded = _resolve(model, axes, include, "include"), _resolve(model, axes, exclude, "exclude")
+    chosen, kept_out = [], {}
+    for axis in axes:
+        if axis.frozen is not None:
+            kept_out[axis.name] = axis.frozen
+        elif include is not None and not included(axis):
+            kept_out[axis.name] = "is not included"
+        elif excluded(axis):
+            kept_out[axis.name] = "is excluded"
+        else:
+            chosen.append(axis)
+    if not chosen:
+        raise NothingToPruneError(explain(axes, kept_out))
+    return chosen, kept_out
+
+
+def explain(axes: Axes, kept_out: dict[str, str], shown: int = 12) -> str:
+    """Why nothing can be removed, axis by axis."""
+    by_hand = {"is not included", "is excluded"}
+    what = "frozen, not included or excluded" if by_hand & set(kept_out.values()) else "frozen"
+    rows = [f"  {name}  ({axes[name].size})  {reason}" for name, reason in list(kept_out.items())[:shown]]
+    more = [f"  ... and {len(kept_out) - shown} more"] if len(kept_out) > shown else []
+    head = f"all {len(kept_out)} axes of this model are {what}, so there is nothing to remove."
+    return "\n".join([head, *rows, *more])
+
+
+def names_of(model: nn.Module, axes: Axes) -> dict[str, set[str]]:
+    """By axis, the dotted names whose choice means it: the layers that make it, and the vectors that lie along it."""
+    dims = {name: tensor.dim() for name, tensor in named_tensors(model).items()}
+    names = {axis.name: {axis.name, axis.name.partition("/")[0]} for axis in axes}
+    makers = {}
+    for layer in {name.rpartition(".")[0] for name in dims}:
+        with contextlib.suppress(UnknownNameError):
+            makers[layer] = axes[layer].name
+    for axis in axes:
+        for member in axis.members:
+            if dims.get(member.tensor) == 1 or makers.get(member.tensor.rpartition(".")[0]) == axis.name:
+                names[axis.name].add(member.tensor)
+    return names
+
+
+def _entries(selector: AxisSelector) -> list[Any]:
+    if selector is None:
+        return []
+    several = isinstance(selector, (list, tuple, set, frozenset))
+    return list(selector) if several else [selector]  # pyright: ignore[reportArgumentType]
+
+
+def _resolve(model: nn.Module, axes: Axes, selector: AxisSelector, what: str) -> Callable[[Axis], bool]:
+    asked, rest = [], []
+    names = names_of(model, axes)
+    for entry in _entries(selector):
+        test = _of_axis(axes, entry)
+        if test is not None:
+            asked.append(test)
+        if test is None or (isinstance(entry, str) and _is_known(model, entry)):
+            rest.append(entry)
+    named = matches(rest, model, what=what)
+    return lambda axis: any(test(axis) for test in asked) or any(named(name) for name in names[axis.name])
+
+
+def _of_axis(axes: Axes, entry: Any) -> Callable[[Axis], bool] | None:
+    """The entry as a question about an axis, if it is one."""
+    if isinstance(entry, str):
+        fitting = {axis.name for axis in axes if axis.name == entry or fnmatchcase(axis.name, entry)}
+        return (lambda axis: axis.name in fitting) if fitting else None
+    if callable(entry) and not isinstance(entry, (type, nn.Module)) and _arguments(entry) == 1:
+        return lambda axis: bool(entry(axis))
+    return None
+
+
+def _arguments(function: Callable[..., Any]) -> int:
+    try:
+        return len(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return 0
+
+
+def _is_known(model: nn.Module, entry: str) -> bool:
+    try:
+        matches(entry, model)
+    except SelectorError:
+        return False
+    return True

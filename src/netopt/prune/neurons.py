@@ -1,0 +1,430 @@
+"""Removes the least important neurons of a model: look, decide, then do, all or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from netopt import masking, measure, surgery
+from netopt.axes import Axes, Axis, Outputs, find_axes
+from netopt.axes.find import _counted
+from netopt.batches import Batch, Inputs
+from netopt.errors import ArgumentTypeError, InvalidArgumentError, UnknownNameError
+from netopt.importance import Importance, lookup
+from netopt.importance.neurons import NeuronScores, neuron_scores
+from netopt.plan import AxisCut, Plan, shapes_of
+from netopt.prune.candidates import AxisSelector, candidates
+from netopt.prune.verify import promise
+from netopt.report import PruningReport, Row
+from netopt.selection import Amount, Limits, Scope, check_amount, check_scope, check_threshold, select, select_within
+
+__all__ = ["plan_neurons", "prune_neurons"]
+
+Mode = Literal["remove", "mask"]
+MODES = ("remove", "mask")
+
+
+def prune_neurons(
+    model: nn.Module,
+    example_inputs: Inputs,
+    amount: Amount | None = None,
+    *,
+    threshold: float | None = None,
+    max_params: float | None = None,
+    max_macs: float | None = None,
+    importance: Importance | Mapping[str, Tensor] = "saliency",
+    data: Iterable[Batch] | None = None,
+    loss_fn: Callable[[Any, Any], Tensor] | None = None,
+    scope: Scope = "global",
+    include: AxisSelector = None,
+    exclude: AxisSelector = None,
+    outputs: Outputs = None,
+    round_to: int = 1,
+    optimizer: Optimizer | Iterable[Optimizer] | None = None,
+    repair: None = None,
+    mode: Mode = "remove",
+    verify: bool = True,
+    progress: bool = True,
+) -> PruningReport:
+    r"""Removes the least important neurons of ``model``, in place, and everything coupled to them.
+
+    Either the whole plan is carried out or ``model`` and ``optimizer`` are left as they were. At least one neuron stays
+    on every axis.
+
+    Args:
+        model: Any module; its forward is run, never parsed. Its train/eval mode is kept.
+        example_inputs: A tensor, a tuple of positional or a dict of keyword inputs, of one forward call.
+        amount: Fraction of the neurons that may be removed, in :math:`[0, 1)`, of the model as it is now; or a count;
+            or a mapping from names or patterns of axes to these.
+        threshold: Instead of ``amount``: remove what scores below.
+        max_params: Instead of ``amount``: keep at most this fraction of the model's parameters, in :math:`(0, 1]`.
+        max_macs: Instead of ``amount``: keep at most this fraction of its multiply-accumulate operations.
+        importance: A criterion or its name, see :func:`netopt.importance.names`; a function of its evidence; or the
+            scores, one tensor for each axis name. ``"saliency"`` needs inputs and no labels.
+        data: Batches for criteria that need gradients or activations; what needs no labels falls back to
+            ``example_inputs``.
+        loss_fn: Of the model's result and a batch's targets, for criteria that need the loss.
+        scope: ``"global"`` ranks the neurons of all axes together, each against the average of its axis; ``"layer"``
+            removes the amount of every axis.
+        include: Names, patterns, types, modules, or predicates of an :class:`~netopt.axes.Axis`, whose neurons may go.
+        exclude: The same, whose neurons all stay.
+        outputs: Which results must keep their shape; see :func:`netopt.find_axes`.
+        round_to: Keep a multiple of this many neurons on every axis that has more.
+        optimizer: One or several, whose state (momenta, second moments) is narrowed along with the parameters.
+        repair: Reserved.
+        mode: ``"remove"``, or ``"mask"`` to put the same plan on as masks of ``torch.nn.utils.prune``.
+        verify: Run the smaller model on the example inputs, compare the shapes of its outputs, and, where removing is
+            the same as masking, their values with the masked model's.
+        progress: Whether to show a progress bar on long work.
+
+    Returns:
+        Parameters, MACs and bytes before and after, one row an axis, the plan, and what was frozen and why.
+
+    Raises:
+        NothingToPruneError: No axis may lose a neuron; the message lists the reasons.
+        InvalidArgumentError: An argument is out of range, or not exactly one of the four amounts is given.
+        MissingDataError: ``importance`` needs ``data``, or a ``loss_fn``, and none was given.
+        OptimizerStateError: Some optimizer state cannot be narrowed.
+        VerificationError: The smaller model failed the check; everything was put back.
+
+    References:
+        Importance Estimation for Neural Network Pruning (Molchanov et al., 2019), https://arxiv.org/abs/1906.10771
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+        >>> report = prune_neurons(net, torch.randn(1, 8), amount=0.25)
+        >>> net[0].out_features, net[2].in_features
+        (12, 12)
+    """
+    request = _Request(amount, threshold, max_params, max_macs, scope, Limits(round_to))
+    _check(model, request, mode, repair, loss_fn, importance)
+    optimizers = surgery.as_optimizers(optimizer)
+    sources = _Sources(importance, data, loss_fn, progress)
+    decision = _decide(model, example_inputs, request, sources, include=include, exclude=exclude, outputs=outputs)
+    plan, counted = decision.plan, decision.counted
+    before = measure.cost(model, example_inputs)
+
+    def report() -> PruningReport:
+        settings = request.settings() | {"importance": _name(importance), "mode": mode}
+        after = measure.cost(model, example_inputs)
+        predicted = _predicted(before, after)
+        return PruningReport(
+            call="prune_neurons",
+            before=before,
+            after=after,
+            rows=decision.rows(),
+            plan=plan.with_prediction(predicted) if mode == "remove" else plan,
+            frozen=decision.kept_out,
+            settings=settings,
+        )
+
+    if mode == "mask":
+        masking.put(model, _parameter_masks(model, plan))
+        return report()
+    operation = plan.prepare(model, optimizers)
+    if not verify:
+        return operation.run(report)
+    promised = promise(model, example_inputs, counted, decision.masks(model) if plan.exact else None)
+
+    def finish() -> PruningReport:
+        promised.check(model, example_inputs, counted)
+        return report()
+
+    return operation.run(finish)
+
+
+def plan_neurons(
+    model: nn.Module,
+    example_inputs: Inputs,
+    amount: Amount | None = None,
+    *,
+    threshold: float | None = None,
+    max_params: float | None = None,
+    max_macs: float | None = None,
+    importance: Importance | Mapping[str, Tensor] = "saliency",
+    data: Iterable[Batch] | None = None,
+    loss_fn: Callable[[Any, Any], Tensor] | None = None,
+    scope: Scope = "global",
+    include: AxisSelector = None,
+    exclude: AxisSelector = None,
+    outputs: Outputs = None,
+    round_to: int = 1,
+    progress: bool = True,
+) -> Plan:
+    """Decides what :func:`prune_neurons` would remove, and does not do it.
+
+    The arguments are those of :func:`prune_neurons`. What the smaller model costs is found by carrying the plan out,
+    measuring, and putting everything back.
+
+    Returns:
+        The plan, with parameters, MACs and bytes before and after in ``plan.predicted``.
+
+    Raises:
+        NothingToPruneError: No axis may lose a neuron; the message lists the reasons.
+        InvalidArgumentError: An argument is out of range, or not exactly one of the four amounts is given.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+        >>> plan = plan_neurons(net, torch.randn(1, 8), amount=0.25)
+        >>> plan.predicted["params_before"], plan.predicted["params_after"], net[0].out_features
+        (212, 160, 16)
+    """
+    request = _Request(amount, threshold, max_params, max_macs, scope, Limits(round_to))
+    _check(model, request, "remove", None, loss_fn, importance)
+    sources = _Sources(importance, data, loss_fn, progress)
+    decision = _decide(model, example_inputs, request, sources, include=include, exclude=exclude, outputs=outputs)
+    before = measure.cost(model, example_inputs)
+    after = decision.plan.prepare(model).rehearse(lambda: measure.cost(model, example_inputs))
+    return decision.plan.with_prediction(_predicted(before, after))
+
+
+@dataclass(frozen=True)
+class _Request:
+    """How much is to be removed."""
+
+    amount: Amount | None
+    threshold: float | None
+    max_params: float | None
+    max_macs: float | None
+    scope: Scope
+    limits: Limits
+
+    def settings(self) -> dict[str, Any]:
+        given = {name: getattr(self, name) for name in ("amount", "threshold", "max_params", "max_macs")}
+        return {name: value for name, value in given.items() if value is not None} | {
+            "scope": self.scope,
+            "round_to": self.limits.round_to,
+        }
+
+
+@dataclass(frozen=True)
+class _Sources:
+    """Where scores come from."""
+
+    importance: Importance | Mapping[str, Tensor]
+    data: Iterable[Batch] | None
+    loss_fn: Callable[[Any, Any], Tensor] | None
+    progress: bool
+
+
+@dataclass(frozen=True)
+class _Decision:
+    """A plan and what it was made from."""
+
+    axes: Axes
+    chosen: list[Axis]
+    kept_out: dict[str, str]
+    scores: NeuronScores
+    kept: dict[str, Tensor]
+    plan: Plan
+    counted: Callable[[Any], list[Tensor]]
+
+    def rows(self) -> tuple[Row, ...]:
+        """One row an axis that could lose neurons."""
+        rows = []
+        for axis in self.chosen:
+            scores = self.scores.scores[axis.name]
+            low, high = float(scores.min()), float(scores.max())
+            notes = [f"scores {low:.2g} to {high:.2g}"] + ([] if axis.exact else [str(axis.inexact)])
+            rows.append(Row(axis.name, axis.size, len(self.kept[axis.name]), axis.exact, "; ".join(notes)))
+        return tuple(rows)
+
+    def masks(self, model: nn.Module) -> dict[str, Tensor]:
+        """For each tensor of the plan, ``True`` where nothing removed is met."""
+        return masks_of(self.plan, surgery.named_tensors(model))
+
+
+def masks_of(plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The plan as masks: ``True`` where an entry stays."""
+    masks = {}
+    for name, cuts in plan.tensors.items():
+        if name not in tensors:
+            continue
+        mask = torch.ones(tensors[name].shape, dtype=torch.bool)
+        for dim, kept in cuts.items():
+            stays = torch.zeros(mask.shape[dim], dtype=torch.bool)
+            stays[kept] = True
+            mask &= stays.view([-1 if index == dim else 1 for index in range(mask.dim())])
+        masks[name] = mask
+    return masks
+
+
+def _parameter_masks(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
+    parameters = {
+        name: parameter
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if parameter.is_floating_point()
+    }
+    masks = masks_of(plan, parameters)
+    return {name.removesuffix("_orig"): mask for name, mask in masks.items()}
+
+
+def _decide(
+    model: nn.Module,
+    example_inputs: Inputs,
+    request: _Request,
+    sources: _Sources,
+    *,
+    include: AxisSelector,
+    exclude: AxisSelector,
+    outputs: Outputs,
+) -> _Decision:
+    axes = find_axes(model, example_inputs, outputs=outputs)
+    chosen, kept_out = candidates(model, axes, include, exclude)
+
+    def counted(result: Any) -> list[Tensor]:
+        return _counted(result, outputs)
+
+    def differentiated(result: Any) -> list[Tensor]:
+        return [tensor for tensor in counted(result) if tensor.is_floating_point()]
+
+    scored = neuron_scores(
+        model,
+        {axis.name: axes.members(axis) for axis in chosen},
+        lambda name: axes.taps(axes[name]),
+        {axis.name: axis.size for axis in chosen},
+        importance=sources.importance,
+        data=sources.data,
+        example_inputs=example_inputs,
+        loss_fn=sources.loss_fn,
+        outputs=None if outputs is None else differentiated,
+        progress=sources.progress,
+    )
+    kept = _select(model, example_inputs, axes, chosen, scored.scores, request)
+    return _Decision(axes, chosen, kept_out, scored, kept, make_plan(model, axes, kept), counted)
+
+
+def make_plan(model: nn.Module, axes: Axes, kept: Mapping[str, Tensor]) -> Plan:
+    """The plan that keeps these positions of these axes.
+
+    Args:
+        model: In which the axes were found.
+        axes: All of them.
+        kept: Positions that stay, ascending, by axis name; axes not named keep all.
+    """
+    less = {name: positions for name, positions in kept.items() if len(positions) < axes[name].size}
+    tensors = axes.tensor_indices(less)
+    counts = {name: len(positions) for name, positions in less.items()}
+    cuts = (AxisCut(name, axes[name].size, kept, axes[name].exact, axes[name].inexact) for name, kept in less.items())
+    return Plan(
+        tensors,
+        tuple((tuple(path), value) for path, value in axes.attribute_values(counts)) if less else (),
+        values=axes.values(less),
+        axes=tuple(cuts),
+        shapes=shapes_of(model, tensors),
+    )
+
+
+def _select(
+    model: nn.Module,
+    example_inputs: Inputs,
+    axes: Axes,
+    chosen: list[Axis],
+    scores: Mapping[str, Tensor],
+    request: _Request,
+) -> dict[str, Tensor]:
+    sizes = {axis.name: axis.size for axis in chosen}
+
+    def feasible(counts: Mapping[str, int]) -> dict[str, int]:
+        found = axes.feasible(counts)
+        coupled = next((name for name, count in found.items() if name not in sizes and count < axes[name].size), None)
+        if coupled is not None:
+            raise InvalidArgumentError(
+                f"axis `{coupled}` would have to shrink with the others because the model computes with their sizes, "
+                "and it is excluded; exclude what it is tied to as well, or include it."
+            )
+        return {name: found[name] for name in sizes}
+
+    limits = Limits(request.limits.round_to, feasible)
+    if request.amount is not None or request.threshold is not None:
+        return select(scores, request.amount, threshold=request.threshold, scope=request.scope, limits=limits)
+
+    def cost_of(kept: Mapping[str, Tensor]) -> int:
+        operation = make_plan(model, axes, kept).prepare(model)
+        if request.max_params is not None:
+            return operation.rehearse(lambda: measure.count_parameters(model))
+        return operation.rehearse(lambda: measure.count_macs(model, example_inputs))
+
+    whole = cost_of({})
+    share = request.max_params if request.max_params is not None else request.max_macs
+    assert share is not None
+    return select_within(
+        scores, cost_of, int(share * whole), unit_costs=_unit_costs(sizes, cost_of, whole, limits), limits=limits
+    )
+
+
+def _unit_costs(
+    sizes: Mapping[str, int], cost_of: Callable[[Mapping[str, Tensor]], int], whole: int, limits: Limits
+) -> dict[str, float]:
+    """What one neuron of each axis costs in the whole model: the saving of halving the axis, spread over what goes."""
+    costs = {}
+    full = {name: torch.arange(size) for name, size in sizes.items()}
+    for name, size in sizes.items():
+        counts = limits.settle({**sizes, name: max(1, size // 2)}, sizes, down=True)
+        gone = sum(sizes[other] - count for other, count in counts.items())
+        kept = {other: full[other][:count] for other, count in counts.items()}
+        costs[name] = max((whole - cost_of(kept)) / gone, 1e-9) if gone else 1.0
+    return costs
+
+
+def _check(
+    model: nn.Module,
+    request: _Request,
+    mode: str,
+    repair: Any,
+    loss_fn: Any,
+    importance: Importance | Mapping[str, Tensor],
+) -> None:
+    """Checks every argument that can be checked before the model is looked at."""
+    if not isinstance(model, nn.Module):
+        shown = model.__name__ if isinstance(model, type) else type(model).__name__
+        raise ArgumentTypeError(f"model must be a torch.nn.Module, not {shown}.")
+    lazy = next((name for name, one in model.named_parameters() if nn.parameter.is_lazy(one)), None)
+    if lazy is not None:
+        raise InvalidArgumentError(f"{lazy!r} is not initialised yet; run the model once before pruning it.")
+    _check_request(request)
+    if mode not in MODES:
+        raise UnknownNameError.of("mode", str(mode), MODES)
+    if repair is not None:
+        raise InvalidArgumentError("repair is reserved and must be None.")
+    if loss_fn is not None and not callable(loss_fn):
+        raise ArgumentTypeError(f"loss_fn must be a function of result and targets, not {type(loss_fn).__name__}.")
+    if not isinstance(importance, Mapping):
+        lookup(importance, of="neurons")
+
+
+def _check_request(request: _Request) -> None:
+    names = ("amount", "threshold", "max_params", "max_macs")
+    given = [name for name in names if getattr(request, name) is not None]
+    if len(given) != 1:
+        got = " and ".join(given) if given else "none"
+        raise InvalidArgumentError(f"give exactly one of amount, threshold, max_params and max_macs, not {got}.")
+    if request.amount is not None:
+        check_amount(request.amount)
+    if request.threshold is not None:
+        check_threshold(request.threshold)
+    check_scope(request.scope)
+    for name in ("max_params", "max_macs"):
+        value = getattr(request, name)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ArgumentTypeError(f"{name} must be a fraction of the model's, in (0, 1], not {value!r}.")
+        if not 0 < value <= 1:
+            raise InvalidArgumentError(f"{name} must be a fraction of the model's, in (0, 1], not {value}.")
+
+
+def _predicted(before: measure.Cost, after: measure.Cost) -> dict[str, int]:
+    found = {}
+    for kind in ("params", "macs", "bytes"):
+        found[f"{kind}_before"], found[f"{kind}_after"] = getattr(before, kind), getattr(after, kind)
+    return found
+
+
+def _name(importance: Importance | Mapping[str, Tensor]) -> str:
+    return "given" if isinstance(importance, Mapping) else lookup(importance, of="neurons").name

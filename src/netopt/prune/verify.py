@@ -1,0 +1,117 @@
+"""Whether the small model does what was promised: outputs of the same shape, and the same as the masked model's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from netopt import batches
+from netopt.batches import Inputs
+from netopt.errors import VerificationError
+from netopt.restore import given_back, random_state_kept
+from netopt.surgery import Exchange, Operation, find_tensor
+
+__all__ = ["Promise", "masked_tensors", "promise", "run"]
+
+Counted = Callable[[Any], list[Tensor]]
+
+TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.2}
+"""Largest difference allowed, as a share of the largest output: rounding grows with depth, errors are of size 1."""
+
+
+class Promise:
+    """What the model's outputs have to be after the surgery."""
+
+    def __init__(self, expected: list[Tensor], *, equal: bool) -> None:
+        self._expected = expected
+        self._equal = equal
+
+    def check(self, model: nn.Module, inputs: Inputs, counted: Counted) -> None:
+        """Runs ``model`` and compares.
+
+        Raises:
+            VerificationError: Its outputs have other shapes, or other values where they must not.
+        """
+        found = run(model, inputs, counted)
+        shapes = [tuple(tensor.shape) for tensor in self._expected]
+        if [tuple(tensor.shape) for tensor in found] != shapes:
+            raise VerificationError(
+                f"the smaller model's outputs have shapes {[tuple(tensor.shape) for tensor in found]}, not {shapes}; "
+                "everything was put back. Exclude the layer that decides this shape, and report it, please."
+            )
+        if not self._equal or not all(map(_comparable, self._expected)):
+            return
+        difference, place = _difference(found, self._expected)
+        if difference > _tolerance(found[place]) and not self._is_random(model, inputs, counted, found):
+            raise VerificationError(
+                f"output {place} of the smaller model differs from the masked model's by {difference:.1e} of its size; "
+                "everything was put back. Set verify=False if the difference is meant, and report it, please."
+            )
+
+    def _is_random(self, model: nn.Module, inputs: Inputs, counted: Counted, found: list[Tensor]) -> bool:
+        """Whether the model gives something else each time it runs, so that nothing can be compared."""
+        with random_state_kept():
+            torch.rand(1)
+            again = run(model, inputs, counted)
+        return _difference(again, found)[0] > 0
+
+
+def promise(model: nn.Module, inputs: Inputs, counted: Counted, masks: Mapping[str, Tensor] | None) -> Promise:
+    """Runs the model as it is, or with ``masks`` on, and notes what the smaller one has to return.
+
+    Args:
+        model: Before the surgery; given back as it was.
+        inputs: Of one forward call.
+        counted: From a result to the outputs that count.
+        masks: For each tensor by name, ``True`` where it stays, if the outputs must be equal; else None.
+    """
+    if masks is None:
+        return Promise(run(model, inputs, counted), equal=False)
+    operation = Operation(model, masked_tensors(model, masks))
+    return Promise(operation.rehearse(lambda: run(model, inputs, counted)), equal=True)
+
+
+def masked_tensors(model: nn.Module, masks: Mapping[str, Tensor]) -> list[Exchange]:
+    """Exchanges each tensor for a copy that is zero where its mask is ``False``."""
+    changes = []
+    with torch.inference_mode(False), torch.no_grad():
+        for name, mask in masks.items():
+            tensor = find_tensor(model, name)
+            if tensor is not None and (tensor.is_floating_point() or tensor.is_complex()):
+                masked = tensor.detach() * mask.to(tensor.device)
+                # What is not a number must not survive in what is masked.
+                masked = torch.where(
+                    mask.to(tensor.device), masked, torch.zeros((), dtype=masked.dtype, device=masked.device)
+                )
+                changes.append(Exchange(tensor, masked.requires_grad_(tensor.requires_grad and tensor.is_leaf)))
+    return changes
+
+
+def run(model: nn.Module, inputs: Inputs, counted: Counted) -> list[Tensor]:
+    """The outputs that count, in eval mode and without gradients; the model is given back as it was."""
+    with given_back(model), torch.no_grad():
+        return [tensor.detach().clone() for tensor in counted(batches.call(model.eval(), inputs))]
+
+
+def _comparable(tensor: Tensor) -> bool:
+    return not tensor.is_meta and bool(torch.isfinite(tensor).all())
+
+
+def _difference(found: list[Tensor], expected: list[Tensor]) -> tuple[float, int]:
+    """The largest difference as a share of the largest value of its output, and which output."""
+    worst, where = 0.0, 0
+    for place, (one, other) in enumerate(zip(found, expected, strict=True)):
+        if not one.numel():
+            continue
+        size = float(other.abs().max().double()) if other.is_floating_point() else 1.0
+        gap = float((one.double() - other.double()).abs().max()) / max(size, 1e-12)
+        if not gap <= worst:
+            worst, where = gap, place
+    return worst, where
+
+
+def _tolerance(tensor: Tensor) -> float:
+    return TOLERANCE.get(tensor.dtype, 1e-3)
