@@ -121,6 +121,7 @@ def prune_neurons(
             plan=plan.with_prediction(predicted) if mode == "remove" else plan,
             frozen=decision.kept_out,
             settings=settings,
+            subject=model,
         )
 
     if mode == "mask":
