@@ -204,7 +204,7 @@ def _only(counts: Mapping[str, int], full: Mapping[str, int], exact: Iterable[st
 @torch.no_grad()
 def mask(model: nn.Module, axes: Axes, kept: Mapping[str, Tensor], value: float = 0.0) -> None:
     """Zeroes every entry, of every member, of the neurons that are not kept."""
-    held = {**dict(model.named_buffers()), **dict(model.named_parameters())}
+    held, _ = held_tensors(model)
     for axis in axes.free:
         if axis.name not in kept:
             continue
@@ -428,12 +428,10 @@ def gates(mode: str) -> int:
 def check_two_traces_agree(case: Case) -> None:
     """Two traces of the same model, and of a copy, find the same axes."""
     model = case.build()
-    first = find_axes(model, case.inputs())
-    second = find_axes(model, case.inputs())
-    third = find_axes(case.build(), case.inputs())
-    for other in (second, third):
+    first, *others = [find_axes(one, case.inputs()) for one in (model, model, case.build())]
+    for other in others:
         assert rows(first) == rows(other)
-    assert halves(first) == halves(second)
+        assert halves(first) == halves(other)
 
 
 def rows(axes: Axes) -> list[tuple[Any, ...]]:

@@ -82,7 +82,7 @@ class Attention(nn.Module):
     ],
     sizes={
         "attn.num_heads": "h", "attn.head_dim": "d", "attn.qkv.out_features": "3 * h * d", "attn.proj.in_features": "h * d",
-        "attn.q_norm.normalized_shape.0": "d", "norm.normalized_shape.0": "e", "embed_dim": "e",
+        "attn.q_norm.normalized_shape.0": "d", "norm.normalized_shape.0": "e",
     },
 )  # fmt: skip
 class ViT(nn.Module):
@@ -90,7 +90,6 @@ class ViT(nn.Module):
 
     def __init__(self, embed_dim=16):
         super().__init__()
-        self.embed_dim = embed_dim
         self.patch = nn.Conv2d(3, embed_dim, kernel_size=4, stride=4)
         self.cls = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos = nn.Parameter(torch.zeros(1, 5, embed_dim))

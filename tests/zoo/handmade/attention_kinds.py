@@ -264,7 +264,7 @@ class NonLocal(nn.Module):
 @case(
     "key_value_cache_output",
     **SEQUENCE,
-    share=0.3,
+    share=0.2,
     expected=[axis("o:0 head.weight:1", 12)],
     frozen={"k.weight:0": "output", "v.weight:0": "output"},
 )

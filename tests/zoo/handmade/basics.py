@@ -68,7 +68,12 @@ def conv_batchnorm_no_affine():
     inputs=(2, 3, 8, 8),
     other=(3, 3, 12, 10),
     share=0.99,
-    expected=[axis("conv1:0 norm1:0 conv2.weight:1", 16, False), axis("conv2:0 norm2:0 head.weight:1", 24, False)],
+    expected=[
+        axis("conv1:0 norm1:0 conv2.weight:1", 4, None, "g"),
+        axis("conv1:0 norm1:0 conv2.weight:1", 4, False, "c"),
+        axis("conv2:0 norm2:0 head.weight:1", 24, False),
+    ],
+    sizes={"norm1.num_groups": "g", "norm1.num_channels": "g * c", "conv1.out_channels": "g * c"},
 )
 def conv_groupnorm():
     return ConvNet(nn.GroupNorm(4, 16), nn.GroupNorm(1, 24))

@@ -15,10 +15,10 @@ from tests.zoo.case import axis, case
     inputs=(4, 10),
     other=(2, 10),
     share=0.95,
-    expected=[axis("embed:0 small.weight:1 head.weight:1 small:0", 8)],
+    expected=[axis("embed:0 small.weight:1 head.weight:1 small:0", 8, False)],
 )
 class BranchOnData(nn.Module):
-    """One branch is taken; the residual sum ties what both would do."""
+    """One branch is taken, by a mean over the channels; the residual sum ties what both would do."""
 
     def __init__(self):
         super().__init__()
@@ -281,7 +281,8 @@ class WritesAlongTokens(nn.Module):
     inputs=(4, 10),
     other=(2, 10),
     share=0.3,
-    expected=[axis("fc:0 head.weight:1", 12)],
+    expected=[axis("fc:0 head.weight:1 wasted.weight:1", 12)],
+    frozen={"never.weight:0": "not used", "loose:0": "not used"},
 )
 class UnusedParts(nn.Module):
     """A layer and a parameter that no forward reaches, and a layer whose result is thrown away."""
@@ -307,7 +308,7 @@ class UnusedParts(nn.Module):
     inputs=(3, 6, 10),
     other=(2, 4, 10),
     share=0.97,
-    expected=[axis("inside:0 state:0 state.weight:1 head.weight:1", 9), axis("attend:0 score:0", 7)],
+    expected=[axis("inside:0 state:0 state.weight:1 attend.weight:1 head.weight:1", 9), axis("attend:0 score:0", 7)],
 )
 class LoopOverTime(nn.Module):
     """States gathered in a list, stacked, and attended to."""

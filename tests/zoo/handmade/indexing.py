@@ -110,7 +110,7 @@ class StackOfBranches(nn.Module):
     "stack_then_sum",
     inputs=(4, 10),
     other=(2, 10),
-    share=0.95,
+    share=0.92,
     expected=[axis("branches:0 fc.weight:1", 12)],
 )
 class StackThenSum(nn.Module):
@@ -239,7 +239,7 @@ class ChannelSort(nn.Module):
     "constant_selection",
     inputs=(4, 10),
     other=(2, 10),
-    share=0.5,
+    share=0.4,
     expected=[axis("head:0 last.weight:1", 8)],
     frozen={"fc.weight:0": "index|constant|literal"},
 )

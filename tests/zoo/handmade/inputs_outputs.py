@@ -69,7 +69,7 @@ class Detection:
     other=(2, 10),
     share=0.9,
     expected=[axis("trunk:0 boxes.weight:1 scores.weight:1", 12)],
-    frozen={"boxes.weight:0": "output", "scores.weight:0": "output"},
+    frozen={"boxes.weight:0": "output"},
 )
 class Detector(nn.Module):
     def __init__(self):
@@ -212,9 +212,11 @@ class PlainArguments(nn.Module):
     share=0.95,
     expected=[
         axis("time.0:0 time.2.weight:1", 12),
-        axis("conv1:0 time.2:0 norm:0 conv2.weight:1", 8, False),
+        axis("conv1:0 time.2:0 norm:0 conv2.weight:1", 2, None, "g"),
+        axis("conv1:0 time.2:0 norm:0 conv2.weight:1", 4, False, "c"),
         axis("conv2:0 last.weight:1 skip:0", 6),
     ],
+    sizes={"norm.num_groups": "g", "norm.num_channels": "g * c"},
 )
 class DiffusionStep(nn.Module):
     """A time embedding from sines, added to the channels."""

@@ -104,7 +104,7 @@ def rnn_relu_no_bias():
     other=tokens(4, 2, 13),
     share=0.97,
     expected=[
-        axis("embed:1 gru.weight_ih_l0:1", 8),
+        axis("embed:1 gru.weight_ih_l0:1 gru.weight_ih_l0_reverse:1", 8),
         axis(cell("gru.%s_l0", "start:2 head.weight:1"), 6, label="h"),
         axis(cell("gru.%s_l0_reverse", "start:2 head.weight:1"), 6),
     ],

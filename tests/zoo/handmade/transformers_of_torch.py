@@ -149,12 +149,11 @@ def transformer_encoder_fast_path():
              "layer.linear1.weight:1 layer.linear2:0 head.weight:1", 12, False, "e"),
         axis("layer.linear1:0 layer.linear2.weight:1", 20),
     ],
-    sizes={"word.embedding_dim": "e", "d_model": "e"},
+    sizes={"word.embedding_dim": "e"},
 )  # fmt: skip
 class Decoder(nn.Module):
     def __init__(self, d_model=12):
         super().__init__()
-        self.d_model = d_model
         self.word = nn.Embedding(11, d_model)
         self.position = nn.Embedding(16, d_model)
         self.memory = nn.Linear(10, d_model)
@@ -200,7 +199,7 @@ class WholeTransformer(nn.Module):
         axis("wte:1 wpe:1 norm:0 mlp.0.weight:1 mlp.2:0 lm_head.weight:1", 12, False, "e"),
         axis("mlp.0:0 mlp.2.weight:1", 20),
     ],
-    frozen={"wte.weight:0": "output|embedding|rows"},
+    frozen={"wte.weight:0": "output|embedding|rows|number"},
     sizes={"wte.embedding_dim": "e", "lm_head.in_features": "e", "norm.normalized_shape.0": "e"},
 )
 class TiedLanguageModel(nn.Module):
