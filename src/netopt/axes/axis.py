@@ -124,7 +124,8 @@ class Axes(Sequence[Axis]):
         self.unknown = tuple(sorted(trace.unknown))
         self._freeze_rest(model, trace)
         groups = self._group()
-        self._counts = Counts({index: group.atoms for index, group in enumerate(groups)}, trace.ledger)
+        free = {index: group.atoms for index, group in enumerate(groups) if all(a.frozen is None for a in group.atoms)}
+        self._counts = Counts(free, trace.ledger)
         for index, why in self._counts.stuck().items():
             _set(groups[int(str(index))].atoms, "frozen", why)
         self._mark_numbers(trace, groups)

@@ -280,8 +280,13 @@ class Counts:
         return changed
 
     def extents(self, place: Place) -> frozenset[Hashable]:
-        """The groups whose counts set an attribute."""
-        return frozenset(key for key in variables_of(self._settle(("var", place))) if not isinstance(key, Place))
+        """The groups whose counts an attribute follows, or is tied to by a constraint."""
+        found = variables_of(self._settle(("var", place)))
+        loose = {key for key in found if isinstance(key, Place)}
+        for keys, _ in self._components:
+            if not loose.isdisjoint(keys):
+                found = found.union(keys)
+        return frozenset(key for key in found if not isinstance(key, Place))
 
     def bound_places(self) -> Iterable[tuple[Place, Expression]]:
         """Attributes and the expressions they are bound to."""

@@ -74,10 +74,13 @@ def resolve(layout: Layout) -> Layout:
         found = resolve(layout.bound)
         layout.bound = found  # later look-ups take one step
         return found
-    if all(type(part) is Atom and part.bound is None for part in layout.parts) and len(layout.parts) > 1:
+    is_product = isinstance(layout, Product)
+    if len(layout.parts) > 1 and all(
+        type(part) is Atom and part.bound is None and (part.size > 1 or part.unit or not is_product)
+        for part in layout.parts
+    ):
         return layout
     parts: list[Layout] = []
-    is_product = isinstance(layout, Product)
     changed = len(layout.parts) < 2  # noqa: PLR2004 - one part alone is no expression
     for part in layout.parts:
         found = resolve(part)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_iter
 
 from netopt.axes.layout import Layout, freeze, mark_inexact, split_concat
 from netopt.axes.sizes import Extent, Scalar, Size
@@ -90,7 +91,7 @@ class Watch(CallNames):
             if match is not None:
                 numbers = [number for number in numbers if number is not match]
                 self.equate(match, layout, name)
-            else:
+            elif not any(isinstance(leaf, Tensor) for leaf in tree_iter((args, kwargs))):  # else C++ follows the tensors
                 freeze(layout, f"has a size that {name} computes at {self.trace.where()}")
 
     def _note_numbers(self, args: tuple[Any, ...], kwargs: dict[str, Any], kinds: Any) -> None:

@@ -292,12 +292,30 @@ def roll(op: Operation, tensor: Tensor, shifts: Any, dims: Any = ()) -> Dims:
     return result
 
 
-@rule("aten::diagonal", "aten::tril", "aten::triu")
-def triangle(op: Operation, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Rows and columns matched by position."""
+@rule("aten::tril", "aten::triu")
+def triangle(op: Operation, tensor: Tensor, diagonal: int = 0) -> Dims:
+    """Rows and columns are compared by position: in a square, the same ones must go from both."""
     dims = op.dims(tensor)
-    op.freeze(dims[-2:], "is compared with another dimension by position")
-    return dims if op.out.dim() == len(dims) else None
+    if len(dims) > 1 and dims[-1].size == dims[-2].size and abs(diagonal) <= 1:
+        op.same(dims[-1], dims[-2])
+    else:
+        op.freeze(dims[-2:], "is compared with another dimension by position")
+    return dims
+
+
+@rule("aten::diagonal")
+def diagonal(op: Operation, tensor: Tensor, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Dims:
+    """Rows and columns matched by position."""
+    dims = list(op.dims(tensor))
+    first, second = at(dim1, len(dims)), at(dim2, len(dims))
+    matched = dims[first]
+    if offset == 0 and matched.size == dims[second].size:
+        op.same(matched, dims[second])
+    else:
+        why = "is matched with another dimension by position"
+        op.freeze([matched, dims[second]], why)
+        matched = op.frozen(op.out.shape[-1], why)
+    return [*(dim for index, dim in enumerate(dims) if index not in (first, second)), matched]
 
 
 @rule("aten::as_strided")
