@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -346,10 +347,10 @@ def _select(
         return select(scores, request.amount, threshold=request.threshold, scope=request.scope, limits=limits)
 
     def cost_of(kept: Mapping[str, Tensor]) -> int:
-        operation = make_plan(model, axes, kept).prepare(model)
+        plan = make_plan(model, axes, kept)
         if request.max_params is not None:
-            return operation.rehearse(lambda: measure.count_parameters(model))
-        return operation.rehearse(lambda: measure.count_macs(model, example_inputs))
+            return _parameters_left(model, plan)
+        return plan.prepare(model).rehearse(lambda: measure.count_macs(model, example_inputs))
 
     whole = cost_of({})
     share = request.max_params if request.max_params is not None else request.max_macs
@@ -357,6 +358,15 @@ def _select(
     return select_within(
         scores, cost_of, int(share * whole), unit_costs=_unit_costs(sizes, cost_of, whole, limits), limits=limits
     )
+
+
+def _parameters_left(model: nn.Module, plan: Plan) -> int:
+    """Entries of all parameters once the plan is carried out, a shared one counted once."""
+    total = 0
+    for name, parameter in model.named_parameters():
+        cuts = plan.tensors.get(name, {})
+        total += math.prod(len(cuts[dim]) if dim in cuts else size for dim, size in enumerate(parameter.shape))
+    return total
 
 
 def _unit_costs(

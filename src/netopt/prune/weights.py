@@ -18,6 +18,7 @@ from netopt.masking.decide import Request, decide
 from netopt.masking.patterns import Pattern, Shape, parse
 from netopt.masking.quantile import Scores
 from netopt.parameters import Place, places
+from netopt.reconstruction import SOLVERS, reconstruct
 from netopt.report import PruningReport, Row
 from netopt.selectors import Selector, chosen, matches
 
@@ -118,6 +119,7 @@ def prune_weights(
         after=measure.cost(model),
         rows=rows,
         settings=settings | {"pattern": str(shape)},
+        subject=model,
     )
 
 

@@ -65,8 +65,8 @@ def narrowed_states(optimizers: Iterable[Optimizer], cuts: Mapping[int, Cut]) ->
         members = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         if cuts and not any(id(parameter) in cuts for parameter in members):
             raise InvalidArgumentError(
-                f"this {type(optimizer).__name__} trains none of the parameters that become smaller; pass the one that "
-                f"was built from this model's parameters()"
+                f"the optimizer, a {type(optimizer).__name__}, trains none of the parameters that become smaller; pass "
+                f"the one that was built from this model's parameters()"
             )
         for group in optimizer.param_groups:
             flat = _Flat(group["params"], cuts)

@@ -1,0 +1,356 @@
+"""prune_neurons: the least important neurons go, everything coupled goes with them, and all or nothing happens."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import prune
+
+import netopt
+from conftest import state_of, unchanged
+from netopt import masking, measure
+from netopt.axes import find_axes
+from netopt.errors import InvalidArgumentError, NothingToPruneError, VerificationError
+from netopt.importance.neurons import neuron_scores
+from netopt.plan import Plan
+from netopt.prune import plan_neurons, prune_neurons
+from netopt.surgery import named_tensors
+
+ROOT = str(Path(netopt.__file__).parent)
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(width)
+        self.second = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.second(self.norm(self.first(x)).relu())
+
+
+def mlp() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Dropout(0.2), nn.Linear(10, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+def cnn() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        Block(8),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(8 * 9, 12),
+        nn.ReLU(),
+        nn.Linear(12, 3),
+    )
+
+
+MODELS = {"mlp": (mlp, (4, 6)), "cnn": (cnn, (4, 1, 6, 6))}
+
+
+def built(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, torch.Tensor]:
+    torch.manual_seed(0)
+    build, shape = MODELS[name]
+    model = build().to(dtype)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+    return model, torch.randn(shape, dtype=dtype)
+
+
+def prune_quietly(*args, **kwargs):
+    return prune_neurons(*args, progress=False, **kwargs)
+
+
+def train(model, optimizer, x, steps=1):
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("scope", ["global", "layer"])
+@pytest.mark.parametrize("importance", ["saliency", "magnitude", "activation"])
+def test_the_smaller_model_computes_what_the_masked_one_does(name, scope, importance):
+    model, x = built(name, torch.float64)
+    masked = copy.deepcopy(model)
+    report = prune_quietly(model, x, 0.5, scope=scope, importance=importance)
+    tensors = named_tensors(masked)
+    with torch.no_grad():
+        for tensor, dims in report.plan.tensors.items():
+            for dim, kept in dims.items():
+                gone = [place for place in range(tensors[tensor].shape[dim]) if place not in kept]
+                tensors[tensor].index_fill_(dim, torch.tensor(gone), 0)
+    other = torch.randn(7, *x.shape[1:], dtype=torch.float64)
+    torch.testing.assert_close(model.eval()(other), masked.eval()(other), rtol=1e-9, atol=1e-12)
+    assert report.plan.exact
+    assert report.params_after == measure.count_parameters(model) < report.params_before
+    assert report.macs_after < report.macs_before
+    total = sum(row.before for row in report.rows)
+    assert sum(row.after for row in report.rows) == total - int(total * 0.5 + 0.5)
+
+
+def test_the_least_salient_neurons_go():
+    model, x = built("mlp")
+    axes = find_axes(model, x)
+    found = neuron_scores(
+        model,
+        {axis.name: axes.members(axis) for axis in axes.free},
+        lambda name: axes.taps(axes[name]),
+        {axis.name: axis.size for axis in axes.free},
+        example_inputs=x,
+    ).scores["0"]
+    weight = model[0].weight.detach().clone()
+    prune_quietly(model, x, {"0": 4})
+    best = found.topk(6).indices.sort().values
+    torch.testing.assert_close(model[0].weight.detach(), weight[best])
+
+
+def test_training_goes_on_with_the_same_optimizer():
+    model, x = built("cnn")
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    train(model, optimizer, x, 2)
+    weight, before = model[0].weight, measure.count_parameters(model)
+    prune_quietly(model, x, 0.5, optimizer=optimizer)
+    assert model[0].weight is weight
+    assert measure.count_parameters(model) < before
+    train(model, optimizer, x)
+    assert all(optimizer.state[one]["exp_avg"].shape == one.shape for one in model.parameters())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_plan_says_what_will_happen(name):
+    model, x = built(name)
+    with unchanged(model):
+        plan = plan_neurons(model, x, 0.4, progress=False)
+    report = prune_quietly(model, x, 0.4)
+    assert report.plan == plan
+    assert plan.predicted["params_after"] == report.params_after
+    assert plan.predicted["macs_after"] == report.macs_after
+    assert plan.predicted["bytes_after"] == report.bytes_after
+    fresh, _ = built(name)
+    Plan.from_dict(plan.to_dict()).apply(fresh)
+    fresh.load_state_dict(model.state_dict())
+    torch.testing.assert_close(fresh.eval()(x), model.eval()(x))
+
+
+@pytest.mark.parametrize("budget", ["max_params", "max_macs"])
+@pytest.mark.parametrize("share", [0.8, 0.5, 0.3])
+@pytest.mark.parametrize("name", MODELS)
+def test_budgets_are_met_as_tightly_as_whole_neurons_allow(budget, share, name):
+    model, x = built(name)
+    dense = copy.deepcopy(model)
+    report = prune_quietly(model, x, **{budget: share})
+    before, after = (
+        (report.params_before, report.params_after)
+        if budget == "max_params"
+        else (report.macs_before, report.macs_after)
+    )
+    assert after <= share * before
+    axes = find_axes(dense, x)
+    kept = {cut.name: cut.kept for cut in report.plan.axes}
+    costs = []
+    for axis in axes.free:
+        for position in range(axis.size) if axis.name in kept else ():
+            if position not in kept[axis.name]:
+                more = {**kept, axis.name: torch.cat([kept[axis.name], torch.tensor([position])]).sort().values}
+                other = copy.deepcopy(dense)
+                counts = {one: len(positions) for one, positions in more.items()}
+                Plan(axes.tensor_indices(more), axes.attribute_values(counts)).apply(other)
+                found = measure.count_parameters(other) if budget == "max_params" else measure.count_macs(other, x)
+                costs.append(found)
+                break
+    assert max(costs) > share * before
+
+
+def test_rounding_keeps_multiples():
+    model, x = built("cnn")
+    report = prune_quietly(model, x, 0.6, round_to=4)
+    assert {row.after % 4 for row in report.rows} == {0}
+
+
+def test_what_is_named_is_kept_or_pruned():
+    model, x = built("cnn")
+    sizes = {row.name: row.before for row in plan_rows(model, x)}
+    assert sizes == {"0": 8, "3.first": 8, "6": 12}
+    choices = {
+        "6": {"0", "3.first"},
+        nn.Linear: {"0", "3.first"},
+        lambda axis: axis.size == 12: {"0", "3.first"},
+        ("0", "3.first"): {"6"},
+        nn.BatchNorm2d: {"6"},
+        "3.norm": {"0", "6"},
+        "3.*": {"6"},
+    }
+    for exclude, left in choices.items():
+        assert {row.name for row in plan_rows(model, x, exclude=exclude)} == left, exclude
+    with unchanged(model):
+        plan = plan_neurons(model, x, 0.5, exclude=model[3].norm, progress=False)
+    assert {cut.name for cut in plan.axes} <= {"0", "6"}
+    assert {row.name for row in plan_rows(model, x, include=nn.Linear)} == {"6"}
+    assert {row.name for row in plan_rows(model, x, include="3.second")} == {"0"}
+    assert {row.name for row in plan_rows(model, x, include=lambda axis: axis.size == 8)} == {"0", "3.first"}
+    with pytest.raises(NothingToPruneError, match="is not included"):
+        plan_rows(model, x, include="8")
+
+
+def plan_rows(model, x, **choice):
+    return prune_quietly(copy.deepcopy(model), x, 0.25, importance="magnitude", **choice).rows
+
+
+def test_masks_hold_the_same_plan_and_can_be_taken_off():
+    model, x = built("cnn", torch.float64)
+    removed, dense = copy.deepcopy(model), copy.deepcopy(model)
+    report = prune_quietly(model, x, 0.5, mode="mask")
+    twin = prune_quietly(removed, x, 0.5)
+    assert report.plan.tensors.keys() == twin.plan.tensors.keys()
+    assert report.params_after == report.params_before
+    assert report.nonzero_after < report.nonzero_before
+    torch.testing.assert_close(model.eval()(x), removed.eval()(x))
+    report.plan.apply(model)
+    assert measure.count_parameters(model) == twin.params_after
+    torch.testing.assert_close(model.eval()(x), removed.eval()(x))
+    again = copy.deepcopy(dense)
+    prune_quietly(again, x, 0.5, mode="mask")
+    masking.strip(again)
+    torch.testing.assert_close(again.eval()(x), dense.eval()(x))
+
+
+def test_pruned_weights_stay_pruned_when_neurons_go():
+    model, x = built("mlp")
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    masked = model[0].weight.detach().clone()
+    report = prune_quietly(model, x, 0.5, importance="magnitude")
+    kept = report.plan.tensors["0.bias"][0]
+    torch.testing.assert_close(model[0].weight.detach(), masked[kept])
+    assert model[0].weight_mask.shape == model[0].weight.shape
+
+
+def test_a_wrong_answer_is_noticed_and_undone(monkeypatch):
+    model, x = built("mlp")
+    optimizer = torch.optim.Adam(model.parameters())
+    train(model, optimizer, x)
+    original = Plan.prepare
+
+    def crooked(self, model, optimizer=None):
+        cuts = {name: dict(dims) for name, dims in self.tensors.items()}
+        kept = cuts["3.weight"][1]
+        cuts["3.weight"][1] = torch.cat([kept[:-1], torch.tensor([9 if 9 not in kept else kept[-1] - 1])]).unique()
+        if len(cuts["3.weight"][1]) < len(kept):
+            cuts["3.weight"][1] = torch.arange(len(kept))
+        return original(Plan(cuts), model, optimizer)
+
+    monkeypatch.setattr(Plan, "prepare", crooked)
+    state = repr(optimizer.state_dict())
+    with unchanged(model), pytest.raises(VerificationError, match="everything was put back"):
+        prune_quietly(model, x, 0.3, optimizer=optimizer)
+    assert repr(optimizer.state_dict()) == state
+
+
+def test_a_random_forward_is_not_mistaken_for_a_wrong_one():
+    class Noisy(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            hidden = self[1](self[0](x))
+            return self[2](hidden * torch.rand_like(hidden))
+
+    model = Noisy(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    state = torch.get_rng_state()
+    report = prune_quietly(model, torch.randn(3, 4, generator=torch.Generator().manual_seed(0)), 0.5)
+    assert report.rows[0].after == 4
+    assert torch.equal(state, torch.get_rng_state())
+
+
+class Interrupter:
+    """Raises KeyboardInterrupt before the n-th line executed in what decides, changes and checks."""
+
+    PLACES = ("prune", "plan", "surgery", "selection.py", "importance", "report.py")
+    FILES = tuple(str(Path(ROOT, place)) for place in PLACES)
+
+    def __init__(self, line: int) -> None:
+        self.left = line
+
+    def __call__(self, frame, event, arg):
+        if not frame.f_code.co_filename.startswith(self.FILES):
+            return None
+        if event == "line":
+            self.left -= 1
+            if self.left == -1:
+                raise KeyboardInterrupt
+        return self
+
+
+@pytest.mark.slow
+def test_an_interruption_anywhere_leaves_everything_as_it_was():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
+    x = torch.randn(2, 2)
+    optimizer = torch.optim.Adam(model.parameters())
+    train(model, optimizer, x)
+    state, random = repr(optimizer.state_dict()), torch.get_rng_state()
+    previous = sys.gettrace()
+    interrupted = 0
+    for line in itertools.count(0, 23):
+        seen = state_of(model)
+        sys.settrace(Interrupter(line))
+        try:
+            prune_quietly(model, x, 0.4, importance="magnitude", optimizer=optimizer)
+            break
+        except KeyboardInterrupt:
+            interrupted += 1
+        finally:
+            sys.settrace(previous)
+        assert state_of(model) == seen, f"changed by an interruption at line {line}"
+        assert repr(optimizer.state_dict()) == state
+        assert torch.equal(torch.get_rng_state(), random)
+    assert interrupted > 20
+    assert model[0].out_features == 2
+
+
+def test_modes_gradients_and_random_state_are_left_alone():
+    model, x = built("cnn")
+    model.train()
+    model[3].eval()
+    model(x).sum().backward()
+    model[6].weight.requires_grad_(False)
+    state = torch.get_rng_state()
+    grad = model[0].weight.grad.clone()
+    report = prune_quietly(model, x, 0.5)
+    assert torch.equal(state, torch.get_rng_state())
+    assert model.training
+    assert not model[3].training
+    assert not model[6].weight.requires_grad
+    torch.testing.assert_close(model[0].weight.grad, grad[report.plan.tensors["0.weight"][0]])
+
+
+def test_two_calls_agree():
+    reports = []
+    for _ in range(2):
+        model, x = built("cnn")
+        reports.append(prune_quietly(model, x, 0.5).plan)
+    assert reports[0] == reports[1]
+
+
+def test_the_report_names_what_was_frozen_and_the_range_of_scores():
+    model, x = built("mlp")
+    report = prune_quietly(model, x, 0.5)
+    assert report.frozen["5"] == "is a dimension of the model's output"
+    assert all(row.note.startswith("scores ") for row in report.rows)
+    assert report.to_dict()["plan"] == report.plan.to_dict()
+    assert "prune_neurons" in str(report)
+
+
+def test_repair_is_reserved():
+    model, x = built("mlp")
+    with pytest.raises(InvalidArgumentError, match="reserved"):
+        prune_quietly(model, x, 0.5, repair="least_squares")
