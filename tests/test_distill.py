@@ -8,10 +8,10 @@ import signal
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import random_state, state_of, unchanged
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from conftest import random_state, state_of, unchanged
 from netopt.distillation import DistillationReport, distill
 from netopt.errors import NonFiniteError
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import chain
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from netopt.distillation.engines import engine_for, precision
+from netopt.distillation.cache import Cache, TeacherCache, cache_for
+from netopt.distillation.engines import Engine, engine_for, precision
+from netopt.distillation.fingerprints import model_fingerprint
 from netopt.distillation.hints import Hints, HintTerm, hint_terms
 from netopt.distillation.interrupts import graceful
 from netopt.distillation.loop import Loop, Settings
@@ -21,7 +21,7 @@ from netopt.distillation.objective import Objective, SoftLoss
 from netopt.distillation.optimizing import OptimizerLike, SchedulerLike, check_positive, optimizers_for, scheduler_for
 from netopt.distillation.outputs import Picker, check_shapes, is_causal
 from netopt.distillation.report import DistillationReport
-from netopt.distillation.sources import Drawn, Source, source
+from netopt.distillation.sources import Drawn, Source, seed_all, source
 from netopt.distillation.student import Trainee, evaluating, lent, modes, undone_on_error
 from netopt.distillation.targets import Labels, Targets
 from netopt.distillation.teachers import Forward, as_teachers, check_apart
@@ -59,6 +59,7 @@ def distill(
     metric: Metric = None,
     patience: int | None = None,
     keep_best: bool | None = None,
+    cache: Any = "auto",
     engine: Any = None,
     callbacks: Sequence[Callable[..., Any]] = (),
     seed: int | None = None,
@@ -103,6 +104,8 @@ def distill(
         metric: On validation data: ``None`` for the loss, ``"accuracy"``, or a function of ``(output, targets)``.
         patience: Stop after this many epochs without a better validation.
         keep_best: Put the best weights back at the end; by default if ``validation`` is given.
+        cache: ``"auto"`` keeps the teacher's outputs where samples come back; ``False`` never, ``True`` always, and a
+            :class:`netopt.distillation.Cache` says how.
         engine: A Hugging Face ``Accelerator`` or a Lightning ``Fabric``.
         callbacks: Called as ``(student, epoch)`` after every epoch; a true answer stops.
         seed: Makes the call reproducible by itself; otherwise it follows the global random state.
@@ -151,10 +154,19 @@ def distill(
     machine = engine_for(engine, student, precision(amp))
     with ExitStack() as stack:
         stack.enter_context(random_state_kept())
-        _seed(seed)
-        base = int(torch.randint(2**31, ()).item())
-        common: dict[str, Any] = {"batch_size": batch_size, "seed": base}
-        drawn_from = source(data, shuffle=True, epochs=epochs if steps is None else 1, **common)
+        if seed is not None:
+            seed_all(seed)
+        base = int(machine.agreed(int(torch.randint(2**31, ()).item())))
+        common: dict[str, Any] = {"batch_size": batch_size, "seed": base, "share": (machine.rank, machine.world)}
+        kept = cache_for(cache)
+        drawn_from = source(
+            data, shuffle=True, once=steps is not None or epochs == 1, tagged=kept is not None, **common
+        )
+        again = epochs > 1 if steps is None else not 0 < steps <= len(drawn_from)
+        held = None
+        if kept is not None and (again or cache != "auto"):
+            held = _held(kept, teachers, drawn_from, machine, temperature)
+            stack.callback(held.close, machine.rank == 0)
         targets = Targets(
             teachers,
             forward=teacher_forward,
@@ -164,6 +176,7 @@ def distill(
             ignore_index=ignore_index,
             causal=is_causal(student),
             engine=machine,
+            cache=held,
         )
         checked = _validation(validation, metric, targets, objective, common)
         if checked is None and (patience is not None or keep_best):
@@ -192,6 +205,9 @@ def distill(
             with random_state_kept():
                 checked.rehearse(trainee)
         stack.callback(machine.close)
+        if machine.world > 1:
+            # Every process has dropout of its own.
+            seed_all(base + 1 + machine.rank)
         optimizers = optimizers_for(
             optimizer, lr, trainee, {id(one) for model in teachers for one in model.parameters()}
         )
@@ -212,6 +228,7 @@ def distill(
             progress=progress,
         )
         report = loop.run(chain([first], rest))
+        machine.wait()
         _check_finite(student)
         return report
 
@@ -231,10 +248,10 @@ def _rehearse(
 
     Returns the batch and the rest of its epoch. Nothing of the student changes, no buffer and no random state.
     """
-    drawn = drawn_from.epoch()
+    drawn = drawn_from.begin(0)
     first = next(drawn)
     with random_state_kept(), torch.no_grad(), evaluating(student):
-        batch, target = targets.prepare(*first)
+        batch, target = targets.prepare(first, cached=False)
         probe = Trainee(student, terms, forward, picker)
         with probe.listening(), targets.engine.autocast():
             record = probe.record(batch)
@@ -246,6 +263,28 @@ def _rehearse(
         for term in terms:
             term.learn(*term.pair(record.features, target.records[0].features), generator)
     return first, drawn
+
+
+def _held(
+    kept: Cache, teachers: Sequence[nn.Module], drawn_from: Source, machine: Engine, temperature: float
+) -> TeacherCache:
+    """Returns the cache; processes on one machine share it, where samples have indices."""
+    folder = machine.shared_folder() if drawn_from.samples and kept.path is None else None
+
+    def make() -> TeacherCache:
+        return TeacherCache(
+            kept,
+            teachers=model_fingerprint(teachers) if kept.path is not None else "",
+            samples=drawn_from.samples,
+            fixed=drawn_from.fixed,
+            temperature=temperature,
+            folder=folder,
+        )
+
+    # The first process clears a folder of other teachers' outputs before the others look into it.
+    first = make() if machine.rank == 0 else None
+    machine.wait()
+    return first or make()
 
 
 def _validation(
@@ -261,7 +300,7 @@ def _validation(
     if callable(validation) and not isinstance(validation, (Iterable, nn.Module)) and metric is None:
         judge: Callable[[nn.Module], Any] = validation
         return Validation(judge, None, targets, objective)
-    found = source(validation, shuffle=False, epochs=2, what="validation", **common)
+    found = source(validation, shuffle=False, once=False, what="validation", **common)
     return Validation(found, metric, targets, objective)
 
 
@@ -271,13 +310,6 @@ def _pair(value: Any, name: str) -> tuple[Any, Any]:
     if len(value) != 2:
         raise InvalidArgumentError(f"{name} must be one entry for both models or a pair (student, teacher).")
     return value[0], value[1]
-
-
-def _seed(seed: int | None) -> None:
-    if seed is not None:
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        torch.manual_seed(seed)
 
 
 def _check(

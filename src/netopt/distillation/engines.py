@@ -1,17 +1,22 @@
 """Where a step runs: one device, or many processes that act as one.
 
-The loop knows no device and no process: it hands an engine the micro-batch's loss and counts, and gets back what they
-are in the whole step.
+The loop knows no device and no process. It hands an engine each micro-batch's loss and counts, and the engine sees to
+it that the gradients are those of the whole step's sum over the whole step's count.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import socket
+import tempfile
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from netopt import batches
@@ -34,12 +39,11 @@ class Engine:
     def __init__(self, student: nn.Module, amp: torch.dtype | None) -> None:
         self.device = batches.device_of(student) or torch.device("cpu")
         self.amp = amp
-        scaled = amp is torch.float16
-        self.scaler = torch.amp.GradScaler(self.device.type) if scaled else None
+        self.scaler = torch.amp.GradScaler(self.device.type) if amp is torch.float16 else None
 
-    def prepare(self, model: nn.Module, optimizers: list[Optimizer]) -> tuple[nn.Module, list[Optimizer]]:
+    def prepare(self, model: nn.Module, optimizers: list[Optimizer]) -> tuple[nn.Module, list[Any]]:
         """Returns what to call instead of ``model``, and what to step instead of ``optimizers``."""
-        return model, optimizers
+        return model, list(optimizers)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The context the forwards run in."""
@@ -51,23 +55,14 @@ class Engine:
         """The context of one micro-batch; only the ``last`` of a step exchanges gradients."""
         return nullcontext()
 
-    def totals(self, counts: Sequence[int]) -> Sequence[float | Tensor]:
-        """Returns how many items each term has over all processes, at least one each."""
-        return [max(1, one) for one in counts]
-
     def backward(self, loss: Tensor) -> None:
-        """Adds the gradients of ``loss``."""
-        if self.scaler is not None:
-            loss = self.scaler.scale(loss)
-        loss.backward()
+        """Adds the gradients of ``loss``, this process's part of the step's."""
+        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
-    def step(self, optimizers: Iterable[Optimizer], parameters: Sequence[Tensor], clip: float | None) -> None:
+    def step(self, model: nn.Module, optimizers: Sequence[Any], clip: float | None) -> None:
         """Clips the gradients to norm ``clip``, steps and forgets the gradients."""
-        optimizers = list(optimizers)
         if clip is not None:
-            for optimizer in optimizers if self.scaler is not None else ():
-                self.scaler.unscale_(optimizer) if self.scaler is not None else None
-            torch.nn.utils.clip_grad_norm_(parameters, clip)
+            self.clip(model, optimizers, clip)
         for optimizer in optimizers:
             if self.scaler is None:
                 optimizer.step()
@@ -78,19 +73,201 @@ class Engine:
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
 
+    def clip(self, model: nn.Module, optimizers: Sequence[Any], clip: float) -> None:
+        """Clips the gradients of everything that is trained to norm ``clip``."""
+        if self.scaler is not None:
+            for optimizer in optimizers:
+                self.scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+
+    def totals(self, counts: Sequence[int]) -> Sequence[float | Tensor]:
+        """Returns how many items each term has over all processes, at least one each."""
+        return [max(1, one) for one in counts]
+
     def sum(self, values: Tensor) -> Tensor:
         """Returns ``values`` summed over all processes."""
         return values
 
+    def most(self, value: int) -> int:
+        """Returns the largest ``value`` of any process."""
+        return value
+
+    def agreed(self, value: float) -> float:
+        """Returns the first process's ``value``."""
+        return value
+
+    def wait(self) -> None:
+        """Waits until all processes are here."""
+
+    def shared_folder(self) -> Path | None:
+        """Returns a new folder that all processes can use, or ``None`` if there is but one, or several machines."""
+        return None
+
     def close(self) -> None:
         """Leaves nothing of this call behind in whatever the caller passed as engine."""
+
+
+class Processes(Engine):
+    """The processes of an initialised process group, each with a replica, or with a shard that is wrapped already.
+
+    Args:
+        student: The model to train, or this process's replica of it.
+        amp: Autocast's dtype, or ``None``.
+    """
+
+    def __init__(self, student: nn.Module, amp: torch.dtype | None) -> None:
+        super().__init__(student, amp)
+        self.student = student
+        self.joined = dist.is_available() and dist.is_initialized()
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if self.joined else (0, 1)
+        self.wrapped = isinstance(student, DistributedDataParallel) or _is_sharded(student)
+
+    def prepare(self, model: nn.Module, optimizers: list[Optimizer]) -> tuple[nn.Module, list[Any]]:
+        """Wraps ``model`` for data parallelism, unless the student is wrapped or sharded already."""
+        if self.wrapped or self.world == 1:
+            return model, list(optimizers)
+        # A student may have parameters its forward leaves out.
+        return DistributedDataParallel(model, find_unused_parameters=True), list(optimizers)
+
+    def holding(self, model: nn.Module, last: bool) -> AbstractContextManager[Any]:
+        """Exchanges gradients only in the last micro-batch of a step."""
+        if _is_sharded(self.student):
+            for part in self.student.modules():
+                setter: Any = getattr(part, "set_requires_gradient_sync", None)
+                if setter is not None:
+                    setter(last)
+            return nullcontext()
+        parallel = self.student if self.wrapped else model
+        return parallel.no_sync() if isinstance(parallel, DistributedDataParallel) and not last else nullcontext()
+
+    def totals(self, counts: Sequence[int]) -> Sequence[float | Tensor]:
+        """Adds the counts up over all processes."""
+        if self.world == 1:
+            return super().totals(counts)
+        total = self.sum(torch.tensor(counts, dtype=torch.float64, device=self.device)).clamp_min(1)
+        return total.tolist() if self.device.type == "cpu" else list(total.unbind())
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Returns ``values`` summed over all processes."""
+        values = values.to(self.device, copy=True)
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values
+
+    def most(self, value: int) -> int:
+        """Returns the largest ``value`` of any process."""
+        largest = torch.tensor(value, device=self.device)
+        if self.world > 1:
+            dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return int(largest)
+
+    def agreed(self, value: float) -> float:
+        """Returns the first process's ``value``."""
+        first = torch.tensor(value, dtype=torch.float64, device=self.device)
+        if self.world > 1:
+            dist.broadcast(first, 0)
+        return first.item()
+
+    def wait(self) -> None:
+        """Waits until all processes are here."""
+        if self.world > 1:
+            dist.barrier()
+
+    def shared_folder(self) -> Path | None:
+        """Lets the first process make a folder, if all are on one machine; who made it removes it."""
+        if self.world == 1:
+            return None
+        hosts: list[Any] = [None] * self.world
+        dist.all_gather_object(hosts, socket.gethostname())
+        if len(set(hosts)) > 1:
+            return None
+        made = [tempfile.mkdtemp(prefix="netopt-cache-") if self.rank == 0 else None]
+        dist.broadcast_object_list(made, src=0)
+        return Path(str(made[0]))
+
+
+class Accelerated(Processes):
+    """A Hugging Face ``Accelerator``, which has wrapping, precision and scaling its own way.
+
+    Args:
+        accelerator: The caller's.
+        student: The model to train.
+    """
+
+    def __init__(self, accelerator: Any, student: nn.Module) -> None:
+        super().__init__(student, None)
+        self.accelerator, self.device = accelerator, accelerator.device
+        self._held = {name: list(getattr(accelerator, name)) for name in ("_models", "_optimizers")}
+
+    def prepare(self, model: nn.Module, optimizers: list[Optimizer]) -> tuple[nn.Module, list[Any]]:
+        """Lets the accelerator wrap the model and the optimizers; those it has wrapped already stay as they are."""
+        if self.wrapped:
+            return model, [self.accelerator.prepare_optimizer(one) for one in optimizers]
+        wrapped, *rest = self.accelerator.prepare(model, *optimizers)
+        return wrapped, rest
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The accelerator's autocast."""
+        return self.accelerator.autocast()
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradients, undivided: the accelerator would divide by its own number of micro-batches."""
+        self.accelerator.backward(loss * self.accelerator.gradient_accumulation_steps)
+
+    def clip(self, model: nn.Module, optimizers: Sequence[Any], clip: float) -> None:  # noqa: ARG002
+        """Clips with the accelerator, which undoes its scaling first."""
+        self.accelerator.clip_grad_norm_(model.parameters(), clip)
+
+    def close(self) -> None:
+        """Takes model and optimizers off the accelerator's lists."""
+        for name, held in self._held.items():
+            getattr(self.accelerator, name)[:] = held
+
+
+class Fabricated(Processes):
+    """A Lightning ``Fabric``, launched by the caller.
+
+    Args:
+        fabric: The caller's.
+        student: The model to train.
+    """
+
+    def __init__(self, fabric: Any, student: nn.Module) -> None:
+        super().__init__(student, None)
+        self.fabric, self.device = fabric, fabric.device
+        self._models = fabric._models_setup
+
+    def prepare(self, model: nn.Module, optimizers: list[Optimizer]) -> tuple[nn.Module, list[Any]]:
+        """Lets the fabric wrap the model and the optimizers."""
+        wrapped, *rest = self.fabric.setup(model, *optimizers)
+        return wrapped, rest
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The fabric's autocast."""
+        return self.fabric.autocast()
+
+    def holding(self, model: nn.Module, last: bool) -> AbstractContextManager[Any]:
+        """Exchanges gradients only in the last micro-batch of a step."""
+        return self.fabric.no_backward_sync(model, enabled=not last) if self.world > 1 else nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradients."""
+        self.fabric.backward(loss)
+
+    def clip(self, model: nn.Module, optimizers: Sequence[Any], clip: float) -> None:
+        """Clips with the fabric, which undoes its scaling first."""
+        self.fabric.clip_gradients(model, optimizers[0], max_norm=clip)
+
+    def close(self) -> None:
+        """Gives the fabric back as it was."""
+        self.fabric._models_setup = self._models
 
 
 def precision(amp: Any) -> torch.dtype | None:
     """Returns the dtype meant by ``amp=``: ``None``, ``True`` (bfloat16), ``"bf16"``, ``"fp16"`` or a dtype.
 
     Raises:
-        InvalidArgumentError: Anything else.
+        InvalidArgumentError: anything else.
     """
     known: dict[Any, torch.dtype | None] = {
         None: None,
@@ -101,17 +278,31 @@ def precision(amp: Any) -> torch.dtype | None:
         torch.bfloat16: torch.bfloat16,
         torch.float16: torch.float16,
     }
-    if amp not in known:
+    if not isinstance(amp, (bool, str, torch.dtype, type(None))) or amp not in known:
         raise InvalidArgumentError(f"amp must be None, True, 'bf16', 'fp16' or a torch dtype of these, not {amp!r}.")
     return known[amp]
 
 
 def engine_for(engine: Any, student: nn.Module, amp: torch.dtype | None) -> Engine:
-    """Returns the engine meant by ``engine=``.
+    """Returns the engine meant by ``engine=``; without one an initialised process group is used as it is.
 
     Raises:
-        ArgumentTypeError: Not an engine.
+        ArgumentTypeError: neither an ``Accelerator`` nor a ``Fabric``.
+        InvalidArgumentError: ``amp`` beside an engine that has its own precision.
     """
     if engine is None:
-        return Engine(student, amp)
-    raise ArgumentTypeError(f"engine must be an Accelerator or a Fabric, not {type(engine).__name__}.")
+        many = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        return Processes(student, amp) if many else Engine(student, amp)
+    kinds: dict[str, Any] = {"Accelerator": Accelerated, "Fabric": Fabricated}
+    kind = next((kinds[one.__name__] for one in type(engine).__mro__ if one.__name__ in kinds), None)
+    if kind is None:
+        raise ArgumentTypeError(
+            f"engine must be a Hugging Face Accelerator or a Lightning Fabric, not {type(engine).__name__}."
+        )
+    if amp is not None:
+        raise InvalidArgumentError("both amp and engine are given; set the engine's own precision.")
+    return kind(engine, student)
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    return any(hasattr(one, "device_mesh") for one in model.parameters())

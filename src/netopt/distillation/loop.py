@@ -22,7 +22,7 @@ from netopt.distillation.sources import Drawn, Source
 from netopt.distillation.student import Snapshot, Trainee
 from netopt.distillation.targets import Targets
 from netopt.distillation.validating import Validation
-from netopt.errors import NonFiniteError
+from netopt.errors import EmptyDataError, NonFiniteError
 
 __all__ = ["Loop", "Settings"]
 
@@ -108,7 +108,7 @@ class Loop:
             progress,
         )
         self.model, self.optimizers = engine.prepare(trainee, optimizers)
-        self.parameters = [one for one in trainee.parameters() if one.requires_grad]
+        self.spare: Drawn | None = None
         self.state = State()
         self.best: Snapshot | None = None
         self.watch = _Watch(engine.device, objective)
@@ -122,7 +122,7 @@ class Loop:
             with self._bar() as bar:
                 while self.stopped == "finished" and not self._done():
                     self._epoch(drawn, bar)
-                    drawn = self.source.epoch()
+                    drawn = self.source.begin(state.epoch)
         except KeyboardInterrupt:
             self.stopped = "interrupted"
         self.watch.settle(state.step)
@@ -143,7 +143,7 @@ class Loop:
             best_epoch=state.best_epoch,
             kept_best=restored,
             cache=self.targets.facts(),
-            notes=list(self.targets.notes),
+            notes=self.targets.notes(),
         )
 
     def _done(self) -> bool:
@@ -153,11 +153,11 @@ class Loop:
     def _epoch(self, drawn: Iterator[Drawn], bar: Any) -> None:
         """One pass over the data, or what is left of it; then validation, and a line in the history."""
         state, began = self.state, time.perf_counter()
-        while group := list(islice(drawn, self.settings.accumulate)):
+        while group := self._group(drawn):
             state.drawn += len(group)
             self._step(group)
             bar.tick(self.watch)
-            if self.interruption.asked:
+            if self._interrupted():
                 self.stopped = "interrupted"
                 return
             if self.settings.steps is not None and state.step >= self.settings.steps:
@@ -167,19 +167,36 @@ class Loop:
         if self.settings.patience is not None and state.stale >= self.settings.patience:
             self.stopped = "patience"
         for callback in self.callbacks:
-            if callback(self.trainee.student, entry):
+            if self.engine.most(bool(callback(self.trainee.student, entry))):
                 self.stopped = "callback"
+
+    def _group(self, drawn: Iterator[Drawn]) -> list[Drawn]:
+        """Draws the micro-batches of a step; a process that has fewer left than another stands in with idle ones."""
+        group = list(islice(drawn, self.settings.accumulate))
+        if self.source.divided:
+            self.spare = group[-1] if group else self.spare
+            missing = self.engine.most(len(group)) - len(group)
+            if missing and self.spare is None:
+                raise EmptyDataError("this process was handed no batch at all; use fewer processes or smaller batches.")
+            group += [Drawn(self.spare.identities, self.spare.batch, True)] * missing if self.spare else []
+        return group
+
+    def _interrupted(self) -> bool:
+        """Whether to stop; several processes ask each other now and then, so that all stop after the same step."""
+        if self.engine.world == 1:
+            return self.interruption.asked
+        return self.state.step % 16 == 0 and bool(self.engine.most(self.interruption.asked))
 
     def _step(self, group: Sequence[Drawn]) -> None:
         """One optimizer step on all micro-batches of ``group``."""
-        prepared = [self.targets.prepare(identities, batch) for identities, batch in group]
+        prepared = [self.targets.prepare(one) for one in group]
         counts = [self.objective.counts(one.items, one.labels) for _, one in prepared]
         totals = self.engine.totals([sum(column) for column in zip(*counts, strict=True)])
         for place, (batch, target) in enumerate(prepared):
             last = place == len(prepared) - 1
             with self.engine.holding(self.model, last):
                 self.engine.backward(self._loss(batch, target, totals, counts[place]))
-        self.engine.step(self.optimizers, self.parameters, self.settings.clip)
+        self.engine.step(self.model, self.optimizers, self.settings.clip)
         for scheduler in self.schedulers:
             scheduler.step()
         self.state.step += 1
@@ -199,6 +216,8 @@ class Loop:
         state = self.state
         self.watch.settle(state.step)
         state.epoch += 1
+        if self.targets.cache is not None:
+            self.targets.cache.check_pays(state.epoch)
         state.drawn = 0
         means = self.watch.means(self.engine)
         loss = math.fsum(w * means[n] for w, n in zip(self.objective.weights, self.objective.names, strict=True) if w)

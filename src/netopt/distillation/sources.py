@@ -1,25 +1,43 @@
-"""Where batches come from, epoch by epoch.
+"""Where batches come from, epoch by epoch, and which share of them is this process's.
 
-A source yields ``(identities, batch)``: identities are the dataset's indices of the samples, where it has any, and do
-not depend on the order in which a loader hands them out.
+A source yields batches with the identities of their samples: the dataset's indices, where it has any, which do not
+depend on the order in which a loader hands them out. Among several processes a batch is the *global* batch, and each
+takes every n-th sample of it, so that the number of processes changes nothing; data that comes divided already is
+taken as it is.
 """
 
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from netopt import batches
+from netopt.distillation.loaders import indexed_loader
 from netopt.errors import ArgumentTypeError, EmptyDataError, InvalidArgumentError, ShapeMismatchError
+from netopt.restore import random_state_kept
 
-__all__ = ["Loaded", "Source", "Tensors", "source"]
+__all__ = ["Drawn", "Loaded", "Source", "Tensors", "source"]
 
-Drawn = tuple["Tensor | None", Any]
+
+class Drawn(NamedTuple):
+    """One batch, as drawn.
+
+    Args:
+        identities: The dataset's indices of the samples, or ``None``.
+        batch: What the data yielded, or this process's share of it.
+        idle: Whether the share is empty, and the batch a stand-in that counts for nothing.
+    """
+
+    identities: Tensor | None
+    batch: Any
+    idle: bool = False
 
 
 class Source:
@@ -28,10 +46,20 @@ class Source:
     Args:
         data: A re-iterable, or a function without arguments that returns an iterable.
         what: How messages call it.
+        share: This process and how many there are.
     """
 
-    def __init__(self, data: Any, what: str = "data") -> None:
-        self.data, self.what = data, what
+    divided = False
+    """Whether each process draws batches of its own, and maybe not equally many."""
+    samples = 0
+    """How many samples the dataset has whose indices are identities; 0 without them."""
+    fixed = False
+    """Whether a sample is the same every time it is drawn."""
+    seed = 0
+    """What processes that share batches draw them by."""
+
+    def __init__(self, data: Any, what: str, share: tuple[int, int]) -> None:
+        self.data, self.what, self.share = data, what, share
 
     def __len__(self) -> int:
         """How many batches an epoch has; 0 where that is not known."""
@@ -40,16 +68,53 @@ class Source:
         except (TypeError, NotImplementedError):
             return 0
 
-    def epoch(self, skip: int = 0) -> Iterator[Drawn]:
-        """Yields one epoch; the first ``skip`` batches are fetched and left out."""
+    def epoch(self, number: int = 0, skip: int = 0) -> Iterator[Drawn]:
+        """Yields epoch ``number``; the first ``skip`` batches are fetched and left out."""
         data: Any = self.data() if callable(self.data) and not isinstance(self.data, Iterable) else self.data
+        _tell(data, number)
         for place, batch in enumerate(batches.iterate(data, what=self.what)):
             if place >= skip:
-                yield None, batch
+                yield self._drawn(batch)
+
+    def begin(self, number: int, skip: int = 0) -> Iterator[Drawn]:
+        """Yields an epoch as :meth:`epoch` does, in an order that depends on the seed and the number alone.
+
+        So it is the same in all processes that share its batches, and in one that takes up where another was killed.
+        """
+        drawn = self.epoch(number, skip)
+        with random_state_kept():
+            seed_all(self.seed + number)
+            first = next(drawn, None)
+            state = torch.get_rng_state()
+        if first is None:
+            return
+        yield first
+        if type(self) is not Source or self.share[1] == 1:
+            yield from drawn
+            return
+        # An iterator of the caller's may draw at random all along, and every process has to draw the same.
+        while True:
+            with random_state_kept():
+                torch.set_rng_state(state)
+                following = next(drawn, None)
+                state = torch.get_rng_state()
+            if following is None:
+                return
+            yield following
 
     def generators(self) -> list[torch.Generator]:
         """Returns the random generators of its own an epoch is drawn from."""
         return []
+
+    def _drawn(self, batch: Any) -> Drawn:
+        rank, world = self.share
+        if world == 1 or self.divided:
+            return Drawn(None, batch)
+        size = batch_length(batch)
+        index = torch.arange(rank, size, world)
+        return Drawn(
+            None, _taken(batch, index if len(index) else torch.zeros(1, dtype=torch.long), size), not len(index)
+        )
 
 
 class Tensors(Source):
@@ -57,16 +122,26 @@ class Tensors(Source):
 
     Args:
         data: A tensor, or a tuple or mapping of tensors, samples first; nested as a batch would be.
+        what: How messages call it.
+        share: This process and how many there are.
         batch_size: Samples a batch.
         shuffle: Draw a new order every epoch.
         generator: Draws the order.
-        what: How messages call it.
     """
 
+    fixed = True
+
     def __init__(
-        self, data: Any, batch_size: int, *, shuffle: bool, generator: torch.Generator, what: str = "data"
+        self,
+        data: Any,
+        what: str,
+        share: tuple[int, int],
+        *,
+        batch_size: int,
+        shuffle: bool,
+        generator: torch.Generator,
     ) -> None:
-        super().__init__(data, what)
+        super().__init__(data, what, share)
         self.batch_size, self.shuffle, self.generator = batch_size, shuffle, generator
         lengths = {len(one) for _, one in batches.tensors(data)}
         if len(lengths) > 1:
@@ -81,11 +156,15 @@ class Tensors(Source):
         """How many batches an epoch has."""
         return math.ceil(self.samples / self.batch_size)
 
-    def epoch(self, skip: int = 0) -> Iterator[Drawn]:
+    def epoch(self, number: int = 0, skip: int = 0) -> Iterator[Drawn]:  # noqa: ARG002
         """Yields one epoch in a new order, the last batch as small as it may be."""
+        rank, world = self.share
         order = torch.randperm(self.samples, generator=self.generator) if self.shuffle else torch.arange(self.samples)
-        for index in order.split(self.batch_size)[skip:]:
-            yield index, _indexed(self.data, index)
+        for whole in order.split(self.batch_size)[skip:]:
+            index = whole[rank::world] if world > 1 else whole
+            idle = not len(index)
+            index = whole[:1] if idle else index
+            yield Drawn(index, _taken(self.data, index, self.samples), idle)
 
     def generators(self) -> list[torch.Generator]:
         """Returns the generator of the order."""
@@ -93,7 +172,34 @@ class Tensors(Source):
 
 
 class Loaded(Source):
-    """A DataLoader, or a Dataset put into one."""
+    """A DataLoader, or a Dataset put into one.
+
+    Args:
+        data: The loader.
+        what: How messages call it.
+        share: This process and how many there are.
+        tagged: Whether samples' indices are wanted.
+    """
+
+    def __init__(self, data: DataLoader[Any], what: str, share: tuple[int, int], *, tagged: bool) -> None:
+        super().__init__(data, what, share)
+        self.divided = share[1] > 1 and _is_divided(data)
+        divide = share[1] > 1 and not self.divided
+        self.indexed = indexed_loader(data, share if divide else (0, 1)) if tagged or divide else None
+        if self.indexed is not None:
+            self.samples = len(self.data.dataset) if hasattr(self.data.dataset, "__len__") else 0
+
+    def epoch(self, number: int = 0, skip: int = 0) -> Iterator[Drawn]:
+        """Yields epoch ``number`` in the loader's own order."""
+        if self.indexed is None:
+            yield from super().epoch(number, skip)
+            return
+        _tell(self.data, number)
+        for place, (identities, idle, batch) in enumerate(batches.iterate(self.indexed, what=self.what)):
+            if identities is None:
+                self.samples = 0
+            if place >= skip:
+                yield Drawn(identities, batch, idle)
 
     def generators(self) -> list[torch.Generator]:
         """Returns the generators of the loader and its samplers, each once."""
@@ -107,40 +213,85 @@ class Loaded(Source):
         return found
 
 
-def source(data: Any, *, batch_size: int, shuffle: bool, seed: int, epochs: float, what: str = "data") -> Source:
+def source(
+    data: Any,
+    *,
+    batch_size: int,
+    shuffle: bool,
+    seed: int,
+    once: bool,
+    what: str = "data",
+    share: tuple[int, int] = (0, 1),
+    tagged: bool = False,
+) -> Source:
     """Returns the source meant by ``data``.
+
+    Args:
+        data: As given to :func:`netopt.distill`.
+        batch_size: Samples a batch, where batches are made here.
+        shuffle: Whether to draw a new order every epoch, where batches are made here.
+        seed: Of that order.
+        once: Whether one epoch is enough.
+        what: How messages call it.
+        share: This process and how many there are.
+        tagged: Whether samples' indices are wanted.
 
     Raises:
         ArgumentTypeError: It cannot be iterated for batches.
         InvalidArgumentError: It can be iterated only once and is needed more often.
         EmptyDataError: It holds no sample.
     """
+    found = _source(
+        data, batch_size=batch_size, shuffle=shuffle, seed=seed, once=once, what=what, share=share, tagged=tagged
+    )
+    found.seed = seed
+    return found
+
+
+def _source(
+    data: Any, *, batch_size: int, shuffle: bool, seed: int, once: bool, what: str, share: tuple[int, int], tagged: bool
+) -> Source:
     generator = torch.Generator().manual_seed(seed)
     if type(data) is TensorDataset:
         data = data.tensors
     if _direct(data):
-        return Tensors(data, batch_size, shuffle=shuffle, generator=generator, what=what)
+        return Tensors(data, what, share, batch_size=batch_size, shuffle=shuffle, generator=generator)
     if isinstance(data, DataLoader):
-        return Loaded(data, what)
+        return Loaded(data, what, share, tagged=tagged)
     if _indexable(data):
         if not len(data):
             raise EmptyDataError(f"{what} is an empty {type(data).__name__}; it has length 0.")
         made: DataLoader[Any] = DataLoader(data, batch_size=batch_size, shuffle=shuffle, generator=generator)
-        return Loaded(made, what)
+        return Loaded(made, what, share, tagged=tagged)
     if isinstance(data, Iterable):
-        if isinstance(data, Iterator) and epochs > 1:
+        if isinstance(data, Iterator) and not once:
             raise InvalidArgumentError(
                 f"{what} is a {type(data).__name__}, which can be read only once, and more than one epoch is wanted; "
                 "pass a list, a DataLoader, or the function that makes the generator."
             )
         batches.iterate(data, what=what)
-        return Source(data, what)
+        return Source(data, what, share)
     if callable(data) and not isinstance(data, (type, torch.nn.Module)):
-        return Source(data, what)
+        return Source(data, what, share)
     raise ArgumentTypeError(
         f"{what} must be a DataLoader, a Dataset, tensors, an iterable of batches or a function that returns one, "
         f"not {type(data).__name__}."
     )
+
+
+def seed_all(seed: int) -> None:
+    """Seeds torch, Python and numpy."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def batch_length(batch: Any) -> int:
+    """Returns how many samples a batch has: the length of its first tensor."""
+    for _, tensor in batches.tensors(batch):
+        if tensor.dim():
+            return len(tensor)
+    return 0
 
 
 def _direct(data: Any) -> bool:
@@ -161,9 +312,32 @@ def _indexable(data: Any) -> bool:
     return hasattr(data, "__getitems__") and hasattr(data, "__len__")
 
 
-def _indexed(data: Any, index: Tensor) -> Any:
+def _is_divided(loader: DataLoader[Any]) -> bool:
+    """Whether a loader hands each process samples of its own: by its sampler, or because an engine has prepared it."""
+    samplers = loader.sampler, getattr(loader.batch_sampler, "sampler", None), loader.batch_sampler
+    divided = any(getattr(one, "num_replicas", 1) > 1 or hasattr(one, "process_index") for one in samplers)
+    return divided or type(loader).__module__.startswith("accelerate")
+
+
+def _tell(data: Any, number: int) -> None:
+    """Lets data that shuffles by epoch, a `DistributedSampler` say, know which one begins."""
+    inner = getattr(getattr(data, "batch_sampler", None), "sampler", None)
+    for one in (data, getattr(data, "sampler", None), inner):
+        tell: Any = getattr(one, "set_epoch", None)
+        if tell is not None:
+            tell(number)
+            return
+
+
+def _taken(data: Any, index: Tensor, length: int) -> Any:
+    """Returns the samples at ``index`` of every tensor that has one row a sample."""
     if isinstance(data, Tensor):
+        if data.dim() == 0 or len(data) != length:
+            return data
         return data[index if data.device.type == "cpu" else index.to(data.device)]
     if isinstance(data, Mapping):
-        return {key: _indexed(one, index) for key, one in data.items()}
-    return tuple(_indexed(one, index) for one in data)
+        return {key: _taken(one, index, length) for key, one in data.items()}
+    if isinstance(data, (tuple, list)):
+        parts = [_taken(one, index, length) for one in data]
+        return type(data)(*parts) if hasattr(data, "_fields") else type(data)(parts)
+    return data

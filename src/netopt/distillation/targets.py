@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from netopt import batches
+from netopt.distillation.cache import TeacherCache
 from netopt.distillation.engines import Engine
 from netopt.distillation.hints import captured
 from netopt.distillation.objective import Items, Record, Target
 from netopt.distillation.outputs import Picker, positions_of, shifted, valid_positions
+from netopt.distillation.sources import Drawn
 from netopt.distillation.teachers import Forward, all_eval, ask
 from netopt.errors import ArgumentTypeError, InvalidArgumentError
 
@@ -36,6 +38,7 @@ class Targets:
         ignore_index: The label of what does not count.
         causal: Whether a position's label is the next one's.
         engine: Where the student is.
+        cache: Keeps what the teachers said, or ``None``.
     """
 
     def __init__(
@@ -49,10 +52,11 @@ class Targets:
         ignore_index: int,
         causal: bool,
         engine: Engine,
+        cache: TeacherCache | None = None,
     ) -> None:
         self.teachers, self.forward, self.picker, self.layers = tuple(teachers), forward, picker, tuple(layers)
         self.labels, self.ignore_index, self.causal, self.engine = labels, ignore_index, causal, engine
-        self.notes: list[str] = []
+        self.cache = cache
         self._seen: dict[str, Tensor] = {}
         self._clock = _Clock(engine.device)
 
@@ -64,13 +68,20 @@ class Targets:
             self._seen = stack.enter_context(captured(self.teachers[0], list(self.layers)))
             yield
 
-    def prepare(self, identities: Tensor | None, batch: Any) -> tuple[Any, Target]:  # noqa: ARG002
+    def prepare(self, drawn: Drawn, *, cached: bool = True) -> tuple[Any, Target]:
         """Returns the batch on the student's device, and its target."""
+        batch = drawn.batch
         with self._clock:
-            records = [self._ask(teacher, batch) for teacher in self.teachers]
+            if cached and self.cache is not None and self.cache.active:
+                records = self.cache.records(drawn.identities, batch, lambda: self._ask_all(batch))
+            else:
+                records = self._ask_all(batch)
         positions = positions_of(records[0].output.shape)
-        labels = self._labels(batch, positions)
-        items = Items(positions, valid_positions(batch, labels, positions, self.ignore_index))
+        labels = self.labels_of(batch, positions)
+        if drawn.idle:
+            items = Items(positions, torch.zeros(positions[0], dtype=torch.bool))
+        else:
+            items = Items(positions, valid_positions(batch, labels, positions, self.ignore_index))
         if labels is not None:
             labels = labels.to(self.engine.device, non_blocking=True)
         return batches.move(batch, self.engine.device), Target(items, records, labels)
@@ -81,7 +92,16 @@ class Targets:
 
     def facts(self) -> dict[str, Any]:
         """What the report says of the cache."""
-        return {}
+        return self.cache.facts() if self.cache is not None else {}
+
+    def notes(self) -> list[str]:
+        """Returns what the caller might want to know, one sentence each."""
+        if self.cache is None or self.cache.active:
+            return []
+        return [f"the cache of the teacher's outputs was switched off: {self.cache.reason}."]
+
+    def _ask_all(self, batch: Any) -> list[Record]:
+        return [self._ask(teacher, batch) for teacher in self.teachers]
 
     def _ask(self, teacher: nn.Module, batch: Any) -> Record:
         with torch.no_grad(), self.engine.autocast():
@@ -89,7 +109,8 @@ class Targets:
         home = self.engine.device
         return Record(record.output.to(home), {name: one.to(home) for name, one in record.features.items()})
 
-    def _labels(self, batch: Any, positions: tuple[int, ...]) -> Tensor | None:
+    def labels_of(self, batch: Any, positions: tuple[int, ...]) -> Tensor | None:
+        """Returns the labels of a batch, each at the position that should say it; ``None`` if it has none."""
         if callable(self.labels):
             found = self.labels(batch)
         elif isinstance(self.labels, str):

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from netopt import batches
 from netopt.distillation.objective import Objective, Record
-from netopt.distillation.outputs import classes_last
-from netopt.distillation.sources import Source
+from netopt.distillation.outputs import classes_last, positions_of
+from netopt.distillation.sources import Drawn, Source
 from netopt.distillation.student import Trainee, evaluating
 from netopt.distillation.targets import Targets
 from netopt.errors import ArgumentTypeError, MissingDataError, NonFiniteError
@@ -35,7 +35,11 @@ class Validation:
     """
 
     def __init__(
-        self, data: Source | Callable[[nn.Module], Any], metric: Metric, targets: Targets, objective: Objective
+        self,
+        data: Source | Callable[[nn.Module], Any],
+        metric: Metric,
+        targets: Targets,
+        objective: Objective,
     ) -> None:
         self.data, self.metric, self.targets, self.objective = data, metric, targets, objective
         self.by_loss = isinstance(data, Source) and metric in (None, "loss")
@@ -49,7 +53,7 @@ class Validation:
         return best is None or (score < best if self.by_loss else score > best)
 
     def score(self, trainee: Trainee, *, limit: int | None = None) -> float:
-        """Returns the score, of the first ``limit`` batches only if that is given; the student's flags stay as they are.
+        """Returns the score, of the first ``limit`` batches only if that is given; flags stay as they are.
 
         Raises:
             NonFiniteError: it is not a finite number.
@@ -68,26 +72,30 @@ class Validation:
         if isinstance(self.data, Source):
             self.score(trainee, limit=1)
 
-    def _score(self, trainee: Trainee, limit: int | None) -> float:
+    def _score(self, trainee: Trainee, limit: int | None) -> Any:
         if not isinstance(self.data, Source):
             score: Any = self.data(trainee.student)
-            return score.item() if isinstance(score, Tensor) and score.numel() == 1 else score
-        total, count = 0.0, 0.0
+            score = score.item() if isinstance(score, Tensor) and score.numel() == 1 else score
+            return self.targets.engine.agreed(score) if isinstance(score, (int, float)) else score
+        engine, total, count = self.targets.engine, 0.0, 0.0
         losses = [[0.0, 0.0] for _ in self.objective.names]
-        for _, batch in islice(self.data.epoch(), limit):
+        for drawn in islice(self.data.begin(0), limit):
             if self.by_loss:
-                self._add_loss(trainee, batch, losses)
+                self._add_loss(trainee, drawn, losses)
                 continue
+            batch = drawn.batch
             values = self._values(trainee.record(batches.move(batch, self.targets.engine.device)).output, batch)
-            total += float(values.sum())
-            count += values.numel()
+            if not drawn.idle:
+                total += float(values.sum())
+                count += values.numel()
         if self.by_loss:
-            weights = self.objective.weights
-            return sum(w * one / max(1, n) for w, (one, n) in zip(weights, losses, strict=True))
+            sums = engine.sum(torch.tensor(losses, dtype=torch.float64)).tolist()
+            return sum(w * one / max(1, n) for w, (one, n) in zip(self.objective.weights, sums, strict=True))
+        total, count = engine.sum(torch.tensor([total, count], dtype=torch.float64)).tolist()
         return total / max(1, count)
 
-    def _add_loss(self, trainee: Trainee, batch: Any, losses: list[list[float]]) -> None:
-        moved, target = self.targets.prepare(None, batch)
+    def _add_loss(self, trainee: Trainee, drawn: Drawn, losses: list[list[float]]) -> None:
+        moved, target = self.targets.prepare(drawn, cached=False)
         with self.targets.engine.autocast():
             output, features = trainee(moved)
         counts = self.objective.counts(target.items, target.labels)
@@ -97,10 +105,10 @@ class Validation:
             held[1] += more
 
     def _values(self, output: Tensor, batch: Any) -> Tensor:
-        _, wanted = batches.split(batch)
+        wanted = self.targets.labels_of(batch, positions_of(output.shape))
         if wanted is None:
             raise MissingDataError(f"metric {self.name!r} needs targets and a validation batch has none.")
-        wanted = wanted.to(output.device) if isinstance(wanted, Tensor) else wanted
+        wanted = wanted.to(output.device)
         if callable(self.metric):
             value = torch.as_tensor(self.metric(output, wanted), dtype=torch.float64)
             return value.expand(len(output)) if value.dim() == 0 else value

@@ -1,0 +1,404 @@
+"""A teacher says the same of the same sample, so it need be asked but once.
+
+Outputs are kept by the sample's identity, its index in the dataset or else a hash of its content, and never by its
+position in the epoch, which a shuffling loader changes. What is kept is what is used from the first time on, so that a
+run does not depend on what happened to be kept already. A sample that comes back with another content has been
+augmented at random: then nothing may be kept, and the cache says so and goes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from netopt.distillation.fingerprints import sample_fingerprints, signature
+from netopt.distillation.objective import Record
+from netopt.errors import InvalidArgumentError
+
+__all__ = ["Cache", "TeacherCache"]
+
+SMALL = 1024
+HALF_MAX = 65504.0
+
+
+@dataclass(frozen=True)
+class Cache:
+    """How the teacher's outputs are kept.
+
+    Args:
+        dtype: Of what is kept. By default outputs of up to 1024 entries a sample are kept exactly and larger ones in
+            float16, or in their own dtype if a value exceeds float16's range.
+        topk: Keep only the largest logits of each position, and how much probability the others share.
+        limit: Bytes to keep in memory; what would need more is kept in a memory-mapped file.
+        path: A folder to keep the outputs in and to find them again; by default nothing outlives the call.
+
+    Example:
+        >>> Cache(topk=64).topk
+        64
+    """
+
+    dtype: torch.dtype | None = None
+    topk: int | None = None
+    limit: int = 2**30
+    path: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.topk is not None and (isinstance(self.topk, bool) or self.topk < 1):
+            raise InvalidArgumentError(f"topk must be at least 1, not {self.topk}.")
+        if self.dtype is not None and not self.dtype.is_floating_point:
+            raise InvalidArgumentError(f"the cache's dtype must be a floating-point one, not {self.dtype}.")
+
+
+class TeacherCache:
+    """Outputs of all teachers, and hints' activations, by sample.
+
+    Args:
+        settings: How they are kept.
+        teachers: A hash of the teachers' weights: outputs found in a folder must be theirs.
+        samples: Size of the dataset whose indices are the identities; 0 where identities are hashes.
+        fixed: Whether samples cannot change, so that none needs to be compared with its first time.
+        temperature: At which the probabilities that ``topk`` drops keep their sum.
+        folder: Where processes that share it keep everything; their own affair to remove.
+    """
+
+    def __init__(
+        self,
+        settings: Cache,
+        *,
+        teachers: str,
+        samples: int,
+        fixed: bool,
+        temperature: float,
+        folder: Path | None = None,
+    ) -> None:
+        self.settings, self.samples, self.fixed = settings, samples, fixed
+        self.temperature = temperature
+        self.hits = self.misses = 0
+        self.reason: str | None = None
+        self._banks: dict[tuple[Any, ...], _Bank] = {}
+        self._temporary: Path | None = None
+        self._folder = Path(settings.path) if settings.path is not None else folder
+        if settings.path is not None and self._folder is not None:
+            self._adopt(self._folder, teachers)
+
+    @property
+    def active(self) -> bool:
+        """Whether anything is kept, or may be."""
+        return self.reason is None
+
+    def records(self, identities: Tensor | None, batch: Any, ask: Callable[[], list[Record]]) -> list[Record]:
+        """Returns what the teachers say of ``batch``, by ``ask`` if any sample of it is new."""
+        kind = signature(batch)
+        if kind is None:
+            self.drop("a batch is not one row of each input a sample")
+            return ask()
+        if self.samples and identities is None:
+            return ask()
+        identities = identities if self.samples else None
+        hashed = identities is None or not self.fixed
+        prints = sample_fingerprints(batch) if hashed else None
+        bank = self._banks.get(kind)
+        if bank is not None:
+            rows, known = bank.find(identities, prints)
+            if bank.changed(rows, known, prints):
+                self.drop("a sample came back with other content, as random augmentation makes it")
+                return ask()
+            if bool(known.all()):
+                self.hits += len(rows)
+                return self._unpack(bank, bank.read(rows))
+        records = ask()
+        length = len(prints) if prints is not None else len(identities) if identities is not None else 0
+        if any(len(one) != length for record in records for one in (record.output, *record.features.values())):
+            self.drop("the teacher's output is not one row a sample")
+            return records
+        packed = [self._pack(record) for record in records]
+        if bank is None:
+            bank = self._banks[kind] = self._open(kind, records, packed)
+        if [one.shape[1:] for entry in packed for one in entry] != [shape for shape, _ in bank.specs]:
+            self.drop("the teacher's output has another shape for inputs of the same shape")
+            return records
+        self.misses += length
+        rows, known = bank.find(identities, prints)
+        fresh = ~known
+        if not bank.write(rows, fresh, prints, [one for entry in packed for one in entry]):
+            return records
+        rows, known = bank.find(identities, prints)
+        return self._unpack(bank, bank.read(rows)) if bool(known.all()) else records
+
+    def check_pays(self, epoch: int) -> None:
+        """Goes if hashes identify samples and none came back in a whole later epoch."""
+        if self.active and epoch >= 2 and not self.samples and not self.hits:
+            self.drop("no sample came back with the same content, as random augmentation makes it")
+
+    def drop(self, reason: str) -> None:
+        """Forgets everything, for the reason given."""
+        self.reason = reason
+        self._banks.clear()
+        self._clean()
+
+    def facts(self) -> dict[str, Any]:
+        """Returns what the report says of the cache."""
+        held = sum(bank.bytes for bank in self._banks.values())
+        where = "file" if any(bank.folder is not None for bank in self._banks.values()) else "memory"
+        facts = {"cache hits": self.hits, "misses": self.misses, "bytes": held, "kept in": where}
+        return facts if self.active else {**facts, "kept in": "nowhere"}
+
+    def close(self, owner: bool) -> None:
+        """Removes what the caller did not ask to keep; a folder that processes share is its ``owner``'s to remove."""
+        self._banks.clear()
+        self._clean()
+        if owner and self._folder is not None and self.settings.path is None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _clean(self) -> None:
+        if self._temporary is not None:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+            self._temporary = None
+
+    def _adopt(self, folder: Path, teachers: str) -> None:
+        """Makes ``folder`` ours; outputs of other teachers, or kept in another way, are removed."""
+        settings = self.settings
+        ours = {
+            "teachers": teachers,
+            "samples": self.samples,
+            "topk": settings.topk,
+            "dtype": str(settings.dtype),
+            "temperature": self.temperature if settings.topk else None,
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        about = folder / "cache.json"
+        if about.exists() and json.loads(about.read_text()) != ours:
+            for old in folder.glob("*.bank"):
+                old.unlink()
+        about.write_text(json.dumps(ours))
+
+    def _open(self, kind: tuple[Any, ...], records: Sequence[Record], packed: Sequence[Sequence[Tensor]]) -> _Bank:
+        flat = [one for entry in packed for one in entry]
+        rows = self.samples or 1024
+        size = rows * sum(math.prod(one.shape[1:]) * one.element_size() for one in flat)
+        folder = self._folder
+        if folder is None and size + sum(bank.bytes for bank in self._banks.values()) > self.settings.limit:
+            folder = self._spill()
+        return _Bank(
+            [(one.shape[1:], one.dtype) for one in flat],
+            rows,
+            folder=folder,
+            name=f"{hash_of(kind):016x}",
+            owner=self,
+            layout=_layout(records, packed),
+        )
+
+    def _spill(self) -> Path:
+        if self._temporary is None:
+            self._temporary = Path(tempfile.mkdtemp(prefix="netopt-cache-"))
+        return self._temporary
+
+    def _pack(self, record: Record) -> list[Tensor]:
+        """Returns the tensors to keep for one teacher, samples first."""
+        features = [self._narrow(one) for one in record.features.values()]
+        topk, output = self.settings.topk, record.output
+        if topk is None or topk >= output.shape[-1] or output.dim() > 3:
+            return [self._narrow(output), *features]
+        top, index = output.topk(topk, dim=-1)
+        scaled = (output.float() / self.temperature).scatter(-1, index, -math.inf)
+        rest = self.temperature * (scaled.logsumexp(-1, keepdim=True) - math.log(output.shape[-1] - topk))
+        return [self._narrow(top), index.int().cpu(), rest.float().cpu(), *features]
+
+    def _unpack(self, bank: _Bank, tensors: list[Tensor]) -> list[Record]:
+        records, left = [], iter(tensors)
+        for shape, dtype, home, topped, names in bank.layout:
+            if topped:
+                top, index, rest = (next(left).to(home, non_blocking=True) for _ in range(3))
+                output = rest.to(dtype).expand(*rest.shape[:-1], shape[-1]).scatter(-1, index.long(), top.to(dtype))
+            else:
+                output = next(left).to(home, non_blocking=True).to(dtype)
+            records.append(Record(output, {name: next(left).to(home).to(one) for name, one in names}))
+        return records
+
+    def _narrow(self, value: Tensor) -> Tensor:
+        value = value.detach().cpu()
+        wanted = self.settings.dtype
+        if wanted is None:
+            large = math.prod(value.shape[1:]) > SMALL and value.element_size() > 2
+            wanted = torch.float16 if large else value.dtype
+        if wanted is torch.float16 and value.dtype is not torch.float16:
+            finite = value[value.isfinite()]
+            if finite.numel() and finite.abs().max() > HALF_MAX:
+                return value
+        return value.to(wanted)
+
+
+def hash_of(kind: tuple[Any, ...]) -> int:
+    """Returns a number for a signature that is the same in every process."""
+    total = 0
+    for byte in repr(kind).encode():
+        total = (total * 1099511628211 + byte) % 2**63
+    return total
+
+
+_Layout = list[tuple[torch.Size, torch.dtype, torch.device, bool, list[tuple[str, torch.dtype]]]]
+
+
+def _layout(records: Sequence[Record], packed: Sequence[Sequence[Tensor]]) -> _Layout:
+    return [
+        (
+            record.output.shape[1:],
+            record.output.dtype,
+            record.output.device,
+            len(entry) - len(record.features) == 3,
+            [(name, one.dtype) for name, one in record.features.items()],
+        )
+        for record, entry in zip(records, packed, strict=True)
+    ]
+
+
+class _Bank:
+    """Rows of a fixed shape, in memory or in memory-mapped files, and which row is whose."""
+
+    def __init__(
+        self,
+        specs: list[tuple[torch.Size, torch.dtype]],
+        rows: int,
+        *,
+        folder: Path | None,
+        name: str,
+        owner: TeacherCache,
+        layout: _Layout,
+    ) -> None:
+        self.specs, self.rows, self.folder, self.name, self.owner, self.layout = (
+            specs,
+            rows,
+            folder,
+            name,
+            owner,
+            layout,
+        )
+        self.by_index = owner.samples > 0
+        if folder is not None and not self.by_index:
+            found = folder / f"{name}.valid.bank"
+            self.rows = max(rows, found.stat().st_size) if found.exists() else rows
+        self._map()
+        self.where: dict[tuple[int, int], int] = {}
+        if not self.by_index:
+            used = self.valid.nonzero().squeeze(1).tolist()
+            self.where = {tuple(self.prints[row].tolist()): row for row in used}
+
+    @property
+    def bytes(self) -> int:
+        return sum(one.numel() * one.element_size() for one in self.stores)
+
+    def find(self, identities: Tensor | None, prints: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Returns each sample's row, and whether it is filled."""
+        if identities is not None:
+            rows = identities.long()
+            return rows, self.valid[rows] > 0
+        assert prints is not None, "without an index a sample is known by its content"
+        rows = torch.tensor([self.where.get((a, b), -1) for a, b in prints.tolist()])
+        return rows, rows >= 0
+
+    def changed(self, rows: Tensor, known: Tensor, prints: Tensor | None) -> bool:
+        """Whether a sample kept before has other content now."""
+        if prints is None or not self.by_index:
+            return False
+        return not torch.equal(self.prints[rows[known]], prints[known])
+
+    def read(self, rows: Tensor) -> list[Tensor]:
+        return [one.index_select(0, rows) for one in self.stores]
+
+    def write(self, rows: Tensor, fresh: Tensor, prints: Tensor | None, values: Sequence[Tensor]) -> bool:
+        """Fills the rows of the samples that are new; False if there is no room for them."""
+        if not self._widen([one.dtype for one in values]):
+            return False
+        chosen = fresh.nonzero().squeeze(1)
+        if not self.by_index:
+            assert prints is not None, "without an index a sample is known by its content"
+            first = len(self.where)
+            for place, (a, b) in enumerate(prints.tolist()):
+                if fresh[place]:
+                    self.where.setdefault((a, b), len(self.where))
+            if len(self.where) > self.rows and not self._grow():
+                self.where = {key: row for key, row in self.where.items() if row < first}
+                return False
+            rows = torch.tensor([self.where[a, b] for a, b in prints.tolist()])
+        rows = rows[chosen]
+        for store, value in zip(self.stores, values, strict=True):
+            store[rows] = value[chosen].to(store.dtype)
+        if prints is not None:
+            self.prints[rows] = prints[chosen]
+        # Last, so that a row another process sees as filled is.
+        self.valid[rows] = 1
+        return True
+
+    def _map(self) -> None:
+        self.stores = [self._tensor(f"{place}", shape, dtype) for place, (shape, dtype) in enumerate(self.specs)]
+        self.prints = self._tensor("prints", torch.Size((2,)), torch.int64)
+        self.valid = self._tensor("valid", torch.Size(()), torch.uint8)
+
+    def _tensor(self, part: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        size = (self.rows, *shape)
+        if self.folder is None:
+            return torch.zeros(size, dtype=dtype) if part == "valid" else torch.empty(size, dtype=dtype)
+        path = self.folder / f"{self.name}.{part}.bank"
+        # A new file reads as zeros and takes up room only where it has been written.
+        return torch.from_file(str(path), shared=True, size=math.prod(size), dtype=dtype).reshape(size)
+
+    def _grow(self) -> bool:
+        needed = self.bytes * 2
+        if self.folder is None and needed > self.owner.settings.limit:
+            self._move(self.owner._spill())
+        if self.folder is not None and shutil.disk_usage(self.folder).free < self.bytes * 1.2:
+            return False
+        old, rows = (self.stores, self.prints, self.valid), self.rows
+        self.rows *= 2
+        self._map()
+        if self.folder is None:
+            for store, value in zip(self.stores, old[0], strict=True):
+                store[:rows] = value
+            self.prints[:rows], self.valid[:rows] = old[1], old[2]
+        return True
+
+    def _move(self, folder: Path) -> None:
+        old = self.stores, self.prints, self.valid
+        self.folder = folder
+        self._map()
+        for store, value in zip(self.stores, old[0], strict=True):
+            store.copy_(value)
+        self.prints.copy_(old[1])
+        self.valid.copy_(old[2])
+
+    def _widen(self, dtypes: Sequence[torch.dtype]) -> bool:
+        """Keeps everything in the wider of the dtypes from now on; in files, which others may read, it cannot."""
+        wide = [torch.promote_types(store.dtype, dtype) for store, dtype in zip(self.stores, dtypes, strict=True)]
+        if all(dtype == store.dtype for store, dtype in zip(self.stores, wide, strict=True)):
+            return True
+        if self.folder is not None:
+            return False
+        self.stores = [store.to(dtype) for store, dtype in zip(self.stores, wide, strict=True)]
+        self.specs = [(shape, dtype) for (shape, _), dtype in zip(self.specs, wide, strict=True)]
+        return True
+
+
+def cache_for(cache: Any) -> Cache | None:
+    """Returns the settings meant by ``cache=``; ``None`` for no cache.
+
+    Raises:
+        InvalidArgumentError: not ``"auto"``, a bool, or a `Cache`.
+    """
+    if cache is False or cache is None:
+        return None
+    if cache is True or cache == "auto":
+        return Cache()
+    if isinstance(cache, Cache):
+        return cache
+    if isinstance(cache, (str, Path)):
+        return Cache(path=cache)
+    raise InvalidArgumentError(f"cache must be 'auto', True, False, a folder or a Cache, not {cache!r}.")

@@ -1,0 +1,95 @@
+"""Run by the tests as one of several processes: distills in every way an engine offers, and saves the weights.
+
+``python distill_processes.py FOLDER``, with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set as torchrun does.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+from netopt.distillation import distill
+
+DOUBLE = torch.float64
+X = torch.randn(43, 6, dtype=DOUBLE, generator=torch.Generator().manual_seed(1))
+Y = torch.randint(5, (43,), generator=torch.Generator().manual_seed(2))
+
+
+def models() -> tuple[nn.Module, nn.Module]:
+    """The same student and teacher in every process."""
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        student = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5)).to(DOUBLE)
+        teacher = nn.Sequential(nn.Linear(6, 32), nn.BatchNorm1d(32), nn.Tanh(), nn.Linear(32, 5)).to(DOUBLE)
+    return student, teacher
+
+
+def sgd(parameters):
+    return torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
+
+
+def loader() -> DataLoader:
+    # 43 samples in batches of 6 leave one, so that a process of two has none of it.
+    return DataLoader(TensorDataset(X, Y), 6, shuffle=True)
+
+
+CASES = {
+    "tensors": {"data": lambda: (X, Y)},
+    "loader": {"data": loader},
+    "list": {"data": lambda: list(zip(X.split(6), Y.split(6), strict=True))},
+    "accumulated": {"data": loader, "accumulate": 3},
+    "cached": {"data": loader, "cache": True},
+    "uncached": {"data": loader, "cache": False},
+    "hints": {"data": loader, "hints": {"1": "2"}, "clip": 0.5},
+    "validated": {"data": loader, "validation": (X, Y), "metric": "accuracy"},
+}
+
+
+def run(case: str, **options) -> tuple[dict, dict]:
+    """Distills one case; returns the student's weights and the report."""
+    student, teacher = models()
+    settings = {**CASES[case], **options}
+    data = settings.pop("data")()
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    report = distill(
+        student, teacher, data, **{"epochs": 3, "batch_size": 6, "loss": "kl", "hard": 0.3, "seed": 11, **settings},
+        optimizer=sgd, progress=False,
+    )  # fmt: skip
+    assert type(teacher) is nn.Sequential
+    assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
+    return {name: value.clone() for name, value in student.state_dict().items()}, report.to_dict()
+
+
+def engines() -> dict[str, object]:
+    """Plain, Accelerate and Fabric, on the process group there is."""
+    from accelerate import Accelerator
+    from lightning_fabric import Fabric
+
+    fabric = Fabric(accelerator="cpu", devices=dist.get_world_size(), strategy="ddp")
+    fabric.launch()
+    return {"plain": None, "accelerate": Accelerator(cpu=True), "fabric": fabric}
+
+
+def main(folder: str) -> None:
+    """Runs every case under every engine."""
+    warnings.simplefilter("ignore")
+    dist.init_process_group("gloo")
+    results = {}
+    for name, engine in engines().items():
+        for case in CASES:
+            results[name, case] = run(case, engine=engine)
+    sampler = DistributedSampler(TensorDataset(X, Y), shuffle=False, drop_last=True)
+    data = DataLoader(TensorDataset(X, Y), 3 + dist.get_rank(), sampler=sampler)
+    results["plain", "divided"] = run("list", data=lambda: data)
+    torch.save(results, Path(folder) / f"{dist.get_rank()}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
