@@ -47,7 +47,9 @@ def attributes_given_back(model: nn.Module) -> Iterator[None]:
     for module in model.modules():
         kept.append((module.__dict__, dict(module.__dict__)))
         containers.extend(
-            (value, value.copy()) for value in module.__dict__.values() if isinstance(value, (dict, list, set))
+            (value, value.copy() if value else None)
+            for value in module.__dict__.values()
+            if isinstance(value, (dict, list, set))
         )
     try:
         yield
@@ -59,7 +61,10 @@ def attributes_given_back(model: nn.Module) -> Iterator[None]:
 
 
 def _refill(container: Any, before: Any) -> None:
-    if isinstance(container, list):
+    if before is None:  # it was empty
+        if container:
+            container.clear()
+    elif isinstance(container, list):
         if len(container) != len(before) or any(now is not then for now, then in zip(container, before, strict=True)):
             container[:] = before
     elif isinstance(container, dict):

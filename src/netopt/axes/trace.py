@@ -55,6 +55,11 @@ class Trace(TorchDispatchMode):
         unknown: Names of the operations that had no rule.
     """
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # The default guards every call against compilation and imports the compiler, which takes seconds, to do so.
+        return False
+
     def __init__(self, members: dict[str, Tensor]) -> None:
         super().__init__()
         self.members = members

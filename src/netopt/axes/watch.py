@@ -7,7 +7,8 @@ dimension into an equation. It also notes which calls contract over a dimension,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -46,6 +47,9 @@ class Watch(CallNames):
         trace.groups = None
         trace.in_call = True
         try:
+            if getattr(function, "__name__", "") in _FUSED:
+                with _step_by_step():
+                    return super().__torch_function__(function, types, args, kwargs)
             return super().__torch_function__(function, types, args, kwargs)
         finally:
             trace.in_call = False
@@ -109,6 +113,18 @@ class Watch(CallNames):
                 if call.function.startswith("conv"):
                     at = 1 if tensor.dim() == _weight_dim(tensors) else 0
                 self.readings.append(Reading(call, argument, at, self.trace.dims(tensor)[at].layout))
+
+
+@contextmanager
+def _step_by_step() -> Iterator[None]:
+    """Switches off the libraries that run a whole recurrent layer as one operation."""
+    onednn = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        with torch.backends.cudnn.flags(enabled=False):
+            yield
+    finally:
+        torch._C._set_mkldnn_enabled(onednn)
 
 
 def _plain(number: int) -> int:
@@ -336,6 +352,8 @@ _SPEAKERS: dict[str, Callable[..., None]] = {
     "arange": _arange,
     "scaled_dot_product_attention": _default_scale,
 }
+
+_FUSED = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
 
 # Arguments of a call that are contracted over, and along which dimension.
 _CONTRACTIONS: dict[str, tuple[tuple[int, int], ...]] = {
