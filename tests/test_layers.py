@@ -19,7 +19,7 @@ LAYERS = (
     {"integrations"},
     {"prune", "gradual", "distillation"},
     {"report"},
-    {"plan"},
+    {"plan", "reconstruction"},
     {"masking", "surgery"},
     {"selection", "schedules"},
     {"axes", "importance", "measure"},

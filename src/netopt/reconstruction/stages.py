@@ -1,0 +1,146 @@
+"""Layer after layer: each is solved on the inputs that the layers pruned before it produce.
+
+The order is found by running the model. Layers that read the same inputs are solved together; the forward stops as
+soon as they have been seen, and only second moments are kept of what they read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from netopt import batches
+from netopt.errors import InvalidArgumentError
+from netopt.importance.inputs import InputWatch, Reading
+from netopt.parameters import Place
+
+__all__ = ["Stage", "moments", "stages", "watched_forward"]
+
+
+@dataclass
+class Stage:
+    """Weights that are solved together.
+
+    Attributes:
+        readings: How often each is read in one forward.
+    """
+
+    readings: dict[str, int] = field(default_factory=dict)
+
+
+class _Seen(BaseException):
+    """All that was wanted of this forward has been seen."""
+
+
+def watched_forward(run: Callable[[], Any], wanted: Mapping[str, Place], see: Callable[[Reading], bool]) -> bool:
+    """Runs until ``see`` returns ``True`` for a reading, or to the end; returns whether it was stopped."""
+
+    def look(reading: Reading) -> None:
+        if see(reading):
+            raise _Seen
+
+    try:
+        with torch.no_grad(), InputWatch(wanted, look):
+            run()
+    except _Seen:
+        return True
+    return False
+
+
+def stages(model: nn.Module, batch: Any, wanted: Mapping[str, Place]) -> list[Stage]:
+    """Orders the weights by when they are first read, those that read the same inputs together.
+
+    Raises:
+        InvalidArgumentError: a weight is read in no way whose inputs have a second moment.
+    """
+    order: list[Stage] = []
+    found: dict[str, Stage] = {}
+    latest: Tensor | None = None
+
+    def see(reading: Reading) -> bool:
+        nonlocal latest
+        if reading.name in found:
+            found[reading.name].readings[reading.name] += 1
+            return False
+        if reading.matrices() is None:
+            raise InvalidArgumentError(
+                f"{reading.name!r} is not the weight of a linear layer or a convolution, so its inputs have no second "
+                "moment to reconstruct from; exclude it, or choose another importance."
+            )
+        same = latest is not None and _same(latest, reading.inputs)
+        stage = order[-1] if same else Stage()
+        if not same:
+            order.append(stage)
+        stage.readings[reading.name] = 1
+        found[reading.name] = stage
+        latest = reading.inputs
+        return False
+
+    watched_forward(lambda: batches.feed(model, batch), wanted, see)
+    missing = [name for name in wanted if name not in found]
+    if missing:
+        raise InvalidArgumentError(
+            f"{missing[0]!r} met no inputs in a matrix product or convolution on this data, so nothing can be "
+            "reconstructed; exclude it, or choose another importance."
+        )
+    return order
+
+
+def moments(
+    forwards: Sequence[Callable[[], Any]] | Iterator[Callable[[], Any]], stage: Stage, wanted: Mapping[str, Place]
+) -> dict[str, Tensor]:
+    """Returns the second moments of what the weights of ``stage`` read, ``(groups, columns, columns)`` each.
+
+    Args:
+        forwards: Each runs the model on one batch.
+        stage: The weights.
+        wanted: Where they are.
+    """
+    tally = _Tally(stage)
+    watched = {name: wanted[name] for name in stage.readings}
+    for forward in forwards:
+        tally.begin()
+        watched_forward(forward, watched, tally.see)
+    return {name: tally.sums[tally.shared.get(name, name)] for name in stage.readings}
+
+
+class _Tally:
+    """Adds up second moments over forwards, once for weights that read the same inputs."""
+
+    def __init__(self, stage: Stage) -> None:
+        self.stage = stage
+        self.sums: dict[str, Tensor] = {}
+        self.shared: dict[str, str] = {}
+        self.begin()
+
+    def begin(self) -> None:
+        """Awaits the readings of another forward."""
+        self.left = dict(self.stage.readings)
+        self.latest: tuple[Tensor, str] | None = None
+
+    def see(self, reading: Reading) -> bool:
+        """Adds a reading; returns whether it was the last."""
+        name = reading.name
+        self.left[name] -= 1
+        if self.latest and _same(self.latest[0], reading.inputs) and self.stage.readings[name] == 1:
+            self.shared[name] = self.latest[1]
+        else:
+            self._add(name, reading.matrices())
+            self.latest = (reading.inputs, name)
+        return not any(self.left.values())
+
+    def _add(self, name: str, inputs: Tensor | None) -> None:
+        assert inputs is not None, "stages() refuses weights whose inputs are no matrix"
+        inputs = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
+        if name not in self.sums:
+            groups, _, columns = inputs.shape
+            self.sums[name] = inputs.new_zeros(groups, columns, columns)
+        self.sums[name].baddbmm_(inputs.mT, inputs)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.data_ptr() == other.data_ptr() and one.shape == other.shape and one.stride() == other.stride()
