@@ -115,7 +115,7 @@ class ViT(nn.Module):
     expected=[
         axis("query_key_value:0 dense.weight:1", 4, None, "h"),
         axis("query_key_value:0", 5, False, "d"),
-        axis("query_key_value:0 dense.weight:1", 5, label="v"),
+        axis("query_key_value:0 dense.weight:1", 5, None, "v"),
         axis("dense:0 head.weight:1", 12),
     ],
     sizes={"num_heads": "h", "head_size": "d", "query_key_value.out_features": "3 * h * d", "dense.in_features": "h * d"},

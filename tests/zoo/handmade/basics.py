@@ -349,3 +349,29 @@ class LiteralInFlatten(nn.Module):
     def forward(self, x):
         x = self.conv(x).relu().reshape(-1, 768)
         return self.head(self.fc(x).relu())
+
+
+@case(
+    "zero_is_not_kept",
+    inputs=(4, 10),
+    other=(2, 10),
+    share=0.99,
+    expected=[axis(f"layers.{i}:0", 6, False) for i in range(9)] + [axis(f"fine.{i}:0", 6) for i in range(5)],
+)
+class ZeroIsNotKept(nn.Module):
+    """Functions of a removed neuron that are summed up: those with f(0) != 0 are inexact, the others exact."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(10, 6) for _ in range(9))
+        self.fine = nn.ModuleList(nn.Linear(10, 6) for _ in range(5))
+
+    def forward(self, x):
+        a, b, c, d, e, f, g, h, i = (layer(x) for layer in self.layers)
+        odd = [
+            a.clamp(min=0.1), 2**b, c.sinc(), d**0, F.hardtanh(e, 0.5, 1.0), F.logsigmoid(f), 1 - g, h.eq(0).float(),
+            torch.where(i > 0, i, -1.0),
+        ]  # fmt: skip
+        p, q, r, s, t = (layer(x) for layer in self.fine)
+        even = [p.clamp(-0.5, 0.5), q.abs() ** 1.5, torch.where(r > 0, r, 0.1 * r), F.hardtanh(s) * 3 - s, t * t.exp()]
+        return torch.stack([one.sum(-1) for one in odd + even], dim=1)

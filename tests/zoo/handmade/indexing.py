@@ -29,8 +29,17 @@ class Flip(Between):
         return torch.flip(x, dims=[-1])
 
 
-@case("roll", inputs=(4, 10), other=(2, 10), share=0.95, expected=PLAIN)
+@case(
+    "roll",
+    inputs=(4, 10),
+    other=(2, 10),
+    share=0.55,
+    expected=[axis("fc1:0 fc2.weight:1", 7)],
+    frozen={"fc1.weight:0": "roll", "fc2.weight:1": "roll"},
+)
 class Roll(Between):
+    """Those that come first are counted by a literal, and stay; the others may go."""
+
     def between(self, x):
         return torch.roll(x, shifts=5, dims=1)
 
@@ -262,7 +271,6 @@ class ConstantSelection(nn.Module):
     other=(1, 3, 8, 4),
     share=0.6,
     expected=[axis("conv:0 offset.weight:1", 8)],
-    frozen={"offset.weight:0": "select|index|literal|constant"},
 )
 class TwoChannels(nn.Module):
     """Channel 0 is x, channel 1 is y: meaning is in the number."""

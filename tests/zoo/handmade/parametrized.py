@@ -193,7 +193,7 @@ def fake_quantised():
     other=(2, 10),
     share=0.3,
     expected=[],
-    frozen={"2.parametrizations.weight.original:0": "rule|orthogonal|householder|qr|matrix_exp|linalg|solve"},
+    frozen={"2.parametrizations.weight.original:0": "householder|compared with another dimension"},
 )
 def orthogonal_parametrization():
     net = nn.Sequential(nn.Linear(10, 9), nn.ReLU(), nn.Linear(9, 9), nn.ReLU(), nn.Linear(9, 12), nn.ReLU(), nn.Linear(12, 3))

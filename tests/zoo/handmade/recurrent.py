@@ -46,10 +46,13 @@ def lstm():
     share=0.98,
     expected=[
         axis("embed:0 rnn.weight_ih_l0:1 rnn.weight_ih_l0_reverse:1", 8),
-        axis(cell("rnn.%s_l0", "rnn.weight_ih_l1:1 rnn.weight_ih_l1_reverse:1"), 6, label="h"),
-        axis(cell("rnn.%s_l0_reverse", "rnn.weight_ih_l1:1 rnn.weight_ih_l1_reverse:1"), 6),
-        axis(cell("rnn.%s_l1", "head.weight:1"), 6),
-        axis(cell("rnn.%s_l1_reverse", "head.weight:1"), 6),
+        # One axis: the states of all layers and directions are one tensor, (layers, batch, hidden).
+        axis(
+            cell("rnn.%s_l0") + cell("rnn.%s_l0_reverse") + cell("rnn.%s_l1") + cell("rnn.%s_l1_reverse")
+            + "rnn.weight_ih_l1:1 rnn.weight_ih_l1_reverse:1 head.weight:1",
+            6,
+            label="h",
+        ),
     ],
     sizes={"rnn.hidden_size": "h", "head.in_features": "2 * h"},
 )
@@ -78,8 +81,7 @@ def lstm_projection():
     share=0.98,
     expected=[
         axis("embed:0 rnn.weight_ih_l0:1", 8),
-        axis(cell("rnn.%s_l0", "rnn.weight_ih_l1:1"), 10, label="h"),
-        axis(cell("rnn.%s_l1", "head.weight:1"), 10),
+        axis(cell("rnn.%s_l0", "rnn.weight_ih_l1:1 ") + cell("rnn.%s_l1", "head.weight:1"), 10, label="h"),
     ],
     sizes={"rnn.hidden_size": "h"},
 )
@@ -105,8 +107,7 @@ def rnn_relu_no_bias():
     share=0.97,
     expected=[
         axis("embed:1 gru.weight_ih_l0:1 gru.weight_ih_l0_reverse:1", 8),
-        axis(cell("gru.%s_l0", "start:2 head.weight:1"), 6, label="h"),
-        axis(cell("gru.%s_l0_reverse", "start:2 head.weight:1"), 6),
+        axis(cell("gru.%s_l0") + cell("gru.%s_l0_reverse", "start:2 head.weight:1"), 6, label="h"),
     ],
     sizes={"hidden": "h", "gru.hidden_size": "h"},
 )

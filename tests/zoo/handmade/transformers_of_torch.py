@@ -171,7 +171,7 @@ class Decoder(nn.Module):
     "transformer_whole",
     inputs=lambda: (torch.randn(6, 2, 12), torch.randn(4, 2, 12)),
     other=lambda: (torch.randn(5, 3, 12), torch.randn(7, 3, 12)),
-    share=0.35,
+    share=0.32,
     expected=[
         axis("transformer.encoder.layers.0.linear1:0 transformer.encoder.layers.0.linear2.weight:1", 20),
         axis("transformer.decoder.layers.0.linear1:0 transformer.decoder.layers.0.linear2.weight:1", 20),

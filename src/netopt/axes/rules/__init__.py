@@ -11,6 +11,7 @@ from netopt.axes.rules import (
     reduction,
     shape,
     spatial,
+    spectral,
 )
 
 __all__ = [
@@ -24,4 +25,5 @@ __all__ = [
     "reduction",
     "shape",
     "spatial",
+    "spectral",
 ]

@@ -19,16 +19,16 @@ Zero = Callable[[Operation, Sequence[bool], tuple[Any, ...]], bool]
 
 _KEEP_ZERO = """abs alias arcsin arctan asin asinh atan atanh celu ceil clone contiguous conj _conj copysign detach dropout
 native_dropout elu erf erfinv expm1 feature_dropout floor frac gelu hardshrink hardswish leaky_relu lift lift_fresh lift_fresh_copy log1p mish
-nan_to_num neg negative pow relu relu6 rrelu_with_noise round selu sgn sign silu sin sinc sinh softshrink softsign
-sqrt square tan tanh trunc _to_copy to type_as float_power remainder fmod fix positive resolve_conj resolve_neg
-view_as_real_copy real imag _unsafe_view_same fake_quantize rrelu alpha_dropout hardtanh_ special_erf fmod_scalar _fake_quantize_learnable
-bitwise_left_shift bitwise_right_shift deg2rad rad2deg hardtanh clamp clip arctanh arcsinh"""
+nan_to_num neg negative relu relu6 rrelu_with_noise round selu sgn sign silu sin sinh softshrink softsign
+sqrt square tan tanh trunc _to_copy to type_as remainder fmod fix positive resolve_conj resolve_neg
+real imag fake_quantize rrelu special_erf fmod_scalar _fake_quantize_learnable
+bitwise_left_shift bitwise_right_shift deg2rad rad2deg arctanh arcsinh"""
 
 _LOSE_ZERO = """acos acosh add_scalar cos cosh digamma eq exp exp2 ge gt hardsigmoid isfinite isinf isnan le lgamma log
 log10 log2 log_sigmoid_forward logaddexp logaddexp2 logical_not logical_or logical_xor logit lt ne bitwise_not bitwise_or bitwise_xor
 reciprocal rsqrt sigmoid softplus threshold special_entr special_expit heaviside erfc full_like ones_like rand_like
 randn_like empty_like bernoulli normal_functional randint_like fill uniform normal exponential random igamma polar complex
-isposinf isneginf isreal signbit angle i0 special_i0 sinc_ nextafter cauchy log_normal geometric special_ndtr"""
+isposinf isneginf isreal signbit angle i0 special_i0 sinc alpha_dropout feature_alpha_dropout nextafter cauchy log_normal geometric special_ndtr"""
 
 
 def _names(listing: str) -> tuple[str, ...]:
@@ -99,6 +99,27 @@ def keeps_zero(op: Operation, *args: Any, **kwargs: Any) -> Any:
 def loses_zero(op: Operation, *args: Any, **kwargs: Any) -> Any:
     """Functions with f(0) != 0, or of which it is not known."""
     return _answers(op, pointwise(op, _operands(args, kwargs), lambda zeros: False))
+
+
+@rule("aten::clamp", "aten::clip", "aten::hardtanh", "aten::clamp_min", "aten::clamp_max")
+def clamp(op: Operation, tensor: Tensor, low: Any = None, high: Any = None) -> Dims:
+    """Zero stays where it lies between the bounds."""
+    if op.short == "clamp_max":
+        low, high = None, low
+    elif op.short.startswith("hardtanh"):
+        low, high = (-1 if low is None else low), (1 if high is None else high)
+    bounds = [bound for bound in (low, high) if isinstance(bound, Tensor)]
+    above = isinstance(low, Tensor) or low is None or low <= 0
+    below = isinstance(high, Tensor) or high is None or high >= 0
+    return pointwise(op, [tensor, *bounds], lambda zeros: above and below and all(zeros))
+
+
+@rule("aten::pow", "aten::float_power")
+def pow_(op: Operation, base: Any, exponent: Any) -> Dims:
+    """A power of zero is zero for a positive exponent, a number alone."""
+    positive = isinstance(base, Tensor) and not isinstance(exponent, Tensor) and exponent > 0
+    tensors = [value for value in (base, exponent) if isinstance(value, Tensor)]
+    return pointwise(op, tensors, lambda zeros: positive and zeros[0])
 
 
 @rule("aten::mul", "aten::multiply", "aten::logical_and", "aten::bitwise_and", "aten::__and__")

@@ -1,4 +1,4 @@
-"""Fused recurrent cells: gates lie one after the other in one dimension, each the size of the hidden state."""
+"""Recurrent layers: packed sequences, and fused cells, whose gates lie one after the other in one dimension."""
 
 from __future__ import annotations
 
@@ -21,3 +21,26 @@ def fused_cell(op: Operation, input_gates: Tensor, hidden_gates: Tensor, state: 
     batch: Dims = op.dims(state)[:-1]
     out = [*batch, Dim(hidden.layout)]
     return tuple(out if one.shape[-1] == hidden.size else None for one in op.out)
+
+
+@rule("aten::_pack_padded_sequence")
+def pack(op: Operation, tensor: Tensor, lengths: Tensor, batch_first: bool) -> tuple[Dims, Dims]:
+    """``[b, t, ...]`` without its padding: ``[tokens, ...]`` and the batch size of each step."""
+    dims = op.dims(tensor)
+    why = "is packed by length"
+    op.freeze([*dims[:2], *op.dims(lengths)], why)
+    tokens, steps = op.out
+    return [op.frozen(tokens.shape[0], why), *dims[2:]], [op.frozen(steps.shape[0], why)]
+
+
+@rule("aten::_pad_packed_sequence")
+def pad_packed(
+    op: Operation, tokens: Tensor, steps: Tensor, batch_first: bool, padding: float, length: int
+) -> tuple[Dims, Dims]:
+    """The inverse of packing."""
+    why = "is packed by length"
+    dims = op.dims(tokens)
+    op.freeze([dims[0], *op.dims(steps)], why)
+    padded, lengths = op.out
+    passing = [Dim(dim.layout, dim.zero and padding == 0) for dim in dims[1:]]
+    return [*(op.frozen(size, why) for size in padded.shape[:2]), *passing], [op.frozen(lengths.shape[0], why)]

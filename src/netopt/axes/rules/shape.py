@@ -193,6 +193,22 @@ def split(op: Operation, tensor: Tensor, sizes: Any, dim: int = 0) -> tuple[Dims
     return tuple(results)
 
 
+@rule("aten::glu")
+def glu(op: Operation, tensor: Tensor, dim: int = -1) -> Dims:
+    """The first half of a dimension, gated by the second: their positions belong together."""
+    dims = list(op.dims(tensor))
+    where = at(dim, len(dims))
+    halves = cut(dims[where], dims[where].size // 2)
+    if halves is None:
+        why = "is cut across the boundaries of its parts"
+        op.freeze(dims[where], why)
+        dims[where] = op.frozen(op.out.shape[where], why)
+        return dims
+    op.same(*halves)
+    dims[where] = halves[0]
+    return dims
+
+
 @rule("aten::slice", "aten::narrow", "aten::slice_copy", "aten::narrow_copy")
 def slice_(op: Operation, tensor: Tensor, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Dims:
     """A part of a dimension; every ``step``-th position is one column of a product."""
