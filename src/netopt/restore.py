@@ -101,10 +101,11 @@ def _note_buffers(module: nn.Module) -> Callable[[], None]:
     }
 
     def restore() -> None:
-        module._buffers.clear()
-        module._buffers.update(buffers)
-        module._non_persistent_buffers_set.clear()
-        module._non_persistent_buffers_set.update(transient)
+        if isinstance(module._buffers, dict):  # a scripted module's are fixed, and not in a dict
+            module._buffers.clear()
+            module._buffers.update(buffers)
+            module._non_persistent_buffers_set.clear()
+            module._non_persistent_buffers_set.update(transient)
         for tensor, version, value in values.values():
             # Copying unasked would disturb a graph of the user's that has saved the buffer.
             if _changed(tensor, version, value):

@@ -120,6 +120,8 @@ class Axes(Sequence[Axis]):
             name: tuple(dim.layout for dim in _peek(trace, tensor)) for name, tensor in trace.members.items()
         }
         self._makes = dict(trace.makes)
+        self._pointers = dict(trace.pointers)
+        self._pointed = {name: trace.members[name].detach().cpu().clone() for name in trace.pointers}
         self.operations = trace.operations
         self.unknown = tuple(sorted(trace.unknown))
         self._freeze_rest(model, trace)
@@ -327,8 +329,24 @@ class Axes(Sequence[Axis]):
         return [Assignment(place.path, value) for place, value in self._counts.assignments(full)]
 
     def values(self, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """New values of integer buffers whose entries point into an axis."""
-        return {}
+        """What integer buffers become whose entries are positions of an axis.
+
+        Args:
+            kept: Sorted positions to keep, by axis name; axes not named keep all.
+
+        Returns:
+            New values by tensor name, in the tensor's dtype, of the buffers that change.
+        """
+        chosen = self._chosen(kept)
+        result: dict[str, Tensor] = {}
+        for name, layout in self._pointers.items():
+            if any(atom in chosen for atom in atoms(layout)):
+                moved = torch.full((layout.size,), -1)
+                remaining = indices(layout, chosen)
+                moved[remaining] = torch.arange(len(remaining))
+                old = self._pointed[name]
+                result[name] = moved[old[indices(self._dims[name][0], chosen)].long()].to(old.dtype)
+        return result
 
     def taps(self, axis: Axis) -> list[Tap]:
         """Where the activations of ``axis`` are read by a contraction, in the order of the forward."""

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import math
 import operator
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
-from netopt.axes.layout import Atom, Layout, Product, resolve
+from netopt.axes.layout import Atom, Layout, Product, atoms, resolve
 from netopt.axes.sizes import Computed, Extent, Ledger, Place, Scalar, Size, show_place
 
 _BUDGET = 20_000  # constraint evaluations per component and question
@@ -98,8 +98,9 @@ class Counts:
     """
 
     def __init__(self, groups: Mapping[Hashable, Sequence[Atom]], ledger: Ledger) -> None:
-        self._group_of = {atom: key for key, atoms in groups.items() for atom in atoms}
-        self.sizes: dict[Hashable, int] = {key: sum(atom.size for atom in atoms) for key, atoms in groups.items()}
+        self._group_of = {atom: key for key, together in groups.items() for atom in together}
+        self._together = {key: len(together) for key, together in groups.items()}
+        self.sizes: dict[Hashable, int] = {key: sum(atom.size for atom in together) for key, together in groups.items()}
         self.least: dict[Hashable, int] = dict.fromkeys(self.sizes, 1)
         self._bound: dict[Place, Expression] = {}
         self._values: dict[Place, int] = {}
@@ -118,14 +119,17 @@ class Counts:
         if isinstance(layout, Product):
             return _fold("*", (self.layout(part) for part in layout.parts))
         found: list[Expression] = []
-        units: set[Hashable] = set()
+        units: Counter[Expression] = Counter()
         for part in layout.parts:
             expression = self.layout(part)
-            if isinstance(part, Atom) and part.unit and expression[0] == "var":
-                if expression[1] in units:  # positions of one taken-apart axis are counted once, together
-                    continue
-                units.add(expression[1])
-            found.append(expression)
+            # Every position of a taken-apart axis has the axis's unknown, so together they count it once.
+            if any(atom.unit and atom in self._group_of for atom in atoms(part)):
+                units[expression] += 1
+            else:
+                found.append(expression)
+        for expression, times in units.items():
+            together = max((self._together.get(key, 1) for key in variables_of(expression)), default=1)
+            found.append(_fold("*", (expression, constant(max(times // together, 1)))))
         return _fold("+", found)
 
     def number(self, number: Any) -> Expression:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_leaves
 
@@ -53,6 +54,7 @@ class Trace(TorchDispatchMode):
         touched: Names of the members an operation has read.
         operations: How many operations ran.
         unknown: Names of the operations that had no rule.
+        pointers: Names of integer members whose entries are positions of a layout.
     """
 
     @classmethod
@@ -71,6 +73,7 @@ class Trace(TorchDispatchMode):
         self.touched: set[str] = set()
         self.operations = 0
         self.unknown: set[str] = set()
+        self.pointers: dict[str, Layout] = {}
         self.in_call = False
         self._marked: list[Tensor] = []
         self._dirty: dict[int, Any] = {}
@@ -108,6 +111,14 @@ class Trace(TorchDispatchMode):
         """Whether ``tensor`` was computed from the model's inputs."""
         known = self._known(tensor)
         return known is not None and known.data
+
+    def pointer(self, tensor: Tensor) -> str | None:
+        """The name of the member ``tensor`` is, if its entries can be read and rewritten as positions."""
+        known = self._known(tensor)
+        if known is None or known.source is None or self.members[known.source] is not tensor:
+            return None
+        readable = tensor.dim() == 1 and not tensor.is_meta and not isinstance(tensor, FakeTensor)
+        return known.source if readable and tensor.dtype in (torch.int64, torch.int32) else None
 
     def note_roles(self, tensor: Tensor, summed: Iterable[Dim], kept: Iterable[Dim]) -> None:
         """Notes, for the member a weight is made of, what a contraction sums over and what it produces."""

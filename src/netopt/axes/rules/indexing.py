@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._mode_utils import no_dispatch
 
-from netopt.axes.layout import Atom
+from netopt.axes.layout import Atom, atoms, concat, shatter
 from netopt.axes.operation import Dim, Dims, Operation, rule
 from netopt.axes.rules.pointwise import aligned
 
@@ -40,10 +41,33 @@ def embedding_renorm(op: Operation, weight: Tensor, indices: Tensor, *args: Any)
     return table
 
 
+def looked_up(op: Operation, dim: Dim, indices: Tensor) -> Dim | None:
+    """The dimension that a fixed list of positions makes of ``dim``, if the list can be rewritten with it.
+
+    The positions are followed one by one, so that a permutation or a selection of channels ties the right neurons.
+    """
+    name = op.trace.pointer(indices)
+    if name is None or all(atom.frozen is not None for atom in atoms(dim.layout)):
+        return None
+    units = shatter(dim.layout)
+    with no_dispatch():
+        chosen = [units[position] for position in indices.tolist()]
+    made = Dim(concat(chosen), dim.zero)
+    op.same(op.dims(indices)[0], made)
+    op.same(op.trace.pointers.setdefault(name, dim.layout), dim)
+    return made
+
+
 @rule("aten::index", "aten::_unsafe_index")
 def index(op: Operation, tensor: Tensor, indices: Sequence[Tensor | None]) -> Any:
     """Dimensions with an index are replaced by the index's own."""
     dims = op.dims(tensor)
+    given = [(at, one) for at, one in enumerate(indices) if one is not None]
+    if len(given) == 1:
+        at, only = given[0]
+        followed = looked_up(op, dims[at], only)
+        if followed is not None:
+            return [*dims[:at], followed, *dims[at + 1 :]]
     places: list[int] = []
     tensors: list[Tensor] = []
     at = 0
@@ -81,6 +105,10 @@ def _no_gap(indices: Sequence[Tensor | None]) -> bool:
 def index_select(op: Operation, tensor: Tensor, dim: int, indices: Tensor) -> Dims:
     """Positions of one dimension picked by number."""
     dims = list(op.dims(tensor))
+    followed = looked_up(op, dims[dim], indices)
+    if followed is not None:
+        dims[dim] = followed
+        return dims
     op.freeze(dims[dim], "is indexed by a tensor")
     dims[dim] = Dim(op.dims(indices)[0].layout) if indices.dim() else Dim(Atom(1))
     return dims
