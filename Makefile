@@ -25,7 +25,7 @@ help:
 	@echo "make clean     remove the virtual environment and every cache"
 
 demo: $(VENV)/.demo
-	OMP_NUM_THREADS=2 $(BIN)/python examples/quickstart.py
+	$(BIN)/python examples/quickstart.py
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -n $(JOBS)
