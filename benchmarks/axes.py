@@ -125,8 +125,8 @@ def with_netopt(name: str, repeats: int, _: Any) -> dict[str, Any]:
     dense, small, inputs = exact_copies(case)
     report = remove(small)
     row["verdict"] = verdict(dense, small, inputs)
-    if row["verdict"] == "differs" and not report.plan.exact:
-        row["verdict"] = "right, inexact as announced"
+    if row["verdict"] == "differs":
+        row["verdict"] = "silently wrong" if report.plan.exact else "differs, as announced"
     return row
 
 
@@ -434,6 +434,8 @@ def compare(pattern: str, repeats: int, timeout: float) -> dict[str, Any]:
         for name in chosen:
             mine = ours.ask(name, repeats, None, timeout)
             peer = theirs.ask(name, repeats, mine.get("outputs", []), timeout)
+            if peer["verdict"] == "differs":
+                peer["verdict"] = "silently wrong" if mine["verdict"] == "right" else "differs, as any removal may here"
             rows[name] = {"netopt": mine, PEER: peer}
             total, other = mine.get("total"), peer.get("total")
             step = mine.get("step")

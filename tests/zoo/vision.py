@@ -130,7 +130,7 @@ TIMM = (
     _timm("gmlp_ti16_224", img_size=64, other=None),
     _timm("convmixer_768_32"),
     _timm("deit3_small_patch16_224", img_size=64, depth=2, other=None),
-    _timm("eva02_tiny_patch14_224", 56, img_size=56, depth=2, other=None),
+    _timm("eva02_tiny_patch14_224", 56, img_size=56, depth=2, num_classes=10, other=None),
     _timm("beitv2_base_patch16_224", img_size=64, depth=2, other=None),
     _timm("vit_base_patch16_siglip_224", img_size=64, depth=2, other=None),
     _timm("cait_xxs24_224", img_size=64, depth=2, other=None),

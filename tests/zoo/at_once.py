@@ -1,0 +1,99 @@
+"""All laws on one build of a model, for networks of published size, of which each build and each trace takes time."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from tests.zoo.case import Case, call
+from tests.zoo.laws import (
+    ALMOST_NOTHING,
+    check_module,
+    choose,
+    described,
+    exact_counts,
+    free_share,
+    halves,
+    mask,
+    plan_for,
+    random_states,
+    rows,
+    shapes,
+    tensors,
+    to_double,
+    train_once,
+)
+from torch import nn
+
+from netopt.axes import Axes, find_axes
+
+
+def check_all_laws(case: Case) -> None:
+    """Reading leaves no trace and is repeatable; what it finds can be removed; where it is exact, masking agrees."""
+    model = case.build()
+    dense = copy.deepcopy(model)
+    axes = check_reading(case, model, dense)
+    share = free_share(dense, axes)
+    assert share >= case.share, f"{share:.4f} of the parameters lie on a free axis, not {case.share}\n{axes}"
+    check_removal(case, model, dense, axes)
+    del model
+    check_masking(case, dense, axes)
+
+
+def check_reading(case: Case, model: nn.Module, dense: nn.Module) -> Axes:
+    """The axes, found twice the same, with the model as it was before."""
+    identities = {name: id(tensor) for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    held = {name: described(vars(module), {}) for name, module in model.named_modules()}
+    randomness = random_states()
+    axes = find_axes(model, case.inputs())
+    assert random_states() == randomness
+    assert {name: described(vars(module), {}) for name, module in model.named_modules()} == held
+    before = {**dict(dense.named_parameters()), **dict(dense.named_buffers())}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        assert id(tensor) == identities[name], f"{name} is another tensor"
+        assert torch.equal(tensor, before[name]), f"{name} has other values"
+    assert rows(find_axes(model, case.inputs())) == rows(axes)
+    return axes
+
+
+def check_removal(case: Case, model: nn.Module, dense: nn.Module, axes: Axes) -> None:
+    """Half of every free axis removed: the model runs in both modes, at both sizes, and learns."""
+    counts = halves(axes)
+    assert any(counts[axis.name] < axis.size for axis in axes.free), "nothing can be removed"
+    plan_for(axes, counts, choose(axes, counts, 0)).apply(model)
+    with torch.no_grad():
+        for training in (False, True):
+            expected = shapes(call(copy.deepcopy(dense).train(training), case.inputs()))
+            assert shapes(call(model.train(training), case.inputs())) == expected
+        if (other := case.other_inputs()) is not None:
+            assert shapes(call(model.eval(), other)) == shapes(call(dense.eval(), other))
+    for name, module in model.named_modules():
+        check_module(name, module)
+    if not case.train_step:
+        train_once(model, case.inputs())
+        assert all(bool(torch.isfinite(tensor).all()) for tensor in tensors(call(model.eval(), case.inputs())))
+
+
+@torch.no_grad()
+def check_masking(case: Case, dense: nn.Module, axes: Axes) -> None:
+    """Half of every exact axis removed: the outputs are those of the model with these neurons at zero."""
+    counts = exact_counts(axes)
+    kept = choose(axes, counts, seed=1)
+    assert all(axes[name].exact for name in kept)
+    inputs = case.inputs()
+    removed = dense.eval()
+    if case.double:
+        removed, inputs = removed.double(), to_double(inputs)
+    masked = copy.deepcopy(removed)
+    mask(masked, axes, kept)
+    expected = tensors(call(masked, inputs))
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in expected):
+        masked = copy.deepcopy(removed)
+        mask(masked, axes, kept, ALMOST_NOTHING)
+        expected = tensors(call(masked, inputs))
+    del masked
+    plan_for(axes, counts, kept).apply(removed)
+    found = tensors(call(removed, inputs))
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=case.tolerance, atol=case.tolerance)
