@@ -67,6 +67,8 @@ def unsqueeze(op: Operation, tensor: Tensor, dim: int) -> Dims:
 @rule("aten::view", "aten::_unsafe_view", "aten::reshape", "aten::_reshape_alias", "aten::view_copy", "aten::flatten")
 def view(op: Operation, tensor: Tensor, *sizes: Any, **kwargs: Any) -> Dims:
     """Dimensions split into factors or flattened into products, row-major."""
+    if tensor.dtype != op.out.dtype and tensor.shape == op.out.shape:
+        return op.dims(tensor)
     if tensor.dtype != op.out.dtype:
         op.freeze(op.dims(tensor), "is read as another type of number")
         return [op.frozen(size, "is read as another type of number") for size in op.out.shape]
