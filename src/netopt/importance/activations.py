@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from netopt import batches
 from netopt.batches import Batch
