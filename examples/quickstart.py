@@ -315,7 +315,7 @@ def draw(story: Story, path: Path) -> None:
     for place, scores in enumerate(story.students.values()):
         panel.plot([place] * len(scores), scores, "o", color=colors[0] if place == 0 else colors[4], alpha=0.7)
         panel.hlines(statistics.mean(scores), place - 0.25, place + 0.25, color="black")
-    names = [name if place == 0 else f"taught by\n{name}" for place, name in enumerate(story.students)]
+    names = ["labels\nalone" if place == 0 else f"taught by\n{name}" for place, name in enumerate(story.students)]
     panel.set_xticks(range(len(names)), names, fontsize=8)
     panel.set(title=f"students, {LABELLED} labels", ylabel="test accuracy, %", xlim=(-0.6, len(names) - 0.4))
     for panel in panels:

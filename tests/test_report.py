@@ -139,6 +139,7 @@ def test_a_report_does_not_keep_the_model_alive_and_can_be_copied():
 def test_plot_draws_a_bar_for_each_row(tmp_path):
     figure = a_report().plot()
     assert len(figure.axes[0].patches) == 4
+    assert figure._repr_png_().startswith(b"\x89PNG")
     figure.savefig(tmp_path / "report.png")
     assert (tmp_path / "report.png").stat().st_size > 1000
 

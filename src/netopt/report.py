@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import html
+import io
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -221,14 +222,8 @@ class PruningReport:
         Raises:
             MissingPackageError: matplotlib is not installed.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise MissingPackageError(
-                "report.plot() draws with matplotlib, which is not installed; pip install 'netopt[plots]'."
-            ) from error
         drawn = self.rows[:rows]
-        figure = Figure(figsize=(8, 1.2 + 0.28 * max(len(drawn), 1)), layout="constrained")
+        figure = _figure(figsize=(8, 1.2 + 0.28 * max(len(drawn), 1)), layout="constrained")
         axes = figure.add_subplot()
         places = range(len(drawn))
         axes.barh(places, [row.before for row in drawn], color="#d7dce2", label="before")
@@ -294,6 +289,24 @@ class PruningReport:
         if any(row.note for row in self.rows):
             said.append(5)
         return said
+
+
+def _figure(**settings: Any) -> Figure:
+    """A figure outside of pyplot, so that no window opens, which a notebook shows nonetheless."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingPackageError(
+            "report.plot() draws with matplotlib, which is not installed; pip install 'netopt[plots]'."
+        ) from error
+
+    class Shown(Figure):
+        def _repr_png_(self) -> bytes:
+            file = io.BytesIO()
+            self.savefig(file, format="png")
+            return file.getvalue()
+
+    return Shown(**settings)
 
 
 def _shown(row: Row) -> list[str]:
