@@ -33,13 +33,13 @@ class Call(NamedTuple):
         module: Dotted name of the innermost module being run; ``""`` is the model itself.
         visit: How many times that module had been entered before.
         function: Name of the torch function, such as ``"linear"``.
-        index: How many calls of that function came before it in this visit.
+        number: How many calls of that function came before it in this visit.
     """
 
     module: str
     visit: int
     function: str
-    index: int
+    number: int
 
 
 def _never(*_args: Any, **_kwargs: Any) -> bool:
@@ -78,8 +78,8 @@ class CallNames(TorchFunctionMode):
         >>> net = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
         >>> with Seen(net):
         ...     _ = net(torch.zeros(1, 2))
-        Call(module='0', visit=0, function='linear', index=0)
-        Call(module='1', visit=0, function='linear', index=0)
+        Call(module='0', visit=0, function='linear', number=0)
+        Call(module='1', visit=0, function='linear', number=0)
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -100,20 +100,20 @@ class CallNames(TorchFunctionMode):
             self._open.callback(handle.remove)
         return super().__enter__()
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         """Stops naming and takes the hooks away."""
         super().__exit__(*error)
         assert self._open is not None
         self._open.close()
 
-    def _enter_module(self, module: nn.Module, inputs: Any) -> None:
+    def _enter_module(self, module: nn.Module, _inputs: Any) -> None:
         name = self._names.get(id(module))
         if name is None:
             name = self._stack[-1][0]
         self._stack.append((name, self._visits[name], Counter()))
         self._visits[name] += 1
 
-    def _leave_module(self, module: nn.Module, inputs: Any, output: Any) -> None:
+    def _leave_module(self, _module: nn.Module, _inputs: Any, _output: Any) -> None:
         if len(self._stack) > 1:
             self._stack.pop()
 
@@ -130,7 +130,12 @@ class CallNames(TorchFunctionMode):
         return self.on_call(call, function, args, kwargs, result)
 
     def on_call(
-        self, call: Call, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
+        self,
+        call: Call,  # noqa: ARG002 - for subclasses
+        function: Callable[..., Any],  # noqa: ARG002
+        args: tuple[Any, ...],  # noqa: ARG002
+        kwargs: dict[str, Any],  # noqa: ARG002
+        result: Any,
     ) -> Any:
         """Sees one call and returns its result, or another in its place.
 

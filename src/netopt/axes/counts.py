@@ -42,7 +42,7 @@ def _fold(kind: str, parts: Iterable[Expression]) -> Expression:
     return flat[0] if len(flat) == 1 else (kind, tuple(sorted(flat, key=repr)))
 
 
-def value_of(expression: Expression, counts: Mapping[Hashable, int]) -> Any:
+def value_of(expression: Expression, counts: Mapping[Any, int]) -> Any:
     """The value of an expression under ``counts``."""
     kind = expression[0]
     if kind == "const":
@@ -81,7 +81,7 @@ class Constraint:
         """Equal for two constraints that say the same."""
         return (self.left, self.right, self.compare, self.outcome)
 
-    def holds(self, counts: Mapping[Hashable, int]) -> bool:
+    def holds(self, counts: Mapping[Any, int]) -> bool:
         """Whether the counts keep the outcome."""
         try:
             return bool(self.compare(value_of(self.left, counts), value_of(self.right, counts))) is self.outcome
@@ -97,7 +97,7 @@ class Counts:
         ledger: What a trace learned of integers.
     """
 
-    def __init__(self, groups: Mapping[Hashable, Sequence[Atom]], ledger: Ledger) -> None:
+    def __init__(self, groups: Mapping[Any, Sequence[Atom]], ledger: Ledger) -> None:
         self._group_of = {atom: key for key, together in groups.items() for atom in together}
         self._together = {key: len(together) for key, together in groups.items()}
         self.sizes: dict[Hashable, int] = {key: sum(atom.size for atom in together) for key, together in groups.items()}
@@ -239,7 +239,7 @@ class Counts:
 
     # From wanted counts to possible ones.
 
-    def nearest(self, wanted: Mapping[Hashable, int]) -> dict[Hashable, int]:
+    def nearest(self, wanted: Mapping[Any, int]) -> dict[Hashable, int]:
         """The counts nearest to ``wanted`` that satisfy every constraint; axes not named keep their size."""
         result = {key: max(min(wanted.get(key, size), size), self.least[key]) for key, size in self.sizes.items()}
         for keys, constraints in self._components:
@@ -270,7 +270,7 @@ class Counts:
                     found[key] = f"has a size that must satisfy {tie.where}, which no smaller one does"
         return found
 
-    def assignments(self, counts: Mapping[Hashable, int]) -> list[tuple[Place, int]]:
+    def assignments(self, counts: Mapping[Any, int]) -> list[tuple[Place, int]]:
         """The attributes that change under ``counts``, with their new values."""
         full = {**self.sizes, **counts}
         changed: list[tuple[Place, int]] = []
@@ -301,7 +301,7 @@ class _Search:
     """Backtracking over one component, values nearest to the wanted ones first, for a bounded time."""
 
     def __init__(
-        self, counts: Counts, keys: list[Hashable], constraints: list[Constraint], wanted: Mapping[Hashable, int]
+        self, counts: Counts, keys: list[Hashable], constraints: list[Constraint], wanted: Mapping[Any, int]
     ) -> None:
         self.keys = keys
         self.sizes = counts.sizes

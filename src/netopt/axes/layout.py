@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Union
+from typing import TypeAlias
 
 
 class Atom:
@@ -63,7 +63,7 @@ class Concat:
         return "(" + " + ".join(map(repr, self.parts)) + ")"
 
 
-Layout = Union[Atom, Product, Concat]
+Layout: TypeAlias = Atom | Product | Concat
 
 
 def resolve(layout: Layout) -> Layout:
@@ -76,18 +76,18 @@ def resolve(layout: Layout) -> Layout:
         return found
     is_product = isinstance(layout, Product)
     if len(layout.parts) > 1 and all(
-        type(part) is Atom and part.bound is None and (part.size > 1 or part.unit or not is_product)
+        isinstance(part, Atom) and part.bound is None and (part.size > 1 or part.unit or not is_product)
         for part in layout.parts
     ):
         return layout
     parts: list[Layout] = []
-    changed = len(layout.parts) < 2  # noqa: PLR2004 - one part alone is no expression
+    changed = len(layout.parts) < 2  # one part alone is no expression
     for part in layout.parts:
         found = resolve(part)
         changed = changed or found is not part
         if is_product and found.size == 1 and not (isinstance(found, Atom) and found.unit):
             changed = True
-        elif type(found) is type(layout):
+        elif not isinstance(found, Atom) and type(found) is type(layout):
             parts.extend(found.parts)
             changed = True
         else:

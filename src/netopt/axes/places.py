@@ -1,9 +1,9 @@
 """The integers a model holds.
 
-Sizes sit in module attributes, in tuples and lists, in configuration objects reached from modules, in class bodies and
-in the defaults and closures of functions kept by modules. This module finds each of them, names its place, and lends
-it out as a :class:`~netopt.axes.sizes.Size` for the time of a trace; everything is put back afterwards, including whatever
-the forward itself left in the attributes.
+Sizes sit in module attributes, in tuples and lists, in configuration objects reached from modules, in class bodies
+and in the defaults and closures of functions kept by modules. This module finds each of them, names its place, and
+lends it out as a :class:`~netopt.axes.sizes.Size` for the time of a trace; everything is put back afterwards,
+including whatever the forward itself left in the attributes.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import enum
 import functools
 import sys
 import types
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -114,24 +115,29 @@ class _Loan:
         if value is None or kind in _SIMPLE or isinstance(value, (torch.Tensor, nn.Module, type, types.ModuleType)):
             return value
         if isinstance(value, tuple):
-            lent = [self.lend(item, (*path, index), depth) for index, item in enumerate(value)]
-            if all(new is old for new, old in zip(lent, value, strict=True)):
-                return value
-            return kind(*lent) if hasattr(value, "_fields") else kind(lent)
-        if depth == 0 or id(value) in self.seen:
-            return value
-        self.seen.add(id(value))
-        if isinstance(value, list):
-            self.items(value, range(len(value)), path, depth - 1)
-        elif kind in (dict, *_ORDERED):
-            self.items(value, list(value), path, depth - 1)
-        elif isinstance(value, functools.partial):
-            self.items(value.keywords, list(value.keywords), (*path, "keywords"), depth - 1)
-        elif isinstance(value, types.FunctionType):
-            self.function(value, path, depth - 1)
-        elif _is_configuration(value):
-            self.attributes(value.__dict__, path, depth - 1)
+            return self.entries(value, path, depth)
+        if depth > 0 and id(value) not in self.seen:
+            self.seen.add(id(value))
+            self.inside(value, path, depth - 1)
         return value
+
+    def entries(self, value: Any, path: tuple[str | int, ...], depth: int) -> Any:
+        lent = [self.lend(item, (*path, index), depth) for index, item in enumerate(value)]
+        if all(new is old for new, old in zip(lent, value, strict=True)):
+            return value
+        return type(value)(*lent) if hasattr(value, "_fields") else type(value)(lent)
+
+    def inside(self, value: Any, path: tuple[str | int, ...], depth: int) -> None:
+        if isinstance(value, list):
+            self.items(value, range(len(value)), path, depth)
+        elif type(value) in (dict, OrderedDict):
+            self.items(value, list(value), path, depth)
+        elif isinstance(value, functools.partial):
+            self.items(value.keywords, list(value.keywords), (*path, "keywords"), depth)
+        elif isinstance(value, types.FunctionType):
+            self.function(value, path, depth)
+        elif _is_configuration(value):
+            self.attributes(value.__dict__, path, depth)
 
     def items(self, container: Any, keys: Any, path: tuple[str | int, ...], depth: int) -> None:
         for key in keys:
@@ -163,7 +169,6 @@ class _Loan:
                 self.undo.append(functools.partial(setattr, function, "__defaults__", defaults))
 
 
-_ORDERED = (type(__import__("collections").OrderedDict()),)
 _SIMPLE = frozenset({bool, float, str, bytes, complex, torch.dtype, torch.device, torch.layout, torch.memory_format})
 
 
@@ -183,12 +188,14 @@ def _is_configuration(value: Any) -> bool:
     )
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _class_integers(kind: type[nn.Module]) -> tuple[tuple[str, int], ...]:
     found: dict[str, int] = {}
     for base in reversed(kind.__mro__):
         if issubclass(base, nn.Module) and not _library(base.__module__):
-            for key, value in vars(base).items():
-                if type(value) is int and value > 1 and not key.startswith("__") and key not in _TORCH_OWN:
-                    found[key] = value
+            found.update(
+                (key, value)
+                for key, value in vars(base).items()
+                if type(value) is int and value > 1 and not key.startswith("__") and key not in _TORCH_OWN
+            )
     return tuple(found.items())

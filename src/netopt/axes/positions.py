@@ -49,9 +49,9 @@ def _labels(layout: Layout, offsets: Mapping[Atom, int]) -> list[Tensor]:
         before, behind = 1, layout.size
         for part in layout.parts:
             behind //= part.size
-            for one in _labels(part, offsets):
-                if bool((one >= 0).any()):
-                    found.append(one.repeat_interleave(behind).repeat(before))
+            found.extend(
+                one.repeat_interleave(behind).repeat(before) for one in _labels(part, offsets) if bool((one >= 0).any())
+            )
             before *= part.size
         return found or [torch.full((layout.size,), -1)]
     parts = [_labels(part, offsets) for part in layout.parts]

@@ -15,11 +15,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Union
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
 from netopt.axes.layout import Atom, Layout, count
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _OWN = str(Path(__file__).parents[1])
 _TORCH = str(Path(torch.__file__).parent)
@@ -52,7 +55,7 @@ class Computed:
     right: Any
 
 
-Origin = Union[Place, Extent, Computed]
+Origin: TypeAlias = Place | Extent | Computed
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,7 +126,7 @@ class Size(int):
     origin: Origin
     ledger: Ledger
 
-    def __new__(cls, value: int, origin: Origin, ledger: Ledger) -> Size:
+    def __new__(cls, value: int, origin: Origin, ledger: Ledger) -> Self:
         """Makes ``value`` remember ``origin``."""
         size = super().__new__(cls, value)
         size.origin = origin
@@ -168,7 +171,7 @@ class Scalar(float):
     origin: Origin
     ledger: Ledger
 
-    def __new__(cls, value: float, origin: Origin, ledger: Ledger) -> Scalar:
+    def __new__(cls, value: float, origin: Origin, ledger: Ledger) -> Self:
         """Makes ``value`` remember ``origin``."""
         scalar = super().__new__(cls, value)
         scalar.origin = origin
@@ -197,7 +200,7 @@ class Scalar(float):
     def __ceil__(self) -> Any:
         return _remember(_ceil_of, self, 0, self)
 
-    def __round__(self, digits: int | None = None) -> Any:
+    def __round__(self, digits: Any = None) -> Any:
         return _remember(_round_of, self, digits, self)
 
 
@@ -308,7 +311,7 @@ def leaves(number: Any) -> Iterator[Place | Extent]:
 
 @contextmanager
 def remembering_roots() -> Iterator[None]:
-    """Lets ``math.sqrt`` of a number with an origin keep it, as ``/ math.sqrt(head_dim)`` is how attention is scaled."""
+    """Lets ``math.sqrt`` of a number with an origin keep it: ``/ math.sqrt(head_dim)`` is how attention is scaled."""
     plain = math.sqrt
 
     def sqrt(value: Any, /) -> Any:

@@ -22,11 +22,26 @@ from netopt.axes.sizes import Ledger, caller, show_place
 from netopt.errors import TraceError
 
 _KNOWN = "_netopt_dims"
-_QUESTIONS = frozenset(  # operations that answer a question about a tensor and make none
-    {"prim::device", "aten::sym_size", "aten::sym_numel", "aten::sym_stride", "aten::sym_storage_offset",
-     "aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::item", "aten::_assert_async", "aten::allclose",
-     "aten::_assert_tensor_metadata", "aten::_has_compatible_shallow_copy_type", "aten::is_same_size", "prim::layout"}
-)  # fmt: skip
+# Operations that answer a question about a tensor and make none.
+_QUESTIONS = frozenset(
+    [
+        "prim::device",
+        "aten::sym_size",
+        "aten::sym_numel",
+        "aten::sym_stride",
+        "aten::sym_storage_offset",
+        "aten::_local_scalar_dense",
+        "aten::is_nonzero",
+        "aten::equal",
+        "aten::item",
+        "aten::_assert_async",
+        "aten::allclose",
+        "aten::_assert_tensor_metadata",
+        "aten::_has_compatible_shallow_copy_type",
+        "aten::is_same_size",
+        "prim::layout",
+    ]
+)
 
 
 class _Known:
@@ -84,7 +99,7 @@ class Trace(TorchDispatchMode):
     def forget(self) -> None:
         """Takes the notes off the tensors that outlive the trace."""
         for tensor in self._marked:
-            tensor.__dict__.pop(_KNOWN, None)
+            vars(tensor).pop(_KNOWN, None)
         self._marked.clear()
 
     def inputs(self, tensors: Iterable[Tensor]) -> None:
@@ -137,7 +152,7 @@ class Trace(TorchDispatchMode):
 
     def _learn(self, tensor: Tensor, dims: Dims, *, data: bool, source: str | None, mark: bool = False) -> _Known:
         known = _Known(self, dims, data=data, source=source)
-        tensor.__dict__[_KNOWN] = known
+        setattr(tensor, _KNOWN, known)
         if mark:
             self._marked.append(tensor)
         return known
@@ -167,7 +182,7 @@ class Trace(TorchDispatchMode):
         speak = find_rule(name)
         kwargs.pop("out", None)
         if speak is None:
-            self._refuse(op, outs)
+            self._refuse(op)
             answer: Any = None
         else:
             answer = speak(op, *args, **kwargs)
@@ -190,7 +205,7 @@ class Trace(TorchDispatchMode):
             origin = written.source if written is not None and written.source else source
             self._learn(tensor, dims, data=data or bool(written and written.data), source=origin)
 
-    def _refuse(self, op: Operation, outs: list[Tensor]) -> None:
+    def _refuse(self, op: Operation) -> None:
         self.unknown.add(op.name)
         for tensor in op.tensors:
             for dim in self.dims(tensor):

@@ -86,7 +86,7 @@ class Watch(CallNames):
 
     def _explain(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Finds, for every dimension the call made afresh, the integer that asked for it."""
-        numbers = [number for number in _integers((args, kwargs))]
+        numbers = _integers((args, kwargs))
         for layout in self.trace.asked:
             fitting = [number for number in numbers if _plain(number) == layout.size]
             match = next(
@@ -95,7 +95,9 @@ class Watch(CallNames):
             if match is not None:
                 numbers = [number for number in numbers if number is not match]
                 self.equate(match, layout, name)
-            elif not any(isinstance(leaf, Tensor) for leaf in tree_iter((args, kwargs))):  # else C++ follows the tensors
+            elif not any(
+                isinstance(leaf, Tensor) for leaf in tree_iter((args, kwargs))
+            ):  # else C++ follows the tensors
                 freeze(layout, f"has a size that {name} computes at {self.trace.where()}")
 
     def _note_numbers(self, args: tuple[Any, ...], kwargs: dict[str, Any], kinds: Any) -> None:
@@ -185,7 +187,7 @@ _SHAPES: dict[str, Callable[..., Any]] = {"__get__": _shape, "size": _size, "num
 
 
 def _given_sizes(first: int) -> Callable[..., None]:
-    """A call whose sizes, from argument ``first`` on or under ``size``/``shape``, are the result's dimensions in order."""
+    """A call whose sizes, from argument ``first`` on or under ``size``, are the result's dimensions in order."""
 
     def speak(watch: Watch, args: Any, kwargs: Any, result: Any) -> None:
         sizes: Any = args[first:]
@@ -206,7 +208,7 @@ def _given_sizes(first: int) -> Callable[..., None]:
 
 def _unflatten(watch: Watch, args: Any, kwargs: Any, result: Any) -> None:
     dim = int(_argument(args, kwargs, 1, "dim")) % args[0].dim()
-    sizes = args[2:] if len(args) > 2 else kwargs["sizes"]  # noqa: PLR2004 - tensor, dim, sizes
+    sizes = args[2:] if len(args) > 2 else kwargs["sizes"]  # tensor, dim, sizes
     if isinstance(sizes[0], (tuple, list)):
         sizes = sizes[0]
     for size, made in zip(sizes, watch.trace.dims(result)[dim:], strict=False):
@@ -311,7 +313,7 @@ def _arange(watch: Watch, args: Any, kwargs: Any, result: Any) -> None:
         start, stop, step = 0, numbers[0], 1
     else:
         start, stop = (numbers[0], numbers[1]) if numbers else (kwargs.get("start", 0), kwargs.get("end"))
-        step = numbers[2] if len(numbers) > 2 else kwargs.get("step", 1)  # noqa: PLR2004 - start, stop, step
+        step = numbers[2] if len(numbers) > 2 else kwargs.get("step", 1)  # start, stop, step
     layout = watch.trace.dims(result)[0].layout
     if all(isinstance(value, int) for value in (start, stop, step)):
         span = stop if _plain(start) == 0 and not isinstance(start, Size) else stop - start
@@ -375,8 +377,49 @@ _OPERANDS: dict[str, tuple[str, ...]] = {
 
 # Calls whose plain integers are dimensions or sizes, never values.
 _NO_NUMBERS = frozenset(_SPEAKERS) | frozenset(
-    {"repeat", "tile", "repeat_interleave", "select", "transpose", "permute", "unsqueeze", "squeeze", "flatten", "sum",
-     "mean", "softmax", "log_softmax", "cat", "stack", "unbind", "index_select", "gather", "topk", "one_hot", "eye",
-     "linspace", "randint", "randperm", "tril", "triu", "roll", "flip", "movedim", "swapaxes", "dropout", "unfold", "glu",
-     "cumsum", "argmax", "amax", "max", "min", "norm", "bincount", "pad", "adaptive_avg_pool2d", "interpolate"}
-)  # fmt: skip
+    [
+        "repeat",
+        "tile",
+        "repeat_interleave",
+        "select",
+        "transpose",
+        "permute",
+        "unsqueeze",
+        "squeeze",
+        "flatten",
+        "sum",
+        "mean",
+        "softmax",
+        "log_softmax",
+        "cat",
+        "stack",
+        "unbind",
+        "index_select",
+        "gather",
+        "topk",
+        "one_hot",
+        "eye",
+        "linspace",
+        "randint",
+        "randperm",
+        "tril",
+        "triu",
+        "roll",
+        "flip",
+        "movedim",
+        "swapaxes",
+        "dropout",
+        "unfold",
+        "glu",
+        "cumsum",
+        "argmax",
+        "amax",
+        "max",
+        "min",
+        "norm",
+        "bincount",
+        "pad",
+        "adaptive_avg_pool2d",
+        "interpolate",
+    ]
+)

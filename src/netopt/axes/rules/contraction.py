@@ -17,7 +17,7 @@ def product_of(op: Operation, left: Tensor, right: Tensor) -> Dims:
     inner = b[-2] if len(b) > 1 else b[0]
     op.summed(a[-1], inner)
     batch: Dims = []
-    if len(a) > 2 and len(b) > 2:  # noqa: PLR2004 - both are stacks of matrices
+    if len(a) > 2 and len(b) > 2:  # both are stacks of matrices
         for first, second in zip(a[:-2], b[:-2], strict=True):
             op.same(first, second)
             batch.append(Dim(first.layout, first.zero or second.zero))
@@ -106,7 +106,7 @@ def grouped_mm(
     """Rows of ``left`` in groups, each multiplied with a matrix of its own: ``[t, k] x [g, k, n] -> [t, n]``."""
     a, b = op.dims(left), op.dims(right)
     op.summed(a[-1], b[-2])
-    if len(b) > 2:  # noqa: PLR2004 - a stack of matrices
+    if len(b) > 2:  # a stack of matrices
         op.freeze(b[0], "is a number of groups of rows")
     op.contract(right, [b[-2]], [b[-1]])
     return [*a[:-1], b[-1]]
@@ -125,10 +125,15 @@ def cdist(op: Operation, left: Tensor, right: Tensor, *args: Any) -> Dims:
     return [*batch, Dim(a[-2].layout), Dim(b[-2].layout)]
 
 
-@rule("aten::_scaled_dot_product_flash_attention", "aten::_scaled_dot_product_flash_attention_for_cpu",
-      "aten::_scaled_dot_product_efficient_attention", "aten::_scaled_dot_product_cudnn_attention",
-      "aten::_scaled_dot_product_attention_math", "aten::_scaled_dot_product_fused_attention_overrideable",
-      "aten::_scaled_dot_product_attention_math_for_mps")  # fmt: skip
+@rule(
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_efficient_attention",
+    "aten::_scaled_dot_product_cudnn_attention",
+    "aten::_scaled_dot_product_attention_math",
+    "aten::_scaled_dot_product_fused_attention_overrideable",
+    "aten::_scaled_dot_product_attention_math_for_mps",
+)
 def attention(op: Operation, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
     """``softmax(q k^T) v``, head by head; fewer key heads than query heads serve several each."""
     q, k, v = op.dims(query), op.dims(key), op.dims(value)

@@ -11,8 +11,14 @@ from netopt.axes.operation import Dim, Dims, Operation, merge, rows, rule
 from netopt.axes.rules.contraction import biased
 
 
-@rule("aten::convolution", "aten::_convolution", "aten::mkldnn_convolution", "aten::cudnn_convolution",
-      "aten::convolution_overrideable", "aten::_slow_conv2d_forward")  # fmt: skip
+@rule(
+    "aten::convolution",
+    "aten::_convolution",
+    "aten::mkldnn_convolution",
+    "aten::cudnn_convolution",
+    "aten::convolution_overrideable",
+    "aten::_slow_conv2d_forward",
+)
 def convolution(
     op: Operation,
     tensor: Tensor,

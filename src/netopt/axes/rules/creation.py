@@ -16,10 +16,29 @@ def zeros(op: Operation, *args: Any, **kwargs: Any) -> Dims:
     return [op.asked(size, zero=True) for size in op.out.shape]
 
 
-@rule("aten::ones", "aten::full", "aten::empty", "aten::rand", "aten::randn", "aten::arange", "aten::linspace", "aten::logspace",
-      "aten::new_ones", "aten::new_full", "aten::new_empty", "aten::randint", "aten::randperm", "aten::range",
-      "aten::empty_permuted", "aten::new_empty_strided", "aten::empty_strided", "aten::scalar_tensor", "aten::hann_window", "aten::normal_like",
-      "aten::_efficientzerotensor")  # fmt: skip
+@rule(
+    "aten::ones",
+    "aten::full",
+    "aten::empty",
+    "aten::rand",
+    "aten::randn",
+    "aten::arange",
+    "aten::linspace",
+    "aten::logspace",
+    "aten::new_ones",
+    "aten::new_full",
+    "aten::new_empty",
+    "aten::randint",
+    "aten::randperm",
+    "aten::range",
+    "aten::empty_permuted",
+    "aten::new_empty_strided",
+    "aten::empty_strided",
+    "aten::scalar_tensor",
+    "aten::hann_window",
+    "aten::normal_like",
+    "aten::_efficientzerotensor",
+)
 def fresh(op: Operation, *args: Any, **kwargs: Any) -> Dims:
     """Values that say nothing about neurons."""
     return [op.asked(size) for size in op.out.shape]

@@ -191,7 +191,7 @@ def index_put(
             dims[-right] = Dim(dims[-right].layout, dims[-right].zero and given[-right].zero)
         elif given[-right].size == 1:
             dims[-right] = Dim(dims[-right].layout)
-    return dims if trailing == 0 or any(one is None for one in indices[:0]) else dims
+    return dims
 
 
 @rule("aten::masked_scatter")

@@ -27,9 +27,19 @@ def _affine_zero(op: Operation, weight: Any, bias: Any) -> bool:
     return isinstance(weight, Tensor) and all(op.dims(tensor)[0].zero for tensor in terms if tensor.dim())
 
 
-@rule("aten::native_batch_norm", "aten::_native_batch_norm_legit_no_training", "aten::_native_batch_norm_legit", "aten::batch_norm",
-      "aten::cudnn_batch_norm", "aten::miopen_batch_norm", "aten::mkldnn_batch_norm", "aten::_batch_norm_with_update",
-      "aten::_batch_norm_no_update", "aten::batch_norm_elemt", "aten::_native_batch_norm_legit_functional")  # fmt: skip
+@rule(
+    "aten::native_batch_norm",
+    "aten::_native_batch_norm_legit_no_training",
+    "aten::_native_batch_norm_legit",
+    "aten::batch_norm",
+    "aten::cudnn_batch_norm",
+    "aten::miopen_batch_norm",
+    "aten::mkldnn_batch_norm",
+    "aten::_batch_norm_with_update",
+    "aten::_batch_norm_no_update",
+    "aten::batch_norm_elemt",
+    "aten::_native_batch_norm_legit_functional",
+)
 def batch_norm(op: Operation, tensor: Tensor, weight: Any, bias: Any, *stats: Any, **kwargs: Any) -> Any:
     """Statistics over everything but dimension 1."""
     dims = list(op.dims(tensor))

@@ -26,9 +26,8 @@ def reduce(op: Operation, tensor: Tensor, dim: Any, why: str | None) -> Any:
     """
     dims = op.dims(tensor)
     rank = len(dims)
-    if isinstance(dim, int) and not isinstance(dim, bool):
-        dim = [dim]
-    gone = {one % rank for one in dim} if dim and rank else set(range(rank))
+    chosen = [dim] if isinstance(dim, int) else dim
+    gone = {one % rank for one in chosen} if chosen and rank else set(range(rank))
     for index in gone:
         reduced = dims[index]
         if reduced.size > 1:
@@ -60,8 +59,24 @@ rule("aten::sum", "aten::nansum", "aten::count_nonzero", "aten::any")(_summing(0
 rule("aten::norm", "aten::linalg_vector_norm")(_summing(1))
 
 
-@rule("aten::mean", "aten::nanmean", "aten::var", "aten::std", "aten::var_mean", "aten::std_mean", "aten::logsumexp", "aten::prod",
-      "aten::amax", "aten::amin", "aten::aminmax", "aten::all", "aten::argmax", "aten::argmin", "aten::median", "aten::mode")  # fmt: skip
+@rule(
+    "aten::mean",
+    "aten::nanmean",
+    "aten::var",
+    "aten::std",
+    "aten::var_mean",
+    "aten::std_mean",
+    "aten::logsumexp",
+    "aten::prod",
+    "aten::amax",
+    "aten::amin",
+    "aten::aminmax",
+    "aten::all",
+    "aten::argmax",
+    "aten::argmin",
+    "aten::median",
+    "aten::mode",
+)
 def whole(op: Operation, tensor: Tensor, dim: Any = None, *args: Any, **kwargs: Any) -> Any:
     """Reductions whose result depends on how many positions there are, or on more than their sum."""
     answer = reduce(op, tensor, None if isinstance(dim, bool) else dim, f"is reduced by {op.short}")
@@ -117,8 +132,15 @@ def ranked(op: Operation, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
     return tuple(answers)
 
 
-@rule("aten::multinomial", "aten::histc", "aten::bincount", "aten::unique_consecutive", "aten::_unique2", "aten::nonzero",
-      "aten::masked_select")  # fmt: skip
+@rule(
+    "aten::multinomial",
+    "aten::histc",
+    "aten::bincount",
+    "aten::unique_consecutive",
+    "aten::_unique2",
+    "aten::nonzero",
+    "aten::masked_select",
+)
 def by_value(op: Operation, *tensors: Any, **kwargs: Any) -> Any:
     """The size of the result depends on values."""
     for tensor in tensors:

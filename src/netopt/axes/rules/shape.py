@@ -175,8 +175,17 @@ def stack(op: Operation, tensors: Sequence[Tensor], dim: int = 0) -> Dims:
     return result
 
 
-@rule("aten::split", "aten::split_with_sizes", "aten::chunk", "aten::unsafe_split", "aten::unsafe_chunk",
-      "aten::unsafe_split_with_sizes", "aten::tensor_split", "aten::split_copy", "aten::split_with_sizes_copy")  # fmt: skip
+@rule(
+    "aten::split",
+    "aten::split_with_sizes",
+    "aten::chunk",
+    "aten::unsafe_split",
+    "aten::unsafe_chunk",
+    "aten::unsafe_split_with_sizes",
+    "aten::tensor_split",
+    "aten::split_copy",
+    "aten::split_with_sizes_copy",
+)
 def split(op: Operation, tensor: Tensor, sizes: Any, dim: int = 0) -> tuple[Dims, ...]:
     """A dimension cut into parts, one after the other."""
     dims = op.dims(tensor)

@@ -10,10 +10,10 @@ from torch.utils._pytree import tree_leaves
 
 from netopt.axes.operation import Dim, Dims, Operation, join, merge, rows, rule
 
-_POOLS = """adaptive_avg_pool# _adaptive_avg_pool# adaptive_max_pool# avg_pool# max_pool# max_pool#_with_indices fractional_max_pool#
-mkldnn_max_pool# upsample_nearest# _upsample_nearest_exact# upsample_bilinear# upsample_bicubic# upsample_linear# upsample_trilinear#
-_upsample_bilinear#_aa _upsample_bicubic#_aa reflection_pad# replication_pad# max_unpool# grid_sampler_# lp_pool#
-quantized_max_pool# _upsample_lanczos#_aa"""
+_POOLS = """adaptive_avg_pool# _adaptive_avg_pool# adaptive_max_pool# avg_pool# max_pool# max_pool#_with_indices
+fractional_max_pool# mkldnn_max_pool# upsample_nearest# _upsample_nearest_exact# upsample_bilinear#
+upsample_bicubic# upsample_linear# upsample_trilinear# _upsample_bilinear#_aa _upsample_bicubic#_aa reflection_pad#
+replication_pad# max_unpool# grid_sampler_# lp_pool# quantized_max_pool# _upsample_lanczos#_aa"""
 _RANK = {"1d": 1, "2d": 2, "3d": 3}
 
 
@@ -32,12 +32,11 @@ def over_pixels(op: Operation, tensor: Tensor, *args: Any, **kwargs: Any) -> Any
     for other in args:
         if isinstance(other, Tensor):
             op.freeze(op.dims(other)[len(passing) if "unpool" in op.name else 0 :], why)
-    answers = tuple(
+    return tuple(
         [*passing, *(op.frozen(size, why) for size in out.shape[len(passing) :])]
         for out in tree_leaves(op.out)
         if isinstance(out, Tensor)
     )
-    return answers
 
 
 @rule("aten::constant_pad_nd", "aten::pad", "aten::_pad_enum")
