@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from netopt.prune.neurons import plan_neurons, prune_neurons
+from netopt.prune.shrink import shrink
 from netopt.prune.weights import prune_weights
 
-__all__ = ["plan_neurons", "prune_neurons", "prune_weights"]
+__all__ = ["plan_neurons", "prune_neurons", "prune_weights", "shrink"]

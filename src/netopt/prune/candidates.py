@@ -15,7 +15,7 @@ from netopt.errors import NothingToPruneError, SelectorError, UnknownNameError
 from netopt.selectors import Selector, matches
 from netopt.surgery import named_tensors
 
-__all__ = ["AxisSelector", "candidates", "explain"]
+__all__ = ["AxisSelector", "candidates", "explain", "names_of"]
 
 AxisSelector: TypeAlias = Selector | Callable[[Axis], bool] | Sequence[Any]
 """A selector, or a predicate of an :class:`~netopt.axes.Axis`, or the name or pattern of axes, or several of these."""
@@ -73,7 +73,9 @@ def names_of(model: nn.Module, axes: Axes) -> dict[str, set[str]]:
             makers[layer] = axes[layer].name
     for axis in axes:
         for member in axis.members:
-            if dims.get(member.tensor) == 1 or makers.get(member.tensor.rpartition(".")[0]) == axis.name:
+            layer = member.tensor.rpartition(".")[0]
+            made_here = makers.get(layer) == axis.name or layer == axis.name.partition("/")[0]
+            if dims.get(member.tensor) == 1 or made_here:
                 names[axis.name].add(member.tensor)
     return names
 

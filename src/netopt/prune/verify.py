@@ -59,17 +59,20 @@ class Promise:
         return _difference(again, found)[0] > 0
 
 
-def promise(model: nn.Module, inputs: Inputs, counted: Counted, masks: Mapping[str, Tensor] | None) -> Promise:
+def promise(
+    model: nn.Module, inputs: Inputs, counted: Counted, masks: Mapping[str, Tensor] | None, *, equal: bool = False
+) -> Promise:
     """Runs the model as it is, or with ``masks`` on, and notes what the smaller one has to return.
 
     Args:
         model: Before the surgery; given back as it was.
         inputs: Of one forward call.
         counted: From a result to the outputs that count.
-        masks: For each tensor by name, ``True`` where it stays, if the outputs must be equal; else None.
+        masks: For each tensor by name, ``True`` where it stays, if the masked model's outputs are promised; else None.
+        equal: Without ``masks``: whether the model's own outputs are promised, or only their shapes.
     """
     if masks is None:
-        return Promise(run(model, inputs, counted), equal=False)
+        return Promise(run(model, inputs, counted), equal=equal)
     operation = Operation(model, masked_tensors(model, masks))
     return Promise(operation.rehearse(lambda: run(model, inputs, counted)), equal=True)
 

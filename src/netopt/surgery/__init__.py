@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from netopt.surgery.commit import Operation, prepare
 from netopt.surgery.optimizers import as_optimizers
-from netopt.surgery.tensors import Exchange, find_tensor, named_tensors, narrow
+from netopt.surgery.tensors import Exchange, find_tensor, named_tensors, narrow, successor
 
-__all__ = ["Exchange", "Operation", "as_optimizers", "find_tensor", "named_tensors", "narrow", "prepare"]
+__all__ = ["Exchange", "Operation", "as_optimizers", "find_tensor", "named_tensors", "narrow", "prepare", "successor"]
