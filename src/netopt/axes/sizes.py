@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import operator
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,8 +25,8 @@ from netopt.axes.layout import Atom, Layout, count
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-_OWN = str(Path(__file__).parents[1])
-_TORCH = str(Path(torch.__file__).parent)
+_OWN = f"{Path(__file__).parents[1]}{os.sep}"
+_TORCH = f"{Path(torch.__file__).parent}{os.sep}"  # with the separator: torchvision is not torch's own
 _foreign: dict[str, bool] = {}
 
 
