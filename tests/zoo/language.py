@@ -268,18 +268,28 @@ DECODERS = (
 )
 
 ENCODER_DECODERS = (
-    _case("t5", lambda: hf.T5ForConditionalGeneration(hf.T5Config(**T5, decoder_start_token_id=0)), pair),
+    _case(
+        "t5",
+        lambda: hf.T5ForConditionalGeneration(hf.T5Config(**T5, decoder_start_token_id=0)),
+        pair,
+        # The encoder's states are an output, and with them the width of the embeddings that both halves share.
+        share=0.95,
+    ),
     _case(
         "t5.gated",
         lambda: hf.T5ForConditionalGeneration(
             hf.T5Config(**T5, decoder_start_token_id=0, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
         ),
         pair,
+        # Likewise.
+        share=0.95,
     ),
     _case(
         "bart",
         lambda: hf.BartForConditionalGeneration(hf.BartConfig(**SEQ2SEQ, max_position_embeddings=40, **TOKENS)),
         pair,
+        # The encoder's states are an output: embeddings, positions and norms have no other dimension to shrink.
+        share=0.9,
     ),
     _case(
         "whisper",
@@ -294,6 +304,8 @@ ENCODER_DECODERS = (
             )
         ),
         spectrum,
+        # The encoder's states are an output, and with them the width of its positions.
+        share=0.98,
     ),
 )
 
@@ -322,6 +334,8 @@ BEYOND_TEXT = (
             )
         ),
         text_and_image,
+        # The states of both towers are outputs: embeddings and norms have no other dimension to shrink.
+        share=0.78,
     ),
     _case(
         "segformer",
@@ -355,6 +369,8 @@ BEYOND_TEXT = (
             )
         ),
         any_image,
+        # The states of encoder and decoder are outputs.
+        share=0.97,
     ),
     _case(
         "wav2vec2",
