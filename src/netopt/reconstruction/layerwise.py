@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from netopt import batches
 from netopt.batches import Batch
@@ -14,7 +15,7 @@ from netopt.errors import InvalidArgumentError, MissingDataError, NonFiniteError
 from netopt.masking.decide import Request
 from netopt.parameters import Place
 from netopt.reconstruction.solvers import SOLVERS, Demand, Solver
-from netopt.reconstruction.stages import moments, stages
+from netopt.reconstruction.stages import Moments, moments, stages
 from netopt.restore import given_back
 
 __all__ = ["reconstruct"]
@@ -57,7 +58,7 @@ def reconstruct(
             model.eval()
             for stage in tqdm(stages(model, held[0], wanted), desc=solver, disable=not progress, leave=False):
                 forwards = [lambda batch=batch: batches.feed(model, batch) for batch in held]
-                for name, moment in moments(forwards, stage, wanted).items():
+                for name, moment in moments(forwards, stage, wanted, lambda: _exchanged(wanted, before)).items():
                     masks[name] = _solve(wanted[name], moment, demands[name], SOLVERS[solver])
     except BaseException:
         with torch.no_grad():
@@ -67,16 +68,33 @@ def reconstruct(
     return {name: masks[name] for name in wanted}
 
 
-def _solve(place: Place, moment: Tensor, demands: Sequence[Demand], solver: Solver) -> Tensor:
+@contextmanager
+def _exchanged(wanted: Mapping[str, Place], values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Lets the parameters hold other values for a while."""
+    own = {name: place.parameter.data for name, place in wanted.items()}
+    try:
+        for name, place in wanted.items():
+            place.parameter.data = values[name]
+        yield
+    finally:
+        for name, place in wanted.items():
+            place.parameter.data = own[name]
+
+
+def _solve(place: Place, moments: Moments, demands: Sequence[Demand], solver: Solver) -> Tensor:
     """Updates one parameter, group by group, and returns its mask."""
     orientation, parameter = place.orientation, place.parameter
+    moment = moments.own
     rows = orientation.rows(place.value).to(moment.dtype)
     if not torch.isfinite(rows).all():
         raise NonFiniteError(f"the weight {place.name!r} holds NaN or infinity; repair it, or exclude it.")
     if not torch.isfinite(moment).all():
         raise NonFiniteError(f"the inputs of {place.name!r} are not finite on this data; check data and weights.")
+    parts = rows.chunk(len(moment))
+    cross = moments.cross
     solved = [
-        solver(part, own, demand) for part, own, demand in zip(rows.chunk(len(moment)), moment, demands, strict=True)
+        solver(part, own, demand, part @ other)
+        for part, own, other, demand in zip(parts, moment, cross, demands, strict=True)
     ]
     weight = orientation.back(torch.cat([one for one, _ in solved]), parameter)
     mask = orientation.back(torch.cat([kept for _, kept in solved]), parameter).contiguous()

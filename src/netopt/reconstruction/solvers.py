@@ -22,6 +22,7 @@ BLOCK = 128
 ROUNDS = 15
 ITERATIONS = 30
 POLISH = 24
+EXP=True
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Demand:
         return keep if alive is None else keep & alive
 
 
-def sparsegpt(weight: Tensor, moment: Tensor, demand: Demand) -> tuple[Tensor, Tensor]:
+def sparsegpt(weight: Tensor, moment: Tensor, demand: Demand, target: Tensor | None = None) -> tuple[Tensor, Tensor]:
     r"""Removes weights column by column, and lets the columns to come make up for each error.
 
     Args:
@@ -77,7 +78,9 @@ def sparsegpt(weight: Tensor, moment: Tensor, demand: Demand) -> tuple[Tensor, T
         SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot (Frantar & Alistarh, 2023),
         https://arxiv.org/abs/2301.00774
     """
-    weight = weight.clone()
+    target = weight @ moment if target is None else target
+    damp = DAMPENING * moment.diagonal().mean()
+    weight = torch.linalg.solve(_dampened(moment, DAMPENING), target + weight * damp, left=False)
     factor = _inverse_factor(_dampened(moment, DAMPENING))
     kept = torch.ones_like(weight, dtype=torch.bool)
     columns = weight.shape[1]
@@ -105,7 +108,7 @@ def _choose_group(demand: Demand, part: Tensor, inner: Tensor, kept: Tensor, sta
     kept[:, start + column : start + stop] = demand.keep(scores, start + column)
 
 
-def admm(weight: Tensor, moment: Tensor, demand: Demand) -> tuple[Tensor, Tensor]:
+def admm(weight: Tensor, moment: Tensor, demand: Demand, target: Tensor | None = None) -> tuple[Tensor, Tensor]:
     r"""Alternates between the best matrix near one with zeros, and the nearest matrix with zeros.
 
     The zeros grow in number over the first rounds; then the pattern stays, and what is kept is fitted to it by
@@ -124,9 +127,12 @@ def admm(weight: Tensor, moment: Tensor, demand: Demand) -> tuple[Tensor, Tensor
         https://arxiv.org/abs/2401.02938
     """
     norm = moment.diagonal().sqrt().clamp(min=1e-8 * float(moment.diagonal().max().sqrt()) + 1e-30)
-    moment = _dampened(moment / norm / norm[:, None], DAMPENING)
+    target = weight @ moment if target is None else target
+    moment = moment / norm / norm[:, None]
     dense = weight * norm
-    target = dense @ moment
+    target = target / norm + dense * (DAMPENING * moment.diagonal().mean())
+    moment = _dampened(moment, DAMPENING)
+    if EXP: dense = torch.linalg.solve(moment, target, left=False)
     penalty = 1.0
     inverse = torch.linalg.inv(moment + penalty * torch.eye(len(moment), dtype=moment.dtype, device=moment.device))
     free, dual = dense.clone(), torch.zeros_like(dense)

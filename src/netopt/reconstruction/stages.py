@@ -6,7 +6,8 @@ soon as they have been seen, and only second moments are kept of what they read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,21 +91,40 @@ def stages(model: nn.Module, batch: Any, wanted: Mapping[str, Place]) -> list[St
     return order
 
 
+@dataclass
+class Moments:
+    """Second moments of what a weight reads, each ``(groups, columns, columns)``.
+
+    Attributes:
+        own: Of its inputs in the model as it is pruned so far, with themselves.
+        cross: Of its inputs in the unpruned model with those.
+    """
+
+    own: Tensor
+    cross: Tensor
+
+
 def moments(
-    forwards: Sequence[Callable[[], Any]] | Iterator[Callable[[], Any]], stage: Stage, wanted: Mapping[str, Place]
-) -> dict[str, Tensor]:
-    """Returns the second moments of what the weights of ``stage`` read, ``(groups, columns, columns)`` each.
+    forwards: Iterable[Callable[[], Any]],
+    stage: Stage,
+    wanted: Mapping[str, Place],
+    unpruned: Callable[[], AbstractContextManager[None]],
+) -> dict[str, Moments]:
+    """Returns the second moments of what the weights of ``stage`` read.
 
     Args:
         forwards: Each runs the model on one batch.
         stage: The weights.
         wanted: Where they are.
+        unpruned: Makes the model the unpruned one while it is entered.
     """
     tally = _Tally(stage)
     watched = {name: wanted[name] for name in stage.readings}
     for forward in forwards:
-        tally.begin()
-        watched_forward(forward, watched, tally.see)
+        for dense in (True, False):
+            tally.begin(dense)
+            with unpruned() if dense else nullcontext():
+                watched_forward(forward, watched, tally.see)
     return {name: tally.sums[tally.shared.get(name, name)] for name in stage.readings}
 
 
@@ -113,14 +133,16 @@ class _Tally:
 
     def __init__(self, stage: Stage) -> None:
         self.stage = stage
-        self.sums: dict[str, Tensor] = {}
+        self.sums: dict[str, Moments] = {}
         self.shared: dict[str, str] = {}
-        self.begin()
 
-    def begin(self) -> None:
-        """Awaits the readings of another forward."""
+    def begin(self, dense: bool) -> None:
+        """Awaits the readings of a forward, first of the unpruned model and then, on the same batch, of this one."""
+        self.dense = dense
         self.left = dict(self.stage.readings)
         self.latest: tuple[Tensor, str] | None = None
+        if dense:
+            self.seen: dict[str, list[Tensor]] = {}
 
     def see(self, reading: Reading) -> bool:
         """Adds a reading; returns whether it was the last."""
@@ -129,17 +151,21 @@ class _Tally:
         if self.latest and _same(self.latest[0], reading.inputs) and self.stage.readings[name] == 1:
             self.shared[name] = self.latest[1]
         else:
-            self._add(name, reading.matrices())
+            inputs = reading.matrices()
+            assert inputs is not None, "stages() refuses weights whose inputs are no matrix"
+            self._add(name, inputs.to(torch.promote_types(inputs.dtype, torch.float32)))
             self.latest = (reading.inputs, name)
         return not any(self.left.values())
 
-    def _add(self, name: str, inputs: Tensor | None) -> None:
-        assert inputs is not None, "stages() refuses weights whose inputs are no matrix"
-        inputs = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
+    def _add(self, name: str, inputs: Tensor) -> None:
+        if self.dense:
+            self.seen.setdefault(name, []).append(inputs)
+            return
         if name not in self.sums:
             groups, _, columns = inputs.shape
-            self.sums[name] = inputs.new_zeros(groups, columns, columns)
-        self.sums[name].baddbmm_(inputs.mT, inputs)
+            self.sums[name] = Moments(*inputs.new_zeros(2, groups, columns, columns))
+        self.sums[name].own.baddbmm_(inputs.mT, inputs)
+        self.sums[name].cross.baddbmm_(self.seen[name].pop(0).mT, inputs)
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
