@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from netopt.importance import Importance, lookup
 from netopt.importance.neurons import NeuronScores, neuron_scores
 from netopt.plan import AxisCut, Plan, shapes_of
 from netopt.prune.candidates import AxisSelector, candidates
+from netopt.prune.configuration import configured
 from netopt.prune.verify import promise
 from netopt.report import PruningReport, Row
 from netopt.selection import Amount, Limits, Scope, check_amount, check_scope, check_threshold, select, select_within
@@ -112,6 +114,8 @@ def prune_neurons(
 
     def report() -> PruningReport:
         settings = request.settings() | {"importance": _name(importance), "mode": mode}
+        if decision.unsaid is not None:
+            settings["config"] = decision.unsaid
         after = measure.cost(model, example_inputs)
         predicted = _predicted(before, after)
         return PruningReport(
@@ -225,6 +229,8 @@ class _Decision:
     kept: dict[str, Tensor]
     plan: Plan
     counted: Callable[[Any], list[Tensor]]
+    unsaid: str | None
+    """Why the model's configuration cannot express the smaller model."""
 
     def rows(self) -> tuple[Row, ...]:
         """One row an axis that could lose neurons."""
@@ -298,7 +304,10 @@ def _decide(
         progress=sources.progress,
     )
     kept = _select(model, example_inputs, axes, chosen, scored.scores, request)
-    return _Decision(axes, chosen, kept_out, scored, kept, make_plan(model, axes, kept), counted)
+    plan = make_plan(model, axes, kept)
+    more, unsaid = configured(model, plan)
+    plan = dataclasses.replace(plan, attributes=(*plan.attributes, *more))
+    return _Decision(axes, chosen, kept_out, scored, kept, plan, counted, unsaid)
 
 
 def make_plan(model: nn.Module, axes: Axes, kept: Mapping[str, Tensor]) -> Plan:
@@ -310,7 +319,7 @@ def make_plan(model: nn.Module, axes: Axes, kept: Mapping[str, Tensor]) -> Plan:
         kept: Positions that stay, ascending, by axis name; axes not named keep all.
     """
     less = {name: positions for name, positions in kept.items() if len(positions) < axes[name].size}
-    tensors = axes.tensor_indices(less)
+    tensors = _under_all_names(model, axes.tensor_indices(less))
     counts = {name: len(positions) for name, positions in less.items()}
     cuts = (AxisCut(name, axes[name].size, kept, axes[name].exact, axes[name].inexact) for name, kept in less.items())
     return Plan(
@@ -320,6 +329,15 @@ def make_plan(model: nn.Module, axes: Axes, kept: Mapping[str, Tensor]) -> Plan:
         axes=tuple(cuts),
         shapes=shapes_of(model, tensors),
     )
+
+
+def _under_all_names(model: nn.Module, tensors: Mapping[str, Mapping[int, Tensor]]) -> dict[str, Mapping[int, Tensor]]:
+    """The same cuts under every name a tied tensor has, so that they also fit where the tie is not yet made."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in surgery.named_tensors(model).items():
+        names.setdefault(id(tensor), []).append(name)
+    tied = {several[0]: several for several in names.values()}
+    return {other: cuts for name, cuts in tensors.items() for other in tied.get(name, [name])}
 
 
 def _select(

@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+from netopt.surgery.attributes import Path
 from netopt.surgery.commit import Operation, prepare
 from netopt.surgery.optimizers import as_optimizers
 from netopt.surgery.tensors import Exchange, find_tensor, named_tensors, narrow, successor
 
-__all__ = ["Exchange", "Operation", "as_optimizers", "find_tensor", "named_tensors", "narrow", "prepare", "successor"]
+__all__ = [
+    "Exchange",
+    "Operation",
+    "Path",
+    "as_optimizers",
+    "find_tensor",
+    "named_tensors",
+    "narrow",
+    "prepare",
+    "successor",
+]
