@@ -43,7 +43,8 @@ class Case:
         make_other: Makes inputs of another batch, spatial or sequence size, where the model takes them.
         share: The least share of the parameters that lies on a free axis.
         expected: The free axes that must be found. Others may be found too, if they keep the laws.
-        frozen: ``tensor:dim`` and a pattern the reason it is frozen for must match.
+        frozen: ``tensor:dim`` and a pattern the reason it is frozen for must match; ``tensor:dim!`` if no part of it
+            is free.
         sizes: An integer held by a module (``attn.num_heads``, ``norm.normalized_shape.0``) and what it must be
             after removal, an expression in the labels of the expected axes.
         train_step: Why a training step is not tried, or empty.

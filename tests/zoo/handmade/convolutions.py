@@ -12,13 +12,14 @@ from torch import nn
     "conv1d",
     inputs=(2, 4, 20),
     other=(3, 4, 33),
-    share=0.98,
+    share=0.99,
     expected=[axis("0:0 1:0 3.weight:1", 12), axis("3:0 7.weight:1", 8)],
 )
 def conv1d():
     return nn.Sequential(
         nn.Conv1d(4, 12, 5, dilation=2), nn.BatchNorm1d(12), nn.ReLU(inplace=True),
-        nn.Conv1d(12, 8, 3, padding="same", padding_mode="circular"), nn.Hardswish(), nn.AdaptiveAvgPool1d(1), nn.Flatten(),
+        nn.Conv1d(12, 8, 3, padding="same", padding_mode="circular"), nn.Hardswish(),
+        nn.AdaptiveAvgPool1d(1), nn.Flatten(),
         nn.Linear(8, 3),
     )  # fmt: skip
 
@@ -27,7 +28,7 @@ def conv1d():
     "conv3d",
     inputs=(2, 1, 6, 8, 8),
     other=(1, 1, 8, 6, 8),
-    share=0.98,
+    share=0.99,
     expected=[axis("conv1:0 bn:0 conv2.weight:1", 8), axis("conv2:0 head.weight:1", 6)],
 )
 class Conv3d(nn.Module):
@@ -48,7 +49,7 @@ class Conv3d(nn.Module):
     "conv_transpose",
     inputs=(2, 6, 5, 5),
     other=(3, 6, 4, 7),
-    share=0.97,
+    share=0.99,
     expected=[axis("0.weight:1 0.bias:0 1:0 3.weight:0", 12), axis("3.weight:1 3.bias:0 5.weight:1", 8)],
     frozen={"0.weight:0": "input", "5.weight:0": "output"},
 )
@@ -63,7 +64,7 @@ def conv_transpose():
     "conv_transpose_grouped",
     inputs=(2, 6, 5, 5),
     other=(3, 6, 4, 7),
-    share=0.97,
+    share=0.99,
     expected=[
         axis("first:0 up.weight:0 up.bias:0 last.weight:1", 4, label="g"),
         axis("first:0 up.weight:0", 3, label="i"),
@@ -86,14 +87,19 @@ class ConvTransposeGrouped(nn.Module):
     "conv_grouped",
     inputs=(2, 3, 8, 8),
     other=(3, 3, 10, 6),
-    share=0.97,
+    share=0.99,
     expected=[
         axis("reduce:0 bn1:0 grouped:0 bn2:0 expand.weight:1", 4, label="g"),
         axis("reduce:0 bn1:0 grouped.weight:1", 6, label="i"),
         axis("grouped:0 bn2:0 expand.weight:1", 4, label="o"),
         axis("expand:0 head.weight:1", 20),
     ],
-    sizes={"grouped.groups": "g", "grouped.in_channels": "g * i", "grouped.out_channels": "g * o", "bn2.num_features": "g * o"},
+    sizes={
+        "grouped.groups": "g",
+        "grouped.in_channels": "g * i",
+        "grouped.out_channels": "g * o",
+        "bn2.num_features": "g * o",
+    },
 )
 class ConvGrouped(nn.Module):
     def __init__(self):
@@ -115,7 +121,7 @@ class ConvGrouped(nn.Module):
     "depthwise_separable",
     inputs=(2, 3, 8, 8),
     other=(3, 3, 9, 6),
-    share=0.97,
+    share=0.99,
     expected=[
         axis("stem:0 dw1:0 bn1:0 pw1.weight:1", 12, label="a"),
         axis("pw1:0 dw2:0 bn2:0 pw2.weight:1", 16, label="b"),
@@ -145,7 +151,7 @@ class DepthwiseSeparable(nn.Module):
     "depthwise_multiplier",
     inputs=(2, 3, 8, 8),
     other=(3, 3, 9, 6),
-    share=0.95,
+    share=0.99,
     expected=[
         axis("stem:0 dw:0 head.weight:1", 6, label="g"),
         axis("dw:0 head.weight:1", 4, label="m"),
@@ -167,7 +173,7 @@ class DepthwiseMultiplier(nn.Module):
     "unfold_as_convolution",
     inputs=(2, 3, 8, 8),
     other=(3, 3, 10, 8),
-    share=0.95,
+    share=0.99,
     expected=[axis("stem:0 weight:1", 8), axis("weight:0 bias:0 head.weight:1", 12)],
 )
 class UnfoldConvolution(nn.Module):
@@ -192,7 +198,7 @@ class UnfoldConvolution(nn.Module):
     "unfold_then_linear_then_fold",
     inputs=(2, 3, 8, 8),
     other=(3, 3, 12, 8),
-    share=0.95,
+    share=0.99,
     expected=[
         axis("stem:0 mix.weight:1", 8),
         axis("mix:0 project.weight:1", 20),
@@ -229,7 +235,7 @@ class WSConv2d(nn.Conv2d):
     "weight_standardisation",
     inputs=(2, 3, 8, 8),
     other=(3, 3, 10, 8),
-    share=0.95,
+    share=0.99,
     expected=[axis("conv1:0 bn:0 conv2.weight:1", 12, False), axis("conv2:0 head.weight:1", 8, None)],
 )
 class WeightStandardised(nn.Module):
@@ -249,7 +255,7 @@ class WeightStandardised(nn.Module):
     "padded_shortcut",
     inputs=(2, 3, 8, 8),
     other=(3, 3, 6, 6),
-    share=0.75,
+    share=0.98,
     expected=[axis("stem:0 conv1.weight:1 conv2:0 head.weight:1", 8), axis("conv1:0 conv2.weight:1", 16)],
 )
 class PaddedShortcut(nn.Module):
@@ -275,7 +281,7 @@ class PaddedShortcut(nn.Module):
     "dilated_pyramid",
     inputs=(2, 3, 12, 12),
     other=(1, 3, 16, 10),
-    share=0.97,
+    share=0.99,
     expected=[
         axis("stem:0 branches.0.weight:1 branches.1.weight:1 branches.2.weight:1 pooled.1.weight:1", 8),
         axis("branches.0:0 project.weight:1", 6),
@@ -308,7 +314,7 @@ class DilatedPyramid(nn.Module):
     "functional_convolution",
     inputs=(2, 3, 9, 9),
     other=(1, 3, 11, 7),
-    share=0.97,
+    share=0.99,
     expected=[axis("first:0 blur:0 second.weight:1", 10), axis("second:0 head.weight:1", 6)],
 )
 class BlurPool(nn.Module):

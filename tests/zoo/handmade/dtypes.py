@@ -5,16 +5,15 @@ from __future__ import annotations
 import warnings
 
 import torch
-from torch import nn
-
 from tests.zoo.case import axis, case
+from torch import nn
 
 
 @case(
     "fourier_filter",
     inputs=(2, 3, 8, 8),
     other=(3, 3, 8, 8),
-    share=0.9,
+    share=0.99,
     expected=[axis("stem:0 complex_weight:0 head.weight:1", 8)],
 )
 class FourierFilter(nn.Module):
@@ -38,7 +37,7 @@ class FourierFilter(nn.Module):
     "fourier_neural_operator",
     inputs=(2, 1, 16),
     other=(3, 1, 24),
-    share=0.95,
+    share=0.99,
     expected=[axis("lift:0 spectral:0 local.weight:1", 6), axis("spectral:1 local:0 head.weight:1", 5)],
 )
 class SpectralConvolution(nn.Module):
@@ -65,7 +64,7 @@ class SpectralConvolution(nn.Module):
     "fourier_over_channels",
     inputs=(4, 5, 10),
     other=(2, 7, 10),
-    share=0.35,
+    share=0.62,
     expected=[axis("mlp.0:0 mlp.2.weight:1", 12)],
     frozen={"embed.weight:0": "fft"},
 )
@@ -88,7 +87,7 @@ class FNet(nn.Module):
     "complex_layer",
     inputs=(4, 10),
     other=(2, 10),
-    share=0.95,
+    share=0.98,
     expected=[axis("real:0 imaginary:0 mix:1", 6), axis("mix:0 head.weight:1", 5)],
 )
 class ComplexLayer(nn.Module):
@@ -110,7 +109,7 @@ class ComplexLayer(nn.Module):
     "integer_buffers",
     inputs=lambda: torch.randint(0, 50, (3, 6)),
     other=lambda: torch.randint(0, 50, (2, 4)),
-    share=0.9,
+    share=0.98,
     expected=[axis("table:1 signs:0 fc.weight:1", 8), axis("fc:0 steps:0 head.weight:1", 6)],
 )
 class IntegerBuffers(nn.Module):
@@ -134,7 +133,7 @@ class IntegerBuffers(nn.Module):
     "half_precision_inside",
     inputs=(4, 10),
     other=(2, 10),
-    share=0.9,
+    share=0.98,
     expected=[axis("fc1:0 fc2.weight:1", 12), axis("fc2:0 head.weight:1", 8)],
     double=False,
     tolerance=1e-2,
@@ -157,14 +156,15 @@ class HalfInside(nn.Module):
     "bfloat16_model",
     inputs=lambda: torch.randn(2, 3, 8, 8, dtype=torch.bfloat16),
     other=lambda: torch.randn(3, 3, 6, 6, dtype=torch.bfloat16),
-    share=0.95,
+    share=0.99,
     expected=[axis("0:0 1:0 3.weight:1", 8), axis("3:0 6.weight:1", 6)],
     double=False,
     tolerance=5e-2,
 )
 def bfloat16_model():
     return nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.GELU("tanh"), nn.Conv2d(8, 6, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.GELU("tanh"), nn.Conv2d(8, 6, 3), nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
         nn.Linear(6, 3),
     ).to(torch.bfloat16)  # fmt: skip
 
@@ -173,7 +173,7 @@ def bfloat16_model():
     "autocast_inside",
     inputs=(4, 10),
     other=(2, 10),
-    share=0.9,
+    share=0.98,
     expected=[axis("fc1:0 fc2.weight:1", 12), axis("fc2:0 head.weight:1", 8)],
     double=False,
     tolerance=5e-2,
@@ -194,7 +194,7 @@ class Autocast(nn.Module):
     "channels_last",
     inputs=lambda: torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last),
     other=lambda: torch.randn(3, 3, 6, 10).to(memory_format=torch.channels_last),
-    share=0.97,
+    share=0.99,
     expected=[axis("0:0 1:0 3:0 4.weight:1", 8), axis("4:0 7.weight:1", 6)],
 )
 def channels_last():
@@ -221,8 +221,9 @@ class Scripted(nn.Module):
     "scripted_submodule",
     inputs=(4, 10),
     other=(2, 10),
-    share=0.25,
+    share=0.4,
     expected=[axis("first.0:0 first.2.weight:1", 9)],
+    frozen={"body.0.weight:0": "script", "last.weight:1": "script"},
 )
 def scripted_submodule():
     with warnings.catch_warnings():
@@ -234,8 +235,9 @@ def scripted_submodule():
     "traced_submodule",
     inputs=(4, 10),
     other=(2, 10),
-    share=0.25,
+    share=0.4,
     expected=[axis("first.0:0 first.2.weight:1", 9)],
+    frozen={"body.0.weight:0": "script", "last.weight:1": "script"},
 )
 def traced_submodule():
     with warnings.catch_warnings():
@@ -248,8 +250,13 @@ def traced_submodule():
     "compiled_submodule",
     inputs=(4, 10),
     other=(2, 10),
-    share=0.25,
-    expected=[axis("first.0:0 first.2.weight:1", 9)],
+    share=0.99,
+    expected=[
+        axis("first.0:0 first.2.weight:1", 9),
+        axis("first.2:0 body._orig_mod.0.weight:1", 8),
+        axis("body._orig_mod.0:0 body._orig_mod.2.weight:1", 12),
+        axis("body._orig_mod.2:0 last.weight:1", 8),
+    ],
     warns="The .grad attribute of a Tensor that is not a leaf",
 )
 def compiled_submodule():

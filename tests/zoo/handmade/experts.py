@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import nn
-
 from tests.zoo.case import axis, case
+from torch import nn
 
 SEQUENCE = {"inputs": (2, 6, 10), "other": (3, 5, 10)}
 
@@ -27,13 +26,14 @@ class Expert(nn.Module):
 @case(
     "experts_by_loop",
     **SEQUENCE,
-    share=0.97,
+    share=0.99,
     expected=[
         axis("experts.0.w1:0 experts.0.w3:0 experts.0.w2.weight:1", 10),
         axis("experts.1.w1:0 experts.1.w3:0 experts.1.w2.weight:1", 10),
         axis("experts.2.w1:0 experts.2.w3:0 experts.2.w2.weight:1", 10),
         axis("embed:0 gate.weight:1 experts.0.w1.weight:1 experts.0.w3.weight:1 experts.0.w2:0 experts.1.w1.weight:1 "
-             "experts.1.w3.weight:1 experts.1.w2:0 experts.2.w1.weight:1 experts.2.w3.weight:1 experts.2.w2:0 head.weight:1",
+             "experts.1.w3.weight:1 experts.1.w2:0 experts.2.w1.weight:1 experts.2.w3.weight:1 "
+             "experts.2.w2:0 head.weight:1",
              8, label="e"),
     ],
 )  # fmt: skip
@@ -67,7 +67,7 @@ class ExpertsByLoop(nn.Module):
 @case(
     "experts_by_boolean_mask",
     **SEQUENCE,
-    share=0.9,
+    share=0.94,
     expected=[
         axis("up.0:0 down.0.weight:1", 9),
         axis("up.1:0 down.1.weight:1", 9),
@@ -89,7 +89,7 @@ class ExpertsByMask(nn.Module):
         probabilities = self.router(flat).softmax(-1)
         best = probabilities.argmax(-1)
         out = flat.new_zeros(flat.shape[0], self.head.in_features)
-        for i, (up, down) in enumerate(zip(self.up, self.down)):
+        for i, (up, down) in enumerate(zip(self.up, self.down, strict=True)):
             mask = best == i
             if mask.any():
                 out[mask] = down(up(flat[mask]).relu()) * probabilities[mask, i : i + 1]
@@ -99,7 +99,7 @@ class ExpertsByMask(nn.Module):
 @case(
     "experts_by_batched_weights",
     **SEQUENCE,
-    share=0.97,
+    share=0.99,
     expected=[
         axis("gate_up:2 gate_up_bias:1 down:1", 9, label="i"),
         axis("embed:0 router:1 gate_up:1 down:2 head.weight:1", 8, label="e"),
@@ -155,8 +155,13 @@ class GatheredExperts(nn.Module):
 @case(
     "experts_soft",
     **SEQUENCE,
-    share=0.95,
-    expected=[axis("up:2 down:1", 9), axis("down:2 head.weight:1", 7)],
+    share=0.99,
+    expected=[
+        axis("up:2 down:1", 9),
+        axis("down:2 head.weight:1", 7),
+        axis("slots:1 up:0 down:0", 3, False),
+        axis("slots:2", 2, False),
+    ],
 )
 class SoftExperts(nn.Module):
     """Soft mixture: slots are mixtures of tokens."""
@@ -181,12 +186,18 @@ class SoftExperts(nn.Module):
 @case(
     "experts_sorted_tokens",
     **SEQUENCE,
-    share=0.9,
+    share=0.99,
     expected=[
         axis("experts.0.w1:0 experts.0.w3:0 experts.0.w2.weight:1", 6),
         axis("experts.1.w1:0 experts.1.w3:0 experts.1.w2.weight:1", 6),
         axis("experts.2.w1:0 experts.2.w3:0 experts.2.w2.weight:1", 6),
         axis("shared.w1:0 shared.w3:0 shared.w2.weight:1", 12),
+        axis(
+            "embed:0 gate.weight:1 experts.0.w1.weight:1 experts.0.w3.weight:1 experts.0.w2:0 experts.1.w1.weight:1 "
+            "experts.1.w3.weight:1 experts.1.w2:0 experts.2.w1.weight:1 experts.2.w3.weight:1 experts.2.w2:0 "
+            "shared.w1.weight:1 shared.w3.weight:1 shared.w2:0 head.weight:1",
+            8,
+        ),
     ],
 )
 class SortedTokens(nn.Module):
@@ -208,7 +219,7 @@ class SortedTokens(nn.Module):
         order = expert_of.view(-1).argsort()
         tokens = flat[order // expert_of.shape[1]]
         outputs, start = [], 0
-        for expert, count in zip(self.experts, counts):
+        for expert, count in zip(self.experts, counts, strict=True):
             if count:
                 outputs.append(expert(tokens[start : start + count]))
             start += count

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import nn
-
 from tests.zoo.case import axis, case
+from torch import nn
 
 
 @case(
     "bare_weights",
     inputs=(4, 10),
     other=(2, 10),
-    share=0.97,
+    share=1.0,
     expected=[axis("w1:0 b1:0 w2:0", 12), axis("w2:1 b2:0 w3:1", 9), axis("w3:0 w4:0", 7)],
 )
 class BareWeights(nn.Module):
@@ -39,7 +38,7 @@ class BareWeights(nn.Module):
     "stacked_layers",
     inputs=(4, 10),
     other=(2, 10),
-    share=0.95,
+    share=1.0,
     expected=[axis("inside:0 weights:1 weights:2 biases:1 outside:0", 12)],
 )
 class StackedLayers(nn.Module):
@@ -63,7 +62,7 @@ class StackedLayers(nn.Module):
     "lists_and_dicts",
     inputs=(4, 10),
     other=(2, 10),
-    share=0.9,
+    share=0.98,
     expected=[
         axis("layers.0:0 layers.1:1", 8),
         axis("layers.1:0 gains.relu:0 named.in:0 extra:0", 9),
@@ -92,11 +91,12 @@ class ListsAndDicts(nn.Module):
     "low_rank",
     inputs=(4, 10),
     other=(2, 10),
-    share=0.95,
+    share=1.0,
     expected=[
         axis("base:0 up:0 head.weight:1", 12),
         axis("up:1 down:0", 5),
         axis("u:1 v:0", 4),
+        axis("head:0 u:0", 6),
     ],
 )
 class LowRank(nn.Module):
@@ -119,8 +119,11 @@ class LowRank(nn.Module):
     "hypernetwork",
     inputs=lambda: (torch.randn(4, 10), torch.randn(5)),
     other=lambda: (torch.randn(2, 10), torch.randn(5)),
-    share=0.9,
-    expected=[axis("hidden:0 make_weight.weight:1 make_bias.weight:1", 8), axis("make_weight:0 make_bias:0 head.weight:1", 6, label="w")],
+    share=0.99,
+    expected=[
+        axis("hidden:0 make_weight.weight:1 make_bias.weight:1", 8),
+        axis("make_weight:0 make_bias:0 head.weight:1", 6, label="w"),
+    ],
     sizes={"width": "w", "make_bias.out_features": "w", "make_weight.out_features": "10 * w"},
 )
 class HyperNetwork(nn.Module):
@@ -144,7 +147,7 @@ class HyperNetwork(nn.Module):
     "tied_autoencoder",
     inputs=(4, 10),
     other=(2, 10),
-    share=0.9,
+    share=1.0,
     expected=[axis("first:0 second.weight:1 back:0", 12), axis("second:0", 6)],
     frozen={"first.weight:1": "input|output"},
 )
@@ -166,8 +169,13 @@ class TiedAutoencoder(nn.Module):
     "tensor_factors",
     inputs=(4, 6, 5),
     other=(2, 6, 5),
-    share=0.9,
-    expected=[axis("rows:1 head:0", 4), axis("columns:1 head:1", 3), axis("factors:0 spread:1", 5), axis("factors:1 mix:0", 6)],
+    share=1.0,
+    expected=[
+        axis("rows:1 head:0", 4),
+        axis("columns:1 head:1", 3),
+        axis("factors:0 spread:1", 5),
+        axis("factors:1 mix:0", 6),
+    ],
 )
 class TensorFactors(nn.Module):
     """tensordot, baddbmm over a stack, and mv."""
@@ -190,7 +198,7 @@ class TensorFactors(nn.Module):
     "dynamic_convolution",
     inputs=(2, 3, 8, 8),
     other=(3, 3, 6, 7),
-    share=0.9,
+    share=0.99,
     expected=[
         axis("stem:0 kernels:2", 6, label="i"),
         axis("kernels:1 head.weight:1", 8, label="o"),
@@ -220,8 +228,11 @@ class DynamicConvolution(nn.Module):
     "film",
     inputs=lambda: {"x": torch.randn(2, 3, 8, 8), "condition": torch.randn(2, 5)},
     other=lambda: {"x": torch.randn(3, 3, 6, 6), "condition": torch.randn(3, 5)},
-    share=0.95,
-    expected=[axis("conv:0 norm:0 modulate.1:0 head.weight:1", 9, label="c"), axis("modulate.0:0 modulate.1.weight:1", 8)],
+    share=0.99,
+    expected=[
+        axis("conv:0 norm:0 modulate.1:0 head.weight:1", 9, label="c"),
+        axis("modulate.0:0 modulate.1.weight:1", 8),
+    ],
     sizes={"modulate.1.out_features": "2 * c", "norm.num_features": "c"},
 )
 class FiLM(nn.Module):
@@ -243,7 +254,7 @@ class FiLM(nn.Module):
     "modulated_convolution",
     inputs=lambda: (torch.randn(2, 3, 8, 8), torch.randn(2, 5)),
     other=lambda: (torch.randn(1, 3, 6, 6), torch.randn(1, 5)),
-    share=0.9,
+    share=0.99,
     expected=[axis("stem:0 style:0 weight:2", 6, None), axis("weight:1 head.weight:1", 8)],
 )
 class ModulatedConvolution(nn.Module):

@@ -6,10 +6,9 @@ import warnings
 
 import torch
 import torch.nn.functional as F
+from tests.zoo.case import axis, case
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
-
-from tests.zoo.case import axis, case
 
 
 def three_layers():
@@ -21,7 +20,7 @@ def three_layers():
     "weight_norm_parametrization",
     inputs=(4, 10),
     other=(2, 10),
-    share=0.95,
+    share=0.98,
     expected=[
         axis("0.parametrizations.weight:0 0.bias:0 2.parametrizations.weight.original1:1", 12, False),
         axis("2.parametrizations.weight:0 2.bias:0 4.weight:1", 8, None),
@@ -38,7 +37,7 @@ def weight_norm_parametrization():
     "weight_norm_hook",
     inputs=(2, 3, 12),
     other=(3, 3, 9),
-    share=0.95,
+    share=0.99,
     expected=[
         axis("0.weight_g:0 0.weight_v:0 0.bias:0 2.weight_v:1", 8, False),
         axis("2.weight_g:0 2.weight_v:0 2.bias:0 4.weight:1", 6, None),
@@ -57,7 +56,7 @@ def weight_norm_hook():
     "spectral_norm_parametrization",
     inputs=(4, 10),
     other=(2, 10),
-    share=0.95,
+    share=0.98,
     expected=[
         axis("0:0 2.parametrizations.weight.original:1 2.parametrizations.weight.0._v:0", 12, False),
         axis("2.parametrizations.weight.original:0 2.parametrizations.weight.0._u:0 2.bias:0 4.weight:1", 8, False),
@@ -73,14 +72,16 @@ def spectral_norm_parametrization():
     "spectral_norm_hook",
     inputs=(2, 3, 8, 8),
     other=(3, 3, 6, 6),
-    share=0.9,
+    share=0.99,
     expected=[
         axis("0:0 2.weight_orig:1 2.weight_v:0", 6, False),
         axis("2.weight_orig:0 2.weight_u:0 2.bias:0 4.weight:1", 8, False),
     ],
 )
 def spectral_norm_hook():
-    net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.LeakyReLU(0.2), nn.Conv2d(6, 8, 3), nn.LeakyReLU(0.2), nn.Conv2d(8, 1, 1))
+    net = nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.LeakyReLU(0.2), nn.Conv2d(6, 8, 3), nn.LeakyReLU(0.2), nn.Conv2d(8, 1, 1)
+    )
     nn.utils.spectral_norm(net[2])
     return net
 
@@ -89,7 +90,7 @@ def spectral_norm_hook():
     "masked_by_torch_prune",
     inputs=(4, 10),
     other=(2, 10),
-    share=0.95,
+    share=0.98,
     expected=[
         axis("0.weight_orig:0 0.weight_mask:0 0.bias:0 2.weight_orig:1 2.weight_mask:1", 12),
         axis("2.weight_orig:0 2.weight_mask:0 2.bias_orig:0 2.bias_mask:0 4.weight:1", 8),
@@ -114,8 +115,10 @@ class Symmetric(nn.Module):
     "symmetric_parametrization",
     inputs=(4, 10),
     other=(2, 10),
-    share=0.95,
-    expected=[axis("0:0 2.parametrizations.weight.original:0 2.parametrizations.weight.original:1 2.bias:0 4.weight:1", 9)],
+    share=0.98,
+    expected=[
+        axis("0:0 2.parametrizations.weight.original:0 2.parametrizations.weight.original:1 2.bias:0 4.weight:1", 9)
+    ],
 )
 def symmetric_parametrization():
     net = nn.Sequential(nn.Linear(10, 9), nn.ReLU(), nn.Linear(9, 9), nn.ReLU(), nn.Linear(9, 3))
@@ -134,7 +137,7 @@ class Positive(nn.Module):
     "positive_parametrization",
     inputs=(4, 10),
     other=(2, 10),
-    share=0.95,
+    share=0.98,
     expected=[
         axis("0.parametrizations.weight.original:0 0.bias:0 2.parametrizations.weight.original:1", 12, False),
         axis("2.parametrizations.weight.original:0 2.bias:0 4.weight:1", 8, None),
@@ -159,7 +162,7 @@ class Standardised(nn.Linear):
     "standardised_linear",
     inputs=(4, 10),
     other=(2, 10),
-    share=0.95,
+    share=0.98,
     expected=[axis("0:0 2.weight:1", 12, False), axis("2:0 4.weight:1", 8, None)],
 )
 def standardised_linear():
@@ -178,8 +181,11 @@ class FakeQuantised(nn.Module):
     "fake_quantised",
     inputs=(4, 10),
     other=(2, 10),
-    share=0.95,
-    expected=[axis("0:0 2.parametrizations.weight.original:1", 12, False), axis("2.parametrizations.weight.original:0 2.bias:0 4.weight:1", 8, None)],
+    share=0.98,
+    expected=[
+        axis("0:0 2.parametrizations.weight.original:1", 12, False),
+        axis("2.parametrizations.weight.original:0 2.bias:0 4.weight:1", 8, None),
+    ],
 )
 def fake_quantised():
     net = three_layers()
@@ -191,11 +197,16 @@ def fake_quantised():
     "orthogonal_parametrization",
     inputs=(4, 10),
     other=(2, 10),
-    share=0.3,
-    expected=[],
+    share=0.47,
+    expected=[
+        axis("2.parametrizations.weight.0.base:0 2.bias:0 4.weight:1", 9),
+        axis("4:0 6.weight:1", 12),
+    ],
     frozen={"2.parametrizations.weight.original:0": "householder|compared with another dimension"},
 )
 def orthogonal_parametrization():
-    net = nn.Sequential(nn.Linear(10, 9), nn.ReLU(), nn.Linear(9, 9), nn.ReLU(), nn.Linear(9, 12), nn.ReLU(), nn.Linear(12, 3))
+    net = nn.Sequential(
+        nn.Linear(10, 9), nn.ReLU(), nn.Linear(9, 9), nn.ReLU(), nn.Linear(9, 12), nn.ReLU(), nn.Linear(12, 3)
+    )
     parametrizations.orthogonal(net[2], orthogonal_map="householder")
     return net

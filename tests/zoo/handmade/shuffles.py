@@ -12,7 +12,7 @@ from torch import nn
     "channel_shuffle",
     inputs=(2, 3, 8, 8),
     other=(3, 3, 6, 10),
-    share=0.97,
+    share=0.99,
     expected=[
         axis("stem:0 group1:0 bn1:0 depth:0 group2.weight:1", 4, label="g"),
         axis("stem:0 group1.weight:1", 6, label="i"),
@@ -20,7 +20,8 @@ from torch import nn
         axis("group2:0 head.weight:1", 5, label="o"),
     ],
     sizes={
-        "groups": "g", "group1.groups": "g", "group2.groups": "c", "depth.groups": "g * c", "group2.in_channels": "g * c",
+        "groups": "g", "group1.groups": "g", "group2.groups": "c", "depth.groups": "g * c",
+        "group2.in_channels": "g * c",
         "group2.out_channels": "c * o", "head.in_features": "c * o", "bn1.num_features": "g * c",
     },
 )  # fmt: skip
@@ -52,7 +53,7 @@ class ChannelShuffle(nn.Module):
     "channel_shuffle_module",
     inputs=(2, 3, 8, 8),
     other=(3, 3, 6, 10),
-    share=0.97,
+    share=0.98,
     expected=[
         axis("0:0 2:0 5.weight:1", 4, label="g"),
         axis("0:0 2.weight:1", 3),
@@ -62,7 +63,12 @@ class ChannelShuffle(nn.Module):
 )
 def channel_shuffle_module():
     return nn.Sequential(
-        nn.Conv2d(3, 12, 3), nn.ReLU(), nn.Conv2d(12, 16, 1, groups=4), nn.ChannelShuffle(4), nn.ReLU(), nn.Conv2d(16, 5, 1)
+        nn.Conv2d(3, 12, 3),
+        nn.ReLU(),
+        nn.Conv2d(12, 16, 1, groups=4),
+        nn.ChannelShuffle(4),
+        nn.ReLU(),
+        nn.Conv2d(16, 5, 1),
     )
 
 
@@ -70,7 +76,7 @@ def channel_shuffle_module():
     "pixel_shuffle",
     inputs=(2, 3, 6, 6),
     other=(1, 3, 5, 8),
-    share=0.95,
+    share=0.99,
     expected=[axis("body:0 expand.weight:1", 10), axis("expand:0 last.weight:1", 8, label="c")],
     sizes={"expand.out_channels": "4 * c", "last.in_channels": "c", "shuffle.upscale_factor": "2"},
 )
@@ -91,12 +97,16 @@ class SuperResolution(nn.Module):
     "pixel_unshuffle",
     inputs=(2, 3, 8, 8),
     other=(1, 3, 4, 12),
-    share=0.95,
+    share=0.99,
     expected=[axis("0:0 2.weight:1", 6), axis("2:0 4.weight:1", 10)],
 )
 def pixel_unshuffle():
     return nn.Sequential(
-        nn.Conv2d(3, 6, 3, padding=1), nn.PixelUnshuffle(2), nn.Conv2d(24, 10, 3, padding=1), nn.ReLU(), nn.Conv2d(10, 2, 1)
+        nn.Conv2d(3, 6, 3, padding=1),
+        nn.PixelUnshuffle(2),
+        nn.Conv2d(24, 10, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(10, 2, 1),
     )
 
 
@@ -104,7 +114,7 @@ def pixel_unshuffle():
     "space_to_depth_by_view",
     inputs=(2, 3, 8, 8),
     other=(1, 3, 4, 12),
-    share=0.95,
+    share=0.99,
     expected=[axis("stem:0 merge.weight:1", 6), axis("merge:0 head.weight:1", 10)],
 )
 class SpaceToDepth(nn.Module):
@@ -128,7 +138,7 @@ class SpaceToDepth(nn.Module):
     "focus_slices",
     inputs=(2, 3, 8, 8),
     other=(1, 3, 4, 12),
-    share=0.95,
+    share=0.99,
     expected=[axis("stem:0 conv.weight:1", 6), axis("conv:0 head.weight:1", 10)],
 )
 class Focus(nn.Module):
@@ -150,7 +160,7 @@ class Focus(nn.Module):
     "glu",
     inputs=(2, 3, 20),
     other=(3, 3, 14),
-    share=0.95,
+    share=0.99,
     expected=[axis("conv1:0 conv2.weight:1", 8), axis("conv2:0 head.weight:1", 8)],
     sizes={},
 )
@@ -173,7 +183,7 @@ class GatedConv(nn.Module):
     "swiglu_split_sizes",
     inputs=(2, 5, 12),
     other=(3, 7, 12),
-    share=0.97,
+    share=0.99,
     expected=[axis("up:0 down.weight:1", 20, label="h"), axis("down:0 head.weight:1", 16)],
     sizes={"up.out_features": "2 * h", "split_sizes.0": "h", "split_sizes.1": "h"},
 )
@@ -194,7 +204,7 @@ class SwiGLU(nn.Module):
     "split_uneven",
     inputs=(2, 12),
     other=(3, 12),
-    share=0.95,
+    share=0.96,
     expected=[
         axis("mix:0 first.weight:1", 6, label="a"),
         axis("mix:0 second.weight:1", 10, label="b"),
@@ -220,7 +230,7 @@ class SplitUneven(nn.Module):
     "narrow_and_slice",
     inputs=(2, 12),
     other=(3, 12),
-    share=0.95,
+    share=0.96,
     expected=[axis("mix:0 first.weight:1", 6, label="a"), axis("mix:0 second.weight:1", 10, label="b")],
     sizes={"cut": "a", "mix.out_features": "a + b"},
 )
@@ -244,7 +254,7 @@ class NarrowAndSlice(nn.Module):
     "slices_with_steps",
     inputs=(2, 12),
     other=(3, 12),
-    share=0.95,
+    share=0.98,
     expected=[axis("mix:0 head.weight:1", 8, label="n")],
     sizes={"mix.out_features": "2 * n"},
 )
@@ -265,7 +275,7 @@ class EvenOdd(nn.Module):
     "additive_coupling",
     inputs=(2, 3, 6, 6),
     other=(3, 3, 8, 4),
-    share=0.97,
+    share=0.99,
     expected=[
         axis("stem:0 f.2:0 g.0.weight:1 head.weight:1", 8, label="a"),
         axis("stem:0 f.0.weight:1 g.2:0 head.weight:1", 8, label="b"),
@@ -295,7 +305,7 @@ class AdditiveCoupling(nn.Module):
     "shuffle_unit_v2",
     inputs=(2, 3, 8, 8),
     other=(3, 3, 6, 10),
-    share=0.9,
+    share=0.99,
     expected=[
         axis("stem:0 branch.3:0 head.weight:1", 6, label="k"),
         axis("stem:0 branch.0.weight:1", 6, label="w"),
