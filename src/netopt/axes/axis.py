@@ -157,6 +157,11 @@ class Axes(Sequence[Axis]):
                     touching[atom] = touching.get(atom, False) or name in parameters
                     if name not in trace.touched and atom.frozen is None:
                         freeze(atom, "is not used by the forward")
+        read = {atom for layout in trace.taken for atom in atoms(layout)}
+        for layout in trace.left_out:
+            for atom in atoms(layout):
+                if atom not in read:
+                    freeze(atom, "is passed over by a slice of a weight, at these inputs")
         for atom, has_parameter in touching.items():
             if not has_parameter:
                 freeze(atom, "belongs to no parameter")

@@ -85,8 +85,7 @@ def _run(model: nn.Module, inputs: Inputs, trace: Trace, watch: Watch, outputs: 
     """Runs the forward once; one in training mode may fail, as batch norm does on a single sample."""
     try:
         with remembered(model, trace.ledger), remembering_roots(), warnings.catch_warnings():
-            if not must:
-                warnings.simplefilter("ignore")
+            warnings.simplefilter("ignore")  # such as those that a run without gradients alone gives
             with trace, watch:
                 result = batches.call(model, inputs)
             for tensor in _counted(result, outputs):

@@ -12,6 +12,8 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeAlias
 
+_MOST_ROWS = 64  # a concatenation is compared row by row up to this many
+
 
 class Atom:
     """An index space that nothing splits so far; the unknown of the unification.
@@ -171,7 +173,7 @@ def split_product(layout: Layout, size: int) -> tuple[Layout, Layout] | None:
         return _split_inside_product(layout, size)
     row = layout.size // size
     if any(part.size % row for part in layout.parts):
-        return None
+        return _rows_of_parts(layout, size)
     tail = Atom(row)
     heads: list[Layout] = []
     for part in layout.parts:
@@ -180,6 +182,23 @@ def split_product(layout: Layout, size: int) -> tuple[Layout, Layout] | None:
             return None
         heads.append(rows[0])
     return concat(heads), resolve(tail)
+
+
+def _rows_of_parts(layout: Layout, size: int) -> tuple[Layout, Layout] | None:
+    """Cuts a concatenation into rows where its parts are no whole numbers of them; the rows are one and the same."""
+    if size > _MOST_ROWS:
+        return None
+    rows: list[Layout] = []
+    rest = layout
+    for _ in range(size - 1):
+        halves = split_concat(rest, layout.size // size)
+        if halves is None:
+            return None
+        rows.append(halves[0])
+        rest = halves[1]
+    if not all(unify(rest, row) for row in rows):
+        return None
+    return Concat([Atom(1) for _ in range(size)]), resolve(rest)
 
 
 def _split_inside_product(layout: Product, size: int) -> tuple[Layout, Layout] | None:
@@ -209,13 +228,7 @@ def split_concat(layout: Layout, size: int) -> tuple[Layout, Layout] | None:
         bind(layout, Concat((first, rest)))
         return first, rest
     if isinstance(layout, Product):
-        row = layout.size // layout.parts[0].size
-        if size % row:
-            return None
-        halves = split_concat(layout.parts[0], size // row)
-        if halves is None:
-            return None
-        return product([halves[0], *layout.parts[1:]]), product([halves[1], *layout.parts[1:]])
+        return _cut_product(layout, size)
     taken = 0
     for index, part in enumerate(layout.parts):
         if taken + part.size <= size:
@@ -228,6 +241,33 @@ def split_concat(layout: Layout, size: int) -> tuple[Layout, Layout] | None:
             return None
         return concat([*layout.parts[:index], halves[0]]), concat([halves[1], *layout.parts[index + 1 :]])
     return None
+
+
+def _cut_product(layout: Product, size: int) -> tuple[Layout, Layout] | None:
+    """Cuts a product between two of its rows, or inside one, where the row's own parts allow it."""
+    head, tail = layout.parts[0], product(layout.parts[1:])
+    whole, into = divmod(size, tail.size)
+    if into == 0:
+        halves = split_concat(head, whole)
+        return None if halves is None else (product((halves[0], tail)), product((halves[1], tail)))
+    before: list[Layout] = []
+    behind: list[Layout] = [head]
+    for position in [whole, 1] if whole else [1]:  # what lies before the row that is cut, then that row
+        if behind[-1].size == position:
+            before.append(behind.pop())
+            continue
+        halves = split_concat(behind.pop(), position)
+        if halves is None:
+            return None
+        before.append(halves[0])
+        behind.append(halves[1])
+    row = split_concat(tail, into)
+    if row is None:
+        return None
+    return (
+        concat([*(product((rows, tail)) for rows in before[:-1]), row[0]]),
+        concat([row[1], *(product((rows, tail)) for rows in behind)]),
+    )
 
 
 def shatter(layout: Layout) -> list[Layout]:

@@ -176,6 +176,12 @@ class Operation:
         if self.is_weight(tensor):
             self.trace.note_roles(tensor, summed, kept)
 
+    def took(self, tensor: Tensor, whole: Dim, part: Dim) -> None:
+        """Notes that a part of a weight was read by its position; what no operation reads is not a neuron."""
+        if self.is_weight(tensor):
+            self.trace.left_out.append(whole.layout)
+            self.trace.taken.append(part.layout)
+
     def summed(self, left: Dim, right: Dim) -> None:
         """States that two dimensions are one, multiplied and summed over."""
         self.same(left, right)

@@ -69,6 +69,8 @@ class Trace(TorchDispatchMode):
         touched: Names of the members an operation has read.
         operations: How many operations ran.
         unknown: Names of the operations that had no rule.
+        left_out: Parts of weights that a slice passes over.
+        taken: Parts of weights that a slice or another selection reads.
         pointers: Names of integer members whose entries are positions of a layout.
     """
 
@@ -88,6 +90,8 @@ class Trace(TorchDispatchMode):
         self.touched: set[str] = set()
         self.operations = 0
         self.unknown: set[str] = set()
+        self.left_out: list[Layout] = []
+        self.taken: list[Layout] = []
         self.pointers: dict[str, Layout] = {}
         self.in_call = False
         self._marked: list[Tensor] = []

@@ -198,10 +198,13 @@ def _given_sizes(first: int) -> Callable[..., None]:
         if not isinstance(result, Tensor) or any(isinstance(size, torch.dtype) for size in sizes):
             return
         dims = watch.trace.dims(result)
-        sizes = [size for size in sizes if isinstance(size, int) and not isinstance(size, bool)]
+        sizes = [size for size in sizes if isinstance(size, (int, Tensor)) and not isinstance(size, bool)]
         if len(sizes) == len(dims):
             for size, dim in zip(sizes, dims, strict=True):
-                watch.equate(size, dim.layout, "view" if first else "a new tensor")
+                if isinstance(size, Tensor):
+                    freeze(dim.layout, f"has a size that is computed by value at {watch.trace.where()}")
+                else:
+                    watch.equate(size, dim.layout, "view" if first else "a new tensor")
 
     return speak
 
@@ -250,9 +253,10 @@ def _chunk(watch: Watch, args: Any, kwargs: Any, result: Any) -> None:
     for part in parts[1:]:
         if part.size == parts[0].size:
             watch.equate(Size(part.size, Extent(parts[0]), watch.trace.ledger), part, "chunk")
-        else:
-            for uneven in (part, parts[0]):
-                freeze(uneven, f"is an uneven chunk at {watch.trace.where()}")
+        else:  # the last one is what remains
+            whole = Size(args[0].shape[dim], Extent(watch.trace.dims(args[0])[dim].layout), watch.trace.ledger)
+            number = _argument(args, kwargs, 1, "chunks")
+            watch.equate((whole + (number - 1)) // number, parts[0], "chunk")
 
 
 def _narrow(watch: Watch, args: Any, kwargs: Any, result: Any) -> None:
