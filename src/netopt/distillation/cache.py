@@ -13,7 +13,7 @@ import math
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -116,23 +116,40 @@ class TeacherCache:
                 self.hits += len(rows)
                 return self._unpack(bank, bank.read(rows))
         records = ask()
-        length = len(prints) if prints is not None else len(identities) if identities is not None else 0
-        if any(len(one) != length for record in records for one in (record.output, *record.features.values())):
+        count = len(prints) if prints is not None else len(identities) if identities is not None else 0
+        if any(len(one) != count for record in records for one in (record.output, *record.features.values())):
             self.drop("the teacher's output is not one row a sample")
             return records
+        self.misses += count
+        return self._kept(kind, identities, prints, records)
+
+    def _kept(
+        self, kind: tuple[Any, ...], identities: Tensor | None, prints: Tensor | None, records: list[Record]
+    ) -> list[Record]:
+        """Keeps what is new of ``records``, and returns them as they are kept."""
         packed = [self._pack(record) for record in records]
+        bank = self._banks.get(kind)
         if bank is None:
             bank = self._banks[kind] = self._open(kind, records, packed)
         if [one.shape[1:] for entry in packed for one in entry] != [shape for shape, _ in bank.specs]:
             self.drop("the teacher's output has another shape for inputs of the same shape")
             return records
-        self.misses += length
         rows, known = bank.find(identities, prints)
-        fresh = ~known
-        if not bank.write(rows, fresh, prints, [one for entry in packed for one in entry]):
+        if bank.changed(rows, known, prints):
+            self.drop("a sample came back with other content, as random augmentation makes it")
+            return records
+        if not bank.write(rows, ~known, prints, [one for entry in packed for one in entry]):
             return records
         rows, known = bank.find(identities, prints)
         return self._unpack(bank, bank.read(rows)) if bool(known.all()) else records
+
+    def state(self) -> tuple[str | None, int, int]:
+        """Returns what a run that is taken up again has to know."""
+        return self.reason, self.hits, self.misses
+
+    def restore(self, state: tuple[str | None, int, int]) -> None:
+        """Goes on from an earlier :meth:`state`."""
+        self.reason, self.hits, self.misses = state
 
     def check_pays(self, epoch: int) -> None:
         """Goes if hashes identify samples and none came back in a whole later epoch."""
@@ -387,8 +404,8 @@ class _Bank:
         return True
 
 
-def cache_for(cache: Any) -> Cache | None:
-    """Returns the settings meant by ``cache=``; ``None`` for no cache.
+def cache_for(cache: Any, folder: Path | None) -> Cache | None:
+    """Returns the settings meant by ``cache=``, by default in ``folder``; ``None`` for no cache.
 
     Raises:
         InvalidArgumentError: not ``"auto"``, a bool, or a `Cache`.
@@ -396,9 +413,9 @@ def cache_for(cache: Any) -> Cache | None:
     if cache is False or cache is None:
         return None
     if cache is True or cache == "auto":
-        return Cache()
+        return Cache(path=folder)
     if isinstance(cache, Cache):
-        return cache
+        return cache if cache.path is not None else replace(cache, path=folder)
     if isinstance(cache, (str, Path)):
         return Cache(path=cache)
     raise InvalidArgumentError(f"cache must be 'auto', True, False, a folder or a Cache, not {cache!r}.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,22 +13,24 @@ from torch import nn
 from torch.optim import Optimizer
 
 from netopt.distillation.cache import Cache, TeacherCache, cache_for
+from netopt.distillation.checkpoint import Checkpoint
 from netopt.distillation.engines import Engine, engine_for, precision
 from netopt.distillation.fingerprints import model_fingerprint
-from netopt.distillation.hints import Hints, HintTerm, hint_terms
+from netopt.distillation.hints import Hints, hint_terms
 from netopt.distillation.interrupts import graceful
 from netopt.distillation.loop import Loop, Settings
 from netopt.distillation.objective import Objective, SoftLoss
-from netopt.distillation.optimizing import OptimizerLike, SchedulerLike, check_positive, optimizers_for, scheduler_for
-from netopt.distillation.outputs import Picker, check_shapes, is_causal
+from netopt.distillation.optimizing import OptimizerLike, SchedulerLike, optimizers_for, scheduler_for
+from netopt.distillation.outputs import Picker, is_causal
+from netopt.distillation.rehearsal import check_finite, check_numbers, check_student, rehearse
 from netopt.distillation.report import DistillationReport
 from netopt.distillation.sources import Drawn, Source, seed_all, source
-from netopt.distillation.student import Trainee, evaluating, lent, modes, undone_on_error
+from netopt.distillation.student import Trainee, lent, modes, undone_on_error
 from netopt.distillation.targets import Labels, Targets
 from netopt.distillation.teachers import Forward, as_teachers, check_apart
 from netopt.distillation.validating import Metric, Validation
-from netopt.errors import ArgumentTypeError, InvalidArgumentError, NonFiniteError
-from netopt.restore import given_back, random_state_kept
+from netopt.errors import InvalidArgumentError
+from netopt.restore import given_back
 
 __all__ = ["distill"]
 
@@ -61,6 +64,9 @@ def distill(
     keep_best: bool | None = None,
     cache: Any = "auto",
     engine: Any = None,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int | None = None,
+    resume: bool = False,
     callbacks: Sequence[Callable[..., Any]] = (),
     seed: int | None = None,
     progress: bool = True,
@@ -107,6 +113,10 @@ def distill(
         cache: ``"auto"`` keeps the teacher's outputs where samples come back; ``False`` never, ``True`` always, and a
             :class:`netopt.distillation.Cache` says how.
         engine: A Hugging Face ``Accelerator`` or a Lightning ``Fabric``.
+        checkpoint: File to write between steps, so that a killed run can be taken up; outputs kept of the teacher go
+            into a folder beside it.
+        checkpoint_every: Optimizer steps between two checkpoints; by default one after every epoch.
+        resume: Take up the run of the checkpoint, if there is one; all other arguments must be the same.
         callbacks: Called as ``(student, epoch)`` after every epoch; a true answer stops.
         seed: Makes the call reproducible by itself; otherwise it follows the global random state.
         progress: Show a bar.
@@ -131,46 +141,45 @@ def distill(
         >>> report.stopped, report.steps, report.loss < 1e-3
         ('finished', 160, True)
     """
-    _check(
-        epochs=epochs,
-        steps=steps,
-        batch_size=batch_size,
-        temperature=temperature,
+    check_numbers(
+        whole={
+            "epochs": epochs,
+            "steps": steps,
+            "batch_size": batch_size,
+            "accumulate": accumulate,
+            "patience": patience,
+        },
+        real={"temperature": temperature, "lr": lr, "clip": clip},
+        optional={"steps", "patience", "lr", "clip"},
         hard=hard,
-        lr=lr,
-        accumulate=accumulate,
-        clip=clip,
-        patience=patience,
         seed=seed,
     )
-    _check_student(student)
+    check_student(student)
     teachers, shares = as_teachers(teacher, teacher_weights)
     check_apart(student, teachers)
-    own = optimizer if isinstance(optimizer, Optimizer) else None
-    student_forward, teacher_forward = _pair(forward, "forward")
-    student_output, teacher_output = _pair(output, "output")
+    runs, pickers = _pair(forward, "forward"), _pair(output, "output")
     terms = hint_terms(hints, student, teachers[0])
     objective = Objective(loss, temperature=temperature, hard=hard, teachers=shares, hints=terms)
     machine = engine_for(engine, student, precision(amp))
+    saved = _checkpoint(checkpoint, checkpoint_every, resume, machine)
     with ExitStack() as stack:
-        stack.enter_context(random_state_kept())
+        _lend(stack, student, teachers, optimizer, scheduler)
         if seed is not None:
             seed_all(seed)
-        base = int(machine.agreed(int(torch.randint(2**31, ()).item())))
+        base = int(machine.agreed(torch.randint(2**31, ()).item()))
+        base = base if saved is None or saved.seed is None else saved.seed
         common: dict[str, Any] = {"batch_size": batch_size, "seed": base, "share": (machine.rank, machine.world)}
-        kept = cache_for(cache)
-        drawn_from = source(
-            data, shuffle=True, once=steps is not None or epochs == 1, tagged=kept is not None, **common
-        )
-        again = epochs > 1 if steps is None else not 0 < steps <= len(drawn_from)
-        held = None
-        if kept is not None and (again or cache != "auto"):
-            held = _held(kept, teachers, drawn_from, machine, temperature)
+        kept = cache_for(cache, None if saved is None else saved.cache)
+        once = epochs == 1 if steps is None else True
+        drawn_from = source(data, shuffle=True, once=once, tagged=kept is not None, **common)
+        again = not once if steps is None else not 0 < steps <= len(drawn_from)
+        held = _held(kept, teachers, drawn_from, machine, temperature) if kept and (again or cache != "auto") else None
+        if held is not None:
             stack.callback(held.close, machine.rank == 0)
         targets = Targets(
             teachers,
-            forward=teacher_forward,
-            picker=teacher_output,
+            forward=runs[1],
+            picker=pickers[1],
             layers=[one.hint.layer for one in terms],
             labels=labels,
             ignore_index=ignore_index,
@@ -178,41 +187,21 @@ def distill(
             engine=machine,
             cache=held,
         )
+        stack.enter_context(targets.listening())
         checked = _validation(validation, metric, targets, objective, common)
         if checked is None and (patience is not None or keep_best):
             raise InvalidArgumentError("patience and keep_best need validation=, which is not given.")
-        stack.enter_context(given_back(*teachers, rng=False))
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(undone_on_error(student, own, scheduler))
-        stack.enter_context(lent(student, own))
-        stack.enter_context(targets.listening())
-        for part, flag in modes(student).items():
-            part.training = flag
-        first, rest = _rehearse(
-            student,
-            forward=student_forward,
-            picker=student_output,
-            drawn_from=drawn_from,
-            targets=targets,
-            objective=objective,
-            terms=terms,
-            seed=base,
-        )
-        trainee = Trainee(student, terms, student_forward, student_output)
+        states, drawn = _begin(drawn_from, saved, machine)
+        first = next(drawn, None)
+        if first is not None:
+            trainee = rehearse(student, runs[0], pickers[0], first, targets, objective, base)
+        else:
+            trainee = Trainee(student, terms, runs[0], pickers[0])
         stack.enter_context(trainee.listening())
-        if checked is not None:
-            with random_state_kept():
-                checked.rehearse(trainee)
         stack.callback(machine.close)
-        if machine.world > 1:
-            # Every process has dropout of its own.
-            seed_all(base + 1 + machine.rank)
-        optimizers = optimizers_for(
-            optimizer, lr, trainee, {id(one) for model in teachers for one in model.parameters()}
-        )
-        total = steps or -(-len(drawn_from) // accumulate) * epochs
-        keep = checked is not None if keep_best is None else keep_best
+        if checked is not None:
+            checked.rehearse(trainee)
+        optimizers = optimizers_for(optimizer, lr, trainee, teachers)
         loop = Loop(
             trainee,
             targets,
@@ -220,49 +209,49 @@ def distill(
             drawn_from,
             machine,
             optimizers=optimizers,
-            schedulers=scheduler_for(scheduler, optimizers, total),
-            settings=Settings(epochs, steps, accumulate, clip, patience, keep),
+            schedulers=scheduler_for(scheduler, optimizers, steps or -(-len(drawn_from) // accumulate) * epochs),
+            settings=Settings(
+                epochs, steps, accumulate, clip, patience, checked is not None if keep_best is None else keep_best
+            ),
             validation=checked,
             callbacks=tuple(callbacks),
             interruption=stack.enter_context(graceful()),
+            checkpoint=saved,
+            generators=states,
             progress=progress,
         )
-        report = loop.run(chain([first], rest))
+        if saved is not None:
+            saved.restore(loop)
+        report = loop.run(drawn if first is None else chain([first], drawn))
         machine.wait()
-        _check_finite(student)
+        if saved is not None and machine.rank == 0 and report.stopped != "interrupted":
+            saved.clear()
+        check_finite(student, "after the last step", "lower lr, or set clip=1.0")
         return report
 
 
-def _rehearse(
-    student: nn.Module,
-    *,
-    forward: Forward,
-    picker: Picker,
-    drawn_from: Source,
-    targets: Targets,
-    objective: Objective,
-    terms: Sequence[HintTerm],
-    seed: int,
-) -> tuple[Drawn, Iterator[Drawn]]:
-    """Looks at the first batch before anything is trained: shapes, what losses average over, projections.
+def _lend(stack: ExitStack, student: nn.Module, teachers: Sequence[nn.Module], optimizer: Any, scheduler: Any) -> None:
+    """Enters the contexts that give everything back, and puts the student into the modes it learns in."""
+    own = optimizer if isinstance(optimizer, Optimizer) else None
+    stack.enter_context(given_back(*teachers))
+    stack.enter_context(torch.inference_mode(False))
+    stack.enter_context(torch.enable_grad())
+    stack.enter_context(undone_on_error(student, own, scheduler))
+    stack.enter_context(lent(student, own))
+    for part, flag in modes(student).items():
+        part.training = flag
 
-    Returns the batch and the rest of its epoch. Nothing of the student changes, no buffer and no random state.
-    """
-    drawn = drawn_from.begin(0)
-    first = next(drawn)
-    with random_state_kept(), torch.no_grad(), evaluating(student):
-        batch, target = targets.prepare(first, cached=False)
-        probe = Trainee(student, terms, forward, picker)
-        with probe.listening(), targets.engine.autocast():
-            record = probe.record(batch)
-        for place, theirs in enumerate(target.records):
-            who = "the teacher" if len(target.records) == 1 else f"teacher {place}"
-            check_shapes(record.output, theirs.output, who)
-        objective.learn(target)
-        generator = torch.Generator().manual_seed(seed)
-        for term in terms:
-            term.learn(*term.pair(record.features, target.records[0].features), generator)
-    return first, drawn
+
+def _begin(drawn_from: Source, saved: Checkpoint | None, machine: Engine) -> tuple[list[torch.Tensor], Iterator[Drawn]]:
+    """Returns the states of the caller's generators where the epoch begins, and what is left of it."""
+    if machine.world > 1:
+        # Every process has dropout of its own.
+        seed_all(drawn_from.seed + 1 + machine.rank)
+    generators = drawn_from.generators()
+    if saved is not None:
+        saved.restore_random(machine.rank, generators)
+    states = [one.get_state() for one in generators]
+    return states, drawn_from.begin(*((0, 0) if saved is None else saved.place))
 
 
 def _held(
@@ -312,50 +301,14 @@ def _pair(value: Any, name: str) -> tuple[Any, Any]:
     return value[0], value[1]
 
 
-def _check(
-    *,
-    epochs: Any,
-    steps: Any,
-    batch_size: Any,
-    temperature: Any,
-    hard: Any,
-    lr: Any,
-    accumulate: Any,
-    clip: Any,
-    patience: Any,
-    seed: Any,
-) -> None:
-    check_positive("epochs", epochs, int)
-    check_positive("steps", steps, int, optional=True)
-    check_positive("batch_size", batch_size, int)
-    check_positive("temperature", temperature, float)
-    check_positive("lr", lr, float, optional=True)
-    check_positive("accumulate", accumulate, int)
-    check_positive("clip", clip, float, optional=True)
-    check_positive("patience", patience, int, optional=True)
-    if isinstance(hard, bool) or not isinstance(hard, (int, float)):
-        raise ArgumentTypeError(f"hard must be a number in [0, 1], not {hard!r}.")
-    if not 0 <= hard <= 1:
-        raise InvalidArgumentError(f"hard must lie in [0, 1], not {hard}.")
-    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
-        raise ArgumentTypeError(f"seed must be an int or None, not {seed!r}.")
-
-
-def _check_student(student: Any) -> None:
-    if not isinstance(student, nn.Module):
-        raise ArgumentTypeError(f"student must be a module, not {type(student).__name__}.")
-    if not any(True for _ in student.parameters()):
-        raise InvalidArgumentError(f"the student, a {type(student).__name__}, has no parameters to train.")
-    if not any(one.requires_grad for one in student.parameters()):
-        raise InvalidArgumentError(
-            "every parameter of the student is frozen, so there is nothing to train; call student.requires_grad_(True)."
-        )
-    _check_finite(student, before=True)
-
-
-def _check_finite(student: nn.Module, *, before: bool = False) -> None:
-    for name, parameter in student.named_parameters():
-        if parameter.is_floating_point() and not bool(torch.isfinite(parameter.detach()).all()):
-            when = "before training" if before else "after the last step"
-            hint = "load finite weights" if before else "lower lr, or set clip=1.0"
-            raise NonFiniteError(f"the student's {name!r} holds NaN or infinity {when}; {hint}.")
+def _checkpoint(path: Any, every: int | None, resume: bool, machine: Engine) -> Checkpoint | None:
+    """Returns what is written between steps, or ``None``."""
+    if path is None:
+        if resume or every is not None:
+            raise InvalidArgumentError("resume and checkpoint_every need checkpoint=, the path of the file.")
+        return None
+    saved = Checkpoint(path, every, resume)
+    if saved.found is None and machine.rank == 0:
+        saved.clear()
+    machine.wait()
+    return saved

@@ -96,6 +96,10 @@ class Engine:
         """Returns the first process's ``value``."""
         return value
 
+    def gather(self, value: Any) -> list[Any]:
+        """Returns every process's ``value``."""
+        return [value]
+
     def wait(self) -> None:
         """Waits until all processes are here."""
 
@@ -167,6 +171,13 @@ class Processes(Engine):
         if self.world > 1:
             dist.broadcast(first, 0)
         return first.item()
+
+    def gather(self, value: Any) -> list[Any]:
+        """Returns every process's ``value``."""
+        gathered: list[Any] = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(gathered, value)
+        return gathered
 
     def wait(self) -> None:
         """Waits until all processes are here."""

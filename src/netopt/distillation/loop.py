@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from netopt.distillation.checkpoint import Checkpoint
 from netopt.distillation.engines import Engine
 from netopt.distillation.interrupts import Interruption
 from netopt.distillation.objective import Objective, Record, Target
@@ -56,12 +57,11 @@ class State:
     drawn: int = 0
     step: int = 0
     samples: int = 0
-    sums: Tensor | None = None
-    counts: Tensor | None = None
     best: float | None = None
     best_epoch: int | None = None
     stale: int = 0
     seconds: float = 0.0
+    teacher_seconds: float = 0.0
     history: list[Epoch] = field(default_factory=list)
 
 
@@ -80,6 +80,8 @@ class Loop:
         validation: Scores the student after every epoch, or ``None``.
         callbacks: Called after every epoch; a true answer stops.
         interruption: Whether someone asked to stop.
+        checkpoint: What is written between steps, or ``None``.
+        generators: States of the caller's generators where the epoch began.
         progress: Whether to show a bar.
     """
 
@@ -97,6 +99,8 @@ class Loop:
         validation: Validation | None,
         callbacks: Sequence[Callable[..., Any]],
         interruption: Interruption,
+        checkpoint: Checkpoint | None,
+        generators: list[Tensor],
         progress: bool,
     ) -> None:
         self.trainee, self.targets, self.objective, self.source = trainee, targets, objective, source
@@ -109,23 +113,27 @@ class Loop:
         )
         self.model, self.optimizers = engine.prepare(trainee, optimizers)
         self.spare: Drawn | None = None
+        self.checkpoint, self.generators = checkpoint, generators
         self.state = State()
         self.best: Snapshot | None = None
+        self.began = time.perf_counter()
         self.watch = _Watch(engine.device, objective)
         self.stopped = "finished"
 
     def run(self, first: Iterator[Drawn]) -> DistillationReport:
         """Trains until there is a reason to stop; ``first`` is the first epoch, begun already."""
-        began = time.perf_counter()
+        self.began = time.perf_counter()
         state, drawn = self.state, first
         try:
             with self._bar() as bar:
                 while self.stopped == "finished" and not self._done():
                     self._epoch(drawn, bar)
+                    if self.stopped == "interrupted" or self._done():
+                        break
                     drawn = self.source.begin(state.epoch)
         except KeyboardInterrupt:
             self.stopped = "interrupted"
-        self.watch.settle(state.step)
+        self.watch.settle()
         if state.drawn:
             self._close_epoch(time.perf_counter())
         restored = self.settings.keep_best and self.best is not None and state.best_epoch is not None
@@ -136,8 +144,8 @@ class Loop:
             stopped=self.stopped,
             steps=state.step,
             samples=state.samples,
-            seconds=state.seconds + time.perf_counter() - began,
-            teacher_seconds=self.targets.seconds(),
+            seconds=self._seconds(),
+            teacher_seconds=state.teacher_seconds + self.targets.seconds(),
             metric=self.validation.name if self.validation is not None else None,
             best=state.best,
             best_epoch=state.best_epoch,
@@ -159,7 +167,10 @@ class Loop:
             bar.tick(self.watch)
             if self._interrupted():
                 self.stopped = "interrupted"
+                self._save()
                 return
+            if self.checkpoint is not None and self.checkpoint.due(state.step):
+                self._save()
             if self.settings.steps is not None and state.step >= self.settings.steps:
                 break
         self._close_epoch(began)
@@ -169,6 +180,9 @@ class Loop:
         for callback in self.callbacks:
             if self.engine.most(bool(callback(self.trainee.student, entry))):
                 self.stopped = "callback"
+        self.generators = [one.get_state() for one in self.source.generators()]
+        if self.checkpoint is not None:
+            self._save()
 
     def _group(self, drawn: Iterator[Drawn]) -> list[Drawn]:
         """Draws the micro-batches of a step; a process that has fewer left than another stands in with idle ones."""
@@ -214,7 +228,7 @@ class Loop:
     def _close_epoch(self, began: float) -> None:
         """Ends an epoch, be it a partial one: its means, its validation, its line in the history."""
         state = self.state
-        self.watch.settle(state.step)
+        self.watch.settle()
         state.epoch += 1
         if self.targets.cache is not None:
             self.targets.cache.check_pays(state.epoch)
@@ -235,6 +249,21 @@ class Loop:
         else:
             self.state.stale += 1
         return score
+
+    def keep(self, values: Mapping[str, Tensor]) -> None:
+        """Takes ``values`` for the best weights so far."""
+        self.best = Snapshot(self.trainee.student, values)
+
+    def _save(self) -> None:
+        if self.checkpoint is None:
+            return
+        kept = self.state.seconds, self.state.teacher_seconds
+        self.state.seconds, self.state.teacher_seconds = self._seconds(), kept[1] + self.targets.seconds()
+        self.checkpoint.save(self, self.generators)
+        self.state.seconds, self.state.teacher_seconds = kept
+
+    def _seconds(self) -> float:
+        return self.state.seconds + time.perf_counter() - self.began
 
     def _bar(self) -> _Bar:
         steps = self.settings.steps
@@ -272,7 +301,12 @@ class _Watch:
         while self.pending and (self.pending[0][1].query() or len(self.pending) > 32):
             self._read()
 
-    def settle(self, _step: int) -> None:
+    def restore(self, sums: Tensor, counts: list[int]) -> None:
+        """Goes on from the sums of an epoch begun earlier."""
+        self.sums.copy_(sums)
+        self.counts = list(counts)
+
+    def settle(self) -> None:
         """Reads what has not been read yet."""
         while self.pending:
             self._read()
@@ -308,7 +342,7 @@ class _Bar:
     def __init__(self, total: int | None, shown: bool) -> None:
         self.bar: Any = None
         if shown:
-            from tqdm.auto import tqdm
+            from tqdm import tqdm
 
             self.bar = tqdm(total=total, desc="distill", unit="step", leave=False, dynamic_ncols=True)
         self.next = time.perf_counter() + 0.5

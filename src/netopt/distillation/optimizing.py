@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 from torch import nn
@@ -22,7 +21,7 @@ DEFAULT_LR = 1e-3
 
 
 def optimizers_for(
-    optimizer: OptimizerLike, lr: float | None, trainee: Trainee, teacher_ids: set[int]
+    optimizer: OptimizerLike, lr: float | None, trainee: Trainee, teachers: Sequence[nn.Module]
 ) -> list[Optimizer]:
     """Returns the optimizers to step: the caller's or a new AdamW, and one for projections a given one does not know.
 
@@ -46,8 +45,9 @@ def optimizers_for(
         if not isinstance(made, Optimizer):
             raise ArgumentTypeError(f"the function given as optimizer returned a {type(made).__name__}.")
         return [made]
+    theirs = {id(one) for teacher in teachers for one in teacher.parameters()}
     held = {id(one) for group in optimizer.param_groups for one in group["params"]}
-    if held & teacher_ids:
+    if held & theirs:
         raise InvalidArgumentError("the optimizer holds parameters of the teacher; make it from the student's alone.")
     if not held & {id(one) for one in trainee.student.parameters() if one.requires_grad}:
         raise InvalidArgumentError(
@@ -84,14 +84,3 @@ def scheduler_for(scheduler: SchedulerLike, optimizers: list[Optimizer], steps: 
             f"scheduler must be a scheduler, a function of the optimizer or 'cosine', not {type(scheduler).__name__}."
         )
     return [scheduler]
-
-
-def check_positive(name: str, value: Any, kind: type[int | float], *, optional: bool = False) -> None:
-    """Raises unless ``value`` is a positive finite ``kind``, or ``None`` where that is allowed."""
-    if value is None and optional:
-        return
-    allowed = (int,) if kind is int else (int, float)
-    if isinstance(value, bool) or not isinstance(value, allowed):
-        raise ArgumentTypeError(f"{name} must be {'an int' if kind is int else 'a number'}, not {value!r}.")
-    if not 0 < value < math.inf:
-        raise InvalidArgumentError(f"{name} must be positive and finite, not {value}.")

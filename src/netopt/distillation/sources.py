@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -68,27 +69,28 @@ class Source:
         except (TypeError, NotImplementedError):
             return 0
 
-    def epoch(self, number: int = 0, skip: int = 0) -> Iterator[Drawn]:
-        """Yields epoch ``number``; the first ``skip`` batches are fetched and left out."""
+    def epoch(self, number: int) -> Iterator[Drawn]:
+        """Yields epoch ``number``."""
         data: Any = self.data() if callable(self.data) and not isinstance(self.data, Iterable) else self.data
         _tell(data, number)
-        for place, batch in enumerate(batches.iterate(data, what=self.what)):
-            if place >= skip:
-                yield self._drawn(batch)
+        for batch in batches.iterate(data, what=self.what):
+            yield self._drawn(batch)
 
     def begin(self, number: int, skip: int = 0) -> Iterator[Drawn]:
-        """Yields an epoch as :meth:`epoch` does, in an order that depends on the seed and the number alone.
+        """Yields an epoch without its first ``skip`` batches, in an order that depends on seed and number alone.
 
         So it is the same in all processes that share its batches, and in one that takes up where another was killed.
         """
-        drawn = self.epoch(number, skip)
+        drawn = self.epoch(number)
         with random_state_kept():
             seed_all(self.seed + number)
-            first = next(drawn, None)
+            # What is skipped is fetched all the same, by the workers and generators that have fetched it before.
+            first = next(islice(drawn, max(0, skip - 1), None), None)
             state = torch.get_rng_state()
         if first is None:
             return
-        yield first
+        if not skip:
+            yield first
         if type(self) is not Source or self.share[1] == 1:
             yield from drawn
             return
@@ -103,7 +105,7 @@ class Source:
             yield following
 
     def generators(self) -> list[torch.Generator]:
-        """Returns the random generators of its own an epoch is drawn from."""
+        """Returns the caller's random generators that an epoch is drawn from."""
         return []
 
     def _drawn(self, batch: Any) -> Drawn:
@@ -126,7 +128,6 @@ class Tensors(Source):
         share: This process and how many there are.
         batch_size: Samples a batch.
         shuffle: Draw a new order every epoch.
-        generator: Draws the order.
     """
 
     fixed = True
@@ -139,10 +140,9 @@ class Tensors(Source):
         *,
         batch_size: int,
         shuffle: bool,
-        generator: torch.Generator,
     ) -> None:
         super().__init__(data, what, share)
-        self.batch_size, self.shuffle, self.generator = batch_size, shuffle, generator
+        self.batch_size, self.shuffle = batch_size, shuffle
         lengths = {len(one) for _, one in batches.tensors(data)}
         if len(lengths) > 1:
             raise ShapeMismatchError(
@@ -156,19 +156,15 @@ class Tensors(Source):
         """How many batches an epoch has."""
         return math.ceil(self.samples / self.batch_size)
 
-    def epoch(self, number: int = 0, skip: int = 0) -> Iterator[Drawn]:  # noqa: ARG002
+    def epoch(self, number: int) -> Iterator[Drawn]:  # noqa: ARG002
         """Yields one epoch in a new order, the last batch as small as it may be."""
         rank, world = self.share
-        order = torch.randperm(self.samples, generator=self.generator) if self.shuffle else torch.arange(self.samples)
-        for whole in order.split(self.batch_size)[skip:]:
+        order = torch.randperm(self.samples) if self.shuffle else torch.arange(self.samples)
+        for whole in order.split(self.batch_size):
             index = whole[rank::world] if world > 1 else whole
             idle = not len(index)
             index = whole[:1] if idle else index
             yield Drawn(index, _taken(self.data, index, self.samples), idle)
-
-    def generators(self) -> list[torch.Generator]:
-        """Returns the generator of the order."""
-        return [self.generator]
 
 
 class Loaded(Source):
@@ -189,17 +185,16 @@ class Loaded(Source):
         if self.indexed is not None:
             self.samples = len(self.data.dataset) if hasattr(self.data.dataset, "__len__") else 0
 
-    def epoch(self, number: int = 0, skip: int = 0) -> Iterator[Drawn]:
+    def epoch(self, number: int) -> Iterator[Drawn]:
         """Yields epoch ``number`` in the loader's own order."""
         if self.indexed is None:
-            yield from super().epoch(number, skip)
+            yield from super().epoch(number)
             return
         _tell(self.data, number)
-        for place, (identities, idle, batch) in enumerate(batches.iterate(self.indexed, what=self.what)):
+        for identities, idle, batch in batches.iterate(self.indexed, what=self.what):
             if identities is None:
                 self.samples = 0
-            if place >= skip:
-                yield Drawn(identities, batch, idle)
+            yield Drawn(identities, batch, idle)
 
     def generators(self) -> list[torch.Generator]:
         """Returns the generators of the loader and its samplers, each once."""
@@ -241,27 +236,24 @@ def source(
         InvalidArgumentError: It can be iterated only once and is needed more often.
         EmptyDataError: It holds no sample.
     """
-    found = _source(
-        data, batch_size=batch_size, shuffle=shuffle, seed=seed, once=once, what=what, share=share, tagged=tagged
-    )
+    found = _source(data, batch_size=batch_size, shuffle=shuffle, once=once, what=what, share=share, tagged=tagged)
     found.seed = seed
     return found
 
 
 def _source(
-    data: Any, *, batch_size: int, shuffle: bool, seed: int, once: bool, what: str, share: tuple[int, int], tagged: bool
+    data: Any, *, batch_size: int, shuffle: bool, once: bool, what: str, share: tuple[int, int], tagged: bool
 ) -> Source:
-    generator = torch.Generator().manual_seed(seed)
     if type(data) is TensorDataset:
         data = data.tensors
     if _direct(data):
-        return Tensors(data, what, share, batch_size=batch_size, shuffle=shuffle, generator=generator)
+        return Tensors(data, what, share, batch_size=batch_size, shuffle=shuffle)
     if isinstance(data, DataLoader):
         return Loaded(data, what, share, tagged=tagged)
     if _indexable(data):
         if not len(data):
             raise EmptyDataError(f"{what} is an empty {type(data).__name__}; it has length 0.")
-        made: DataLoader[Any] = DataLoader(data, batch_size=batch_size, shuffle=shuffle, generator=generator)
+        made: DataLoader[Any] = DataLoader(data, batch_size=batch_size, shuffle=shuffle)
         return Loaded(made, what, share, tagged=tagged)
     if isinstance(data, Iterable):
         if isinstance(data, Iterator) and not once:

@@ -6,7 +6,7 @@ Flags, gradients, hooks and random states are as they were on leaving; after an 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -111,15 +111,21 @@ class Snapshot:
 
     Args:
         model: The model to note.
+        values: What to note instead of the values it has, by name.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._values = [(one, one.detach().clone()) for one in (*model.parameters(), *model.buffers())]
+    def __init__(self, model: nn.Module, values: Mapping[str, Tensor] | None = None) -> None:
+        named = (*model.named_parameters(), *model.named_buffers())
+        self._values = [(name, one, (one if values is None else values[name]).detach().clone()) for name, one in named]
+
+    def values(self) -> dict[str, Tensor]:
+        """Returns the values noted, by name."""
+        return {name: value for name, _, value in self._values}
 
     def put_back(self) -> None:
         """Writes the values noted into the model."""
         with torch.no_grad():
-            for tensor, value in self._values:
+            for _, tensor, value in self._values:
                 tensor.copy_(value)
 
 
