@@ -13,6 +13,7 @@ Each error is also the builtin a Python user would catch, and says what happened
     │   ├── DeviceMismatchError    tensors that must meet live on different devices
     │   └── PlanMismatchError      a plan made for another model
     ├── NonFiniteError (ValueError)      NaN or infinity in weights, scores or a loss
+    ├── CheckpointError (OSError)        a file of tensors cannot be read or written
     ├── ArgumentTypeError (TypeError)
     ├── ForwardError (RuntimeError)      the model's own forward failed on the inputs given
     ├── TraceError (RuntimeError)        the model ran, but its operations could not be followed
@@ -30,6 +31,7 @@ from collections.abc import Iterable
 
 __all__ = [
     "ArgumentTypeError",
+    "CheckpointError",
     "DeviceMismatchError",
     "EmptyDataError",
     "ForwardError",
@@ -149,3 +151,7 @@ class VerificationError(NetoptError, RuntimeError):
 
 class SurgeryError(NetoptError, RuntimeError):
     """A tensor refuses to be exchanged for its smaller successor; everything was put back."""
+
+
+class CheckpointError(NetoptError, OSError):
+    """A file of tensors cannot be read or written; files that were finished stay."""

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 
 from netopt import surgery
 from netopt.errors import InvalidArgumentError, PlanMismatchError
+from netopt.plan.checkpoint import rewrite
 from netopt.plan.codes import Pool, pack, unpack
 from netopt.surgery.attributes import Path, show
 
@@ -62,6 +63,7 @@ class Plan:
         shapes: Shapes of the parameters, and of the buffers narrowed, of the model the plan was made for; a plan with
             none fits every model that has its tensors.
         predicted: Parameters, MACs and bytes before and after.
+        unsaved: Names among the tensors that a saved model may lack: buffers that are not saved, second names of ties.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -78,6 +80,7 @@ class Plan:
     axes: tuple[AxisCut, ...] = ()
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     predicted: Mapping[str, int] = field(default_factory=dict)
+    unsaved: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         tensors = {
@@ -95,6 +98,7 @@ class Plan:
             "axes": tuple(self.axes),
             "shapes": MappingProxyType({name: tuple(shape) for name, shape in self.shapes.items()}),
             "predicted": MappingProxyType(dict(self.predicted)),
+            "unsaved": tuple(sorted(self.unsaved)),
         }
         for name, value in normal.items():
             object.__setattr__(self, name, value)
@@ -148,6 +152,26 @@ class Plan:
             scales=self.scales,
             optimizer=optimizer,
         )
+
+    def apply_to_checkpoint(self, source: str | os.PathLike[str], target: str | os.PathLike[str]) -> FilePath:
+        """Writes a checkpoint of safetensors files as the plan leaves it, tensor by tensor.
+
+        No more than twice the largest tensor is in memory. Names, shapes and files are checked before anything is
+        written; each file appears whole or not at all, and after an interruption the same call goes on from the files
+        that are there. Other files of the folder are copied, sizes in ``config.json`` follow.
+
+        Args:
+            source: A safetensors file, or a folder with one or several and, if several, their index.
+            target: The file or folder to write, another than ``source``.
+
+        Returns:
+            The path of the target.
+
+        Raises:
+            PlanMismatchError: A tensor of the plan is missing or has another shape.
+            CheckpointError: A file is missing, truncated, or cannot be written.
+        """
+        return rewrite(self, self._digest(), source, target)
 
     def check(self, model: nn.Module) -> None:
         """Compares names and shapes with ``model``.
@@ -210,6 +234,7 @@ class Plan:
             scales,
             (*self.axes, *(axis for axis in other.axes if axis.name not in known)),
             dict(self.shapes) | dict(other.shapes),
+            unsaved=tuple({*self.unsaved, *other.unsaved}),
         )
 
     def then(self, later: Plan) -> Plan:
@@ -242,7 +267,8 @@ class Plan:
             axes[axis.name] = axis if first is None else _followed(first, axis)
         shapes = dict(self.shapes) | {name: s for name, s in later.shapes.items() if name not in self.shapes}
         attributes = tuple((dict(self.attributes) | dict(later.attributes)).items())
-        return Plan(tensors, attributes, values, scales, tuple(axes.values()), shapes)
+        unsaved = tuple({*self.unsaved, *later.unsaved})
+        return Plan(tensors, attributes, values, scales, tuple(axes.values()), shapes, unsaved=unsaved)
 
     def with_prediction(self, predicted: Mapping[str, int]) -> Plan:
         """The same plan with sizes before and after."""
@@ -272,6 +298,7 @@ class Plan:
             ],
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
             "predicted": dict(self.predicted),
+            "unsaved": list(self.unsaved),
             "indices": pool.entries,
         }
 
@@ -300,6 +327,7 @@ class Plan:
             axes=tuple(AxisCut(**{**row, "kept": indices[row["kept"]]}) for row in data["axes"]),
             shapes=data["shapes"],
             predicted=data["predicted"],
+            unsaved=tuple(data["unsaved"]),
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -331,7 +359,10 @@ class Plan:
         return self.to_dict() == other.to_dict() if isinstance(other, Plan) else NotImplemented
 
     def __hash__(self) -> int:
-        return hash(json.dumps(self.to_dict(), sort_keys=True))
+        return int(self._digest(), 16)
+
+    def _digest(self) -> str:
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (Plan.from_dict, (self.to_dict(),))

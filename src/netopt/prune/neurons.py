@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -328,7 +328,22 @@ def make_plan(model: nn.Module, axes: Axes, kept: Mapping[str, Tensor]) -> Plan:
         values=axes.values(less),
         axes=tuple(cuts),
         shapes=shapes_of(model, tensors),
+        unsaved=tuple(_unsaved(model, tensors)),
     )
+
+
+def _unsaved(model: nn.Module, names: Iterable[str]) -> Iterator[str]:
+    """Those of the tensors named that a saved model may lack."""
+    saved: dict[int, str] = {}
+    for prefix, module in model.named_modules():
+        start = f"{prefix}." if prefix else ""
+        persistent = [key for key in module._buffers if key not in module._non_persistent_buffers_set]
+        for key in (*module._parameters, *persistent):
+            tensor = surgery.find_tensor(module, key)
+            if tensor is not None:
+                saved.setdefault(id(tensor), f"{start}{key}")
+    known = set(saved.values())
+    yield from (name for name in names if name not in known)
 
 
 def _under_all_names(model: nn.Module, tensors: Mapping[str, Mapping[int, Tensor]]) -> dict[str, Mapping[int, Tensor]]:
