@@ -8,7 +8,7 @@ import torch
 from tests.zoo.case import Case, call
 from tests.zoo.laws import (
     ALMOST_NOTHING,
-    check_module,
+    check_layer,
     choose,
     described,
     exact_counts,
@@ -68,7 +68,7 @@ def check_removal(case: Case, model: nn.Module, dense: nn.Module, axes: Axes) ->
         if (other := case.other_inputs()) is not None:
             assert shapes(call(model.eval(), other)) == shapes(call(dense.eval(), other))
     for name, module in model.named_modules():
-        check_module(name, module)
+        check_layer(name, module)
     if not case.train_step:
         train_once(model, case.inputs())
         assert all(bool(torch.isfinite(tensor).all()) for tensor in tensors(call(model.eval(), case.inputs())))
