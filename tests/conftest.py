@@ -6,6 +6,7 @@ import contextlib
 import os
 import random
 from collections.abc import Iterator
+from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -109,6 +110,12 @@ def unchanged(*observed: nn.Module | Optimizer | None) -> Iterator[None]:
         for old, new in zip(before, snapshot(), strict=True):
             changed = [key for key in {**old, **new} if old.get(key, "absent") != new.get(key, "absent")]
             assert not changed, f"changed: {', '.join(changed)}"
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Helpers of the tests have no doctests, and are imported once, by the tests that use them."""
+    helper = collection_path.suffix == ".py" and not collection_path.name.startswith("test_")
+    return True if helper and collection_path.is_relative_to(Path(__file__).parent) else None
 
 
 @pytest.fixture(name="unchanged")
