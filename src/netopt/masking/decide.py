@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from netopt.errors import InvalidArgumentError
+from netopt.errors import InvalidArgumentError, NonFiniteError
 from netopt.masking.patterns import Shape, expand_blocks, keep_n_of_m, keep_per_row, mean_of_blocks
 from netopt.masking.quantile import Scores, keep_above, keep_best
 from netopt.parameters import Place
@@ -81,10 +81,15 @@ def _keep(scored: Sequence[Scores], request: Request) -> list[Tensor]:
 
 
 def _by_rows(place: Place, scores: Scores, request: Request) -> Tensor:
-    rows = place.orientation.rows(scores.materialize())
     shape = request.shape
+    # Read as they lie where nothing is removed yet; who ranks them refuses NaN.
+    ready = scores.alive is None and shape.kind == "n:m"
+    rows = place.orientation.rows(scores.tensor.detach() if ready else scores.materialize())
     if shape.kind == "n:m":
-        keep = keep_n_of_m(rows, shape.first, shape.second)
+        try:
+            keep = keep_n_of_m(rows, shape.first, shape.second, magnitude=ready and scores.magnitude)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{place.name!r}: {error}") from None
     else:
         keep = keep_per_row(rows, request.count(rows.shape[1], f"a row of {place.name!r}"))
     keep = place.orientation.back(keep, place.parameter)

@@ -10,13 +10,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from netopt.errors import ArgumentTypeError, InvalidArgumentError
+from netopt.errors import ArgumentTypeError, InvalidArgumentError, NonFiniteError
 
 __all__ = ["Pattern", "Shape", "expand_blocks", "keep_n_of_m", "keep_per_row", "mean_of_blocks", "parse"]
+
+CHUNK = 1 << 16
+LARGEST_RANKED = 32
 
 Pattern: TypeAlias = "str | tuple[str, int, int]"
 """``"unstructured"``, ``"n:m"`` such as ``"2:4"``, or ``("block", rows, columns)``."""
@@ -72,7 +76,7 @@ def parse(pattern: Pattern) -> Shape:
     return Shape("n:m", n, m)
 
 
-def keep_n_of_m(scores: Tensor, n: int, m: int) -> Tensor:
+def keep_n_of_m(scores: Tensor, n: int, m: int, magnitude: bool = False) -> Tensor:
     """Keeps the ``n`` best of each ``m`` neighbours along the last dimension.
 
     A last group of fewer than ``m`` is filled up with entries that are never kept.
@@ -81,9 +85,13 @@ def keep_n_of_m(scores: Tensor, n: int, m: int) -> Tensor:
         scores: ``(..., columns)``.
         n: How many to keep of each group.
         m: The size of a group.
+        magnitude: Whether ``scores`` are weights, and their absolute values the scores.
 
     Returns:
         Boolean, of the shape of ``scores``.
+
+    Raises:
+        NonFiniteError: a score is NaN.
 
     Example:
         >>> keep_n_of_m(torch.tensor([[1.0, 4.0, 2.0, 2.0]]), 2, 4)
@@ -92,11 +100,55 @@ def keep_n_of_m(scores: Tensor, n: int, m: int) -> Tensor:
     columns = scores.shape[-1]
     missing = -columns % m
     if missing:
-        scores = F.pad(scores, (0, missing), value=-torch.inf)
-    groups = scores.reshape(-1, m)
-    order = groups.argsort(dim=-1, descending=True, stable=True)
-    keep = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, order[:, :n], True)
+        scores = F.pad(scores.abs() if magnitude else scores, (0, missing), value=-torch.inf)
+        magnitude = False
+    groups = scores.detach().reshape(-1, m)
+    keep = _ranked(groups, n, magnitude) if m <= LARGEST_RANKED else _sorted(groups, n, magnitude)
     return keep.view(scores.shape)[..., :columns]
+
+
+def _ranked(groups: Tensor, n: int, magnitude: bool) -> Tensor:
+    """Compares every two of a group: who loses fewer than ``n`` times is kept.
+
+    The members of a group are laid out in planes, so that each comparison runs over memory in order.
+    """
+    count, m = groups.shape
+    keep = torch.empty(count, m, dtype=torch.bool)
+    target = keep.numpy()
+    size = max(CHUNK // m, 1)
+    dtype = torch.float64 if groups.dtype == torch.float64 else torch.float32
+    planes = np.empty((m, min(size, count)), np.float64 if dtype == torch.float64 else np.float32)
+    lost, kept = np.empty(planes.shape, np.uint8), np.empty(planes.shape, np.bool_)
+    wins = np.empty(planes.shape[1], np.bool_)
+    # Who comes first wins a draw. Each loses to those after it, unless it is seen to win.
+    at_worst = np.arange(m - 1, -1, -1, dtype=np.uint8)[:, None]
+    for start in range(0, count, size):
+        part = groups[start : start + size].to("cpu", dtype).numpy().T
+        width = part.shape[1]
+        rank = planes[:, :width]
+        if magnitude:
+            np.abs(part, out=rank)
+        else:
+            np.copyto(rank, part)
+        if np.isnan(rank.min()):
+            raise NonFiniteError("the scores hold NaN, so they cannot be ranked; repair the weights, or exclude them.")
+        lost[:, :width] = at_worst
+        for i in range(m):
+            for j in range(i + 1, m):
+                np.greater_equal(rank[i], rank[j], out=wins[:width])
+                lost[j, :width] += wins[:width].view(np.uint8)
+                lost[i, :width] -= wins[:width].view(np.uint8)
+        np.less(lost[:, :width], n, out=kept[:, :width])
+        target[start : start + width] = kept[:, :width].T
+    return keep.to(groups.device)
+
+
+def _sorted(groups: Tensor, n: int, magnitude: bool) -> Tensor:
+    scores = groups.abs() if magnitude else groups
+    if torch.isnan(scores).any():
+        raise NonFiniteError("the scores hold NaN, so they cannot be ranked; repair the weights, or exclude them.")
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order[:, :n], True)
 
 
 def keep_per_row(scores: Tensor, remove: int) -> Tensor:

@@ -17,12 +17,11 @@ from netopt.masking.quantile import Scores, keep_best
 
 __all__ = ["SOLVERS", "Demand", "Solver", "admm", "sparsegpt"]
 
-DAMPENING = 0.01
+DAMPENING = 0.1
 BLOCK = 128
 ROUNDS = 15
 ITERATIONS = 30
 POLISH = 24
-EXP=True
 
 
 @dataclass(frozen=True)
@@ -132,7 +131,6 @@ def admm(weight: Tensor, moment: Tensor, demand: Demand, target: Tensor | None =
     dense = weight * norm
     target = target / norm + dense * (DAMPENING * moment.diagonal().mean())
     moment = _dampened(moment, DAMPENING)
-    if EXP: dense = torch.linalg.solve(moment, target, left=False)
     penalty = 1.0
     inverse = torch.linalg.inv(moment + penalty * torch.eye(len(moment), dtype=moment.dtype, device=moment.device))
     free, dual = dense.clone(), torch.zeros_like(dense)
