@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from netopt.errors import CheckpointError, PlanMismatchError
-from netopt.plan import Plan, checkpoint
+from netopt.errors import CheckpointError, InvalidArgumentError, PlanMismatchError
+from netopt.plan import Plan, checkpoint, stored
 from netopt.plan.checkpoint import open_checkpoint
 from netopt.prune import plan_neurons, prune_neurons
 from test_prune_neurons import built
@@ -169,3 +169,18 @@ def test_what_is_missing_or_broken_is_named_before_anything_is_written(tmp_path)
     with pytest.raises(CheckpointError, match="cannot be read"):
         open_checkpoint(tmp_path / "text.safetensors")
     assert not target.exists()
+
+
+def test_a_model_without_memory_is_planned_from_its_checkpoint(tmp_path):
+    model, x = Tied(), torch.tensor([[1, 2, 3]])
+    source = saved(model, tmp_path / "source", 3)
+    with torch.device("meta"):
+        empty = Tied()
+    plan = plan_neurons(empty, x.to("meta"), 0.5, importance=stored(source), progress=False)
+    expected = plan_neurons(model, x, 0.5, importance="magnitude", progress=False)
+    assert plan == expected
+    assert empty.hidden.out_features == 12
+    with pytest.raises(InvalidArgumentError, match="'fisher' needs data"):
+        stored(source, "fisher")
+    with pytest.raises(PlanMismatchError, match=r"no tensor `0.weight`"):
+        plan_neurons(built("mlp")[0], torch.ones(1, 6), 0.5, importance=stored(source), progress=False)

@@ -13,12 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from netopt import batches
 from netopt.batches import Batch, Inputs
 from netopt.errors import ArgumentTypeError, MissingDataError, NonFiniteError, ShapeMismatchError
 from netopt.importance.activations import Saliency, Tap, activations, gather, saliency
-from netopt.importance.registry import Importance, criterion, lookup
+from netopt.importance.evidence import Evidence
+from netopt.importance.registry import Criterion, Importance, criterion, lookup
 from netopt.importance.scores import scores
 from netopt.parameters import places
 
@@ -124,6 +126,8 @@ def neuron_scores(
             f"importance {chosen.name!r} needs {', '.join(sorted(chosen.needs))}; pass data=, a list of batches."
         )
     values = _values(model, {name for axis in sizes for name, _, _ in members[axis]})
+    if chosen.of == "weights" and not chosen.needs:
+        return NeuronScores(_streamed(chosen, values, members, sizes, progress=progress))
     if chosen.of == "weights":
         wanted = {name: place for name, place in places(model).items() if name in values and _floating(place.parameter)}
         elementwise = scores(model, data, chosen, loss_fn=loss_fn, wanted=wanted, progress=progress)
@@ -147,6 +151,33 @@ def neuron_scores(
         evidence = Neurons(name, size, weights, norm, known, active.get(name))
         result[name] = _checked(chosen(evidence), name, size)
     return NeuronScores(result, found)
+
+
+def _streamed(
+    chosen: Criterion,
+    values: Mapping[str, Tensor],
+    members: Mapping[str, Sequence[Member]],
+    sizes: Mapping[str, int],
+    *,
+    progress: bool,
+) -> dict[str, Tensor]:
+    """Scores of a criterion that judges each weight by itself: one tensor of scores exists at a time."""
+    totals = {name: torch.zeros(size, dtype=torch.float64) for name, size in sizes.items()}
+    readers: dict[str, list[tuple[str, Member]]] = {}
+    for axis in sizes:
+        for member in members[axis]:
+            readers.setdefault(_bare(member[0]), []).append((axis, member))
+    for name, value in tqdm(values.items(), desc="importance", disable=not progress, leave=False):
+        score = chosen(Evidence(name, value, {}))
+        if not isinstance(score, Tensor):
+            raise ArgumentTypeError(f"the score of {name!r} must be a tensor, not {type(score).__name__}.")
+        if score.shape != value.shape:
+            raise ShapeMismatchError(
+                f"the score of {name!r} has shape {tuple(score.shape)} and the weight {tuple(value.shape)}."
+            )
+        for axis, (_, dim, positions) in readers.get(name, ()):
+            totals[axis] += _total([(score, dim, positions)], sizes[axis])
+    return {name: _checked(one, name, sizes[name]) for name, one in totals.items()}
 
 
 def reduce(elementwise: Mapping[str, Tensor], members: Sequence[Member], size: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from netopt.plan.stored import stored
 from netopt.plan.value import AxisCut, Plan, shapes_of
 
-__all__ = ["AxisCut", "Plan", "shapes_of"]
+__all__ = ["AxisCut", "Plan", "shapes_of", "stored"]
