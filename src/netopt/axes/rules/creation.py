@@ -22,15 +22,10 @@ def zeros(op: Operation, *args: Any, **kwargs: Any) -> Dims:
     "aten::empty",
     "aten::rand",
     "aten::randn",
-    "aten::arange",
-    "aten::linspace",
-    "aten::logspace",
     "aten::new_ones",
     "aten::new_full",
     "aten::new_empty",
     "aten::randint",
-    "aten::randperm",
-    "aten::range",
     "aten::empty_permuted",
     "aten::new_empty_strided",
     "aten::empty_strided",
@@ -44,10 +39,13 @@ def fresh(op: Operation, *args: Any, **kwargs: Any) -> Dims:
     return [op.asked(size) for size in op.out.shape]
 
 
-@rule("aten::eye", "aten::tril_indices", "aten::triu_indices", "aten::one_hot")
+@rule("aten::arange", "aten::range", "aten::linspace", "aten::logspace", "aten::randperm", "aten::eye",
+      "aten::tril_indices", "aten::triu_indices", "aten::one_hot")  # fmt: skip
 def positional(op: Operation, *args: Any, **kwargs: Any) -> Dims:
-    """Rows and columns matched by position."""
-    return [op.frozen(size, f"is made by {op.short}") for size in op.out.shape]
+    """Values that are numbers of positions: those of some positions are not those of the first so many."""
+    dims = [op.asked(size) for size in op.out.shape]
+    op.freeze(dims, f"is numbered by {op.short}")
+    return dims
 
 
 @rule("aten::rand_like_size")
