@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from netopt import masking, measure
 from netopt.batches import Batch
 from netopt.errors import ArgumentTypeError, InvalidArgumentError, NothingToPruneError, UnknownNameError
-from netopt.importance import Importance, lookup, scores
+from netopt.importance import Importance, lookup, names, scores
 from netopt.masking.decide import Request, decide
 from netopt.masking.patterns import Pattern, Shape, parse
 from netopt.masking.quantile import Scores
@@ -56,7 +56,9 @@ def prune_weights(
             For ``scope`` ``"layer"`` and ``"row"`` it holds for each weight, each row; of blocks it counts blocks.
         threshold: Instead of ``amount``: mask what scores below.
         importance: A criterion's name (:func:`netopt.importance.names`), a criterion, a function of evidence, or the
-            scores, a tensor for each name.
+            scores, a tensor for each name. ``"sparsegpt"`` and ``"admm"`` also update what is kept of linear and
+            convolutional layers, one after the other, to make up for what is removed; of ``amount`` each layer then
+            gives its share.
         data: Batches, for a criterion that needs gradients or inputs; read once, in eval mode.
         loss_fn: Of the model's result and a batch's targets, for a criterion that needs the loss; by default the
             ``loss`` the model returns.
@@ -186,7 +188,7 @@ def _candidates(model: nn.Module, include: Selector, exclude: Selector) -> dict[
         if (place.prunable and selected(name)) or (_named(place, model, include) and not excluded(name))
     }
     if not wanted:
-        raise NothingToPruneError(_nothing(model, known, include))
+        raise NothingToPruneError(_nothing(model, known))
     for name, place in wanted.items():
         if nn.parameter.is_lazy(place.parameter):
             raise InvalidArgumentError(f"{name!r} has no values yet; run the model once before pruning it.")
@@ -227,17 +229,17 @@ def _names_owner(entry: Any, place: Place, model: nn.Module) -> bool:
     return False
 
 
-def _nothing(model: nn.Module, known: Mapping[str, Place], include: Selector) -> str:
+def _nothing(model: nn.Module, known: Mapping[str, Place]) -> str:
     name = type(model).__name__
     if not known:
         return f"{name} has no parameters, so there is nothing to prune."
+    if any(place.prunable for place in known.values()):
+        return f"include and exclude leave no weight of {name} to prune; a bias or a norm's weight is named in full."
     listed = ", ".join(f"{key} {tuple(place.parameter.shape)}" for key, place in list(known.items())[:8])
-    if include is None:
-        return (
-            f"no parameter of {name} is the weight of a linear, convolutional, recurrent or attention layer, so there "
-            f"is nothing to prune unasked. It has {listed}; name those you mean in include."
-        )
-    return f"include and exclude leave no weight of {name} to prune; parameters other than weights are named in full."
+    return (
+        f"no parameter of {name} is the weight of a linear, convolutional, recurrent or attention layer, so there "
+        f"is nothing to prune unasked. It has {listed}; name those you mean in include."
+    )
 
 
 def _groups(wanted: Mapping[str, Place], amount: Amount | None) -> list[tuple[dict[str, Place], float | int | None]]:
@@ -271,8 +273,8 @@ def _scorer(
     if isinstance(importance, str) and importance == "magnitude":
         # Read from the weights themselves: no second tensor of their size.
         return lambda place: Scores(place.parameter.detach(), True, _alive(place), place.name)
-    if not isinstance(importance, Mapping):
-        importance = lookup(importance)
+    if isinstance(importance, str) and importance not in names("weights"):
+        raise UnknownNameError.of("importance", importance, {*names("weights"), *SOLVERS})
     found = scores(model, data, importance, loss_fn=loss_fn, wanted=wanted, progress=progress)
 
     def score(place: Place) -> Scores:

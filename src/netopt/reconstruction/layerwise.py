@@ -93,7 +93,7 @@ def _solve(place: Place, moments: Moments, demands: Sequence[Demand], solver: So
     parts = rows.chunk(len(moment))
     cross = moments.cross
     solved = [
-        solver(part, own, demand, part @ other)
+        solver(part, own, part @ other, demand)
         for part, own, other, demand in zip(parts, moment, cross, demands, strict=True)
     ]
     weight = orientation.back(torch.cat([one for one, _ in solved]), parameter)

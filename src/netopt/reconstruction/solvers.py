@@ -1,13 +1,15 @@
 r"""A pruned matrix that still does to its inputs what the dense one did, as nearly as it can.
 
-Both solvers minimise :math:`\lVert (W - \hat W) X \rVert^2` over matrices :math:`\hat W` with zeros in a wanted number
-and pattern; all they know of the inputs :math:`X` is their second moment :math:`H = X X^\top`.
+Both solvers minimise :math:`\lVert W X - \hat W \hat X \rVert^2` over matrices :math:`\hat W` with zeros in a wanted
+number and pattern, where :math:`X` are the inputs in the unpruned model and :math:`\hat X` those in the model pruned so
+far. All they know of the inputs are the moments :math:`H = \hat X \hat X^\top` and :math:`T = W X \hat X^\top`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -62,12 +64,13 @@ class Demand:
         return keep if alive is None else keep & alive
 
 
-def sparsegpt(weight: Tensor, moment: Tensor, demand: Demand, target: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def sparsegpt(weight: Tensor, moment: Tensor, target: Tensor, demand: Demand) -> tuple[Tensor, Tensor]:
     r"""Removes weights column by column, and lets the columns to come make up for each error.
 
     Args:
         weight: ``(rows, columns)``.
-        moment: :math:`H`, ``(columns, columns)``; one per cent of its mean diagonal is added to the diagonal.
+        moment: :math:`H`, ``(columns, columns)``; a tenth of its mean diagonal is added to the diagonal.
+        target: :math:`T`, ``(rows, columns)``; ``weight @ moment`` where the inputs have not changed.
         demand: Which zeros; decided for 128 columns at a time, or for one group of ``n:m``.
 
     Returns:
@@ -77,7 +80,6 @@ def sparsegpt(weight: Tensor, moment: Tensor, demand: Demand, target: Tensor | N
         SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot (Frantar & Alistarh, 2023),
         https://arxiv.org/abs/2301.00774
     """
-    target = weight @ moment if target is None else target
     damp = DAMPENING * moment.diagonal().mean()
     weight = torch.linalg.solve(_dampened(moment, DAMPENING), target + weight * damp, left=False)
     factor = _inverse_factor(_dampened(moment, DAMPENING))
@@ -107,7 +109,7 @@ def _choose_group(demand: Demand, part: Tensor, inner: Tensor, kept: Tensor, sta
     kept[:, start + column : start + stop] = demand.keep(scores, start + column)
 
 
-def admm(weight: Tensor, moment: Tensor, demand: Demand, target: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def admm(weight: Tensor, moment: Tensor, target: Tensor, demand: Demand) -> tuple[Tensor, Tensor]:
     r"""Alternates between the best matrix near one with zeros, and the nearest matrix with zeros.
 
     The zeros grow in number over the first rounds; then the pattern stays, and what is kept is fitted to it by
@@ -115,7 +117,8 @@ def admm(weight: Tensor, moment: Tensor, demand: Demand, target: Tensor | None =
 
     Args:
         weight: ``(rows, columns)``.
-        moment: :math:`H`, ``(columns, columns)``; brought to a unit diagonal, of which a hundredth is added.
+        moment: :math:`H`, ``(columns, columns)``; brought to a unit diagonal, to which a tenth is added.
+        target: :math:`T`, ``(rows, columns)``; ``weight @ moment`` where the inputs have not changed.
         demand: Which zeros.
 
     Returns:
@@ -126,7 +129,6 @@ def admm(weight: Tensor, moment: Tensor, demand: Demand, target: Tensor | None =
         https://arxiv.org/abs/2401.02938
     """
     norm = moment.diagonal().sqrt().clamp(min=1e-8 * float(moment.diagonal().max().sqrt()) + 1e-30)
-    target = weight @ moment if target is None else target
     moment = moment / norm / norm[:, None]
     dense = weight * norm
     target = target / norm + dense * (DAMPENING * moment.diagonal().mean())
@@ -177,5 +179,5 @@ def _inverse_factor(moment: Tensor) -> Tensor:
     return torch.linalg.cholesky(inverse, upper=True)
 
 
-Solver = Callable[[Tensor, Tensor, Demand], tuple[Tensor, Tensor]]
+Solver: TypeAlias = Callable[[Tensor, Tensor, Tensor, Demand], tuple[Tensor, Tensor]]
 SOLVERS: dict[str, Solver] = {"admm": admm, "sparsegpt": sparsegpt}
