@@ -37,8 +37,8 @@ def gpt2() -> nn.Module:
 
 CASES = {
     "bert": (bert, "*intermediate*", {"intermediate_size": 12}),
-    "llama": (llama, "*mlp*", {"intermediate_size": 12}),
-    "llama width": (llama, "model.embed_tokens", {"hidden_size": 8, "head_dim": 8}),
+    "llama": (llama, "*gate_proj", {"intermediate_size": 12}),
+    "llama width": (llama, "model.embed_tokens", {"hidden_size": 8, "head_dim": 8, "rms_norm_eps": 2e-6}),
     "gpt2": (gpt2, "*c_fc", {"n_inner": 32}),
 }
 

@@ -98,8 +98,12 @@ def test_global_ranking_ignores_the_scale_of_an_axis():
 @pytest.mark.parametrize("how", NORMALIZATIONS)
 def test_normalizing_keeps_the_order_within_an_axis(how):
     one = torch.rand(9)
-    assert torch.equal(normalized(one, how).argsort(), one.argsort())
+    assert torch.equal(normalized(one, how).argsort(stable=True), one.argsort(stable=True))
     assert torch.equal(normalized(torch.zeros(3), how), torch.zeros(3))
+
+
+def test_the_last_neuron_of_an_axis_is_worth_the_axis():
+    torch.testing.assert_close(normalized(torch.tensor([1.0, 2.0, 3.0]), "left"), torch.tensor([1 / 6, 2 / 5, 1.0]))
 
 
 def product_cost(kept):

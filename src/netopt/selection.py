@@ -48,37 +48,38 @@ Scores = Mapping[str, Tensor]
 Counts = dict[str, int]
 
 
-def _largest(scores: Tensor) -> Tensor:
-    return scores.abs().max()
+def _as_they_are(scores: Tensor) -> Tensor:
+    return scores
 
 
-def _mean(scores: Tensor) -> Tensor:
-    return scores.abs().mean()
+def _by(scale: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def divided(scores: Tensor) -> Tensor:
+        size = scale(scores.abs())
+        return scores / size if float(size) > 0 else scores
+
+    return divided
 
 
-def _root_mean_square(scores: Tensor) -> Tensor:
-    return scores.square().mean().sqrt()
-
-
-def _total(scores: Tensor) -> Tensor:
-    return scores.abs().sum()
-
-
-def _one(scores: Tensor) -> Tensor:
-    return scores.new_ones(())
+def _share_of_what_is_left(scores: Tensor) -> Tensor:
+    """Each score over the sum of those that are not below it: the last neuron of an axis is worth the whole axis."""
+    order = torch.sort(scores, stable=True).indices
+    ascending = (scores - scores.min().clamp(max=0))[order]
+    left = ascending.flip(0).cumsum(0).flip(0)
+    shares = torch.where(left > 0, ascending / left, torch.zeros_like(left))
+    return torch.empty_like(scores).index_copy_(0, order, shares)
 
 
 NORMALIZATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "none": _one,
-    "mean": _mean,
-    "max": _largest,
-    "rms": _root_mean_square,
-    "sum": _total,
+    "none": _as_they_are,
+    "mean": _by(torch.mean),
+    "max": _by(torch.max),
+    "sum": _by(torch.sum),
+    "left": _share_of_what_is_left,
 }
-"""What an axis's scores are divided by before axes are ranked together."""
+"""What makes scores of different axes comparable; none changes the order within an axis."""
 
-NORMALIZATION = "mean"
-"""The one in use: a neuron is compared with the average neuron of its own axis; see docs/neurons.md for the trial."""
+NORMALIZATION = "left"
+"""The one in use, after LAMP (Lee et al., 2021, https://arxiv.org/abs/2010.07611); docs/neurons.md has the trial."""
 
 
 @dataclass(frozen=True)
@@ -215,20 +216,20 @@ def select_within(
     return attempt(high)[0]
 
 
-def normalized(scores: Tensor, how: str = NORMALIZATION) -> Tensor:
+def normalized(scores: Tensor, how: str | None = None) -> Tensor:
     """Scores of one axis made comparable with those of others.
 
     Args:
         scores: Of the neurons of one axis.
-        how: A name in :data:`NORMALIZATIONS`.
+        how: A name in :data:`NORMALIZATIONS`; by default the one in use.
 
     Raises:
         UnknownNameError: There is no normalisation of that name.
     """
+    how = NORMALIZATION if how is None else how
     if how not in NORMALIZATIONS:
         raise UnknownNameError.of("normalization", how, NORMALIZATIONS)
-    scale = NORMALIZATIONS[how](scores)
-    return scores / scale if float(scale) > 0 else scores
+    return NORMALIZATIONS[how](scores)
 
 
 def check_amount(amount: Amount) -> None:

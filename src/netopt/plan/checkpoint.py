@@ -54,7 +54,7 @@ class Decision(Protocol):
     @property
     def values(self) -> Mapping[str, Tensor]: ...
     @property
-    def scales(self) -> Mapping[str, float]: ...
+    def scales(self) -> Mapping[str, float | Tensor]: ...
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
     @property
@@ -267,7 +267,7 @@ def _narrowed(plan: Decision, name: str, tensor: Tensor) -> Tensor:
     else:
         small = tensor
     if name in plan.scales:
-        small = small * plan.scales[name]
+        small = (small * plan.scales[name]).to(small.dtype)
     if name in plan.values:
         small = plan.values[name].to(small.dtype)
     return small.contiguous()

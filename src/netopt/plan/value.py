@@ -58,7 +58,8 @@ class Plan:
         attributes: New values of integers that modules and configurations hold. A path is a module's dotted name (the
             model's own is ""), an attribute, and the items below it: ``(("blocks.0.attn", "num_heads"), 5)``.
         values: New contents of integer buffers whose entries point into something narrowed.
-        scales: Factors that compensate for what a smaller size would change, by tensor name.
+        scales: Factors that compensate for what a smaller size would change, by tensor name: numbers, or tensors that
+            broadcast to the narrowed tensor.
         axes: The axes behind the tensors, one row each.
         shapes: Shapes of the parameters, and of the buffers narrowed, of the model the plan was made for; a plan with
             none fits every model that has its tensors.
@@ -76,7 +77,7 @@ class Plan:
     tensors: Mapping[str, Mapping[int, Tensor]]
     attributes: tuple[tuple[Path, Any], ...] = ()
     values: Mapping[str, Tensor] = field(default_factory=dict)
-    scales: Mapping[str, float] = field(default_factory=dict)
+    scales: Mapping[str, float | Tensor] = field(default_factory=dict)
     axes: tuple[AxisCut, ...] = ()
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     predicted: Mapping[str, int] = field(default_factory=dict)
@@ -258,7 +259,9 @@ class Plan:
         values = {
             name: surgery.narrow(value, later.tensors.get(name, {})) for name, value in self.values.items()
         } | dict(later.values)
-        scales = dict(self.scales)
+        scales: dict[str, Any] = {
+            name: _cut_factor(factor, later.tensors.get(name, {})) for name, factor in self.scales.items()
+        }
         for name, factor in later.scales.items():
             scales[name] = scales.get(name, 1.0) * factor
         axes = {axis.name: axis for axis in self.axes}
@@ -285,7 +288,9 @@ class Plan:
             },
             "attributes": [[list(path), value] for path, value in self.attributes],
             "values": {name: pack(value) for name, value in self.values.items()},
-            "scales": dict(self.scales),
+            "scales": {
+                name: pack(factor) if isinstance(factor, Tensor) else factor for name, factor in self.scales.items()
+            },
             "axes": [
                 {
                     "name": axis.name,
@@ -323,7 +328,7 @@ class Plan:
             },
             attributes=tuple((tuple(path), value) for path, value in data["attributes"]),
             values={name: unpack(value) for name, value in data["values"].items()},
-            scales=data["scales"],
+            scales={name: unpack(one) if isinstance(one, dict) else one for name, one in data["scales"].items()},
             axes=tuple(AxisCut(**{**row, "kept": indices[row["kept"]]}) for row in data["axes"]),
             shapes=data["shapes"],
             predicted=data["predicted"],
@@ -442,6 +447,13 @@ def _unite(mine: dict[Key, Any], theirs: Mapping[Key, Any], what: str, kind: str
         if key in mine and not _same(mine[key], value):
             raise PlanMismatchError(f"the plans differ in {what}, {kind} {key}, so they cannot be merged")
         mine[key] = value
+
+
+def _cut_factor(factor: float | Tensor, cuts: Mapping[int, Tensor]) -> float | Tensor:
+    """A factor for a tensor that is narrowed further."""
+    if not isinstance(factor, Tensor):
+        return factor
+    return surgery.narrow(factor, {dim: kept for dim, kept in cuts.items() if factor.shape[dim] > 1})
 
 
 def _followed(first: AxisCut, later: AxisCut) -> AxisCut:

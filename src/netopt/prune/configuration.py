@@ -18,7 +18,7 @@ from torch import nn
 
 from netopt.plan import Plan, shapes_of
 from netopt.restore import random_state_kept
-from netopt.surgery import Path
+from netopt.surgery import Path, read
 
 __all__ = ["configured"]
 
@@ -27,7 +27,7 @@ _UNSET = ("dim", "inner", "size")
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def configured(model: nn.Module, plan: Plan) -> tuple[tuple[tuple[Path, int], ...], str | None]:
+def configured(model: nn.Module, plan: Plan) -> tuple[tuple[tuple[Path, float], ...], str | None]:
     """Values of the model's configuration with which its constructor gives the smaller shapes.
 
     Args:
@@ -51,6 +51,7 @@ def configured(model: nn.Module, plan: Plan) -> tuple[tuple[tuple[Path, int], ..
             _set(trial, path[2:], value)
     found = _search(model, trial, wanted, _replacements(plan))
     if isinstance(found, dict):
+        found |= _decimals(model, plan, config)
         derived = _derived(model, plan, {**{path[2:]: value for path, value in plan.attributes}, **found}, config)
         found = derived or found
     if not isinstance(found, dict):
@@ -60,9 +61,9 @@ def configured(model: nn.Module, plan: Plan) -> tuple[tuple[tuple[Path, int], ..
 
 def _search(
     model: nn.Module, trial: Any, wanted: Shapes, replacements: Mapping[int, set[int]]
-) -> dict[tuple[str, ...], int] | str:
+) -> dict[tuple[str, ...], float] | str:
     """Changes the integer that brings the shapes nearest, until they are right; else the first that is wrong."""
-    changed: dict[tuple[str, ...], int] = {}
+    changed: dict[tuple[str, ...], float] = {}
     distance = _distance(_built(model, trial), wanted)
     for _ in range(_ROUNDS):
         nearer = _nearer(model, trial, wanted, replacements, distance) if distance else None
@@ -119,6 +120,19 @@ def _moves(
     yield together
 
 
+def _decimals(model: nn.Module, plan: Plan, config: Any) -> dict[tuple[str, ...], float]:
+    """Numbers of the configuration that became an attribute (an epsilon) which the plan changes."""
+    changes: dict[float, set[float]] = {}
+    for path, value in plan.attributes:
+        if isinstance(value, float):
+            changes.setdefault(read(model, path), set()).add(value)
+    return {
+        (name,): next(iter(changes[value]))
+        for name, value in vars(config).items()
+        if type(value) is float and len(changes.get(value, ())) == 1
+    }
+
+
 def _derived(model: nn.Module, plan: Plan, changes: Mapping[Any, Any], config: Any) -> str | None:
     """What the constructor computes from the sizes, and would compute anew: buffers that are not saved, and scales."""
     persistent = model.state_dict(keep_vars=True).keys()
@@ -132,9 +146,11 @@ def _derived(model: nn.Module, plan: Plan, changes: Mapping[Any, Any], config: A
     with random_state_kept(), torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         fresh = dict(type(model)(trial).named_modules())  # pyright: ignore[reportCallIssue]
+    planned = {path: value for path, value in plan.attributes if isinstance(value, float)}
     for prefix, module in model.named_modules():
         for name, value in vars(module).items():
-            if type(value) is float and getattr(fresh.get(prefix), name, value) != value:
+            wanted = planned.get((prefix, name), value)
+            if type(value) is float and getattr(fresh.get(prefix), name, wanted) != wanted:
                 return (
                     f"the configuration cannot express it: `{prefix}.{name}` is computed from it, and stays; {_ADVICE}"
                 )
@@ -204,7 +220,7 @@ def _integers(config: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[s
             yield from _integers(value, (*path, name))
 
 
-def _set(config: Any, path: tuple[Any, ...], value: int) -> None:
+def _set(config: Any, path: tuple[Any, ...], value: float) -> None:
     for name in path[:-1]:
         config = config[name] if isinstance(config, (Mapping, list)) else getattr(config, name)
     if isinstance(config, (dict, list)):

@@ -21,6 +21,7 @@ from netopt.importance import Importance, lookup
 from netopt.importance.neurons import NeuronScores, neuron_scores
 from netopt.plan import AxisCut, Plan, shapes_of
 from netopt.prune.candidates import AxisSelector, candidates
+from netopt.prune.compensation import compensated
 from netopt.prune.configuration import configured
 from netopt.prune.verify import promise
 from netopt.report import PruningReport, Row
@@ -235,11 +236,13 @@ class _Decision:
     def rows(self) -> tuple[Row, ...]:
         """One row an axis that could lose neurons."""
         rows = []
+        exact = {cut.name: (cut.exact, cut.reason) for cut in self.plan.axes}
         for axis in self.chosen:
             scores = self.scores.scores[axis.name]
             low, high = float(scores.min()), float(scores.max())
-            notes = [f"scores {low:.2g} to {high:.2g}"] + ([] if axis.exact else [str(axis.inexact)])
-            rows.append(Row(axis.name, axis.size, len(self.kept[axis.name]), axis.exact, "; ".join(notes)))
+            equal, reason = exact.get(axis.name, (True, None))
+            notes = [f"scores {low:.2g} to {high:.2g}"] + ([] if reason is None else [reason])
+            rows.append(Row(axis.name, axis.size, len(self.kept[axis.name]), equal, "; ".join(notes)))
         return tuple(rows)
 
     def masks(self, model: nn.Module) -> dict[str, Tensor]:
@@ -304,7 +307,16 @@ def _decide(
         progress=sources.progress,
     )
     kept = _select(model, example_inputs, axes, chosen, scored.scores, request)
-    plan = make_plan(model, axes, kept)
+    plan = compensated(
+        model,
+        axes,
+        kept,
+        make_plan(model, axes, kept),
+        make_plan=lambda some: make_plan(model, axes, some),
+        masks_of=lambda plan: masks_of(plan, surgery.named_tensors(model)),
+        inputs=example_inputs,
+        counted=counted,
+    )
     more, unsaid = configured(model, plan)
     plan = dataclasses.replace(plan, attributes=(*plan.attributes, *more))
     return _Decision(axes, chosen, kept_out, scored, kept, plan, counted, unsaid)

@@ -51,6 +51,16 @@ class Promise:
                 "everything was put back. Set verify=False if the difference is meant, and report it, please."
             )
 
+    def is_kept(self, model: nn.Module, inputs: Inputs, counted: Counted) -> bool:
+        """Whether the outputs are finite, of the shapes and of the values promised, to half of what is tolerated."""
+        found = run(model, inputs, counted)
+        if [one.shape for one in found] != [one.shape for one in self._expected]:
+            return False
+        if not all(map(_comparable, [*found, *self._expected])):
+            return False
+        difference, place = _difference(found, self._expected)
+        return difference <= _tolerance(found[place]) / 2 if found else False
+
     def _is_random(self, model: nn.Module, inputs: Inputs, counted: Counted, found: list[Tensor]) -> bool:
         """Whether the model gives something else each time it runs, so that nothing can be compared."""
         with random_state_kept():

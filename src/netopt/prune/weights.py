@@ -10,13 +10,14 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from netopt import masking, measure
+from netopt import masking
 from netopt.batches import Batch
 from netopt.errors import ArgumentTypeError, InvalidArgumentError, NothingToPruneError, UnknownNameError
 from netopt.importance import Importance, lookup, names, scores
 from netopt.masking.decide import Request, decide
 from netopt.masking.patterns import Pattern, Shape, parse
 from netopt.masking.quantile import Scores
+from netopt.measure import Cost, count_parameters, size_bytes
 from netopt.parameters import Place, places
 from netopt.reconstruction import SOLVERS, reconstruct
 from netopt.report import PruningReport, Row
@@ -100,7 +101,8 @@ def prune_weights(
     """
     shape = _check_arguments(model, amount, threshold, scope, pattern)
     wanted = _candidates(model, include, exclude)
-    before, nonzero = measure.cost(model), _nonzero(wanted)
+    nonzero = {name: place.nonzero for name, place in places(model).items()}
+    before = _cost(model, nonzero)
     requests = [(group, Request(shape, scope, part, threshold)) for group, part in _groups(wanted, amount)]
     masks: dict[str, Tensor] = {}
     if isinstance(importance, str) and importance in SOLVERS:
@@ -112,13 +114,13 @@ def prune_weights(
             masks |= decide(group, score, request)
     masking.adopt(model, masks)
     again = places(model)
-    left = _nonzero({name: again[name] for name in wanted})
+    left = nonzero | {name: again[name].nonzero for name in wanted}
     rows = tuple(Row(name, nonzero[name], left[name]) for name in wanted)
     settings = {"amount": amount, "threshold": threshold, "importance": _name(importance), "scope": scope}
     return PruningReport(
         call="prune_weights",
         before=before,
-        after=measure.cost(model),
+        after=_cost(model, left),
         rows=rows,
         settings=settings | {"pattern": str(shape)},
         subject=model,
@@ -291,8 +293,9 @@ def _alive(place: Place) -> Tensor | None:
     return None if place.mask is None else place.mask.bool()
 
 
-def _nonzero(wanted: Mapping[str, Place]) -> dict[str, int]:
-    return {name: int(torch.count_nonzero(place.value)) for name, place in wanted.items()}
+def _cost(model: nn.Module, nonzero: Mapping[str, int]) -> Cost:
+    # As measure.cost, without counting again what a pass has counted.
+    return Cost(count_parameters(model), sum(nonzero.values()), size_bytes(model))
 
 
 def _name(importance: Any) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from netopt.surgery.attributes import Path
+from netopt.surgery.attributes import Path, read
 from netopt.surgery.commit import Operation, prepare
 from netopt.surgery.optimizers import as_optimizers
 from netopt.surgery.tensors import Exchange, find_tensor, named_tensors, narrow, successor

