@@ -35,7 +35,6 @@ def convolution(
     """Channels in ``groups``, each contracted with its own part of the kernel."""
     dims, kernel = op.dims(tensor), op.dims(weight)
     channel = len(dims) - len(kernel) + 1
-    op.freeze(dims[channel + 1 :], "is a spatial dimension of a convolution")
     op.freeze(kernel[2:], "is a dimension of a kernel")
     if groups == 1:
         made, read = (kernel[1], kernel[0]) if transposed else (kernel[0], kernel[1])
@@ -44,8 +43,21 @@ def convolution(
         made, read = _grouped(op, dims[channel], kernel, groups, transposed=transposed)
     op.contract(weight, [read], [made])
     out = biased(op, [made], bias)[0]
-    spatial = [op.frozen(size, "is a spatial dimension of a convolution") for size in op.out.shape[channel + 1 :]]
+    spatial = []
+    for index, dim in enumerate(dims[channel + 1 :]):
+        size = op.out.shape[channel + 1 + index]
+        alone = kernel[2 + index].size == 1 and _at(stride, index) == 1 and not _at(padding, index)
+        if alone and dim.size == size and op.short == "convolution":
+            spatial.append(Dim(dim.layout, dim.zero and bias is None))  # each position by itself
+        else:
+            op.freeze(dim, "is a spatial dimension of a convolution")
+            spatial.append(op.frozen(size, "is a spatial dimension of a convolution"))
     return [*dims[:channel], out, *spatial]
+
+
+def _at(given: Any, index: int) -> Any:
+    """One of several numbers, or the one that stands for all."""
+    return given[min(index, len(given) - 1)] if isinstance(given, (list, tuple)) and given else given
 
 
 def _grouped(op: Operation, channels: Dim, kernel: Dims, groups: int, *, transposed: bool) -> tuple[Dim, Dim]:
