@@ -24,7 +24,7 @@ LAYERS = (
     {"selection", "schedules"},
     {"axes", "importance", "measure"},
     {"calls"},
-    {"batches", "parameters", "selectors", "restore"},
+    {"batches", "flops", "parameters", "selectors", "restore"},
     {"errors"},
 )
 OPTIONAL = {"matplotlib", "IPython", "transformers", "timm", "torchvision", "lightning_fabric", "accelerate", "sklearn"}

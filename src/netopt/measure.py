@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import prod
-from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from netopt import batches
 from netopt.batches import Inputs
 from netopt.errors import InvalidArgumentError
+from netopt.flops import EXTRA
 from netopt.restore import given_back
 
 __all__ = [
@@ -34,8 +33,6 @@ __all__ = [
     "nonzero_parameters",
     "size_bytes",
 ]
-
-aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -129,7 +126,7 @@ def count_macs(model: nn.Module, inputs: Inputs) -> int:
         >>> count_macs(nn.Conv2d(3, 8, 3), torch.randn(2, 3, 6, 6))
         6912
     """
-    counter = FlopCounterMode(display=False, custom_mapping=_EXTRA_FLOPS)
+    counter = FlopCounterMode(display=False, custom_mapping=EXTRA)
     with given_back(model), torch.no_grad(), _separate_operations():
         model.eval()
         with counter:
@@ -218,42 +215,3 @@ def _separate_operations() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-
-
-Shape: TypeAlias = Sequence[int]
-
-
-def _matrix_vector(matrix: Shape, *_: Any, **__: Any) -> int:
-    return 2 * prod(matrix)
-
-
-def _added_matrix_vector(_: Shape, matrix: Shape, *__: Any, **___: Any) -> int:
-    return 2 * prod(matrix)
-
-
-def _bilinear(left: Shape, weight: Shape, *_: Any, **__: Any) -> int:
-    return 2 * prod(left[:-1]) * prod(weight)
-
-
-def _attention(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
-    return 2 * prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
-
-
-def _recurrent_layer(inputs: Shape, from_input: Shape, from_state: Shape, *_: Any, **__: Any) -> int:
-    return 2 * prod(inputs[:-1]) * (prod(from_input) + prod(from_state))
-
-
-def _recurrent_stack(inputs: Shape, weights: Sequence[Shape], *_: Any, **__: Any) -> int:
-    return 2 * prod(inputs[:-1]) * sum(prod(weight) for weight in weights if len(weight) == 2)
-
-
-# What torch's counter leaves out, as floating-point operations of the shapes an operation is given.
-_EXTRA_FLOPS: dict[Any, Callable[..., int]] = {
-    aten.mv: _matrix_vector,
-    aten.addmv: _added_matrix_vector,
-    aten.dot: _matrix_vector,
-    aten._trilinear: _bilinear,
-    aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    aten.mkldnn_rnn_layer: _recurrent_layer,
-    aten._cudnn_rnn: _recurrent_stack,
-}

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from netopt.axes.counts import Counts
-from netopt.axes.layout import Atom, Layout, atoms, freeze, mark_inexact, resolve
+from netopt.axes.layout import LAYOUTS, Atom, Layout, atoms, count, freeze, mark_inexact
 from netopt.axes.positions import indices, labels
 from netopt.axes.sizes import Extent, leaves
-from netopt.axes.trace import Trace
+from netopt.axes.trace import Trace, Work
 from netopt.calls import Call
 from netopt.errors import UnknownNameError, nearest
 
@@ -122,6 +122,7 @@ class Axes(Sequence[Axis]):
         self._makes = dict(trace.makes)
         self._pointers = dict(trace.pointers)
         self._pointed = {name: trace.members[name].detach().cpu().clone() for name in trace.pointers}
+        self._work = trace.work
         self.operations = trace.operations
         self.unknown = tuple(sorted(trace.unknown))
         self._freeze_rest(model, trace)
@@ -234,8 +235,7 @@ class Axes(Sequence[Axis]):
             return self._axes[key]
         if key in self._index:
             return self._axes[self._index[key]]
-        made = {id(atom) for atom in (resolve(one) for one in self._layers.get(key, ())) if isinstance(atom, Atom)}
-        found = [axis for axis in self._axes if any(id(atom) in made for atom in self._groups[axis.name].atoms)]
+        found = self.made_by(key)
         if len(found) == 1:
             return found[0]
         if found:
@@ -333,6 +333,26 @@ class Axes(Sequence[Axis]):
         full = self._counts.nearest({self._index[self[name].name]: int(value) for name, value in counts.items()})
         return [Assignment(place.path, value) for place, value in self._counts.assignments(full)]
 
+    def macs(self, counts: Mapping[str, int] | None = None) -> int:
+        """Multiply-accumulates of the traced forward, were its axes to have ``counts`` neurons.
+
+        By the formulas of torch's flop counter on the shapes that would be, without running anything.
+
+        Args:
+            counts: Number of neurons by axis name; axes not named keep theirs.
+        """
+        sizes: dict[Atom, int] = {}
+        for name, number in (counts or {}).items():
+            group = self._groups[self[name].name]
+            for index, atom in enumerate(group.atoms):
+                sizes[atom] = int(number) if len(group.atoms) == 1 else int(index < number)
+        return sum(int(work_of(work, sizes)) for work in self._work) // 2
+
+    def made_by(self, layer: str) -> tuple[Axis, ...]:
+        """The axes of a layer's outputs: none, one, or several where it makes heads times head-dim, say."""
+        made = {id(atom) for one in self._layers.get(layer, ()) for atom in atoms(one)}
+        return tuple(axis for axis in self._axes if any(id(atom) in made for atom in self._groups[axis.name].atoms))
+
     def values(self, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What integer buffers become whose entries are positions of an axis.
 
@@ -382,6 +402,20 @@ def _peek(trace: Trace, tensor: Tensor) -> Any:
     known = trace._known(tensor)
     assert known is not None
     return known.dims
+
+
+def work_of(work: Work, sizes: dict[Atom, int]) -> int:
+    """What an operation costs once atoms have these sizes."""
+
+    def shape(value: Any) -> Any:
+        if isinstance(value, tuple) and value and all(isinstance(one, LAYOUTS) for one in value):
+            return tuple(count(one, sizes) for one in value)
+        if isinstance(value, (tuple, list)):
+            return type(value)(shape(one) for one in value)
+        return value
+
+    named = {name: shape(value) for name, value in work.kwargs.items()}
+    return work.formula(*shape(work.args), **named, out_val=shape(work.result))
 
 
 def _set(atoms_: Iterable[Atom], attribute: str, why: str) -> None:

@@ -72,6 +72,7 @@ def find_axes(model: nn.Module, example_inputs: Inputs, *, outputs: Outputs = No
             _freeze_scripted(model, trace)
             for training in (False, True):
                 watch = Watch(model, trace)
+                trace.counting = not training
                 if _run(model.train(training), example_inputs, trace, watch, outputs, must=not training):
                     readings = readings or watch.readings
         trace.ledger.is_open = False

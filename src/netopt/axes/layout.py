@@ -66,6 +66,7 @@ class Concat:
 
 
 Layout: TypeAlias = Atom | Product | Concat
+LAYOUTS = (Atom, Product, Concat)
 
 
 def resolve(layout: Layout) -> Layout:

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from netopt.axes.layout import (
+    LAYOUTS,
     Atom,
-    Concat,
     Layout,
-    Product,
     atoms,
     concat,
     freeze,
@@ -148,12 +147,12 @@ class Operation:
 
     def freeze(self, dims: Dim | Layout | Iterable[Dim], why: str) -> None:
         """Keeps every position of these dimensions, for a reason that completes "the axis ..."."""
-        for dim in [dims] if isinstance(dims, (Dim, *_LAYOUTS)) else dims:
+        for dim in [dims] if isinstance(dims, (Dim, *LAYOUTS)) else dims:
             freeze(layout_of(dim), f"{why}, at {self.trace.where()}")
 
     def inexact(self, dims: Dim | Layout | Iterable[Dim], why: str) -> None:
         """States that a removed position of these dimensions differs from a masked one."""
-        for dim in [dims] if isinstance(dims, (Dim, *_LAYOUTS)) else dims:
+        for dim in [dims] if isinstance(dims, (Dim, *LAYOUTS)) else dims:
             mark_inexact(layout_of(dim), f"{why}, at {self.trace.where()}")
 
     def frozen(self, size: int, why: str) -> Dim:
@@ -187,9 +186,6 @@ class Operation:
         self.same(left, right)
         if not (left.zero or right.zero):
             self.inexact(left, f"is summed over by {self.short} where a masked neuron need not be zero")
-
-
-_LAYOUTS = (Atom, Product, Concat)
 
 
 def layout_of(dim: Dim | Layout) -> Layout:

@@ -7,19 +7,20 @@ rules what an operation says about them, and never reads a value.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter, tree_leaves
+from torch.utils._pytree import tree_iter, tree_leaves, tree_map_only
 
 from netopt.axes.layout import Atom, Layout, freeze, resolve
 from netopt.axes.operation import Dim, Dims, Operation, find_rule
 from netopt.axes.sizes import Ledger, caller, show_place
 from netopt.errors import TraceError
+from netopt.flops import formula
 
 _KNOWN = "_netopt_dims"
 # Operations that answer a question about a tensor and make none.
@@ -42,6 +43,15 @@ _QUESTIONS = frozenset(
         "prim::layout",
     ]
 )
+
+
+class Work(NamedTuple):
+    """An operation that costs multiplications: its formula, and what it was given, tensors as layouts."""
+
+    formula: Callable[..., Any]
+    args: Any
+    kwargs: Any
+    result: Any
 
 
 class _Known:
@@ -71,6 +81,9 @@ class Trace(TorchDispatchMode):
         unknown: Names of the operations that had no rule.
         left_out: Parts of weights that a slice passes over.
         taken: Parts of weights that a slice or another selection reads.
+        work: What each operation that costs multiplications was given: its formula, arguments and result, with every
+            tensor as the layouts of its dimensions. Of the first run only.
+        counting: Whether work is being noted.
         pointers: Names of integer members whose entries are positions of a layout.
     """
 
@@ -92,6 +105,8 @@ class Trace(TorchDispatchMode):
         self.unknown: set[str] = set()
         self.left_out: list[Layout] = []
         self.taken: list[Layout] = []
+        self.work: list[Work] = []
+        self.counting = False
         self.pointers: dict[str, Layout] = {}
         self.in_call = False
         self._marked: list[Tensor] = []
@@ -177,6 +192,8 @@ class Trace(TorchDispatchMode):
         outs = [out] if isinstance(out, Tensor) else [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         if outs:
             self._state(function, name, args, kwargs, tensors, out, outs)
+            if self.counting:
+                self._note_work(function, args, kwargs, outs)
         return out
 
     def _state(
@@ -208,6 +225,16 @@ class Trace(TorchDispatchMode):
             self._note_write(function, tensor, tensors, dims)
             origin = written.source if written is not None and written.source else source
             self._learn(tensor, dims, data=data or bool(written and written.data), source=origin)
+
+    def _note_work(self, function: Any, args: Any, kwargs: Any, outs: list[Tensor]) -> None:
+        cost = formula(function._overloadpacket)
+        if cost is not None:
+            result = self._layouts(outs[0]) if len(outs) == 1 else tuple(map(self._layouts, outs))
+            given = tree_map_only(Tensor, self._layouts, (args, kwargs))
+            self.work.append(Work(cost, given[0], given[1], result))
+
+    def _layouts(self, tensor: Tensor) -> tuple[Layout, ...]:
+        return tuple(dim.layout for dim in self.dims(tensor))
 
     def _refuse(self, op: Operation) -> None:
         self.unknown.add(op.name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
@@ -11,7 +10,7 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from netopt.axes import Axes, Axis
-from netopt.errors import NothingToPruneError, SelectorError, UnknownNameError
+from netopt.errors import NothingToPruneError, SelectorError
 from netopt.selectors import Selector, matches
 from netopt.surgery import named_tensors
 
@@ -69,8 +68,9 @@ def names_of(model: nn.Module, axes: Axes) -> dict[str, set[str]]:
     names = {axis.name: {axis.name, axis.name.partition("/")[0]} for axis in axes}
     makers = {}
     for layer in {name.rpartition(".")[0] for name in dims}:
-        with contextlib.suppress(UnknownNameError):
-            makers[layer] = axes[layer].name
+        made = axes.made_by(layer)
+        if len(made) == 1:
+            makers[layer] = made[0].name
     for axis in axes:
         for member in axis.members:
             layer = member.tensor.rpartition(".")[0]
@@ -88,6 +88,8 @@ def _entries(selector: AxisSelector) -> list[Any]:
 
 
 def _resolve(model: nn.Module, axes: Axes, selector: AxisSelector, what: str) -> Callable[[Axis], bool]:
+    if not _entries(selector):
+        return lambda _: False
     asked, rest = [], []
     names = names_of(model, axes)
     for entry in _entries(selector):

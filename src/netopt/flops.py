@@ -1,0 +1,72 @@
+"""What an operation costs, from the shapes it is given.
+
+Torch's own formulas, and a few for operations it leaves out; two floating-point operations are one
+multiply-accumulate. A formula takes shapes, so it can be asked what an operation would cost with fewer neurons.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import Any, TypeAlias
+
+import torch
+from torch.utils.flop_counter import flop_registry
+
+__all__ = ["EXTRA", "formula"]
+
+aten = torch.ops.aten
+Shape: TypeAlias = Sequence[int]
+
+
+def _matrix_vector(matrix: Shape, *_: Any, **__: Any) -> int:
+    return 2 * prod(matrix)
+
+
+def _added_matrix_vector(_: Shape, matrix: Shape, *__: Any, **___: Any) -> int:
+    return 2 * prod(matrix)
+
+
+def _bilinear(left: Shape, weight: Shape, *_: Any, **__: Any) -> int:
+    return 2 * prod(left[:-1]) * prod(weight)
+
+
+def _attention(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
+    return 2 * prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+
+
+def _recurrent_layer(inputs: Shape, from_input: Shape, from_state: Shape, *_: Any, **__: Any) -> int:
+    return 2 * prod(inputs[:-1]) * (prod(from_input) + prod(from_state))
+
+
+def _recurrent_stack(inputs: Shape, weights: Sequence[Shape], *_: Any, **__: Any) -> int:
+    return 2 * prod(inputs[:-1]) * sum(prod(weight) for weight in weights if len(weight) == 2)
+
+
+# What torch's counter leaves out, as floating-point operations of the shapes an operation is given.
+EXTRA: dict[Any, Callable[..., int]] = {
+    aten.mv: _matrix_vector,
+    aten.addmv: _added_matrix_vector,
+    aten.dot: _matrix_vector,
+    aten._trilinear: _bilinear,
+    aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    aten.mkldnn_rnn_layer: _recurrent_layer,
+    aten._cudnn_rnn: _recurrent_stack,
+}
+
+
+def formula(operation: Any) -> Callable[..., Any] | None:
+    """The formula of an operation's floating-point operations, or ``None`` if it is not counted.
+
+    Args:
+        operation: An overload packet, such as ``torch.ops.aten.mm``.
+
+    Returns:
+        A function of the operation's arguments, each tensor as its shape, and of ``out_val``, the result's shape.
+
+    Example:
+        >>> formula(torch.ops.aten.mm)((2, 3), (3, 4), out_val=(2, 4))
+        48
+    """
+    found = EXTRA.get(operation)
+    return found if found is not None else flop_registry.get(operation)
