@@ -1,0 +1,341 @@
+"""Counts tied by arithmetic: what is chosen keeps every tie, is the nearest there is, and is found when it exists."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from netopt.axes import find_axes
+from netopt.axes.counts import Counts
+from netopt.axes.layout import Atom, Concat, Product
+from netopt.axes.sizes import Extent, Ledger, Place, Size
+
+MANY = settings(max_examples=120, deadline=None)
+
+
+class System:
+    """A few axes, a few attributes, and what a forward might say of them."""
+
+    def __init__(self, sizes, attributes=()):
+        self.atoms = [Atom(size) for size in sizes]
+        self.ledger = Ledger()
+        self.places = [Place(("block", f"n{index}")) for index in range(len(attributes))]
+        self.attributes = [
+            Size(value, place, self.ledger) for value, place in zip(attributes, self.places, strict=True)
+        ]
+        self.said = []  # the same ties, as functions of counts and attribute values
+
+    def extent(self, index):
+        return Size(self.atoms[index].size, Extent(self.atoms[index]), self.ledger)
+
+    def equate(self, number, layout):
+        assert int.__int__(number) == layout.size
+        self.ledger.equate(number, layout, "view")
+
+    def counts(self):
+        self.ledger.is_open = False
+        return Counts({index: [atom] for index, atom in enumerate(self.atoms)}, self.ledger)
+
+
+def distance(found, wanted):
+    return sum(abs(found[key] - value) for key, value in wanted.items())
+
+
+# Ties as a model states them, each with its truth: (what is said of the system, whether counts satisfy it).
+
+
+def equal_halves(system, a, b):
+    system.equate(system.extent(a), system.atoms[b])
+    return lambda n: n[a] == n[b]
+
+
+def multiple_of(number):
+    def tie(system, a, b):
+        if system.atoms[a].size % number == 0:
+            rest = system.extent(a) % number
+            _ = rest == 0
+            return lambda n: n[a] % number == 0
+        return lambda n: True
+
+    return tie
+
+
+def quotient(system, a, b):
+    """``a // b`` is what ``a`` would be split into: ``view(b, a // b)``."""
+    n, m = system.atoms[a].size, system.atoms[b].size
+    if n % m:
+        return lambda n: True
+    number = (system.extent(a) // system.extent(b)) * system.extent(b)
+    system.equate(number, system.atoms[a])
+    return lambda n: n[b] and (n[a] // n[b]) * n[b] == n[a]
+
+
+def at_least(system, a, b):
+    _ = system.extent(a) >= system.extent(b)
+    larger = system.atoms[a].size >= system.atoms[b].size
+    return lambda n: (n[a] >= n[b]) is larger
+
+
+def sum_is_even(system, a, b):
+    even = (system.atoms[a].size + system.atoms[b].size) % 2 == 0
+    _ = (system.extent(a) + system.extent(b)) % 2 == 0
+    return lambda n: ((n[a] + n[b]) % 2 == 0) is even
+
+
+TIES = [equal_halves, multiple_of(2), multiple_of(3), quotient, at_least, sum_is_even]
+
+
+@st.composite
+def systems(draw):
+    sizes = draw(st.lists(st.sampled_from([2, 3, 4, 6, 8]), min_size=2, max_size=3))
+    system = System(sizes)
+    for _ in range(draw(st.integers(1, 4))):
+        a, b = draw(st.permutations(range(len(sizes))))[:2]
+        tie = draw(st.sampled_from(TIES))
+        if tie is equal_halves and sizes[a] != sizes[b]:
+            continue
+        system.said.append(tie(system, a, b))
+    return system
+
+
+def solutions(system):
+    ranges = [range(1, atom.size + 1) for atom in system.atoms]
+    return [
+        dict(enumerate(values))
+        for values in itertools.product(*ranges)
+        if all(holds(dict(enumerate(values))) for holds in system.said)
+    ]
+
+
+@MANY
+@given(systems(), st.data())
+def test_nearest_keeps_every_tie_and_is_near(system, data):
+    counts = system.counts()
+    possible = solutions(system)
+    full = {index: atom.size for index, atom in enumerate(system.atoms)}
+    assert full in possible, "what the model is now is a solution"
+    wanted = {index: data.draw(st.integers(1, size), label=f"wanted {index}") for index, size in full.items()}
+    found = counts.nearest(wanted)
+    assert {key: found[key] for key in full} in possible
+    best = min(distance(one, wanted) for one in possible)
+    if wanted in possible:
+        assert found == wanted
+    # Each axis is brought near in turn, so together they need not be the very nearest; never farther than the model is.
+    assert best <= distance(found, wanted) <= max(2 * best, distance(full, wanted))
+
+
+@MANY
+@given(systems())
+def test_stuck_axes_have_no_smaller_solution_and_others_have(system):
+    stuck = system.counts().stuck()
+    possible = solutions(system)
+    for index, atom in enumerate(system.atoms):
+        smaller = any(one[index] < atom.size for one in possible)
+        assert (index in stuck) is (not smaller), f"axis {index} of {atom.size}: {stuck.get(index)}"
+        if index in stuck:
+            assert "which no smaller one does" in stuck[index]
+            assert "test_axes_counts.py:" in stuck[index]
+
+
+@MANY
+@given(systems(), st.data())
+def test_asking_for_what_is_possible_again_changes_nothing(system, data):
+    counts = system.counts()
+    wanted = {index: data.draw(st.integers(1, atom.size)) for index, atom in enumerate(system.atoms)}
+    found = counts.nearest(wanted)
+    assert counts.nearest(found) == found
+
+
+# Attributes.
+
+
+def test_an_attribute_follows_what_it_is_the_size_of():
+    system = System([8], [8])
+    system.equate(system.attributes[0], system.atoms[0])
+    counts = system.counts()
+    assert counts.assignments({0: 5}) == [(system.places[0], 5)]
+    assert counts.assignments({0: 8}) == []
+
+
+def test_heads_times_width_is_the_width_of_the_block():
+    width, heads, size = Atom(32), Atom(4), Atom(8)
+    ledger = Ledger()
+    total, number, each = (
+        Size(32, Place(("attn", "embed_dim")), ledger),
+        Size(4, Place(("attn", "num_heads")), ledger),
+        Size(8, Place(("attn", "head_dim")), ledger),
+    )
+    ledger.equate(total, width, "view")
+    ledger.equate(number, heads, "view")
+    ledger.equate(total // number, size, "view")
+    ledger.equate(each, size, "view")
+    ledger.equate(total, Product((heads, size)), "view")
+    ledger.is_open = False
+    counts = Counts({"width": [width], "heads": [heads], "size": [size]}, ledger)
+    found = counts.nearest({"width": 16, "heads": 2, "size": 8})
+    assert found == {"width": 16, "heads": 2, "size": 8}
+    found = counts.nearest({"width": 15})
+    assert found["width"] == found["heads"] * found["size"] < 32
+    assert dict(counts.assignments(found)) == {
+        place: value
+        for place, value, old in (
+            (Place(("attn", "embed_dim")), found["width"], 32),
+            (Place(("attn", "num_heads")), found["heads"], 4),
+            (Place(("attn", "head_dim")), found["size"], 8),
+        )
+        if value != old
+    }
+
+
+def test_an_attribute_read_in_two_places_has_one_value():
+    system = System([6, 6], [6])
+    for atom in system.atoms:
+        system.equate(system.attributes[0], atom)
+    counts = system.counts()
+    found = counts.nearest({0: 3})
+    assert found[0] == found[1] == 3
+    assert counts.assignments(found) == [(system.places[0], 3)]
+
+
+def test_a_group_norm_keeps_a_multiple_of_its_groups():
+    system = System([4, 4], [4])
+    groups, size = system.atoms
+    system.equate(system.attributes[0], groups)
+    whole = Product((groups, size))
+    _ = Size(16, Extent(whole), system.ledger) % 4 == 0  # a literal number of groups, checked
+    counts = system.counts()
+    found = counts.nearest({0: 3, 1: 3})
+    assert (found[0] * found[1]) % 4 == 0
+    assert found[0] < 4 or found[1] < 4
+
+
+def test_a_sum_of_parts_is_the_whole():
+    q, k, whole = Atom(8), Atom(4), Atom(12)
+    ledger = Ledger()
+    number = Size(8, Extent(q), ledger) + 2 * Size(2, Extent(k), ledger)
+    ledger.equate(Size(12, Extent(Concat((q, k))), ledger), whole, "split")
+    assert int.__int__(number) == 12
+    ledger.is_open = False
+    counts = Counts({"q": [q], "k": [k], "whole": [whole]}, ledger)
+    found = counts.nearest({"q": 5, "k": 2})  # the whole was not asked for, so it follows
+    assert found["whole"] == found["q"] + found["k"]
+    assert found["whole"] < 12
+
+
+def test_a_literal_leaves_no_choice():
+    system = System([8, 3])
+    _ = system.extent(0) == 8
+    counts = system.counts()
+    assert set(counts.stuck()) == {0}
+    assert counts.nearest({0: 4, 1: 2}) == {0: 8, 1: 2}
+
+
+def test_dividing_by_what_vanishes_is_no_solution():
+    system = System([4, 4])
+    _ = system.extent(0) // (system.extent(1) - 1) == 1
+    found = system.counts().nearest({0: 1, 1: 1})
+    assert found[0] // (found[1] - 1) == 1
+
+
+def test_wishes_are_held_to_what_there_is():
+    counts = System([8, 3]).counts()
+    assert counts.nearest({0: 100, 1: -5}) == {0: 8, 1: 1}
+    assert counts.nearest({}) == {0: 8, 1: 3}
+
+
+# As a user meets it.
+
+
+class Tied(nn.Module):
+    """Equal halves, heads times head-dim, and a grouped norm, in one small model."""
+
+    def __init__(self):
+        super().__init__()
+        self.heads = 4
+        self.inner = nn.Linear(6, 32)
+        self.qkv = nn.Linear(16, 48)
+        self.norm = nn.GroupNorm(4, 16)
+        self.out = nn.Linear(16, 3)
+
+    def forward(self, x):
+        a, b = self.inner(x).chunk(2, -1)
+        h = a * b.sigmoid()
+        size = h.shape[-1] // self.heads
+        q, k, v = (t.reshape(len(x), self.heads, size) for t in self.qkv(h).chunk(3, -1))
+        h = ((q * k).sum(-1, keepdim=True) * v).reshape(len(x), self.heads * size)
+        return self.out(self.norm(h))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_any_wish_becomes_counts_with_which_the_model_runs(data):
+    from netopt.plan import Plan
+
+    torch.manual_seed(0)
+    model, x = Tied(), torch.randn(5, 6)
+    axes = find_axes(model, x)
+    assert {axis.size for axis in axes.free} >= {16, 4}
+    wanted = {axis.name: data.draw(st.integers(1, axis.size), label=axis.name) for axis in axes.free}
+    counts = axes.feasible(wanted)
+    assert set(counts) == {axis.name for axis in axes.free}
+    kept = {
+        axis.name: torch.randperm(axis.size)[: counts[axis.name]].sort().values
+        for axis in axes.free
+        if counts[axis.name] < axis.size
+    }
+    attributes = tuple((one.path, one.value) for one in axes.attribute_values(counts))
+    Plan(axes.tensor_indices(kept), attributes=attributes, values=axes.values(kept)).apply(model)
+    assert model(x).shape == (5, 3)
+    assert model.out.in_features == model.norm.num_channels == model.out.weight.shape[1]
+    assert model.out.in_features % model.heads == 0
+
+
+@pytest.mark.parametrize("size", [5, 7, 11])
+def test_a_prime_number_of_positions_can_shrink(size):
+    class Halves(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 2 * size), nn.Linear(size, 2)
+
+        def forward(self, x):
+            a, b = self.first(x).chunk(2, -1)
+            return self.last(a * b)
+
+    axes = find_axes(Halves(), torch.randn(2, 3))
+    assert axes.feasible({"first": size // 2}) == {"first": size // 2}
+
+
+def test_comparisons_between_axes_keep_their_outcome():
+    class Projected(nn.Module):
+        """A shortcut is projected only where sizes differ."""
+
+        def __init__(self):
+            super().__init__()
+            self.stem, self.body = nn.Linear(3, 8), nn.Linear(8, 16)
+            self.shortcut, self.head = nn.Linear(8, 16), nn.Linear(16, 2)
+
+        def forward(self, x):
+            x = self.stem(x)
+            y = self.body(x).relu()
+            if x.shape[-1] != y.shape[-1]:
+                x = self.shortcut(x)
+            return self.head(x + y)
+
+    axes = find_axes(Projected(), torch.randn(2, 3))
+    for wanted in range(1, 9):
+        counts = axes.feasible({"stem": wanted, axes["body"].name: wanted})
+        assert counts["stem"] != counts[axes["body"].name]
+
+
+def test_every_comparison_keeps_its_operator():
+    for compare in (operator.lt, operator.gt, operator.le, operator.ge, operator.ne):
+        system = System([4, 6])
+        outcome = compare(system.extent(0), system.extent(1))
+        found = system.counts().nearest({0: 2, 1: 2})
+        assert compare(found[0], found[1]) is outcome

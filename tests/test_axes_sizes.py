@@ -1,0 +1,416 @@
+"""Integers that remember: everywhere an int, with an origin that arithmetic keeps, for as long as the trace lasts."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import math
+import operator
+import pickle
+import types
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from netopt.axes import find_axes
+from netopt.axes.layout import Atom
+from netopt.axes.places import remembered
+from netopt.axes.sizes import (
+    Extent,
+    Ledger,
+    Place,
+    Scalar,
+    Size,
+    evaluate,
+    leaves,
+    remembering_roots,
+)
+
+BINARY = [
+    operator.add,
+    operator.sub,
+    operator.mul,
+    operator.floordiv,
+    operator.mod,
+    operator.truediv,
+    operator.pow,
+]
+COMPARE = [operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge]
+WIDTH = Place(("block", "width"))
+
+
+def size(value, ledger=None, place=WIDTH):
+    return Size(value, place, ledger if ledger is not None else Ledger())
+
+
+def plain(value):
+    if isinstance(value, int):
+        return int.__int__(value)
+    return float.__float__(value)
+
+
+# Arithmetic.
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.sampled_from(BINARY), st.integers(2, 40), st.integers(1, 6) | st.floats(0.5, 4.0), st.integers(2, 40))
+def test_arithmetic_is_that_of_integers_and_can_be_done_again(operation, left, right, later):
+    known = size(left)
+    for result, again in (
+        (operation(known, right), lambda value: operation(value, right)),
+        (operation(right, known), lambda value: operation(right, value)),
+        (operation(known, known), lambda value: operation(value, value)),
+    ):
+        expected = again(left)
+        assert isinstance(result, (Size, Scalar))
+        assert plain(result) == expected
+        assert type(plain(result)) is type(expected)
+        assert evaluate(result, {}, {}) == expected
+        assert evaluate(result, {}, {WIDTH: later}) == again(later)
+        assert set(leaves(result)) == {WIDTH}
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_long_computations_keep_what_they_came_from(data):
+    ledger = Ledger()
+    start = {Place(("a", "x")): 12, Place(("b", "y")): 5}
+    later = {place: data.draw(st.integers(1, 30)) for place in start}
+    terms = [(size(value, ledger, place), value, later[place], {place}) for place, value in start.items()]
+    for _ in range(data.draw(st.integers(1, 8))):
+        operation = data.draw(st.sampled_from([operator.add, operator.mul, operator.sub]))
+        a, b = data.draw(st.sampled_from(terms)), data.draw(st.sampled_from(terms))
+        terms.append((operation(a[0], b[0]), operation(a[1], b[1]), operation(a[2], b[2]), a[3] | b[3]))
+    for term, now, then, places in terms:
+        assert plain(term) == now == evaluate(term, {}, {})
+        assert evaluate(term, {}, later) == then
+        assert set(leaves(term)) == places
+
+
+def test_an_extent_follows_the_count_of_its_layout():
+    atom = Atom(12)
+    number = Size(12, Extent(atom), Ledger())
+    half = number // 2 + 1
+    assert half == 7
+    assert evaluate(half, {atom: 6}, {}) == 4
+
+
+def test_functions_of_numbers():
+    known = size(12)
+    assert divmod(known, 5) == (2, 2)
+    assert -known == -12
+    assert plain(-known) == -12
+    assert +known is known
+    assert abs(known) == 12
+    assert round(known / 5) == 2
+    assert math.floor(known / 5) == 2
+    assert math.ceil(known / 5) == 3
+    assert evaluate(math.ceil(known / 5), {}, {WIDTH: 21}) == 5
+    assert max(known, 7) is known
+    assert range(known)[-1] == 11
+    assert "ab" * known == "ab" * 12
+    assert [0] * known == [0] * 12
+    assert [*range(20)][known] == 12
+    assert f"{known} {known:>4d} {known!r}" == "12   12 12"
+
+
+def test_roots_are_remembered_while_asked_for_and_only_then():
+    known = size(16)
+    before = math.sqrt
+    with remembering_roots():
+        root = math.sqrt(known)
+        assert math.sqrt(9) == 3.0
+    assert math.sqrt is before
+    assert plain(root) == 4.0
+    assert evaluate(root, {}, {WIDTH: 25}) == 5.0
+    assert type(known**0.5) is Scalar
+    assert evaluate(known**-0.5, {}, {WIDTH: 25}) == 25**-0.5
+
+
+def test_math_sqrt_is_put_back_after_an_error():
+    before = math.sqrt
+    with pytest.raises(KeyError), remembering_roots():
+        raise KeyError
+    assert math.sqrt is before
+
+
+# Everywhere an int.
+
+
+@pytest.mark.parametrize("known", [size(12), Scalar(0.5, WIDTH, Ledger())], ids=["size", "scalar"])
+def test_what_is_written_out_is_a_plain_number(known):
+    loaded = pickle.loads(pickle.dumps(known))
+    assert loaded == known
+    assert type(loaded) in (int, float)
+    assert json.loads(json.dumps({"n": known})) == {"n": plain(known)}
+    assert hash(known) == hash(plain(known))
+    assert {plain(known): "x"}[known] == "x"
+
+
+def test_a_copied_configuration_still_remembers_within_the_trace():
+    known = size(12)
+    assert copy.deepcopy({"n": [known]})["n"][0].origin == WIDTH
+    assert copy.copy(known).origin == WIDTH
+
+
+def test_torch_takes_it_for_an_int():
+    known = size(4)
+    assert torch.zeros(known, known + 1).shape == (4, 5)
+    assert torch.arange(12).view(known, -1).shape == (4, 3)
+    assert torch.equal(torch.ones(3) * known, torch.full((3,), 4.0))
+    assert torch.equal(known - torch.ones(3), torch.full((3,), 3.0))
+    assert nn.Linear(known, 2).in_features == 4
+
+
+def test_other_types_keep_their_own_rules():
+    known = size(3)
+    assert (known == "3") is False
+    assert known != "3"
+    with pytest.raises(TypeError):
+        _ = known + "3"
+    assert known + (1 + 2j) == 4 + 2j
+    assert known & 1 == 1
+
+
+# What a ledger learns.
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(COMPARE), st.integers(2, 5), st.integers(2, 5))
+def test_a_comparison_is_a_condition_with_its_outcome(compare, left, right):
+    ledger = Ledger()
+    outcome = compare(size(left, ledger), right)
+    assert outcome is compare(left, right)
+    (condition,) = ledger.conditions
+    assert condition.outcome is outcome
+    assert {plain(condition.left), plain(condition.right)} == {left, right}
+    assert condition.where[0] == __file__
+
+
+def test_an_equation_remembers_the_line_that_stated_it():
+    ledger, atom = Ledger(), Atom(12)
+    ledger.equate(size(12, ledger), atom, "view")
+    (equation,) = ledger.equations
+    assert str(equation).startswith("view (test_axes_sizes.py:")
+    ledger.equate(size(1, ledger), Atom(1), "view")
+    assert len(ledger.equations) == 1  # a dimension of one has nothing to say
+
+
+def test_a_size_made_a_number_is_noted():
+    ledger = Ledger()
+    assert float(size(12, ledger)) == 12.0
+    assert [(plain(number), where.partition(":")[0]) for number, where in ledger.numbers] == [
+        (12, "test_axes_sizes.py")
+    ]
+
+
+def test_after_the_trace_nothing_is_noted_and_numbers_are_plain():
+    ledger = Ledger()
+    known = size(12, ledger)
+    third = known / 3
+    ledger.is_open = False
+    assert type(known + 1) is int
+    assert type(known // 5) is int
+    assert type(known / 5) is float
+    assert type(third * 2) is float
+    assert type(2 - third) is float
+    assert known == 12
+    assert third < 5
+    assert float(known) == 12.0
+    assert float(third) == 4.0
+    assert not ledger.conditions
+    assert not ledger.numbers
+
+
+def test_ledgers_know_their_own():
+    ledger = Ledger()
+    assert ledger.knows(size(12, ledger))
+    assert not ledger.knows(size(12))
+    assert not ledger.knows(12)
+
+
+# The integers of a model, lent and given back.
+
+
+@dataclass
+class Settings:
+    width: int = 8
+    heads: tuple = (2, 4)
+    inner: types.SimpleNamespace = field(default_factory=lambda: types.SimpleNamespace(depth=3))
+
+
+class Base(nn.Module):
+    groups = 4
+    one = 1
+
+
+def scaled(x, times=8):
+    return x * times
+
+
+class Holder(Base):
+    def __init__(self):
+        super().__init__()
+        self.settings = Settings()
+        self.sizes = [8, (4, 2), {"k": 16}]
+        self.flag, self.rate, self.text = True, 0.5, "8"
+        self.function = scaled
+        self.partial = functools.partial(scaled, times=16)
+        self.layer = nn.Linear(8, 8)
+
+
+def numbers(value, path=(), seen=None):
+    """Every integer reached from a value, with its path and type."""
+    seen = set() if seen is None else seen
+    if isinstance(value, int):
+        return {path: (type(value), plain(value))}
+    if id(value) in seen or isinstance(value, (torch.Tensor, type)):
+        return {}
+    seen.add(id(value))
+    found = {}
+    if isinstance(value, dict):
+        for key, one in value.items():
+            found.update(numbers(one, (*path, key), seen))
+    elif isinstance(value, (list, tuple, set)):
+        for index, one in enumerate(value):
+            found.update(numbers(one, (*path, index), seen))
+    elif isinstance(value, functools.partial):
+        found.update(numbers(value.keywords, (*path, "keywords"), seen))
+    elif isinstance(value, types.FunctionType):
+        found.update(numbers(value.__defaults__, (*path, "__defaults__"), seen))
+    elif hasattr(value, "__dict__"):
+        found.update(numbers(vars(value), path, seen))
+    return found
+
+
+def test_every_integer_is_lent_with_its_place_and_given_back():
+    model, ledger = Holder(), Ledger()
+    before = numbers(model)
+    with remembered(model, ledger):
+        lent = {
+            one.origin.path
+            for one in (
+                model.settings.width,
+                model.settings.heads[1],
+                model.settings.inner.depth,
+                model.sizes[0],
+                model.sizes[1][0],
+                model.sizes[2]["k"],
+                model.groups,
+                model.partial.keywords["times"],
+                model.layer.in_features,
+            )
+        }
+        assert lent == {
+            ("", "settings", "width"),
+            ("", "settings", "heads", 1),
+            ("", "settings", "inner", "depth"),
+            ("", "sizes", 0),
+            ("", "sizes", 1, 0),
+            ("", "sizes", 2, "k"),
+            ("", "groups"),
+            ("", "partial", "keywords", "times"),
+            ("layer", "in_features"),
+        }
+        assert type(model.flag) is bool
+        assert type(model.one) is int  # a one can neither shrink nor split
+        assert type(model.rate) is float
+    assert numbers(model) == before
+    assert all(kind in (int, bool) for kind, _ in numbers(model).values())
+    assert "groups" not in vars(model)
+    assert type(Base.groups) is int
+    assert scaled.__defaults__ == (8,)
+    assert type(scaled.__defaults__[0]) is int
+
+
+def test_integers_are_given_back_after_an_error():
+    model = Holder()
+    before = numbers(model)
+    with pytest.raises(KeyError), remembered(model, Ledger()):
+        raise KeyError
+    assert numbers(model) == before
+
+
+class Leaking(nn.Module):
+    """Leaves what it sees everywhere it can."""
+
+    def __init__(self):
+        super().__init__()
+        self.settings = Settings()
+        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 2)
+        self.cache, self.seen, self.nested = {}, [], {"a": [1], "b": ({},)}
+        self.object = types.SimpleNamespace(items=[])
+        self.register_buffer("mask", torch.ones(3), persistent=False)
+
+    def forward(self, x):
+        h = self.first(x)
+        n = h.shape[-1]
+        self.now = n
+        self.cache[n] = n
+        self.seen.append(n)
+        self.nested["a"].append(n)
+        self.nested["b"][0]["n"] = n
+        self.object.items.append(h)
+        self.object.n = n
+        self.settings.width = n
+        self.settings.latest = (n, n + 1)
+        self.register_buffer("made", h)
+        self.mask = torch.ones(n)
+        return self.last(h.relu())
+
+
+def test_nothing_the_forward_leaves_stays():
+    model = Leaking()
+    before, mask = numbers(model), model.mask
+    attributes = set(vars(model))
+    axes = find_axes(model, torch.randn(2, 4))
+    assert [axis.name for axis in axes.free] == ["first"]
+    assert numbers(model) == before
+    assert all(kind in (int, bool) for kind, _ in numbers(model).values())
+    assert set(vars(model)) == attributes
+    assert not model.cache
+    assert not model.seen
+    assert not model.object.items
+    assert vars(model.settings).keys() == {"width", "heads", "inner"}
+    assert model.mask is mask
+    assert set(dict(model.named_buffers())) == {"mask"}
+
+
+class Popping(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.widths = nn.Linear(4, 8), [8, 8, 8]
+
+    def forward(self, x):
+        return self.layer(x)[:, : self.widths.pop()]
+
+
+def test_a_forward_may_empty_its_lists():
+    model = Popping()
+    find_axes(model, torch.randn(2, 4))
+    assert model.widths == [8, 8, 8]
+    assert {type(one) for one in model.widths} == {int}
+
+
+def test_values_kept_outside_the_model_are_plain_when_used():
+    kept = []
+
+    class Outside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 8)
+
+        def forward(self, x):
+            kept.append(x.shape[-1])
+            return self.layer(x).sum(-1)
+
+    find_axes(Outside(), torch.randn(2, 4))
+    assert kept
+    assert all(type(one + 0) is int for one in kept)
+    assert all(type(pickle.loads(pickle.dumps(one))) is int for one in kept)
+    assert all(type(copy.deepcopy([one])[0]) is int for one in kept)
