@@ -145,7 +145,7 @@ def ranking(seeds: int) -> None:
                     results.setdefault((criterion, what, how), []).append(accuracy(model, unseen, targets))
     selection.NORMALIZATION = original
     rows = [
-        {"criterion": criterion, "left": what} | {how: statistics.mean(results[criterion, what, how]) for how in hows}
+        {"criterion": criterion, "what is left": what} | {how: statistics.mean(results[criterion, what, how]) for how in hows}
         for criterion in CRITERIA
         for what in asked
     ]

@@ -128,7 +128,8 @@ def count_macs(model: nn.Module, inputs: Inputs) -> int:
     """
     counter = FlopCounterMode(display=False, custom_mapping=EXTRA)
     with given_back(model), torch.no_grad(), _separate_operations():
-        model.eval()
+        # The counter's hooks stumble over views of parameters that ask for gradients.
+        model.eval().requires_grad_(False)
         with counter:
             batches.call(model, inputs)
     return int(counter.get_total_flops()) // 2

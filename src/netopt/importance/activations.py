@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils import checkpoint
 from tqdm import tqdm
 
 from netopt import batches
@@ -71,6 +72,7 @@ class Saliency:
         error: Estimated relative error, the worst axis's; 0 if exact.
         probes: Random sign vectors a sample; 0 if exact.
         samples: How many samples were averaged.
+        unread: Axes whose activations no contraction was seen to read; their scores are zero.
     """
 
     scores: dict[str, Tensor]
@@ -78,6 +80,12 @@ class Saliency:
     error: float
     probes: int
     samples: int
+    unread: frozenset[str] = frozenset()
+
+    def summary(self) -> str:
+        """How it was computed, in words."""
+        how = "exact" if self.exact else f"{self.probes} random signs a sample, relative error {self.error:.1%}"
+        return f"{how}, over {self.samples} sample{'s' if self.samples != 1 else ''}"
 
 
 def saliency(
@@ -232,6 +240,7 @@ class _Differentiation:
         self.samples = 0
         self.probes = 0
         self.reached = False
+        self.read: set[str] = set()
         self.separate: bool | None = None
         """Whether samples were found not to act on one another; None before a batch of several was seen."""
 
@@ -261,7 +270,9 @@ class _Differentiation:
         if wrong is not None:
             raise NonFiniteError(f"gradients at axis `{wrong}` are not finite; check the data and the weights.")
         error = _relative_error(self.sums, self.variances) if self.probes else 0.0
-        return Saliency(scores, self.probes == 0, error, self.probes, self.samples)
+        return Saliency(
+            scores, self.probes == 0, error, self.probes, self.samples, frozenset(self.sizes.keys() - self.read)
+        )
 
     def _forward(self, inputs: Any) -> tuple[_Readings, list[Tensor]]:
         with _Readings(self.model, self.taps, gradients=True) as readings:
@@ -293,9 +304,12 @@ class _Differentiation:
 
     def _add(self, inputs: Any, count: int) -> None:
         readings, found = self._forward(inputs)
-        if not found or not readings.edges:
+        if not found:
             return
         self.reached = True
+        self.read.update(place.axis for place in readings.places)
+        if not readings.edges:
+            return
         rows = count if self.separate else 1
         flat = torch.cat([tensor.reshape(rows, -1).to(found[0].dtype) for tensor in found], dim=1)
         if flat.shape[1] <= self.exact_outputs:
@@ -415,5 +429,15 @@ def _part(value: Any, start: int, stop: int, count: int) -> Any:
 def _differentiable(model: nn.Module) -> Iterator[None]:
     """Makes every activation differentiable, frozen parameters or not, whatever the caller's mode."""
     wanted = {name: place for name, place in places(model).items() if place.parameter.is_floating_point()}
+    whole = checkpoint.CheckpointFunction.apply
     with torch.inference_mode(False), _ready(model, wanted, ("output_grad_sq",)):
-        yield
+        # Re-entrant checkpoints give gradients to leaves only; here they are run through.
+        checkpoint.CheckpointFunction.apply = staticmethod(_run_through)
+        try:
+            yield
+        finally:
+            checkpoint.CheckpointFunction.apply = whole
+
+
+def _run_through(function: Callable[..., Any], _: bool, *args: Any) -> Any:
+    return function(*args)

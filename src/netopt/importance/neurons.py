@@ -40,7 +40,8 @@ class Neurons:
         weights: Values of the parameters in which the axis appears, each with the dimension and the axis's position at
             each index of it.
         scales: Those among them that are the weights of a normalisation.
-        saliency: Squared gradients of the outputs, see :func:`netopt.importance.activations.saliency`.
+        saliency: Squared gradients of the outputs, see :func:`netopt.importance.activations.saliency`; None where no
+            contraction reads the axis.
         activation: Mean absolute activation.
     """
 
@@ -147,7 +148,7 @@ def neuron_scores(
         own = [(tensor, values[_bare(tensor)], dim, at) for tensor, dim, at in members[name] if _bare(tensor) in values]
         weights = tuple((value, dim, at) for _, value, dim, at in own)
         norm = tuple((value, dim, at) for tensor, value, dim, at in own if _bare(tensor) in scales)
-        known = found.scores[name] if found else None
+        known = found.scores[name] if found and name not in found.unread else None
         evidence = Neurons(name, size, weights, norm, known, active.get(name))
         result[name] = _checked(chosen(evidence), name, size)
     return NeuronScores(result, found)
@@ -210,7 +211,9 @@ def _total(entries: Sequence[tuple[Tensor, int, Tensor]], size: int) -> Tensor:
 @criterion("saliency", needs={"saliency"}, of="neurons")
 def _saliency(seen: Neurons) -> Tensor:
     r"""Squared gradients of all outputs by the neuron's activation, :math:`\sum_j (\partial y_j / \partial x_i)^2`."""
-    assert seen.saliency is not None
+    if seen.saliency is None:
+        # No contraction reads it, so there is no activation to speak of: its weights are all there is.
+        return seen.total(torch.square)
     return seen.saliency
 
 

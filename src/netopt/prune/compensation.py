@@ -33,7 +33,7 @@ MakePlan = Callable[[Mapping[str, Tensor]], Plan]
 
 @dataclass
 class Proposal:
-    """Factors on narrowed tensors, and new values of attributes, for one axis."""
+    """Factors on tensors, along the first dimension as it is now, and new values of attributes, for one axis."""
 
     scales: dict[str, Any] = field(default_factory=dict)
     attributes: dict[tuple[Any, ...], float] = field(default_factory=dict)
@@ -161,7 +161,6 @@ def _of_queries(subject: _Subject, axis: Axis, *, inner: bool) -> Proposal | Non
         rows[: len(positions) // blocks] = factor
     else:
         rows[:] = factor
-    rows = rows[subject.plan.tensors[name][0]]
     proposal = Proposal({name: rows.view(-1, *([1] * (tensors[name].dim() - 1)))})
     for bias in (name.removesuffix("weight") + "bias",):
         if bias != name and bias in tensors and tensors[bias].shape == tensors[name].shape[:1]:
@@ -177,7 +176,9 @@ def _with(plan: Plan, proposals: Mapping[str, Proposal]) -> Plan:
     scales: dict[str, Any] = dict(plan.scales)
     attributes = dict(plan.attributes)
     for proposal in proposals.values():
-        for name, factor in proposal.scales.items():
+        for name, whole in proposal.scales.items():
+            kept = plan.tensors.get(name, {}).get(0)
+            factor = whole[kept] if isinstance(whole, Tensor) and kept is not None else whole
             scales[name] = scales[name] * factor if name in scales else factor
         attributes.update(proposal.attributes)
     return dataclasses.replace(plan, scales=scales, attributes=tuple(attributes.items()))

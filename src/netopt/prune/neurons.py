@@ -23,7 +23,7 @@ from netopt.plan import AxisCut, Plan, shapes_of
 from netopt.prune.candidates import AxisSelector, candidates
 from netopt.prune.compensation import compensated
 from netopt.prune.configuration import configured
-from netopt.prune.verify import promise
+from netopt.prune.verify import plain_tensors_kept, promise
 from netopt.report import PruningReport, Row
 from netopt.selection import Amount, Limits, Scope, check_amount, check_scope, check_threshold, select, select_within
 
@@ -109,14 +109,18 @@ def prune_neurons(
     _check(model, request, mode, repair, loss_fn, importance)
     optimizers = surgery.as_optimizers(optimizer)
     sources = _Sources(importance, data, loss_fn, progress)
-    decision = _decide(model, example_inputs, request, sources, include=include, exclude=exclude, outputs=outputs)
-    plan, counted = decision.plan, decision.counted
+    # Before the axes are found, so that what the model caches in a forward is there to be seen.
     before = measure.cost(model, example_inputs)
+    selectors = {"include": include, "exclude": exclude, "outputs": outputs}
+    decision = _decide(model, example_inputs, before, request, sources, **selectors)
+    plan, counted = decision.plan, decision.counted
 
     def report() -> PruningReport:
         settings = request.settings() | {"importance": _name(importance), "mode": mode}
         if decision.unsaid is not None:
             settings["config"] = decision.unsaid
+        if decision.scores.saliency is not None:
+            settings["saliency"] = decision.scores.saliency.summary()
         after = measure.cost(model, example_inputs)
         predicted = _predicted(before, after)
         return PruningReport(
@@ -184,8 +188,9 @@ def plan_neurons(
     request = _Request(amount, threshold, max_params, max_macs, scope, Limits(round_to))
     _check(model, request, "remove", None, loss_fn, importance)
     sources = _Sources(importance, data, loss_fn, progress)
-    decision = _decide(model, example_inputs, request, sources, include=include, exclude=exclude, outputs=outputs)
     before = measure.cost(model, example_inputs)
+    selectors = {"include": include, "exclude": exclude, "outputs": outputs}
+    decision = _decide(model, example_inputs, before, request, sources, **selectors)
     after = decision.plan.prepare(model).rehearse(lambda: measure.cost(model, example_inputs))
     return decision.plan.with_prediction(_predicted(before, after))
 
@@ -278,6 +283,7 @@ def _parameter_masks(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
 def _decide(
     model: nn.Module,
     example_inputs: Inputs,
+    before: measure.Cost,
     request: _Request,
     sources: _Sources,
     *,
@@ -294,19 +300,20 @@ def _decide(
     def differentiated(result: Any) -> list[Tensor]:
         return [tensor for tensor in counted(result) if tensor.is_floating_point()]
 
-    scored = neuron_scores(
-        model,
-        {axis.name: axes.members(axis) for axis in chosen},
-        lambda name: axes.taps(axes[name]),
-        {axis.name: axis.size for axis in chosen},
-        importance=sources.importance,
-        data=sources.data,
-        example_inputs=example_inputs,
-        loss_fn=sources.loss_fn,
-        outputs=None if outputs is None else differentiated,
-        progress=sources.progress,
-    )
-    kept = _select(model, example_inputs, axes, chosen, scored.scores, request)
+    with plain_tensors_kept(model):
+        scored = neuron_scores(
+            model,
+            {axis.name: axes.members(axis) for axis in chosen},
+            lambda name: axes.taps(axes[name]),
+            {axis.name: axis.size for axis in chosen},
+            importance=sources.importance,
+            data=sources.data,
+            example_inputs=example_inputs,
+            loss_fn=sources.loss_fn,
+            outputs=None if outputs is None else differentiated,
+            progress=sources.progress,
+        )
+    kept = _select(model, example_inputs, axes, chosen, scored.scores, request=request, macs=before.macs)
     plan = compensated(
         model,
         axes,
@@ -348,11 +355,9 @@ def _unsaved(model: nn.Module, names: Iterable[str]) -> Iterator[str]:
     """Those of the tensors named that a saved model may lack."""
     saved: dict[int, str] = {}
     for prefix, module in model.named_modules():
-        start = f"{prefix}." if prefix else ""
-        persistent = [key for key in module._buffers if key not in module._non_persistent_buffers_set]
-        for key in (*module._parameters, *persistent):
-            tensor = surgery.find_tensor(module, key)
-            if tensor is not None:
+        start, transient = f"{prefix}." if prefix else "", getattr(module, "_non_persistent_buffers_set", ())
+        for key, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            if key not in transient:
                 saved.setdefault(id(tensor), f"{start}{key}")
     known = set(saved.values())
     yield from (name for name in names if name not in known)
@@ -373,7 +378,9 @@ def _select(
     axes: Axes,
     chosen: list[Axis],
     scores: Mapping[str, Tensor],
+    *,
     request: _Request,
+    macs: int | None,
 ) -> dict[str, Tensor]:
     sizes = {axis.name: axis.size for axis in chosen}
 
@@ -392,10 +399,14 @@ def _select(
         return select(scores, request.amount, threshold=request.threshold, scope=request.scope, limits=limits)
 
     def cost_of(kept: Mapping[str, Tensor]) -> int:
-        plan = make_plan(model, axes, kept)
         if request.max_params is not None:
-            return _parameters_left(model, plan)
-        return plan.prepare(model).rehearse(lambda: measure.count_macs(model, example_inputs))
+            return _parameters_left(model, axes.tensor_indices(kept))
+        if predictable:
+            return axes.macs({name: len(positions) for name, positions in kept.items()})
+        return make_plan(model, axes, kept).prepare(model).rehearse(lambda: measure.count_macs(model, example_inputs))
+
+    # Operations are counted by arithmetic where that gives what was measured, else by running the smaller model.
+    predictable = request.max_macs is not None and axes.macs() == macs
 
     whole = cost_of({})
     share = request.max_params if request.max_params is not None else request.max_macs
@@ -405,11 +416,11 @@ def _select(
     )
 
 
-def _parameters_left(model: nn.Module, plan: Plan) -> int:
-    """Entries of all parameters once the plan is carried out, a shared one counted once."""
+def _parameters_left(model: nn.Module, tensors: Mapping[str, Mapping[int, Tensor]]) -> int:
+    """Entries of all parameters once these cuts are made, a shared one counted once."""
     total = 0
     for name, parameter in model.named_parameters():
-        cuts = plan.tensors.get(name, {})
+        cuts = tensors.get(name, {})
         total += math.prod(len(cuts[dim]) if dim in cuts else size for dim, size in enumerate(parameter.shape))
     return total
 

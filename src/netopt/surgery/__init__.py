@@ -16,5 +16,6 @@ __all__ = [
     "named_tensors",
     "narrow",
     "prepare",
+    "read",
     "successor",
 ]

@@ -40,7 +40,7 @@ def step_into(holder: Any, step: Any) -> Any:
     Raises:
         KeyError, IndexError, AttributeError, StopIteration: There is no such member, item or attribute.
     """
-    if isinstance(holder, nn.Module):
+    if isinstance(holder, nn.Module) and not isinstance(holder, torch.jit.ScriptModule):
         for members in (holder._parameters, holder._buffers, holder._modules):
             if members.get(step) is not None:
                 return members[step]
