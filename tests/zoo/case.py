@@ -52,6 +52,7 @@ class Case:
         tolerance: The tolerance used where ``double`` is False.
         warm: Whether the model has run before, as one that caches tensors.
         stir: Whether constant parameters and running statistics get random values, so that nothing cancels by luck.
+        fake: Why the model cannot run in shape only, or empty.
         warns: A pattern of warnings that torch itself gives when this model runs.
         prepare: Called with the finished model (to freeze parameters, set modes, ...).
     """
@@ -69,6 +70,7 @@ class Case:
     tolerance: float = 1e-9
     warm: bool = False
     stir: bool = True
+    fake: str = ""
     warns: str = ""
     prepare: Callable[[nn.Module], Any] | None = None
 

@@ -10,6 +10,7 @@ import dataclasses
 import random
 import re
 import types
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from tests.zoo.case import Case, Expected, call
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
 from netopt.axes import Axes, Axis, find_axes
 from netopt.plan import Plan
@@ -464,6 +466,23 @@ def check_two_traces_agree(case: Case) -> None:
         assert halves(first) == halves(other)
 
 
+def check_shapes_are_enough(case: Case) -> None:
+    """A model without values, under FakeTensorMode, has the same axes."""
+    if case.fake:
+        return
+    plain = dataclasses.replace(case, stir=False, warm=False)
+    expected = [told(axis) for axis in find_axes(plain.build(), plain.inputs())]
+    with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, when a fake layer is copied
+        model, inputs = plain.build(), plain.inputs()
+    assert [told(axis) for axis in find_axes(model, inputs)] == expected
+
+
+def told(axis: Axis) -> tuple[Any, ...]:
+    """What an axis says of itself, without its reasons' words: a kernel of another device has another name."""
+    return (axis.name, axis.size, axis.members, axis.exact, axis.frozen is None)
+
+
 def rows(axes: Axes) -> list[tuple[Any, ...]]:
     """Everything an axis says of itself."""
     return [(axis.name, axis.size, axis.members, axis.exact, axis.inexact, axis.frozen) for axis in axes]
@@ -477,4 +496,5 @@ LAWS = {
     "expected_axes": check_expected_axes,
     "sizes": check_sizes,
     "two_traces_agree": check_two_traces_agree,
+    "shapes_are_enough": check_shapes_are_enough,
 }

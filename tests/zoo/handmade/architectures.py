@@ -14,8 +14,14 @@ IMAGE = {"inputs": (2, 3, 8, 8), "other": (3, 3, 6, 10)}
     "temporal_shift",
     inputs=(2, 4, 3, 6, 6),
     other=(1, 5, 3, 4, 4),
-    share=0.9,
-    expected=[axis("second:0 head.weight:1", 6)],
+    share=0.99,
+    expected=[
+        axis("first:0 second.weight:1", 2, label="past"),
+        axis("first:0 second.weight:1", 2, label="future"),
+        axis("first:0 second.weight:1", 12, label="rest"),
+        axis("second:0 head.weight:1", 6),
+    ],
+    sizes={"first.out_channels": "past + future + rest"},
 )
 class TemporalShift(nn.Module):
     """TSM: an eighth of the channels comes from the past, an eighth from the future; which ones is their place."""
@@ -67,7 +73,7 @@ class Ghost(nn.Module):
 @case(
     "involution",
     **IMAGE,
-    share=0.9,
+    share=0.98,
     expected=[
         axis("stem:0 reduce.weight:1 span:0 head.weight:1", 2, None, "g"),
         axis("stem:0 reduce.weight:1 head.weight:1", 4, label="c"),
@@ -96,7 +102,7 @@ class Involution(nn.Module):
 @case(
     "selective_kernel",
     **IMAGE,
-    share=0.95,
+    share=0.99,
     expected=[
         axis("branches:0 squeeze.weight:1 excite:0 head.weight:1", 8, label="c"),
         axis("squeeze:0 excite.weight:1", 5),
@@ -124,7 +130,7 @@ class SelectiveKernel(nn.Module):
 @case(
     "split_attention",
     **IMAGE,
-    share=0.95,
+    share=0.99,
     expected=[
         axis("conv:0 fc1.weight:1 fc2:0 head.weight:1", 2, None, "k"),
         axis("conv:0 fc1.weight:1 fc2:0 head.weight:1", 4, None, "c"),
@@ -155,7 +161,7 @@ class SplitAttention(nn.Module):
 @case(
     "efficient_channel_attention",
     **IMAGE,
-    share=0.2,
+    share=0.22,
     expected=[axis("body:0 head.weight:1", 6)],
     frozen={"stem.weight:0!": "spatial"},
 )
@@ -177,8 +183,14 @@ class EfficientChannelAttention(nn.Module):
 @case(
     "res2net",
     **IMAGE,
-    share=0.95,
-    expected=[axis("convs.0:0 convs.1.weight:1 expand.weight:1 reduce:0", 6, label="w")],
+    share=0.99,
+    expected=[
+        axis("reduce:0 convs.0.weight:1", 6, label="w"),
+        axis("reduce:0 convs.0:0 convs.1.weight:1 expand.weight:1", 6),
+        axis("reduce:0 convs.1:0 convs.2.weight:1 expand.weight:1", 6),
+        axis("convs.2:0 expand.weight:1", 6),
+        axis("reduce:0 expand.weight:1", 6),
+    ],
     sizes={"width": "w"},
 )
 class Res2Net(nn.Module):
@@ -204,7 +216,7 @@ class Res2Net(nn.Module):
     "cross_covariance_attention",
     inputs=(2, 6, 16),
     other=(3, 9, 16),
-    share=0.98,
+    share=0.99,
     expected=[axis("qkv:0 temperature:0 proj.weight:1", 4, None, "h"), axis("qkv:0 proj.weight:1", 5, False, "d")],
     sizes={"num_heads": "h", "qkv.out_features": "3 * h * d"},
 )
@@ -230,10 +242,9 @@ class CrossCovariance(nn.Module):
     "gated_mlp",
     inputs=(2, 6, 10),
     other=(3, 6, 10),
-    share=0.85,
+    share=0.83,
     expected=[
-        axis("up:0 norm:0", 8, False, "g"),
-        axis("up:0 down.weight:1", 8, None, "v"),
+        axis("up:0 norm:0 down.weight:1", 8, False),
     ],
     frozen={"spatial.weight:0": "input"},
 )
@@ -255,7 +266,7 @@ class SpatialGatingUnit(nn.Module):
     "conformer_convolution",
     inputs=(2, 9, 8),
     other=(3, 7, 8),
-    share=0.97,
+    share=0.99,
     expected=[axis("point1:0 depth:0 norm:0 point2.weight:1", 10, label="c"), axis("point2:0 head.weight:1", 6)],
     sizes={"depth.groups": "c", "point1.out_channels": "2 * c"},
 )
@@ -278,7 +289,7 @@ class ConformerConvolution(nn.Module):
     "convolutions_into_lstm",
     inputs=(2, 1, 8, 12),
     other=(3, 1, 8, 20),
-    share=0.98,
+    share=0.99,
     expected=[
         axis("conv:0 norm:0 rnn.weight_ih_l0:1 rnn.weight_ih_l0_reverse:1", 6, label="c"),
         axis("rnn.weight_ih_l0:0 rnn.weight_hh_l0:0 rnn.weight_hh_l0:1 rnn.bias_ih_l0:0 rnn.bias_hh_l0:0 "
@@ -307,7 +318,7 @@ class ConvRecurrent(nn.Module):
     "recommender_interactions",
     inputs=lambda: (torch.randn(3, 5), torch.randint(9, (3, 2))),
     other=lambda: (torch.randn(2, 5), torch.randint(9, (2, 2))),
-    share=0.9,
+    share=0.99,
     expected=[
         axis("dense.0:0 dense.2.weight:1", 8),
         axis("dense.2:0 tables:1 top.0.weight:1", 6),
@@ -335,7 +346,7 @@ class Interactions(nn.Module):
     "factorisation_machine",
     inputs=lambda: torch.randint(9, (3, 4)),
     other=lambda: torch.randint(9, (2, 4)),
-    share=0.85,
+    share=0.96,
     expected=[axis("vectors:1 deep.0.weight:1", 6), axis("deep.0:0 deep.2.weight:1", 8)],
 )
 class FactorisationMachine(nn.Module):
@@ -356,7 +367,7 @@ class FactorisationMachine(nn.Module):
     "graph_attention",
     inputs=lambda: (torch.randn(6, 10), torch.randint(6, (2, 9))),
     other=lambda: (torch.randn(4, 10), torch.randint(4, (2, 5))),
-    share=0.97,
+    share=0.98,
     expected=[
         axis("fc:0 source:1 target:1 bias:0 out.weight:1", 3, label="h"),
         axis("fc:0 source:2 target:2 bias:0 out.weight:1", 4, label="f"),
@@ -390,7 +401,7 @@ class GraphAttention(nn.Module):
     "point_transform",
     inputs=(2, 3, 9),
     other=(3, 3, 7),
-    share=0.6,
+    share=0.86,
     expected=[axis("predict.0:0 predict.2.weight:1", 8), axis("last:0 head.weight:1", 6)],
     frozen={"lift.weight:0!": "."},
 )
@@ -415,7 +426,7 @@ class PointTransform(nn.Module):
     "relative_shift",
     inputs=(2, 6, 16),
     other=(3, 4, 16),
-    share=0.9,
+    share=0.99,
     expected=[
         axis("q:0 k:0 r:0 content:0 position:0 v:0 out.weight:1", 4, label="h"),
         axis("q:0 k:0 r:0 content:1 position:1", 5, None, "d"),
@@ -450,7 +461,7 @@ class RelativeShift(nn.Module):
     "affine_coupling_flow",
     inputs=(4, 6),
     other=(2, 6),
-    share=0.85,
+    share=0.92,
     expected=[axis("nets.0.0:0 nets.0.2.weight:1", 8), axis("nets.1.0:0 nets.1.2.weight:1", 8)],
 )
 class AffineCoupling(nn.Module):
@@ -475,7 +486,7 @@ class AffineCoupling(nn.Module):
     "capsule_routing",
     inputs=(2, 3, 6, 6),
     other=(3, 3, 6, 6),
-    share=0.9,
+    share=0.99,
     expected=[
         axis("conv:0 weight:0", 3, None, "c"),
         axis("conv:0 weight:3", 4, None, "i"),

@@ -93,6 +93,9 @@ class WithClassAttribute(ConfiguredAttention):
 @case("config_shared_by_layers", **SEQUENCE, share=0.99, expected=[
     axis("layers.0.q:0 layers.0.k:0 layers.0.v:0 layers.0.out.weight:1", 4, label="h"),
     axis("layers.1.q:0 layers.1.k:0 layers.1.v:0 layers.1.out.weight:1", 4, label="g"),
+    axis("layers.0.out:0 layers.0.head.weight:1", 8),
+    axis("layers.0.head:0 widen.weight:1", 3),
+    axis("widen:0 layers.1.q.weight:1 layers.1.k.weight:1 layers.1.v.weight:1", 10),
 ], sizes={"config.heads": "h", "layers.1.config.heads": "g"})  # fmt: skip
 class SharedConfig(nn.Module):
     """One configuration object, read by every layer: their counts must stay equal."""
@@ -145,7 +148,7 @@ class WithClosure(ConfiguredAttention):
 @case(
     "hidden_size_computed_in_forward",
     **SEQUENCE,
-    share=0.98,
+    share=0.99,
     expected=[
         axis("qkv:0 out.weight:1", 4, None, "h"),
         axis("qkv:0 out.weight:1", 5, None, "d"),
@@ -206,7 +209,7 @@ class Counters(nn.Module):
     "parameters_written_in_forward",
     inputs=(4, 10),
     other=(2, 10),
-    share=0.9,
+    share=0.97,
     expected=[axis("student.0:0 teacher.0:0 student.2.weight:1 teacher.2.weight:1", 8)],
 )
 class MomentumTeacher(nn.Module):
@@ -232,7 +235,7 @@ class MomentumTeacher(nn.Module):
     "embedding_with_a_largest_norm",
     inputs=lambda: torch.randint(11, (3, 6)),
     other=lambda: torch.randint(11, (2, 4)),
-    share=0.97,
+    share=0.98,
     expected=[axis("embed:1 fc.weight:1", 8, None), axis("fc:0 head.weight:1", 6)],
 )
 class MaxNormEmbedding(nn.Module):
@@ -251,7 +254,8 @@ class MaxNormEmbedding(nn.Module):
     "queue_buffer",
     inputs=(4, 10),
     other=(4, 10),
-    share=0.9,
+    share=1.0,
+    fake="its pointer is read by value",
     expected=[axis("encoder.0:0 encoder.2.weight:1", 9), axis("encoder.2:0 queue:0", 6, None)],
 )
 class Queue(nn.Module):

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
     inputs=(4, 10),
     other=(2, 10),
     share=0.98,
+    fake="it branches by value",
     expected=[axis("embed:0 small.weight:1 head.weight:1 small:0", 8, False)],
 )
 class BranchOnData(nn.Module):
@@ -264,6 +265,7 @@ class WritesIntoSlices(nn.Module):
     inputs=(3, 5, 10),
     other=(2, 7, 10),
     share=0.98,
+    fake="it writes where values are positive",
     expected=[axis("first:0 rest:0 head.weight:1", 8)],
 )
 class WritesAlongTokens(nn.Module):

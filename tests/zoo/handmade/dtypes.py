@@ -157,6 +157,7 @@ class HalfInside(nn.Module):
     inputs=lambda: torch.randn(2, 3, 8, 8, dtype=torch.bfloat16),
     other=lambda: torch.randn(3, 3, 6, 6, dtype=torch.bfloat16),
     share=0.99,
+    fake="torch casts no fake module in place",
     expected=[axis("0:0 1:0 3.weight:1", 8), axis("3:0 6.weight:1", 6)],
     double=False,
     tolerance=5e-2,
@@ -195,6 +196,7 @@ class Autocast(nn.Module):
     inputs=lambda: torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last),
     other=lambda: torch.randn(3, 3, 6, 10).to(memory_format=torch.channels_last),
     share=0.99,
+    fake="torch casts no fake module in place",
     expected=[axis("0:0 1:0 3:0 4.weight:1", 8), axis("4:0 7.weight:1", 6)],
 )
 def channels_last():
@@ -236,6 +238,7 @@ def scripted_submodule():
     inputs=(4, 10),
     other=(2, 10),
     share=0.4,
+    fake="torch traces no fake module",
     expected=[axis("first.0:0 first.2.weight:1", 9)],
     frozen={"body.0.weight:0": "script", "last.weight:1": "script"},
 )

@@ -27,6 +27,7 @@ class Expert(nn.Module):
     "experts_by_loop",
     **SEQUENCE,
     share=0.99,
+    fake="it routes by value",
     expected=[
         axis("experts.0.w1:0 experts.0.w3:0 experts.0.w2.weight:1", 10),
         axis("experts.1.w1:0 experts.1.w3:0 experts.1.w2.weight:1", 10),
@@ -68,6 +69,7 @@ class ExpertsByLoop(nn.Module):
     "experts_by_boolean_mask",
     **SEQUENCE,
     share=0.94,
+    fake="it routes by value",
     expected=[
         axis("up.0:0 down.0.weight:1", 9),
         axis("up.1:0 down.1.weight:1", 9),
@@ -187,6 +189,7 @@ class SoftExperts(nn.Module):
     "experts_sorted_tokens",
     **SEQUENCE,
     share=0.99,
+    fake="it routes by value",
     expected=[
         axis("experts.0.w1:0 experts.0.w3:0 experts.0.w2.weight:1", 6),
         axis("experts.1.w1:0 experts.1.w3:0 experts.1.w2.weight:1", 6),

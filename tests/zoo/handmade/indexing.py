@@ -49,6 +49,7 @@ class Roll(Between):
     inputs=(4, 10),
     other=(2, 10),
     share=0.97,
+    fake="the permutation has no values",
     expected=[axis("fc1:0 fc2.weight:1 ?permutation:0", 12)],
 )
 class PermutationBuffer(Between):

@@ -198,6 +198,7 @@ def fake_quantised():
     inputs=(4, 10),
     other=(2, 10),
     share=0.47,
+    fake="the parametrization compares values",
     expected=[
         axis("2.parametrizations.weight.0.base:0 2.bias:0 4.weight:1", 9),
         axis("4:0 6.weight:1", 12),

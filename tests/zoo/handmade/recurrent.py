@@ -144,6 +144,7 @@ class LearnedStart(nn.Module):
     inputs=lambda: (torch.randint(13, (3, 6)), torch.tensor([6, 4, 1])),
     other=lambda: (torch.randint(13, (2, 5)), torch.tensor([5, 2])),
     share=0.99,
+    fake="it packs by value",
     expected=[axis("embed:1 lstm.weight_ih_l0:1", 8), axis(cell("lstm.%s_l0", "head.weight:1"), 10)],
 )
 class Packed(nn.Module):

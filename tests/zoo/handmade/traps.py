@@ -15,7 +15,7 @@ from torch import nn
     "sines_of_the_width",
     inputs=lambda: (torch.randn(3, 10), torch.rand(3)),
     other=lambda: (torch.randn(2, 10), torch.rand(2)),
-    share=0.9,
+    share=0.99,
     expected=[axis("fc:0 time.2:0 head.weight:1", 9), axis("time.0:0 time.2.weight:1", 7)],
     frozen={"time.0.weight:1!": "arange|position|number"},
 )
@@ -59,7 +59,7 @@ class RampOverChannels(nn.Module):
     "gram_matrix",
     inputs=(2, 3, 6, 6),
     other=(3, 3, 4, 4),
-    share=0.97,
+    share=0.99,
     expected=[axis("conv:0 fc.weight:1", 6, label="c"), axis("fc:0 head.weight:1", 8)],
     sizes={"fc.in_features": "c * c"},
 )
@@ -81,7 +81,7 @@ class GramMatrix(nn.Module):
     "channels_folded_into_batch",
     inputs=(2, 3, 8, 8),
     other=(3, 3, 6, 6),
-    share=0.9,
+    share=0.93,
     expected=[axis("conv:0 head.weight:1", 6)],
 )
 class FoldedIntoBatch(nn.Module):
@@ -143,7 +143,7 @@ class ChannelLoop(nn.Module):
     "unregistered_layers",
     inputs=(4, 10),
     other=(2, 10),
-    share=0.3,
+    share=0.83,
     expected=[axis("first.0:0 first.2.weight:1", 9)],
     frozen={"first.2.weight:0": "constant"},
 )
@@ -175,6 +175,7 @@ def binomial(channels):
     inputs=(2, 3, 12),
     other=(3, 3, 9),
     share=0.0,
+    fake="a function keeps what the first model made",
 )
 class CachedByFunction(nn.Module):
     """A kernel that a function remembers by the number of channels."""
@@ -198,7 +199,7 @@ def bias_gelu(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     "scripted_function",
     inputs=(4, 10),
     other=(2, 10),
-    share=0.97,
+    share=0.98,
     expected=[axis("fc:0 bias:0 head.weight:1", 12)],
 )
 class ScriptedFunction(nn.Module):
@@ -218,10 +219,11 @@ class ScriptedFunction(nn.Module):
     "ensemble_by_vmap",
     inputs=(4, 10),
     other=(2, 10),
-    share=0.0,
+    share=1.0,
+    expected=[axis("w1:2 w2:1", 8), axis("w1:0 w2:0", 3, False)],
 )
 class Ensemble(nn.Module):
-    """Members of an ensemble mapped over stacked weights; frozen or right, never half."""
+    """Members of an ensemble, mapped over stacked weights."""
 
     def __init__(self):
         super().__init__()
@@ -236,7 +238,7 @@ class Ensemble(nn.Module):
     "graph_messages",
     inputs=lambda: (torch.randn(6, 10), torch.randint(6, (2, 9))),
     other=lambda: (torch.randn(4, 10), torch.randint(4, (2, 5))),
-    share=0.97,
+    share=0.99,
     expected=[axis("message:0 update.weight:1", 8), axis("embed:0 message.weight:1 update.weight:1", 7),
               axis("update:0 head.weight:1 attend:0", 6)],
 )  # fmt: skip
@@ -266,7 +268,7 @@ class GraphMessages(nn.Module):
     "codebook",
     inputs=(4, 10),
     other=(2, 10),
-    share=0.9,
+    share=0.96,
     expected=[axis("encode.0:0 encode.2.weight:1", 9), axis("encode.2:0 codebook.weight:1 decode.weight:1", 6, None)],
     frozen={"codebook.weight:0!": "."},
 )
@@ -293,7 +295,7 @@ class Codebook(nn.Module):
     "width_as_a_number",
     inputs=(4, 10),
     other=(2, 10),
-    share=0.97,
+    share=0.99,
     expected=[axis("a:0 c.weight:1", 8, False), axis("b:0 c.weight:1", 8, False), axis("c:0 d.weight:1", 7, False)],
 )
 class WidthAsNumber(nn.Module):
@@ -317,7 +319,7 @@ class WidthAsNumber(nn.Module):
     "masked_convolution",
     inputs=(2, 3, 6, 6),
     other=(3, 3, 4, 4),
-    share=0.95,
+    share=0.99,
     expected=[axis("first:0 mask:1 weight:1", 6), axis("weight:0 mask:0 bias:0 head.weight:1", 8)],
 )
 class MaskedConvolution(nn.Module):
@@ -340,7 +342,7 @@ class MaskedConvolution(nn.Module):
     "autoregressive_masks",
     inputs=(4, 6),
     other=(2, 6),
-    share=0.9,
+    share=0.96,
     expected=[axis("w1:0 m1:0 b1:0 w2:1 m2:1", 12)],
 )
 class Made(nn.Module):
