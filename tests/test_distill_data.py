@@ -300,9 +300,9 @@ BAD = {
     "teacher is student": (lambda s, t: distill(s, s, X), InvalidArgumentError, "the same model"),
     "shared parameter": (lambda s, t: distill(*SHARED, X), InvalidArgumentError, "'head.bias' and .* one tensor"),
     "student no module": (lambda s, t: distill(len, t, X), ArgumentTypeError, "student must be a module"),
-    "teacher no module": (lambda s, t: distill(s, "resnet", X), ArgumentTypeError, "must be a module or a list"),
+    "teacher no module": (lambda s, t: distill(s, "resnet", X), ArgumentTypeError, "a module or a list"),
     "no teacher": (lambda s, t: distill(s, [], X), InvalidArgumentError, "empty list"),
-    "teacher weights": (lambda s, t: distill(s, [t], X, teacher_weights=[1, 2]), InvalidArgumentError, "needs 1 weight"),
+    "teacher weights": (lambda s, t: distill(s, [t], X, teacher_weights=[1, 2]), InvalidArgumentError, "1 weights"),
     "nothing to train": (lambda s, t: distill(nn.ReLU(), t, X), InvalidArgumentError, "no parameters to train"),
     "all frozen": (
         lambda s, t: distill(copy.deepcopy(s).requires_grad_(False), t, X), InvalidArgumentError, "is frozen",

@@ -25,6 +25,7 @@ from netopt.errors import (
 
 __all__ = [
     "Batch",
+    "Feeder",
     "Inputs",
     "call",
     "device_of",
@@ -145,6 +146,37 @@ def feed(model: nn.Module, batch: Batch, device: torch.device | str | None = Non
         inputs = _accepted(model, inputs)
     device = device_of(model) if device is None else device
     return call(model, inputs if device is None else move(inputs, device))
+
+
+class Feeder:
+    """:func:`feed` for many batches: what does not change from one to the next is looked up once.
+
+    Args:
+        model: Whose forward is run; it stays on its device meanwhile.
+        without: Names that are never passed on.
+    """
+
+    def __init__(self, model: nn.Module, without: frozenset[str] = frozenset()) -> None:
+        self.model, self.without = model, without
+        self.device = device_of(model)
+        self._accepted: dict[tuple[str, ...], tuple[str, ...]] = {}
+
+    def __call__(self, batch: Batch) -> Any:
+        """Runs the model on the inputs of ``batch`` and returns its result; raises what :func:`feed` raises."""
+        inputs, _ = split(batch)
+        if isinstance(inputs, Mapping):
+            names = tuple(inputs)
+            if names not in self._accepted:
+                wanted = {name: value for name, value in inputs.items() if name not in self.without}
+                self._accepted[names] = tuple(_accepted(self.model, wanted))
+            inputs = {name: inputs[name] for name in self._accepted[names]}
+        args, kwargs = normalize(inputs if self.device is None else move(inputs, self.device))
+        try:
+            return self.model(*args, **kwargs)
+        except NetoptError:
+            raise
+        except Exception as error:
+            raise _forward_error(self.model, args, kwargs, error) from error
 
 
 def device_of(model: nn.Module) -> torch.device | None:

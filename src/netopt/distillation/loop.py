@@ -219,11 +219,13 @@ class Loop:
         with self.engine.autocast():
             output, features = self.model(batch)
         sums = self.objective.sums(Record(output, features), target)
-        parts = [weight * one / total for weight, one, total in zip(self.objective.weights, sums, totals, strict=True)]
+        world = self.engine.world
+        shares = (weight * world / total for weight, total in zip(self.objective.weights, totals, strict=True))
+        parts = [one * share for one, share in zip(sums, shares, strict=True)]
         loss = parts[0] if len(parts) == 1 else torch.stack(parts).sum()
         self.watch.add(loss, sums, counts, self.state.step)
         self.state.samples += target.items.positions[0]
-        return loss * self.engine.world if self.engine.world > 1 else loss
+        return loss
 
     def _close_epoch(self, began: float) -> None:
         """Ends an epoch, be it a partial one: its means, its validation, its line in the history."""
@@ -289,7 +291,8 @@ class _Watch:
         self.counts = [have + more for have, more in zip(self.counts, counts, strict=True)]
         self.last = loss.detach()
         if loss.device.type == "cpu":
-            if not torch.isfinite(self.last):
+            # Nothing is waited for here: the number is in host memory.
+            if not math.isfinite(self.last):
                 self._complain(step, terms)
             return
         # Copied to the host in passing and read once it has arrived, so no step waits for the device.

@@ -155,7 +155,8 @@ def kl(student: Tensor, teacher: Tensor, *, temperature: float = 4.0, standardiz
     """
     if standardize:
         student, teacher = _standardized(student), _standardized(teacher)
-    return temperature**2 * _divergence(_log_softmax(teacher, temperature), _log_softmax(student, temperature))
+    target = (teacher / temperature).softmax(dim=-1)
+    return temperature**2 * F.kl_div(_log_softmax(student, temperature), target, reduction="none").sum(dim=-1)
 
 
 @loss("reverse_kl", per="position", paper="https://arxiv.org/abs/2306.08543")

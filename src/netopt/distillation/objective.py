@@ -78,6 +78,8 @@ class Items:
 
     def flat(self, output: Tensor) -> Tensor:
         """Returns the positions that count, ``(items, classes)``."""
+        if self.mask is None and output.dim() == 2:
+            return output
         classes = classes_last(output)
         if self._whole_samples and self.mask is not None:
             return classes[_rows(self.mask, output)].flatten(0, -2)

@@ -32,7 +32,7 @@ def optimizers_for(
     """
     trainable = [one for one in trainee.parameters() if one.requires_grad]
     if optimizer is None:
-        return [AdamW(trainable, lr=DEFAULT_LR if lr is None else lr)]
+        return [_adamw(trainable, DEFAULT_LR if lr is None else lr)]
     if lr is not None:
         raise InvalidArgumentError("both optimizer and lr are given; set the optimizer's own learning rate.")
     if not isinstance(optimizer, Optimizer):
@@ -54,7 +54,12 @@ def optimizers_for(
             "the optimizer holds no trainable parameter of the student; make it from student.parameters()."
         )
     projections = [one for one in trainee.projections.parameters() if one.requires_grad]
-    return [optimizer, AdamW(projections, lr=optimizer.param_groups[0]["lr"])] if projections else [optimizer]
+    return [optimizer, _adamw(projections, optimizer.param_groups[0]["lr"])] if projections else [optimizer]
+
+
+def _adamw(parameters: list[nn.Parameter], lr: float) -> AdamW:
+    known = all(one.device.type in ("cpu", "cuda") and one.is_floating_point() for one in parameters)
+    return AdamW(parameters, lr=lr, fused=known or None)
 
 
 def scheduler_for(scheduler: SchedulerLike, optimizers: list[Optimizer], steps: int) -> list[Any]:

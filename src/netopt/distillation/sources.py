@@ -326,7 +326,7 @@ def _taken(data: Any, index: Tensor, length: int) -> Any:
     if isinstance(data, Tensor):
         if data.dim() == 0 or len(data) != length:
             return data
-        return data[index if data.device.type == "cpu" else index.to(data.device)]
+        return data.index_select(0, index if data.device.type == "cpu" else index.to(data.device))
     if isinstance(data, Mapping):
         return {key: _taken(one, index, length) for key, one in data.items()}
     if isinstance(data, (tuple, list)):

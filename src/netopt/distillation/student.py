@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from netopt.distillation.hints import HintTerm, captured
 from netopt.distillation.objective import Record
 from netopt.distillation.outputs import Picker
-from netopt.distillation.teachers import Forward, ask
+from netopt.distillation.teachers import Asked, Forward
 from netopt.errors import NetoptError
 
 __all__ = ["Snapshot", "Trainee", "evaluating", "lent", "modes", "undone_on_error"]
@@ -39,7 +39,7 @@ class Trainee(nn.Module):
         self.projections = nn.ModuleDict(
             {str(place): hint.projection for place, hint in enumerate(hints) if hint.projection is not None}
         )
-        self._hints, self._run, self._picker = tuple(hints), forward, picker
+        self._hints, self._asked = tuple(hints), Asked(student, forward, picker)
         self._seen: dict[str, Tensor] = {}
 
     @contextmanager
@@ -50,7 +50,7 @@ class Trainee(nn.Module):
 
     def forward(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the student's output and its hints' activations, projected."""
-        record = ask(self.student, batch, self._run, self._picker, self._seen)
+        record = self._asked(batch, self._seen)
         features = dict(record.features)
         for place, projection in self.projections.items():
             name = self._hints[int(place)].student
@@ -59,7 +59,7 @@ class Trainee(nn.Module):
 
     def record(self, batch: Any) -> Record:
         """Returns what the student says to ``batch``, unprojected."""
-        return ask(self.student, batch, self._run, self._picker, self._seen)
+        return self._asked(batch, self._seen)
 
 
 def modes(student: nn.Module) -> dict[nn.Module, bool]:

@@ -17,7 +17,7 @@ from netopt.distillation.hints import captured
 from netopt.distillation.objective import Items, Record, Target
 from netopt.distillation.outputs import Picker, positions_of, shifted, valid_positions
 from netopt.distillation.sources import Drawn
-from netopt.distillation.teachers import Forward, all_eval, ask
+from netopt.distillation.teachers import Asked, Forward, all_eval
 from netopt.errors import ArgumentTypeError, InvalidArgumentError
 
 __all__ = ["Labels", "Targets"]
@@ -54,7 +54,8 @@ class Targets:
         engine: Engine,
         cache: TeacherCache | None = None,
     ) -> None:
-        self.teachers, self.forward, self.picker, self.layers = tuple(teachers), forward, picker, tuple(layers)
+        self.teachers, self.layers = tuple(teachers), tuple(layers)
+        self._asked = [Asked(one, forward, picker) for one in teachers]
         self.labels, self.ignore_index, self.causal, self.engine = labels, ignore_index, causal, engine
         self.cache = cache
         self._seen: dict[str, Tensor] = {}
@@ -101,11 +102,11 @@ class Targets:
         return [f"the cache of the teacher's outputs was switched off: {self.cache.reason}."]
 
     def _ask_all(self, batch: Any) -> list[Record]:
-        return [self._ask(teacher, batch) for teacher in self.teachers]
+        return [self._ask(one, batch) for one in self._asked]
 
-    def _ask(self, teacher: nn.Module, batch: Any) -> Record:
+    def _ask(self, asked: Asked, batch: Any) -> Record:
         with torch.no_grad(), self.engine.autocast():
-            record = ask(teacher, batch, self.forward, self.picker, self._seen)
+            record = asked(batch, self._seen)
         home = self.engine.device
         return Record(record.output.to(home), {name: one.to(home) for name, one in record.features.items()})
 

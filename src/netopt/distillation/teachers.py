@@ -15,16 +15,33 @@ from netopt.distillation.objective import Record
 from netopt.distillation.outputs import Picker, pick
 from netopt.errors import ArgumentTypeError, InvalidArgumentError
 
-__all__ = ["Forward", "all_eval", "as_teachers", "ask", "check_apart"]
+__all__ = ["Asked", "Forward", "all_eval", "as_teachers", "check_apart"]
 
 Forward: TypeAlias = Callable[[nn.Module, Any], Any] | None
 """How a model is run on a batch, ``(model, batch) -> result``; ``None`` feeds it the batch's inputs."""
 
 
-def ask(model: nn.Module, batch: Any, forward: Forward, picker: Picker, seen: Mapping[str, Tensor]) -> Record:
-    """Runs ``model`` on ``batch``; ``seen`` is what hooks fill with the layers' activations meanwhile."""
-    result = batches.feed(model, _without_labels(model, batch)) if forward is None else forward(model, batch)
-    return Record(pick(result, picker), dict(seen))
+class Asked:
+    """A model that is asked about batches.
+
+    Args:
+        model: Run in whatever mode it is in.
+        forward: How it is run on a batch; ``None`` feeds it the batch's inputs.
+        picker: Finds its output in the result.
+    """
+
+    def __init__(self, model: nn.Module, forward: Forward, picker: Picker) -> None:
+        self.model, self.forward, self.picker = model, forward, picker
+        # Left in, labels make a Hugging Face model compute a loss nobody asked for. Only one that makes its decoder's
+        # inputs from them keeps them.
+        config: Any = getattr(model, "config", None)
+        keeps = bool(getattr(config, "is_encoder_decoder", False))
+        self.feeder = batches.Feeder(model, frozenset() if keeps else frozenset({"labels"}))
+
+    def __call__(self, batch: Any, seen: Mapping[str, Tensor]) -> Record:
+        """Runs the model on ``batch``; ``seen`` is what hooks fill with the layers' activations meanwhile."""
+        result = self.feeder(batch) if self.forward is None else self.forward(self.model, batch)
+        return Record(pick(result, self.picker), dict(seen))
 
 
 def as_teachers(teacher: Any, weights: Iterable[float] | None) -> tuple[list[nn.Module], list[float]]:
@@ -78,17 +95,6 @@ def check_apart(student: nn.Module, teachers: Iterable[nn.Module]) -> None:
 
 def _memory(tensor: Tensor) -> tuple[str, int]:
     return str(tensor.device), tensor.untyped_storage().data_ptr()
-
-
-def _without_labels(model: nn.Module, batch: Any) -> Any:
-    # Left in, they make a Hugging Face model compute a loss nobody asked for. Only a sequence-to-sequence model that
-    # would make its decoder's inputs from them keeps them.
-    if not isinstance(batch, Mapping) or "labels" not in batch or "decoder_input_ids" in batch:
-        return batch
-    config = getattr(model, "config", None)
-    if getattr(config, "is_encoder_decoder", False):
-        return batch
-    return {key: value for key, value in batch.items() if key != "labels"}
 
 
 def all_eval(modules: Iterable[nn.Module]) -> None:
