@@ -151,7 +151,7 @@ def sparsity(model: nn.Module) -> Sparsity:
         0.25
     """
     counted = {name: place for name, place in places(model).items() if place.prunable or place.mask is not None}
-    zeros = {name: place.parameter.numel() - int(torch.count_nonzero(place.value)) for name, place in counted.items()}
+    zeros = {name: place.parameter.numel() - place.nonzero for name, place in counted.items()}
     return Sparsity(zeros, {name: place.parameter.numel() for name, place in counted.items()})
 
 

@@ -21,8 +21,8 @@ __all__ = ["SOLVERS", "Demand", "Solver", "admm", "sparsegpt"]
 
 DAMPENING = 0.1
 BLOCK = 128
-ROUNDS = 15
-ITERATIONS = 30
+ROUNDS = 20
+ITERATIONS = 20
 POLISH = 24
 
 
