@@ -271,6 +271,19 @@ def test_a_random_forward_is_not_mistaken_for_a_wrong_one():
     assert torch.equal(state, torch.get_rng_state())
 
 
+def test_a_kernel_that_wants_multiples_is_undone_and_named():
+    class Picky(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if len(self[0].bias) % 4:
+                raise RuntimeError("strides should be multiples")
+            return super().forward(x)
+
+    model = Picky(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    with unchanged(model), pytest.raises(VerificationError, match="strides should be multiples.*round_to=8"):
+        prune_quietly(model, torch.randn(3, 4), 0.4)
+    assert prune_quietly(model, torch.randn(3, 4), 0.4, round_to=4).rows[0].after == 4
+
+
 class Interrupter:
     """Raises KeyboardInterrupt before the n-th line executed in what decides, changes and checks."""
 

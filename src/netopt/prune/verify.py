@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from netopt import batches
 from netopt.batches import Inputs
-from netopt.errors import VerificationError
+from netopt.errors import ForwardError, VerificationError
 from netopt.restore import given_back, random_state_kept
 from netopt.surgery import Exchange, Operation, find_tensor
 
@@ -37,7 +37,13 @@ class Promise:
         Raises:
             VerificationError: Its outputs have other shapes, or other values where they must not.
         """
-        found = run(model, inputs, counted)
+        try:
+            found = run(model, inputs, counted)
+        except ForwardError as error:
+            raise VerificationError(
+                f"the smaller model cannot be run: {error.__cause__}. Everything was put back. Where a kernel wants "
+                "multiples, say round_to=8; else exclude the layer it names, and report it, please."
+            ) from error
         shapes = [tuple(tensor.shape) for tensor in self._expected]
         if [tuple(tensor.shape) for tensor in found] != shapes:
             raise VerificationError(
