@@ -124,7 +124,7 @@ class Place:
 
 def effective(weight: Tensor, mask: Tensor) -> Tensor:
     """Returns ``weight`` with zeros where ``mask`` is ``False``, in the dtype of ``weight``; differentiable."""
-    if mask.dtype == torch.bool and not torch.jit.is_tracing():
+    if mask.dtype == torch.bool and not torch.jit.is_tracing():  # type: ignore[attr-defined]
         # Read as bytes, which torch.jit cannot follow, the product takes a third of the time it takes with booleans.
         return weight * mask.view(torch.uint8)
     return weight * mask.to(weight.dtype)

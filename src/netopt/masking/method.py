@@ -190,7 +190,7 @@ def _product(module: nn.Module, name: str) -> Tensor:
     if name in parameters:
         return parameters[name]  # type: ignore[return-value]
     weight, mask = getattr(module, f"{name}_orig"), getattr(module, f"{name}_mask")
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not _may_keep(weight):
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not _may_keep(weight):  # type: ignore[attr-defined]
         return effective(weight, mask)
     products = module.__dict__.setdefault(PRODUCTS, {})
     if torch.is_grad_enabled() and weight.requires_grad:
