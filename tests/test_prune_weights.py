@@ -492,3 +492,13 @@ def test_a_failing_reconstruction_leaves_everything(solver):
     batch = [torch.randn(2, 8)]
     with unchanged(unused), pytest.raises(InvalidArgumentError, match=r"idle\.weight.*met no inputs"):
         prune(unused, 0.5, importance=solver, data=batch)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_reconstruction_reaches_recurrent_layers(solver):
+    model = Net()
+    before = model.recurrent.weight_hh_l0.detach().clone()
+    prune(model, 0.5, importance=solver, data=DATA)
+    assert sum(removed(model).values()) == round(0.5 * sizes(Net(), DEFAULT))
+    masking.strip(model)
+    assert not torch.equal(model.recurrent.weight_hh_l0[:, :1], before[:, :1])

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from netopt import batches
 from netopt.batches import Batch
 from netopt.errors import InvalidArgumentError, MissingDataError, NonFiniteError, UnknownNameError
-from netopt.importance.inputs import InputWatch, Reading
+from netopt.importance.inputs import InputWatch, Reading, every_contraction
 from netopt.parameters import Place, places
 from netopt.restore import given_back
 
@@ -123,17 +123,8 @@ def _ready(model: nn.Module, wanted: Mapping[str, Place], needs: Collection[str]
     differentiated = any(need != "input_norm" for need in needs)
     for place in wanted.values():
         place.parameter.requires_grad_(differentiated)
-    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
-    fast = torch.backends.mha.get_fastpath_enabled()
     with contextlib.ExitStack() as stack:
-        if recurrent:
-            # Fused recurrent kernels hide their contractions, and on a GPU have no gradient in eval mode.
-            # Not by torch.backends.mkldnn.flags, which sets and warns about settings of other devices as well.
-            stack.callback(torch._C._set_mkldnn_enabled, torch._C._get_mkldnn_enabled())
-            torch._C._set_mkldnn_enabled(False)
-            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-        stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
-        torch.backends.mha.set_fastpath_enabled(False)
+        stack.enter_context(every_contraction(model))
         stack.enter_context(torch.enable_grad() if differentiated else torch.no_grad())
         yield
 

@@ -6,18 +6,19 @@ weights, recurrent cells and attention need no module of a known kind. What is s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from netopt.parameters import Orientation, Place
 
-__all__ = ["InputWatch", "Reading"]
+__all__ = ["InputWatch", "Reading", "every_contraction"]
 
 aten = torch.ops.aten
 
@@ -164,6 +165,22 @@ class InputWatch(TorchDispatchMode):
 
     def _report(self, place: Place, inputs: Tensor, **rest: Any) -> None:
         self._see(Reading(place.name, place.orientation, inputs, place.parameter.shape, **rest))
+
+
+@contextlib.contextmanager
+def every_contraction(model: nn.Module) -> Iterator[None]:
+    """Switches off the fused kernels that would hide contractions of ``model`` from a watch, for a while."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    with contextlib.ExitStack() as stack:
+        stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
+        torch.backends.mha.set_fastpath_enabled(False)
+        if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+            # Fused recurrent kernels also have no gradient in eval mode, on a GPU. Not by torch.backends.mkldnn.flags,
+            # which sets and warns about settings of other devices as well.
+            stack.callback(torch._C._set_mkldnn_enabled, torch._C._get_mkldnn_enabled())
+            torch._C._set_mkldnn_enabled(False)
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        yield
 
 
 def _look_convolution(watch: InputWatch, args: tuple[Any, ...], out: Tensor) -> None:

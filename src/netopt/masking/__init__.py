@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from netopt.masking.checkpoint import load_state_dict, state_dict
 from netopt.masking.holding import Hold, hold
-from netopt.masking.lifecycle import Sparsity, adopt, bake, masks, put, sparsity, strip
+from netopt.masking.lifecycle import Sparsity, bake, masks, put, sparsity, strip
 from netopt.masking.patterns import keep_n_of_m, keep_per_row
 from netopt.masking.quantile import Scores, keep_above, keep_best
 
@@ -16,7 +16,6 @@ __all__ = [
     "Hold",
     "Scores",
     "Sparsity",
-    "adopt",
     "bake",
     "hold",
     "keep_above",

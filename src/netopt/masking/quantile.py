@@ -65,7 +65,7 @@ class Scores:
                 np.abs(target, out=target)
         if self.alive is not None:
             np.maximum(target, np.finfo(target.dtype).min, out=target)
-            target[~self.alive.reshape(-1)[start:stop].cpu().numpy()] = -np.inf
+            np.copyto(target, -np.inf, where=~self.alive.reshape(-1)[start:stop].cpu().numpy())
         return target
 
     def materialize(self) -> Tensor:

@@ -10,11 +10,11 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from netopt import masking
 from netopt.batches import Batch
 from netopt.errors import ArgumentTypeError, InvalidArgumentError, NothingToPruneError, UnknownNameError
 from netopt.importance import Importance, lookup, names, scores
 from netopt.masking.decide import Request, decide
+from netopt.masking.lifecycle import adopt
 from netopt.masking.patterns import Pattern, Shape, parse
 from netopt.masking.quantile import Scores
 from netopt.measure import Cost, count_parameters, size_bytes
@@ -94,9 +94,10 @@ def prune_weights(
         https://arxiv.org/abs/1506.02626
 
     Example:
+        >>> from netopt.masking import sparsity
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
         >>> _ = prune_weights(model, amount=0.75)
-        >>> masking.sparsity(model).total
+        >>> sparsity(model).total
         0.75
     """
     shape = _check_arguments(model, amount, threshold, scope, pattern)
@@ -112,7 +113,7 @@ def prune_weights(
         score = _scorer(model, wanted, importance=importance, data=data, loss_fn=loss_fn, progress=progress)
         for group, request in requests:
             masks |= decide(group, score, request)
-    masking.adopt(model, masks)
+    adopt(model, masks)
     again = places(model)
     left = nonzero | {name: again[name].nonzero for name in wanted}
     rows = tuple(Row(name, nonzero[name], left[name]) for name in wanted)

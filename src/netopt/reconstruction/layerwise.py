@@ -12,6 +12,7 @@ from tqdm import tqdm
 from netopt import batches
 from netopt.batches import Batch
 from netopt.errors import InvalidArgumentError, MissingDataError, NonFiniteError
+from netopt.importance.inputs import every_contraction
 from netopt.masking.decide import Request
 from netopt.parameters import Place
 from netopt.reconstruction.solvers import SOLVERS, Demand, Solver
@@ -54,7 +55,7 @@ def reconstruct(
     before = {name: place.parameter.detach().clone() for name, place in wanted.items()}
     masks: dict[str, Tensor] = {}
     try:
-        with given_back(model), _without_fused_attention():
+        with given_back(model), every_contraction(model):
             model.eval()
             for stage in tqdm(stages(model, held[0], wanted), desc=solver, disable=not progress, leave=False):
                 forwards = [lambda batch=batch: batches.feed(model, batch) for batch in held]
@@ -153,12 +154,3 @@ def _by_group(place: Place, request: Request, count: int) -> list[Demand]:
         return [Demand(columns, remove, per_row=True, alive=one) for one in alive]
     shares = _in_proportion(count, [rows.numel() // groups] * groups)
     return [Demand(columns, share, alive=one) for share, one in zip(shares, alive, strict=True)]
-
-
-class _without_fused_attention:  # noqa: N801
-    def __enter__(self) -> None:
-        self.before = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)
-
-    def __exit__(self, *error: object) -> None:
-        torch.backends.mha.set_fastpath_enabled(self.before)
