@@ -179,11 +179,13 @@ class Axes(Sequence[Axis]):
         bundles: dict[tuple[Any, ...], _Group] = {}
         for atom, members in found.items():
             if atom.size == 1 and not atom.unit:
-                continue
-            if not atom.unit:
+                if all(self._dims[member.tensor][member.dim].size == 1 for member in members):
+                    continue
+                freeze(atom, "is a position that is singled out")
+            if atom.size > 1:
                 groups.append(_Group([atom], members))
                 continue
-            key = (tuple(members), atom.frozen is None)
+            key = (tuple(members), atom.frozen)
             if key not in bundles:
                 bundles[key] = _Group([], members)
                 groups.append(bundles[key])
@@ -241,9 +243,8 @@ class Axes(Sequence[Axis]):
         if found:
             listing = ", ".join(repr(axis.name) for axis in found)
             raise UnknownNameError(f"layer {key!r} makes {len(found)} axes; name one of {listing}.")
-        raise UnknownNameError(
-            f"no axis is called {key!r}, and no layer of this name makes one{nearest(key, self._index)}."
-        )
+        hint = nearest(key, [*self._index, *self._layers])
+        raise UnknownNameError(f"no axis is called {key!r}, and no layer of this name makes one. {hint}".rstrip())
 
     def __len__(self) -> int:
         return len(self._axes)

@@ -156,7 +156,11 @@ class Counts:
     def _collect(self, ledger: Ledger) -> None:
         equal: list[tuple[Expression, Expression, str]] = []
         other: list[tuple[Expression, Expression, Any, bool, str]] = []
+        named = Counter(resolve(equation.layout) for equation in ledger.equations)
         for equation in ledger.equations:
+            only = resolve(equation.layout)
+            if isinstance(only, Atom) and only not in self._group_of and only.frozen is None and named[only] == 1:
+                continue  # a tensor that never met a parameter is as large as the code makes it
             where = f"{equation.operation} at {show_place(equation.where)}"
             equal.append((self.number(equation.number), self.layout(equation.layout), where))
         for condition in ledger.conditions:
@@ -244,7 +248,7 @@ class Counts:
         result = {key: max(min(wanted.get(key, size), size), self.least[key]) for key, size in self.sizes.items()}
         for keys, constraints in self._components:
             if any(key in wanted and wanted[key] != self.sizes[key] for key in keys):
-                found = _Search(self, keys, constraints, {key: result[key] for key in keys}).run()
+                found = _Search(self, keys, constraints, {key: result[key] for key in keys if key in wanted}).run()
                 result.update(found)
         return result
 

@@ -24,7 +24,7 @@ from netopt.axes import rules as _rules  # noqa: F401 - registers the rules
 from netopt.axes.axis import Axes
 from netopt.axes.layout import freeze
 from netopt.axes.places import remembered
-from netopt.axes.sizes import remembering_roots
+from netopt.axes.sizes import remembering_functions
 from netopt.axes.trace import Trace, members_of
 from netopt.axes.watch import Watch
 from netopt.batches import Inputs
@@ -85,7 +85,7 @@ def find_axes(model: nn.Module, example_inputs: Inputs, *, outputs: Outputs = No
 def _run(model: nn.Module, inputs: Inputs, trace: Trace, watch: Watch, outputs: Outputs, *, must: bool) -> bool:
     """Runs the forward once; one in training mode may fail, as batch norm does on a single sample."""
     try:
-        with remembered(model, trace.ledger), remembering_roots(), warnings.catch_warnings():
+        with remembered(model, trace.ledger), remembering_functions(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # such as those that a run without gradients alone gives
             with trace, watch:
                 result = batches.call(model, inputs)

@@ -42,23 +42,36 @@ def remembered(model: nn.Module, ledger: Ledger) -> Iterator[None]:
 
 @contextmanager
 def attributes_given_back(model: nn.Module) -> Iterator[None]:
-    """Undoes whatever a forward does to the attributes of modules: new ones, changed ones, filled caches."""
-    kept: list[tuple[dict[str, Any], dict[str, Any]]] = []
-    containers: list[tuple[Any, Any]] = []
-    for module in model.modules():
-        kept.append((module.__dict__, dict(module.__dict__)))
-        containers.extend(
-            (value, value.copy() if value else None)
-            for value in module.__dict__.values()
-            if isinstance(value, (dict, list, set))
-        )
+    """Undoes what a forward does to attributes, and to containers and configurations reached from them."""
+    kept = [(held, held.copy() if held else None) for held in _holders(model)]
     try:
         yield
     finally:
-        for container, before in containers:
-            _refill(container, before)
-        for attributes, before in kept:
-            _refill(attributes, before)
+        for held, before in reversed(kept):
+            _refill(held, before)
+
+
+def _holders(model: nn.Module) -> list[Any]:
+    """Every dict of attributes, dict, list and set reached from modules, each once."""
+    found: list[Any] = []
+    seen: set[int] = set()
+    waiting: list[tuple[Any, int]] = [(module.__dict__, _DEPTH) for module in model.modules()]
+    while waiting:
+        value, depth = waiting.pop()
+        if not isinstance(value, tuple):
+            if id(value) in seen:
+                continue
+            seen.add(id(value))
+            found.append(value)
+        if depth:
+            for item in value.values() if isinstance(value, dict) else value:
+                if item is None or type(item) in _SIMPLE or type(item) is int or isinstance(item, _OPAQUE):
+                    continue
+                if isinstance(item, (dict, list, tuple, set)):
+                    waiting.append((item, depth - 1))
+                elif _is_configuration(item):
+                    waiting.append((item.__dict__, depth - 1))
+    return found
 
 
 def _refill(container: Any, before: Any) -> None:
@@ -75,6 +88,13 @@ def _refill(container: Any, before: Any) -> None:
     elif container != before:
         container.clear()
         container.update(before)
+
+
+def _put_back(container: Any, key: Any, value: Any) -> None:
+    """Undoes one loan, unless the forward has taken the entry away; then the copy of the container brings it back."""
+    gone = isinstance(container, list) and isinstance(key, int) and key >= len(container)
+    if not gone:
+        container[key] = value
 
 
 class _Loan:
@@ -112,7 +132,7 @@ class _Loan:
         kind = type(value)
         if kind is int:
             return self.size(value, path) if value > 1 else value
-        if value is None or kind in _SIMPLE or isinstance(value, (torch.Tensor, nn.Module, type, types.ModuleType)):
+        if value is None or kind in _SIMPLE or isinstance(value, _OPAQUE):
             return value
         if isinstance(value, tuple):
             return self.entries(value, path, depth)
@@ -147,7 +167,7 @@ class _Loan:
             lent = self.lend(value, (*path, key), depth)
             if lent is not value:
                 container[key] = lent
-                self.undo.append(functools.partial(container.__setitem__, key, value))
+                self.undo.append(functools.partial(_put_back, container, key, value))
 
     def function(self, function: types.FunctionType, path: tuple[str | int, ...], depth: int) -> None:
         if function.__module__ is None or _library(function.__module__):
@@ -169,6 +189,7 @@ class _Loan:
                 self.undo.append(functools.partial(setattr, function, "__defaults__", defaults))
 
 
+_OPAQUE = (torch.Tensor, nn.Module, type, types.ModuleType)
 _SIMPLE = frozenset({bool, float, str, bytes, complex, torch.dtype, torch.device, torch.layout, torch.memory_format})
 
 

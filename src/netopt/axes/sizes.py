@@ -138,10 +138,18 @@ class Size(int):
         return int, (int.__int__(self),)
 
     def __copy__(self) -> int:
-        return self
+        return self if self.ledger.is_open else _plain(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> int:
-        return self
+        return self if self.ledger.is_open else _plain(self)
+
+    def __int__(self) -> int:
+        _note_number(self)
+        return _plain(self)
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
+        _note_number(self)
+        return getattr(ufunc, method)(*map(_plain, inputs), **kwargs)
 
     def __hash__(self) -> int:
         return int.__hash__(self)
@@ -183,7 +191,11 @@ class Scalar(float):
         return float, (float.__float__(self),)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> float:
-        return self
+        return self if self.ledger.is_open else _plain(self)
+
+    def __int__(self) -> int:
+        _note_number(self)
+        return int(_plain(self))
 
     def __hash__(self) -> int:
         return float.__hash__(self)
@@ -206,19 +218,15 @@ class Scalar(float):
 
 
 def _floor_of(value: float, _: Any) -> int:
-    return math.floor(float(value))
+    return math.floor(value)
 
 
 def _ceil_of(value: float, _: Any) -> int:
-    return math.ceil(float(value))
+    return math.ceil(value)
 
 
 def _round_of(value: float, digits: int | None) -> float:
-    return round(float(value), digits)
-
-
-def _sqrt_of(value: float, _: Any) -> float:
-    return float(value) ** 0.5
+    return round(value, digits)
 
 
 def _note_number(number: Size | Scalar) -> None:
@@ -310,18 +318,29 @@ def leaves(number: Any) -> Iterator[Place | Extent]:
             yield origin
 
 
+_FUNCTIONS = ("sqrt", "log", "log2", "log10", "exp", "isqrt")
+
+
 @contextmanager
-def remembering_roots() -> Iterator[None]:
-    """Lets ``math.sqrt`` of a number with an origin keep it: ``/ math.sqrt(head_dim)`` is how attention is scaled."""
-    plain = math.sqrt
-
-    def sqrt(value: Any, /) -> Any:
-        if isinstance(value, (Size, Scalar)):
-            return _remember(_sqrt_of, value, 0, value)
-        return plain(value)
-
-    math.sqrt = sqrt
+def remembering_functions() -> Iterator[None]:
+    """Lets functions of ``math`` keep a number's origin: ``/ math.sqrt(head_dim)`` is how attention is scaled."""
+    plain = {name: getattr(math, name) for name in _FUNCTIONS}
+    for name, function in plain.items():
+        setattr(math, name, _remembering(function))
     try:
         yield
     finally:
-        math.sqrt = plain
+        for name, function in plain.items():
+            setattr(math, name, function)
+
+
+def _remembering(function: Callable[..., Any]) -> Callable[..., Any]:
+    def of_first(value: Any, rest: tuple[Any, ...]) -> Any:
+        return function(value, *rest)
+
+    def remembering(value: Any, /, *rest: Any) -> Any:
+        if isinstance(value, (Size, Scalar)):
+            return _remember(of_first, value, rest, value)
+        return function(value, *rest)
+
+    return remembering

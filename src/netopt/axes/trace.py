@@ -111,12 +111,18 @@ class Trace(TorchDispatchMode):
         self.in_call = False
         self._marked: list[Tensor] = []
         self._dirty: dict[int, Any] = {}
+        self._stored = {_storage(tensor): tensor for tensor in members.values() if isinstance(tensor, nn.Parameter)}
+        self._saved: dict[int, tuple[Tensor, Tensor]] = {}
         for name, tensor in members.items():
             zero = tensor.is_floating_point() or tensor.is_complex()
             self._learn(tensor, [Dim(Atom(size), zero) for size in tensor.shape], data=False, source=name, mark=True)
 
     def forget(self) -> None:
-        """Takes the notes off the tensors that outlive the trace."""
+        """Takes the notes off the tensors that outlive the trace, and undoes what the forward wrote into parameters."""
+        with torch.no_grad():
+            for parameter, value in self._saved.values():
+                parameter.copy_(value)
+        self._saved.clear()
         for tensor in self._marked:
             vars(tensor).pop(_KNOWN, None)
         self._marked.clear()
@@ -187,6 +193,8 @@ class Trace(TorchDispatchMode):
         tensors = [leaf for leaf in tree_iter((args, kwargs)) if isinstance(leaf, Tensor)]
         for tensor in tensors:
             self.dims(tensor)
+        if function._schema.is_mutable:
+            self._save(tensors)
         out = function(*args, **kwargs)
         self.operations += 1
         outs = [out] if isinstance(out, Tensor) else [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
@@ -242,6 +250,13 @@ class Trace(TorchDispatchMode):
             for dim in self.dims(tensor):
                 if dim.size > 1:
                     freeze(dim.layout, f"reaches {op.name}, which has no rule, at {self.where()}")
+
+    def _save(self, tensors: list[Tensor]) -> None:
+        """Copies a parameter before an operation may write into it, as a teacher's moving average does."""
+        for tensor in tensors:
+            key = _storage(tensor)
+            if key in self._stored and key not in self._saved:
+                self._saved[key] = (self._stored[key], self._stored[key].detach().clone())
 
     def _check(self, name: str, tensor: Tensor, dims: Dims) -> None:
         sizes = tuple(dim.size for dim in dims)

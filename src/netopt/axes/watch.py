@@ -7,6 +7,7 @@ dimension into an equation. It also notes which calls contract over a dimension,
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_iter
 
 from netopt.axes.layout import Layout, freeze, mark_inexact, split_concat
-from netopt.axes.sizes import Extent, Scalar, Size
+from netopt.axes.sizes import Condition, Extent, Scalar, Size, caller
 from netopt.axes.trace import Trace
 from netopt.calls import Call, CallNames
 
@@ -68,7 +69,7 @@ class Watch(CallNames):
             speak(self, args, kwargs, result)
         elif self.trace.asked:
             self._explain(name, args, kwargs)
-        self._note_numbers(args, kwargs, Scalar if name in _NO_NUMBERS else (Size, Scalar))
+        self.note_numbers(args, kwargs, Scalar if name in _NO_NUMBERS else (Size, Scalar))
         return result
 
     def size(self, value: int, layout: Layout) -> int:
@@ -100,9 +101,9 @@ class Watch(CallNames):
             ):  # else C++ follows the tensors
                 freeze(layout, f"has a size that {name} computes at {self.trace.where()}")
 
-    def _note_numbers(self, args: tuple[Any, ...], kwargs: dict[str, Any], kinds: Any) -> None:
-        """A size used as a number makes the result depend on how many neurons there are."""
-        for value in (*args, *kwargs.values()):
+    def note_numbers(self, args: tuple[Any, ...], kwargs: dict[str, Any], kinds: Any) -> None:
+        """Notes sizes used as numbers: the result then depends on how many neurons there are."""
+        for value in _numbers((args, kwargs)) if kinds is not Scalar else (*args, *kwargs.values()):
             if isinstance(value, kinds) and self.trace.ledger.knows(value):
                 self.trace.ledger.numbers.append((value, self.trace.where()))
 
@@ -136,6 +137,18 @@ def _plain(number: int) -> int:
 
 def _weight_dim(tensors: Sequence[Any]) -> int:
     return tensors[1].dim() if len(tensors) > 1 and isinstance(tensors[1], Tensor) else -1
+
+
+def _numbers(value: Any) -> Iterator[Any]:
+    """The numbers with an origin among arguments, in lists and tuples too."""
+    if isinstance(value, (Size, Scalar)):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _numbers(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _numbers(item)
 
 
 def _integers(value: Any) -> list[int]:
@@ -180,7 +193,19 @@ def _numel(watch: Watch, function: Any, args: Any, kwargs: Any, result: Any) -> 
     return total
 
 
-_SHAPES: dict[str, Callable[..., Any]] = {"__get__": _shape, "size": _size, "numel": _numel, "nelement": _numel}
+def _length(watch: Watch, function: Any, args: Any, kwargs: Any, result: Any) -> Any:
+    # ``len`` gives a plain integer, whatever this returns, so what it is used for cannot be seen.
+    mark_inexact(watch.trace.dims(args[0])[0].layout, f"has a size that len gives away, at {watch.trace.where()}")
+    return result
+
+
+_SHAPES: dict[str, Callable[..., Any]] = {
+    "__get__": _shape,
+    "size": _size,
+    "numel": _numel,
+    "nelement": _numel,
+    "__len__": _length,
+}
 
 
 # Calls whose integers are sizes of dimensions.
@@ -259,6 +284,37 @@ def _chunk(watch: Watch, args: Any, kwargs: Any, result: Any) -> None:
             watch.equate((whole + (number - 1)) // number, parts[0], "chunk")
 
 
+def _tensor_split(watch: Watch, args: Any, kwargs: Any, result: Any) -> None:
+    dim = int(_argument(args, kwargs, 2, "dim", 0))
+    parts = [watch.trace.dims(part)[dim].layout for part in result]
+    if len({part.size for part in parts}) == 1 and isinstance(_argument(args, kwargs, 1, "sections", ()), int):
+        for part in parts[1:]:
+            watch.equate(Size(part.size, Extent(parts[0]), watch.trace.ledger), part, "tensor_split")
+    else:
+        for part in parts:
+            freeze(part, f"is an uneven part of a split at {watch.trace.where()}")
+
+
+def _strides(watch: Watch, args: Any, kwargs: Any, result: Any) -> None:
+    for dim in watch.trace.dims(args[0]):
+        freeze(dim.layout, f"is viewed by strides at {watch.trace.where()}")
+
+
+def _fill(watch: Watch, args: Any, kwargs: Any, result: Any) -> None:
+    sizes_first = 1 if args and isinstance(args[0], Tensor) else 0
+    _given_sizes(sizes_first)(watch, args[: sizes_first + 1], kwargs, result)
+    watch.note_numbers(args[sizes_first + 1 :], {"fill_value": kwargs.get("fill_value")}, (Size, Scalar))
+
+
+def _lstm(watch: Watch, args: Any, kwargs: Any, result: Any) -> None:
+    """A projection is told from none by its width: it must stay narrower than the hidden state."""
+    states = args[2] if len(args) > 2 else ()
+    if isinstance(states, (tuple, list)) and len(states) == 2 and states[0].shape[-1] != states[1].shape[-1]:
+        projected, hidden = (watch.trace.dims(state)[-1].layout for state in states)
+        narrow, wide = (Size(layout.size, Extent(layout), watch.trace.ledger) for layout in (projected, hidden))
+        watch.trace.ledger.conditions.append(Condition(operator.lt, narrow, wide, True, caller()))
+
+
 def _narrow(watch: Watch, args: Any, kwargs: Any, result: Any) -> None:
     dim, start, length = (_argument(args, kwargs, 1 + i, name) for i, name in enumerate(("dim", "start", "length")))
     if isinstance(start, int) and isinstance(length, int):
@@ -290,6 +346,8 @@ def _consumes(entry: Any) -> int:
 
 def _slice(watch: Watch, layout: Layout, asked: slice, name: str) -> None:
     """States what the bounds of a slice are: the sizes of what lies before, inside or behind it."""
+    if asked.step not in (None, 1):  # where a stride starts is a phase, no count
+        return
     size = layout.size
     start, stop = (_plain(bound) for bound in asked.indices(size)[:2])
     if isinstance(asked.start, int) and 0 < start < size:
@@ -341,8 +399,12 @@ def _nothing(watch: Watch, args: Any, kwargs: Any, result: Any) -> None:
 
 _SPEAKERS: dict[str, Callable[..., None]] = {
     **dict.fromkeys(("view", "reshape", "expand", "broadcast_to", "_unsafe_view"), _given_sizes(1)),
-    **dict.fromkeys(("new_zeros", "new_ones", "new_empty", "new_full"), _given_sizes(1)),
-    **dict.fromkeys(("zeros", "ones", "empty", "rand", "randn", "full"), _given_sizes(0)),
+    **dict.fromkeys(("new_zeros", "new_ones", "new_empty"), _given_sizes(1)),
+    **dict.fromkeys(("zeros", "ones", "empty", "rand", "randn"), _given_sizes(0)),
+    **dict.fromkeys(("full", "new_full"), _fill),
+    **dict.fromkeys(("tensor_split", "hsplit", "vsplit", "dsplit"), _tensor_split),
+    "as_strided": _strides,
+    "lstm": _lstm,
     "unflatten": _unflatten,
     "layer_norm": _normalized,
     "rms_norm": _normalized,
