@@ -151,7 +151,7 @@ def activations(
                 batches.feed(model, batch)
             for name, tensor, dim, positions in readings.tensors:
                 size = tensor.numel() // max(tensor.shape[dim], 1)
-                sums[name] += gather(_over_others(tensor.abs(), dim), positions, sizes[name])
+                sums[name] += gather(over_others(tensor.abs(), dim), positions, sizes[name])
                 full = torch.full((len(positions),), float(size), dtype=torch.float64)
                 seen[name] += gather(full, positions, sizes[name])
     return {name: total / seen[name].clamp(min=1) for name, total in sums.items()}
@@ -323,7 +323,7 @@ class _Differentiation:
         for name, edge, dim, positions in readings.places:
             grad = grads[edge]
             if grad is not None:
-                sums[name].add_(gather(_over_others(grad.square(), dim + 1), positions, self.sizes[name]))
+                sums[name].add_(gather(over_others(grad.square(), dim + 1), positions, self.sizes[name]))
 
     def _estimate(self, readings: _Readings, flat: Tensor) -> None:
         """Random signs: the expectation of the squared gradient of their product with the outputs is the sum wanted."""
@@ -371,8 +371,8 @@ def _every_output(flat: Tensor, edges: Sequence[GradientEdge]) -> Iterator[Seque
                 yield [None if grad is None else grad.unsqueeze(0) for grad in grads]
 
 
-def _over_others(values: Tensor, dim: int) -> Tensor:
-    """Sums over every dimension but one, in at least single precision."""
+def over_others(values: Tensor, dim: int) -> Tensor:
+    """Sums over every dimension but one, in at least single precision; a wider type would copy the whole tensor."""
     dim %= values.dim()
     precision = torch.promote_types(values.dtype, torch.float32)
     others = [other for other in range(values.dim()) if other != dim]

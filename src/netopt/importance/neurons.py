@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from netopt import batches
 from netopt.batches import Batch, Inputs
 from netopt.errors import ArgumentTypeError, MissingDataError, NonFiniteError, ShapeMismatchError
-from netopt.importance.activations import Saliency, Tap, activations, gather, saliency
+from netopt.importance.activations import Saliency, Tap, activations, gather, over_others, saliency
 from netopt.importance.evidence import Evidence
 from netopt.importance.registry import Criterion, Importance, criterion, lookup
 from netopt.importance.scores import scores
@@ -203,8 +203,7 @@ def reduce(elementwise: Mapping[str, Tensor], members: Sequence[Member], size: i
 def _total(entries: Sequence[tuple[Tensor, int, Tensor]], size: int) -> Tensor:
     total = torch.zeros(size, dtype=torch.float64)
     for tensor, dim, positions in entries:
-        others = [other for other in range(tensor.dim()) if other != dim]
-        total += gather(tensor.sum(others, dtype=torch.float64) if others else tensor, positions, size)
+        total += gather(over_others(tensor, dim), positions, size)
     return total
 
 
