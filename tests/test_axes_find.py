@@ -696,6 +696,19 @@ def test_a_model_may_itself_look_for_axes():
     assert axes["inner.0"].size == 16
 
 
+def test_the_cost_is_linear_in_the_number_of_layers():
+    def stack(depth: int) -> Axes:
+        with torch.device("meta"):
+            layer = nn.TransformerEncoderLayer(512, 8, 2048, batch_first=True)
+            return find_axes(nn.TransformerEncoder(layer, depth, enable_nested_tensor=False), torch.randn(1, 9, 512))
+
+    found = {depth: stack(depth) for depth in (2, 4, 8)}
+    operations = {depth: axes.operations for depth, axes in found.items()}
+    free = {depth: len(axes.free) for depth, axes in found.items()}
+    for counted in (operations, free):
+        assert counted[8] - counted[4] == 2 * (counted[4] - counted[2]) > 0
+
+
 # Calls have names.
 
 

@@ -28,7 +28,7 @@ from netopt.axes.sizes import (
     Size,
     evaluate,
     leaves,
-    remembering_roots,
+    remembering_functions,
 )
 
 BINARY = [
@@ -61,11 +61,13 @@ def plain(value):
 @given(st.sampled_from(BINARY), st.integers(2, 40), st.integers(1, 6) | st.floats(0.5, 4.0), st.integers(2, 40))
 def test_arithmetic_is_that_of_integers_and_can_be_done_again(operation, left, right, later):
     known = size(left)
-    for result, again in (
+    cases = [
         (operation(known, right), lambda value: operation(value, right)),
-        (operation(right, known), lambda value: operation(right, value)),
         (operation(known, known), lambda value: operation(value, value)),
-    ):
+    ]
+    if isinstance(right, int):  # a plain float on the left computes by itself, and asks no one
+        cases.append((operation(right, known), lambda value: operation(right, value)))
+    for result, again in cases:
         expected = again(left)
         assert isinstance(result, (Size, Scalar))
         assert plain(result) == expected
@@ -90,6 +92,19 @@ def test_long_computations_keep_what_they_came_from(data):
         assert plain(term) == now == evaluate(term, {}, {})
         assert evaluate(term, {}, later) == then
         assert set(leaves(term)) == places
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(BINARY), st.integers(2, 40), st.floats(0.5, 4.0), st.integers(2, 40))
+def test_numbers_with_a_fraction_keep_their_origin_on_either_side(operation, left, right, later):
+    half = size(left) / 2
+    for result, again in (
+        (operation(half, right), lambda value: operation(value / 2, right)),
+        (operation(right, half), lambda value: operation(right, value / 2)),
+    ):
+        assert type(result) is Scalar
+        assert plain(result) == again(left)
+        assert evaluate(result, {}, {WIDTH: later}) == again(later)
 
 
 def test_an_extent_follows_the_count_of_its_layout():
@@ -122,7 +137,7 @@ def test_functions_of_numbers():
 def test_roots_are_remembered_while_asked_for_and_only_then():
     known = size(16)
     before = math.sqrt
-    with remembering_roots():
+    with remembering_functions():
         root = math.sqrt(known)
         assert math.sqrt(9) == 3.0
     assert math.sqrt is before
@@ -134,7 +149,7 @@ def test_roots_are_remembered_while_asked_for_and_only_then():
 
 def test_math_sqrt_is_put_back_after_an_error():
     before = math.sqrt
-    with pytest.raises(KeyError), remembering_roots():
+    with pytest.raises(KeyError), remembering_functions():
         raise KeyError
     assert math.sqrt is before
 
