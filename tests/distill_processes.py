@@ -12,6 +12,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from netopt.distillation import distill
@@ -27,7 +30,8 @@ def models() -> tuple[nn.Module, nn.Module]:
         torch.manual_seed(5)
         student = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5)).to(DOUBLE)
         teacher = nn.Sequential(nn.Linear(6, 32), nn.BatchNorm1d(32), nn.Tanh(), nn.Linear(32, 5)).to(DOUBLE)
-    return student, teacher
+    # A teacher without a trainable parameter is what data parallelism refuses to wrap.
+    return student, teacher.requires_grad_(False)
 
 
 def sgd(parameters):
@@ -51,9 +55,21 @@ CASES = {
 }
 
 
-def run(case: str, **options) -> tuple[dict, dict]:
+def shard(model: nn.Module) -> nn.Module:
+    """Shards every layer, and the whole, over all processes."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for part in model:
+        if isinstance(part, nn.Linear):
+            fully_shard(part, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def run(case: str, sharded: tuple[str, ...] = (), **options) -> tuple[dict, dict]:
     """Distills one case; returns the student's weights and the report."""
     student, teacher = models()
+    student, teacher = (
+        shard(one) if name in sharded else one for name, one in (("student", student), ("teacher", teacher))
+    )
     settings = {**CASES[case], **options}
     data = settings.pop("data")()
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
@@ -61,9 +77,15 @@ def run(case: str, **options) -> tuple[dict, dict]:
         student, teacher, data, **{"epochs": 3, "batch_size": 6, "loss": "kl", "hard": 0.3, "seed": 11, **settings},
         optimizer=sgd, progress=False,
     )  # fmt: skip
-    assert type(teacher) is nn.Sequential
-    assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
-    return {name: value.clone() for name, value in student.state_dict().items()}, report.to_dict()
+    assert isinstance(teacher, nn.Sequential)
+    assert all(torch.equal(whole(before[name]), whole(value)) for name, value in teacher.state_dict().items())
+    state = {name: whole(value).clone() for name, value in student.state_dict().items()}
+    return state, report.to_dict()
+
+
+def whole(value: torch.Tensor) -> torch.Tensor:
+    """All of a tensor that may be sharded."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def engines() -> dict[str, object]:
@@ -84,6 +106,9 @@ def main(folder: str) -> None:
     for name, engine in engines().items():
         for case in CASES:
             results[name, case] = run(case, engine=engine)
+    for case in ("loader", "accumulated", "hints"):
+        results["sharded student", case] = run(case, ("student",))
+        results["both sharded", case] = run(case, ("student", "teacher"))
     sampler = DistributedSampler(TensorDataset(X, Y), shuffle=False, drop_last=True)
     data = DataLoader(TensorDataset(X, Y), 3 + dist.get_rank(), sampler=sampler)
     results["plain", "divided"] = run("list", data=lambda: data)

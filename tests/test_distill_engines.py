@@ -46,8 +46,11 @@ def both_processes(tmp_path_factory):
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 
-@pytest.mark.parametrize("case", distill_processes.CASES)
-@pytest.mark.parametrize("engine", ["plain", "accelerate", "fabric"])
+ENGINES = [(engine, case) for engine in ("plain", "accelerate", "fabric") for case in distill_processes.CASES]
+SHARDED = [(kind, case) for kind in ("sharded student", "both sharded") for case in ("loader", "accumulated", "hints")]
+
+
+@pytest.mark.parametrize(("engine", "case"), ENGINES + SHARDED)
 def test_two_processes_equal_one(results, engine, case):
     weights, report = distill_processes.run(case)
     for theirs, told in (one[engine, case] for one in results):

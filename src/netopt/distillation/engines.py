@@ -144,6 +144,29 @@ class Processes(Engine):
         parallel = self.student if self.wrapped else model
         return parallel.no_sync() if isinstance(parallel, DistributedDataParallel) and not last else nullcontext()
 
+    def step(self, model: nn.Module, optimizers: Sequence[Any], clip: float | None) -> None:
+        """Steps; projections beside a student that is wrapped already are in nobody's care but ours."""
+        projections: Any = getattr(model, "projections", None)
+        if self.wrapped and self.world > 1 and projections is not None:
+            for parameter in projections.parameters():
+                if parameter.grad is not None:
+                    dist.all_reduce(parameter.grad)
+                    parameter.grad /= self.world
+        super().step(model, optimizers, clip)
+
+    def clip(self, model: nn.Module, optimizers: Sequence[Any], clip: float) -> None:
+        """Clips to the norm of the whole, of which a sharded student has a part in every process."""
+        if not _is_sharded(self.student):
+            super().clip(model, optimizers, clip)
+            return
+        grads = [one.grad for one in model.parameters() if one.grad is not None]
+        parts = [grads for grads in ([g for g in grads if _shards(g)], [g for g in grads if not _shards(g)]) if grads]
+        norms = [torch.nn.utils.get_total_norm(part) for part in parts]
+        whole = [_whole(one) for one in norms]
+        scale = (clip / (torch.stack(whole).norm() + 1e-6)).clamp_max(1).item()
+        for grad in grads:
+            grad.mul_(scale)
+
     def totals(self, counts: Sequence[int]) -> Sequence[float | Tensor]:
         """Adds the counts up over all processes."""
         if self.world == 1:
@@ -316,4 +339,12 @@ def engine_for(engine: Any, student: nn.Module, amp: torch.dtype | None) -> Engi
 
 
 def _is_sharded(model: nn.Module) -> bool:
-    return any(hasattr(one, "device_mesh") for one in model.parameters())
+    return any(_shards(one) for one in model.parameters())
+
+
+def _whole(tensor: Any) -> Tensor:
+    return tensor.full_tensor() if _shards(tensor) else tensor
+
+
+def _shards(tensor: Tensor) -> bool:
+    return hasattr(tensor, "device_mesh")

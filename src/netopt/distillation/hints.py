@@ -29,6 +29,10 @@ CHANNELS_SECOND = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.G
 CHANNELS_LAST = (nn.Linear, nn.LayerNorm, nn.Embedding, nn.MultiheadAttention)
 
 
+# Light: the kept neurons of a deeply cut layer must be free to take over from those that are gone.
+PLAN_WEIGHT = 0.1
+
+
 @dataclass(frozen=True)
 class Hint:
     """What a layer of the student should learn from the teacher.
@@ -194,7 +198,7 @@ def _from_plan(tensors: Mapping[str, Mapping[int, Tensor]], student: nn.Module, 
         if kept is None or len(kept) != _width(ours[name]):
             continue
         channel = _channel(module)
-        terms.append(HintTerm(name, Hint(name), (channel, channel), kept))
+        terms.append(HintTerm(name, Hint(name, weight=PLAN_WEIGHT), (channel, channel), kept))
     if not terms:
         raise InvalidArgumentError(
             "the plan removes no output neuron of a layer that student and teacher share; pass the unpruned model as "

@@ -30,9 +30,13 @@ def optimizers_for(
             teacher's.
         ArgumentTypeError: neither an optimizer nor a function that makes one.
     """
-    trainable = [one for one in trainee.parameters() if one.requires_grad]
+    student = [one for one in trainee.student.parameters() if one.requires_grad]
+    projections = list(trainee.projections.parameters())
+    # Sharded parameters and whole ones do not mix in one optimizer.
+    mixed = projections and any(hasattr(one, "device_mesh") for one in student)
+    groups = [student, projections] if mixed else [student + projections]
     if optimizer is None:
-        return [_adamw(trainable, DEFAULT_LR if lr is None else lr)]
+        return [_adamw(group, DEFAULT_LR if lr is None else lr) for group in groups]
     if lr is not None:
         raise InvalidArgumentError("both optimizer and lr are given; set the optimizer's own learning rate.")
     if not isinstance(optimizer, Optimizer):
@@ -41,19 +45,19 @@ def optimizers_for(
                 f"optimizer must be a torch optimizer or a function of the parameters, not {type(optimizer).__name__}; "
                 "write lambda parameters: torch.optim.SGD(parameters, lr=0.1)."
             )
-        made = optimizer(trainable)
-        if not isinstance(made, Optimizer):
-            raise ArgumentTypeError(f"the function given as optimizer returned a {type(made).__name__}.")
-        return [made]
+        made = [optimizer(group) for group in groups]
+        for one in made:
+            if not isinstance(one, Optimizer):
+                raise ArgumentTypeError(f"the function given as optimizer returned a {type(one).__name__}.")
+        return made
     theirs = {id(one) for teacher in teachers for one in teacher.parameters()}
     held = {id(one) for group in optimizer.param_groups for one in group["params"]}
     if held & theirs:
         raise InvalidArgumentError("the optimizer holds parameters of the teacher; make it from the student's alone.")
-    if not held & {id(one) for one in trainee.student.parameters() if one.requires_grad}:
+    if not held & {id(one) for one in student}:
         raise InvalidArgumentError(
             "the optimizer holds no trainable parameter of the student; make it from student.parameters()."
         )
-    projections = [one for one in trainee.projections.parameters() if one.requires_grad]
     return [optimizer, _adamw(projections, optimizer.param_groups[0]["lr"])] if projections else [optimizer]
 
 

@@ -14,7 +14,7 @@ from netopt.distillation.outputs import Picker, check_shapes
 from netopt.distillation.sources import Drawn
 from netopt.distillation.student import Trainee, evaluating
 from netopt.distillation.targets import Targets
-from netopt.distillation.teachers import Forward
+from netopt.distillation.teachers import Forward, local
 from netopt.errors import ArgumentTypeError, InvalidArgumentError, NonFiniteError
 from netopt.restore import random_state_kept
 
@@ -91,5 +91,5 @@ def check_student(student: Any) -> None:
 def check_finite(student: nn.Module, when: str, hint: str) -> None:
     """Raises if a parameter of ``student`` holds NaN or infinity."""
     for name, parameter in student.named_parameters():
-        if parameter.is_floating_point() and not bool(torch.isfinite(parameter.detach()).all()):
+        if parameter.is_floating_point() and not bool(torch.isfinite(local(parameter.detach())).all()):
             raise NonFiniteError(f"the student's {name!r} holds NaN or infinity {when}; {hint}.")

@@ -15,7 +15,7 @@ from netopt.distillation.objective import Record
 from netopt.distillation.outputs import Picker, pick
 from netopt.errors import ArgumentTypeError, InvalidArgumentError
 
-__all__ = ["Asked", "Forward", "all_eval", "as_teachers", "check_apart"]
+__all__ = ["Asked", "Forward", "all_eval", "as_teachers", "check_apart", "local"]
 
 Forward: TypeAlias = Callable[[nn.Module, Any], Any] | None
 """How a model is run on a batch, ``(model, batch) -> result``; ``None`` feeds it the batch's inputs."""
@@ -93,8 +93,14 @@ def check_apart(student: nn.Module, teachers: Iterable[nn.Module]) -> None:
                 )
 
 
+def local(tensor: Tensor) -> Tensor:
+    """Returns this process's part of a tensor, all of it unless it is sharded."""
+    to_local: Any = getattr(tensor, "to_local", None)
+    return tensor if to_local is None else to_local()
+
+
 def _memory(tensor: Tensor) -> tuple[str, int]:
-    return str(tensor.device), tensor.untyped_storage().data_ptr()
+    return str(tensor.device), local(tensor).untyped_storage().data_ptr()
 
 
 def all_eval(modules: Iterable[nn.Module]) -> None:

