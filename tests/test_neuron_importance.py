@@ -10,6 +10,7 @@ from torch import nn
 
 from netopt.axes import find_axes
 from netopt.errors import MissingDataError, NonFiniteError, ShapeMismatchError, UnknownNameError
+from netopt.importance import activations as activations_module
 from netopt.importance import names
 from netopt.importance.activations import saliency
 from netopt.importance.neurons import neuron_scores, reduce
@@ -130,6 +131,20 @@ def test_batches_of_any_size_give_the_same():
     for name, one in whole.items():
         torch.testing.assert_close(parts[name], one)
         torch.testing.assert_close(singles[name], one)
+
+
+def test_memory_is_bounded_by_parts_of_batches_and_of_outputs(monkeypatch):
+    model, x = built("residual")
+    taps, sizes, _ = read(model, x)
+    x = torch.randn(11, 2, 4, 4, dtype=torch.float64)
+    whole = saliency(model, taps, sizes, [x]).scores
+    seen = []
+    model.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    monkeypatch.setattr(activations_module, "ENTRIES_AT_ONCE", 300)
+    parts = saliency(model, taps, sizes, [x]).scores
+    assert max(seen[1:]) < 11
+    for name, one in whole.items():
+        torch.testing.assert_close(parts[name], one)
 
 
 class OverSamples(nn.Module):

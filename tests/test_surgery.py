@@ -323,6 +323,24 @@ def test_one_step_after_pruning_is_one_step_of_the_small_model(name):
         torch.testing.assert_close(mine, theirs, msg=label)
 
 
+def test_muon_goes_on_as_well():
+    def small(width):
+        return nn.Sequential(nn.Linear(4, width, bias=False), nn.ReLU(), nn.Linear(width, 2, bias=False))
+
+    torch.manual_seed(0)
+    model, fresh = small(6), small(3)
+    optimizer, other = (torch.optim.Muon(one.parameters(), lr=0.01) for one in (model, fresh))
+    trained(model, optimizer)
+    buffers = [optimizer.state[one]["momentum_buffer"] for one in model.parameters()]
+    Plan({"0.weight": {0: KEPT}, "2.weight": {1: KEPT}}).apply(model, optimizer)
+    fresh.load_state_dict(model.state_dict())
+    for one, buffer, dim in zip(fresh.parameters(), buffers, (0, 1), strict=True):
+        other.state[one] = {"momentum_buffer": buffer.index_select(dim, KEPT)}
+    trained(model, optimizer, 1)
+    trained(fresh, other, 1)
+    torch.testing.assert_close(model.state_dict(), fresh.state_dict())
+
+
 def test_lbfgs_history_is_cut_where_its_flat_vectors_are():
     model = Net()
     optimizer = OPTIMIZERS["LBFGS"](model.parameters())

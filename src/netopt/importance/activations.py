@@ -33,6 +33,9 @@ EXACT_OUTPUTS = 64
 """Up to so many outputs a sample every one is differentiated; beyond, random signs estimate their sum of squares."""
 
 SAMPLES_AT_ONCE = 64
+ENTRIES_AT_ONCE = 2**26
+"""So many activations, and so many entries of their gradients, are held at a time; at least those of one sample."""
+
 PROBES_AT_FIRST, PROBES_AT_MOST = 8, 64
 
 Taps = Mapping[str, Sequence["Tap"]]
@@ -183,6 +186,7 @@ class _Readings(CallNames):
         self._gradients = gradients
         self._edge_of: dict[tuple[int, int], int] = {}
         self.edges: list[GradientEdge] = []
+        self.entries = 0
         self.places: list[_Place] = []
         self.tensors: list[tuple[str, Tensor, int, Tensor]] = []
 
@@ -213,6 +217,7 @@ class _Readings(CallNames):
         place = self._edge_of.setdefault((id(edge.node), edge.output_nr), len(self.edges))
         if place == len(self.edges):
             self.edges.append(edge)
+            self.entries += tensor.numel()
         found = _Place(name, place, tap.dim % tensor.dim(), tap.positions)
         # One tensor read by two consumers is one activation.
         if not any(one[:3] == found[:3] for one in self.places):
@@ -238,6 +243,7 @@ class _Differentiation:
         self.sums = {name: torch.zeros(size, dtype=torch.float64) for name, size in sizes.items()}
         self.variances = {name: torch.zeros(size, dtype=torch.float64) for name, size in sizes.items()}
         self.samples = 0
+        self.at_once = SAMPLES_AT_ONCE
         self.probes = 0
         self.reached = False
         self.read: set[str] = set()
@@ -254,9 +260,9 @@ class _Differentiation:
         if not self.separate:
             self._add(inputs, count)
             return
-        for start in range(0, count, SAMPLES_AT_ONCE):
-            stop = min(start + SAMPLES_AT_ONCE, count)
-            self._add(_part(inputs, start, stop, count) if count > SAMPLES_AT_ONCE else inputs, stop - start)
+        for start in range(0, count, self.at_once):
+            stop = min(start + self.at_once, count)
+            self._add(_part(inputs, start, stop, count) if count > self.at_once else inputs, stop - start)
 
     def finish(self) -> Saliency:
         """The averages."""
@@ -284,6 +290,7 @@ class _Differentiation:
         """Whether samples lie along the first dimension of all outputs and none acts on another's activations."""
         size = min(count, 4)
         readings, found = self._forward(_part(inputs, 0, size, count))
+        self.at_once = max(1, min(SAMPLES_AT_ONCE, ENTRIES_AT_ONCE * size // max(readings.entries, 1)))
         if not found or not readings.edges:
             return True
         if any(tensor.dim() == 0 or len(tensor) != size for tensor in found):
@@ -313,7 +320,7 @@ class _Differentiation:
         rows = count if self.separate else 1
         flat = torch.cat([tensor.reshape(rows, -1).to(found[0].dtype) for tensor in found], dim=1)
         if flat.shape[1] <= self.exact_outputs:
-            for grads in _every_output(flat, readings.edges):
+            for grads in _every_output(flat, readings.edges, max(1, ENTRIES_AT_ONCE // max(readings.entries, 1))):
                 self._tally(readings, grads, self.sums)
         else:
             self._estimate(readings, flat)
@@ -353,11 +360,9 @@ class _Differentiation:
             self.variances[name] += (second[name] / done - mean.square()).clamp(min=0) / max(done - 1, 1)
 
 
-def _every_output(flat: Tensor, edges: Sequence[GradientEdge]) -> Iterator[Sequence[Tensor | None]]:
+def _every_output(flat: Tensor, edges: Sequence[GradientEdge], at_once: int) -> Iterator[Sequence[Tensor | None]]:
     """Gradients of every column of ``flat``, several at once where the operations allow it."""
-    columns = flat.shape[1]
-    basis = torch.eye(columns, dtype=flat.dtype, device=flat.device)
-    at_once = max(1, min(columns, 4096 // max(flat.shape[0], 1)))
+    basis = torch.eye(flat.shape[1], dtype=flat.dtype, device=flat.device)
     for part in basis.split(at_once):
         directions = part.unsqueeze(1).expand(-1, *flat.shape)
         try:

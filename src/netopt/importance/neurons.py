@@ -207,7 +207,7 @@ def _total(entries: Sequence[tuple[Tensor, int, Tensor]], size: int) -> Tensor:
     return total
 
 
-@criterion("saliency", needs={"saliency"}, of="neurons")
+@criterion("saliency", needs={"saliency"}, of="neurons", paper="https://arxiv.org/abs/1906.10771")
 def _saliency(seen: Neurons) -> Tensor:
     r"""Squared gradients of all outputs by the neuron's activation, :math:`\sum_j (\partial y_j / \partial x_i)^2`."""
     if seen.saliency is None:
