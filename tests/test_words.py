@@ -31,7 +31,7 @@ from netopt.errors import (
 from netopt.restore import given_back, random_state_kept
 from netopt.selectors import chosen, matches
 
-BUILTINS = (ValueError, TypeError, RuntimeError, ImportError)
+BUILTINS = (ValueError, TypeError, RuntimeError, ImportError, OSError)
 ERRORS = [getattr(errors, name) for name in errors.__all__ if name not in ("NetoptError", "nearest")]
 
 
