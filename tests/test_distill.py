@@ -148,6 +148,21 @@ def test_a_seed_makes_the_call_reproducible_and_none_follows_the_global_state(x)
     assert run(None) != run(None, shift=1)
 
 
+def test_schedulers_and_optimizers_may_be_classes_and_gradients_may_be_off_outside(x):
+    student, teacher = net(), net(32)
+    before = student[0].weight.detach().clone()
+    with torch.no_grad():
+        distill(
+            student,
+            teacher,
+            x,
+            optimizer=torch.optim.SGD,
+            scheduler=torch.optim.lr_scheduler.ConstantLR,
+            progress=False,
+        )
+    assert not torch.equal(student[0].weight, before)
+
+
 @pytest.mark.parametrize("accumulate", [1, 2, 3, 5])
 def test_accumulated_batches_equal_one_larger_batch(accumulate):
     teacher, student = mlp(32), mlp()

@@ -95,7 +95,7 @@ def distill(
         labels: Where labels are: a key of the batch, a function of it, or by default its targets.
         ignore_index: Positions with this label count in no term.
         hints: ``{"student.layer": "teacher.layer"}``, with :class:`netopt.distillation.Hint` for other kinds than
-            ``"hint"``; or the plan of the pruning that made the student.
+            ``"hint"``; or the plan of the pruning that made the student. Of several teachers the first is meant.
         teacher_weights: One a teacher, by default equal.
         forward: ``(model, batch) -> result``, for both, or a pair for student and teacher.
         output: Path or function that finds the output in a result, for both, or a pair for student and teacher.

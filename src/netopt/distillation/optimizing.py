@@ -86,7 +86,7 @@ def scheduler_for(scheduler: SchedulerLike, optimizers: list[Optimizer], steps: 
         if not steps:
             raise InvalidArgumentError("a cosine needs the number of steps, and the data has no length; set steps=.")
         return [CosineAnnealingLR(one, T_max=steps) for one in optimizers]
-    if not hasattr(scheduler, "step") and callable(scheduler):
+    if isinstance(scheduler, type) or (callable(scheduler) and not hasattr(scheduler, "step")):
         scheduler = scheduler(optimizers[0])
     if not hasattr(scheduler, "step"):
         raise ArgumentTypeError(

@@ -119,9 +119,10 @@ def valid_positions(batch: Any, labels: Any, positions: tuple[int, ...], ignore_
     """
     if isinstance(labels, Tensor) and not labels.is_floating_point() and labels.dtype != torch.bool:
         if tuple(labels.shape) in (positions, positions[:1]):
-            valid = labels != ignore_index
             # In host memory a look is cheap, and most batches have nothing to rule out.
-            return None if valid.device.type == "cpu" and bool(valid.all()) else valid
+            if labels.device.type == "cpu" and ignore_index < 0 <= (int(labels.min()) if labels.numel() else 0):
+                return None
+            return labels != ignore_index
         return None
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     if isinstance(mask, Tensor) and tuple(mask.shape) == positions:

@@ -136,7 +136,11 @@ def undone_on_error(student: nn.Module, *stateful: Any) -> Iterator[None]:
     Other exceptions, the caller's own, leave the student as far trained as it is.
     """
     before = Snapshot(student)
-    states = [(one, copy.deepcopy(one.state_dict())) for one in stateful if hasattr(one, "state_dict")]
+    states = [
+        (one, copy.deepcopy(one.state_dict()))
+        for one in stateful
+        if hasattr(one, "state_dict") and not isinstance(one, type)
+    ]
     try:
         yield
     except NetoptError:
