@@ -207,7 +207,8 @@ def fits(method: str, size: str, dtype: str) -> bool:
     """Whether the memory at hand is enough."""
     width, blocks, words = SIZES[size]
     weights = 12 * width * width * blocks + width * words
-    return (1 + NEEDED.get(method, 3)) * weights * DTYPES[dtype].itemsize < available()
+    # Half of it is left to others.
+    return 1.5 * (1 + NEEDED.get(method, 3)) * weights * DTYPES[dtype].itemsize < available()
 
 
 def table(sizes: list[str], threads: list[int]) -> list[dict[str, Any]]:

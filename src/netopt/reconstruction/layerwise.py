@@ -15,6 +15,7 @@ from netopt.errors import InvalidArgumentError, MissingDataError, NonFiniteError
 from netopt.importance.inputs import every_contraction
 from netopt.masking.decide import Request
 from netopt.parameters import Place
+from netopt.reconstruction.replay import Runner, container_of
 from netopt.reconstruction.solvers import SOLVERS, Demand, Solver
 from netopt.reconstruction.stages import Moments, moments, stages
 from netopt.restore import given_back
@@ -57,9 +58,11 @@ def reconstruct(
     try:
         with given_back(model), every_contraction(model):
             model.eval()
-            for stage in tqdm(stages(model, held[0], wanted), desc=solver, disable=not progress, leave=False):
-                forwards = [lambda batch=batch: batches.feed(model, batch) for batch in held]
-                for name, moment in moments(forwards, stage, wanted, lambda: _exchanged(wanted, before)).items():
+            container = container_of(model, wanted)
+            order = stages(model, held[0], wanted, container)
+            runner = Runner(model, held, container, lambda: _exchanged(wanted, before))
+            for stage in tqdm(order, desc=solver, disable=not progress, leave=False):
+                for name, moment in moments(runner, stage, wanted).items():
                     masks[name] = _solve(wanted[name], moment, demands[name], SOLVERS[solver])
     except BaseException:
         with torch.no_grad():

@@ -6,8 +6,8 @@ soon as they have been seen, and only second moments are kept of what they read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from netopt import batches
 from netopt.errors import InvalidArgumentError
 from netopt.importance.inputs import InputWatch, Reading
 from netopt.parameters import Place
+from netopt.reconstruction.replay import Runner, noting
 
 __all__ = ["Stage", "moments", "stages", "watched_forward"]
 
@@ -28,9 +29,11 @@ class Stage:
 
     Attributes:
         readings: How often each is read in one forward.
+        block: The block of the container that alone reads them, or ``None``.
     """
 
     readings: dict[str, int] = field(default_factory=dict)
+    block: nn.Module | None = None
 
 
 class _Seen(BaseException):
@@ -52,18 +55,28 @@ def watched_forward(run: Callable[[], Any], wanted: Mapping[str, Place], see: Ca
     return False
 
 
-def stages(model: nn.Module, batch: Any, wanted: Mapping[str, Place]) -> list[Stage]:
+def stages(
+    model: nn.Module, batch: Any, wanted: Mapping[str, Place], container: nn.Module | None = None
+) -> list[Stage]:
     """Orders the weights by when they are first read, those that read the same inputs together.
+
+    Args:
+        model: Run once.
+        batch: On this.
+        wanted: The weights.
+        container: Whose children are the blocks.
 
     Raises:
         InvalidArgumentError: a weight is read in no way whose inputs have a second moment.
     """
     order: list[Stage] = []
     found: dict[str, Stage] = {}
+    blocks: dict[str, list[nn.Module | None]] = {}
     latest: Tensor | None = None
 
     def see(reading: Reading) -> bool:
         nonlocal latest
+        blocks.setdefault(reading.name, []).append(notes.active)
         if reading.name in found:
             found[reading.name].readings[reading.name] += 1
             return False
@@ -72,22 +85,24 @@ def stages(model: nn.Module, batch: Any, wanted: Mapping[str, Place]) -> list[St
                 f"{reading.name!r} is not the weight of a linear layer or a convolution, so its inputs have no second "
                 "moment to reconstruct from; exclude it, or choose another importance."
             )
-        same = latest is not None and _same(latest, reading.inputs)
-        stage = order[-1] if same else Stage()
-        if not same:
-            order.append(stage)
-        stage.readings[reading.name] = 1
-        found[reading.name] = stage
+        if latest is None or not _same(latest, reading.inputs):
+            order.append(Stage())
+        order[-1].readings[reading.name] = 1
+        found[reading.name] = order[-1]
         latest = reading.inputs
         return False
 
-    watched_forward(lambda: batches.feed(model, batch), wanted, see)
+    with noting(container) as notes:
+        watched_forward(lambda: batches.feed(model, batch), wanted, see)
     missing = [name for name in wanted if name not in found]
     if missing:
         raise InvalidArgumentError(
             f"{missing[0]!r} met no inputs in a matrix product or convolution on this data, so nothing can be "
             "reconstructed; exclude it, or choose another importance."
         )
+    for stage in order:
+        inside = [block for name in stage.readings for block in blocks[name]]
+        stage.block = inside[0] if all(block is inside[0] for block in inside) else None
     return order
 
 
@@ -104,27 +119,15 @@ class Moments:
     cross: Tensor
 
 
-def moments(
-    forwards: Iterable[Callable[[], Any]],
-    stage: Stage,
-    wanted: Mapping[str, Place],
-    unpruned: Callable[[], AbstractContextManager[None]],
-) -> dict[str, Moments]:
-    """Returns the second moments of what the weights of ``stage`` read.
-
-    Args:
-        forwards: Each runs the model on one batch.
-        stage: The weights.
-        wanted: Where they are.
-        unpruned: Makes the model the unpruned one while it is entered.
-    """
+def moments(runner: Runner, stage: Stage, wanted: Mapping[str, Place]) -> dict[str, Moments]:
+    """Returns the second moments of what the weights of ``stage`` read."""
     tally = _Tally(stage)
     watched = {name: wanted[name] for name in stage.readings}
-    for forward in forwards:
-        for dense in (True, False):
+    for runs in runner.runs(stage.block):
+        for dense, run in runs.items():
             tally.begin(dense)
-            with unpruned() if dense else nullcontext():
-                watched_forward(forward, watched, tally.see)
+            with runner.unpruned() if dense else nullcontext():
+                watched_forward(run, watched, tally.see)
     return {name: tally.sums[tally.shared.get(name, name)] for name in stage.readings}
 
 
