@@ -145,7 +145,7 @@ def test_plot_draws_a_bar_for_each_row(tmp_path):
 
 
 def test_plot_without_matplotlib_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(MissingPackageError, match=r"pip install 'netopt\[plots\]'") as caught:
         a_report().plot()
     assert isinstance(caught.value, ImportError)

@@ -294,19 +294,19 @@ class PruningReport:
 def _figure(**settings: Any) -> Figure:
     """A figure outside of pyplot, so that no window opens, which a notebook shows nonetheless."""
     try:
-        from matplotlib.figure import Figure
+        from matplotlib import figure
     except ImportError as error:
         raise MissingPackageError(
             "report.plot() draws with matplotlib, which is not installed; pip install 'netopt[plots]'."
         ) from error
 
-    class Shown(Figure):
+    class Figure(figure.Figure):
         def _repr_png_(self) -> bytes:
             file = io.BytesIO()
             self.savefig(file, format="png")
             return file.getvalue()
 
-    return Shown(**settings)
+    return Figure(**settings)
 
 
 def _shown(row: Row) -> list[str]:
