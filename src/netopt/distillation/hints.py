@@ -29,6 +29,7 @@ CHANNELS_SECOND = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.G
 CHANNELS_LAST = (nn.Linear, nn.LayerNorm, nn.Embedding, nn.MultiheadAttention)
 
 
+BETWEEN_SAMPLES = ("relation", "similarity")
 # Light: the kept neurons of a deeply cut layer must be free to take over from those that are gone.
 PLAN_WEIGHT = 0.1
 
@@ -103,10 +104,13 @@ class HintTerm:
         Raises:
             ShapeMismatchError: the activations cannot be compared even so.
         """
-        if student.dim() != teacher.dim() or student.shape[0] != teacher.shape[0] or student.dim() < 2:
+        # What only compares samples with each other takes features of any shape.
+        alike = self.hint.kind in BETWEEN_SAMPLES or student.dim() == teacher.dim()
+        if not alike or student.shape[0] != teacher.shape[0] or min(student.dim(), teacher.dim()) < 2:
             raise ShapeMismatchError(
                 f"the hint {self.student!r} has shape {tuple(student.shape)} in the student and {self.hint.layer!r} "
-                f"{tuple(teacher.shape)} in the teacher; pair layers with the same number of dimensions."
+                f"{tuple(teacher.shape)} in the teacher; pair layers with the same number of dimensions, or use "
+                "Hint(..., 'similarity')."
             )
         last = (self.dims[0] % student.dim()) == student.dim() - 1
         self.token_wise = last and student.dim() == 3 and self.hint.kind == "hint"
@@ -127,15 +131,10 @@ class HintTerm:
             values = (student - teacher).square().mean(-1)
             return items.spread(values).sum() if len(items.positions) == 2 else items.whole(values.mean(1)).sum()
         student, teacher = student.movedim(self.dims[0], 1), teacher.movedim(self.dims[1], 1)
-        student, teacher = _same_place(student, teacher)
-        mask = items.mask
-        if mask is not None:
-            keep = mask if mask.dim() == 1 else mask.flatten(1).any(1)
-            if mask.dim() == 2 and student.dim() == 3 and mask.shape[1] == student.shape[2]:
-                hide = ~mask.to(student.device).unsqueeze(1)
-                student, teacher = student.masked_fill(hide, 0), teacher.masked_fill(hide, 0)
-            rows = keep.nonzero().squeeze(1).to(student.device)
-            student, teacher = student[rows], teacher[rows]
+        if self.hint.kind not in BETWEEN_SAMPLES:
+            student, teacher = _same_place(student, teacher)
+        if items.mask is not None:
+            student, teacher = _unmasked(student, items.mask), _unmasked(teacher, items.mask)
         return _KINDS[self.hint.kind](student, teacher).sum()
 
 
@@ -258,6 +257,14 @@ def _same_place(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     size = [min(pair) for pair in zip(student.shape[2:], teacher.shape[2:], strict=True)]
     pool = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}[len(size)]
     return pool(student, size), pool(teacher, size)
+
+
+def _unmasked(features: Tensor, mask: Tensor) -> Tensor:
+    """Returns the samples that count of ``(samples, neurons, ...)``, tokens that do not count set to zero."""
+    if mask.dim() == 2 and features.dim() == 3 and mask.shape[1] == features.shape[2]:
+        features = features.masked_fill(~mask.to(features.device).unsqueeze(1), 0)
+    counts = mask if mask.dim() == 1 else mask.flatten(1).any(1)
+    return features[counts.nonzero().squeeze(1).to(features.device)]
 
 
 def _hint(student: Tensor, teacher: Tensor) -> Tensor:
