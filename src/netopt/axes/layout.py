@@ -78,10 +78,7 @@ def resolve(layout: Layout) -> Layout:
         layout.bound = found  # later look-ups take one step
         return found
     is_product = isinstance(layout, Product)
-    if len(layout.parts) > 1 and all(
-        isinstance(part, Atom) and part.bound is None and (part.size > 1 or part.unit or not is_product)
-        for part in layout.parts
-    ):
+    if _is_settled(layout, is_product):
         return layout
     parts: list[Layout] = []
     changed = len(layout.parts) < 2  # one part alone is no expression
@@ -100,6 +97,14 @@ def resolve(layout: Layout) -> Layout:
     if not parts:
         return Atom(1)
     return parts[0] if len(parts) == 1 else type(layout)(parts)
+
+
+def _is_settled(layout: Product | Concat, is_product: bool) -> bool:
+    """Whether nothing of an expression can be replaced or left out; by far the most frequent case."""
+    for part in layout.parts:
+        if type(part) is not Atom or part.bound is not None or (is_product and part.size == 1 and not part.unit):
+            return False
+    return len(layout.parts) > 1
 
 
 def product(parts: Iterable[Layout]) -> Layout:
@@ -354,18 +359,34 @@ def _unify_products(left: Layout, right: Layout, because: Callable[[], str] | No
         left, right = heads[0][1], heads[1][1]
 
 
-def _unify_concats(left: Layout, right: Layout, because: Callable[[], str] | None) -> bool:
+def _unify_concats(left: Concat, right: Concat, because: Callable[[], str] | None) -> bool:
+    """Walks along both, cutting the longer part where the shorter one ends."""
     aligned = True
-    while True:
-        left, right = resolve(left), resolve(right)
-        if not (isinstance(left, Concat) and isinstance(right, Concat)):
-            return unify(left, right, because) and aligned
-        size = min(left.parts[0].size, right.parts[0].size)
-        cuts = split_concat(left, size), split_concat(right, size)
-        if cuts[0] is None or cuts[1] is None:
-            return _conflict(left, right, because)
-        aligned = unify(cuts[0][0], cuts[1][0], because) and aligned
-        left, right = cuts[0][1], cuts[1][1]
+    lefts, rights = list(reversed(left.parts)), list(reversed(right.parts))
+    while lefts and rights:
+        first, second = _next(lefts), _next(rights)
+        if first.size == second.size:
+            aligned = unify(first, second, because) and aligned
+        elif not lefts or not rights:
+            return unify(concat([first, *reversed(lefts)]), concat([second, *reversed(rights)]), because) and aligned
+        else:
+            size = min(first.size, second.size)
+            longer, rest = (first, lefts) if first.size > size else (second, rights)
+            halves = split_concat(longer, size)
+            if halves is None:
+                return _conflict(concat([first, *reversed(lefts)]), concat([second, *reversed(rights)]), because)
+            aligned = unify(halves[0], second if longer is first else first, because) and aligned
+            rest.append(halves[1])
+    return aligned
+
+
+def _next(parts: list[Layout]) -> Layout:
+    """The last of ``parts``, taken off; one that has become a concatenation is opened."""
+    found = resolve(parts.pop())
+    while isinstance(found, Concat):
+        parts.extend(reversed(found.parts))
+        found = resolve(parts.pop())
+    return found
 
 
 def _unify_product_with_concat(left: Product, right: Concat, because: Callable[[], str] | None) -> bool:

@@ -148,12 +148,16 @@ class Operation:
     def freeze(self, dims: Dim | Layout | Iterable[Dim], why: str) -> None:
         """Keeps every position of these dimensions, for a reason that completes "the axis ..."."""
         for dim in [dims] if isinstance(dims, (Dim, *LAYOUTS)) else dims:
-            freeze(layout_of(dim), f"{why}, at {self.trace.where()}")
+            layout = layout_of(dim)
+            if any(atom.frozen is None for atom in atoms(layout)):
+                freeze(layout, f"{why}, at {self.trace.where()}")
 
     def inexact(self, dims: Dim | Layout | Iterable[Dim], why: str) -> None:
         """States that a removed position of these dimensions differs from a masked one."""
         for dim in [dims] if isinstance(dims, (Dim, *LAYOUTS)) else dims:
-            mark_inexact(layout_of(dim), f"{why}, at {self.trace.where()}")
+            layout = layout_of(dim)
+            if any(atom.inexact is None for atom in atoms(layout)):
+                mark_inexact(layout, f"{why}, at {self.trace.where()}")
 
     def frozen(self, size: int, why: str) -> Dim:
         """A new dimension none of whose positions may go."""
