@@ -126,7 +126,7 @@ class Axes(Sequence[Axis]):
         self.operations = trace.operations
         self.unknown = tuple(sorted(trace.unknown))
         self._freeze_rest(model, trace)
-        groups = self._group()
+        groups = self._group({atom for layout in trace.kernels for atom in atoms(layout)})
         free = {index: group.atoms for index, group in enumerate(groups) if all(a.frozen is None for a in group.atoms)}
         self._counts = Counts(free, trace.ledger)
         for index, why in self._counts.stuck().items():
@@ -167,7 +167,8 @@ class Axes(Sequence[Axis]):
             if not has_parameter:
                 freeze(atom, "belongs to no parameter")
 
-    def _group(self) -> list[_Group]:
+    def _appearances(self) -> dict[Atom, list[Member]]:
+        """Where each atom appears, in the order of the tensors."""
         found: dict[Atom, list[Member]] = {}
         for name, dims in self._dims.items():
             for dim, layout in enumerate(dims):
@@ -175,9 +176,15 @@ class Axes(Sequence[Axis]):
                     members = found.setdefault(atom, [])
                     if not members or members[-1] != Member(name, dim):
                         members.append(Member(name, dim))
+        return found
+
+    def _group(self, kernels: set[Atom]) -> list[_Group]:
+        found = self._appearances()
         groups: list[_Group] = []
         bundles: dict[tuple[Any, ...], _Group] = {}
         for atom, members in found.items():
+            if atom in kernels:
+                continue
             if atom.size == 1 and not atom.unit:
                 if all(self._dims[member.tensor][member.dim].size == 1 for member in members):
                     continue

@@ -6,6 +6,7 @@ rules what an operation says about them, and never reads a value.
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ from netopt.axes.sizes import Ledger, caller, show_place
 from netopt.errors import TraceError
 from netopt.flops import formula
 
-_KNOWN = "_netopt_dims"
+_serial = itertools.count()
 # Operations that answer a question about a tensor and make none.
 _QUESTIONS = frozenset(
     [
@@ -57,10 +58,9 @@ class Work(NamedTuple):
 class _Known:
     """What a trace knows of one tensor: its dimensions, whether it depends on the inputs, and what it is a view of."""
 
-    __slots__ = ("data", "dims", "source", "trace")
+    __slots__ = ("data", "dims", "source")
 
-    def __init__(self, trace: Trace, dims: Dims, *, data: bool, source: str | None) -> None:
-        self.trace = trace
+    def __init__(self, dims: Dims, *, data: bool, source: str | None) -> None:
         self.dims = dims
         self.data = data
         self.source = source
@@ -79,6 +79,7 @@ class Trace(TorchDispatchMode):
         touched: Names of the members an operation has read.
         operations: How many operations ran.
         unknown: Names of the operations that had no rule.
+        kernels: Dimensions of kernels: no neurons, whatever else they meet.
         left_out: Parts of weights that a slice passes over.
         taken: Parts of weights that a slice or another selection reads.
         work: What each operation that costs multiplications was given: its formula, arguments and result, with every
@@ -94,6 +95,7 @@ class Trace(TorchDispatchMode):
 
     def __init__(self, members: dict[str, Tensor]) -> None:
         super().__init__()
+        self._note = f"_netopt_dims_{next(_serial)}"  # one trace may run inside another
         self.members = members
         self.ledger = Ledger()
         self.asked: list[Layout] = []
@@ -103,6 +105,7 @@ class Trace(TorchDispatchMode):
         self.touched: set[str] = set()
         self.operations = 0
         self.unknown: set[str] = set()
+        self.kernels: list[Layout] = []
         self.left_out: list[Layout] = []
         self.taken: list[Layout] = []
         self.work: list[Work] = []
@@ -124,7 +127,7 @@ class Trace(TorchDispatchMode):
                 parameter.copy_(value)
         self._saved.clear()
         for tensor in self._marked:
-            vars(tensor).pop(_KNOWN, None)
+            vars(tensor).pop(self._note, None)
         self._marked.clear()
 
     def inputs(self, tensors: Iterable[Tensor]) -> None:
@@ -172,12 +175,11 @@ class Trace(TorchDispatchMode):
         return show_place(caller())
 
     def _known(self, tensor: Tensor) -> _Known | None:
-        known = tensor.__dict__.get(_KNOWN)
-        return known if known is not None and known.trace is self else None
+        return tensor.__dict__.get(self._note)
 
     def _learn(self, tensor: Tensor, dims: Dims, *, data: bool, source: str | None, mark: bool = False) -> _Known:
-        known = _Known(self, dims, data=data, source=source)
-        setattr(tensor, _KNOWN, known)
+        known = _Known(dims, data=data, source=source)
+        setattr(tensor, self._note, known)
         if mark:
             self._marked.append(tensor)
         return known

@@ -36,6 +36,7 @@ def convolution(
     dims, kernel = op.dims(tensor), op.dims(weight)
     channel = len(dims) - len(kernel) + 1
     op.freeze(kernel[2:], "is a dimension of a kernel")
+    op.trace.kernels.extend(dim.layout for dim in kernel[2:])
     if groups == 1:
         made, read = (kernel[1], kernel[0]) if transposed else (kernel[0], kernel[1])
         op.summed(dims[channel], read)
