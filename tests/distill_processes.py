@@ -106,6 +106,10 @@ def main(folder: str) -> None:
     for name, engine in engines().items():
         for case in CASES:
             results[name, case] = run(case, engine=engine)
+    for name, engine in engines().items():
+        place = Path(folder) / f"{name}.pt"
+        run("hints", engine=engine, epochs=1, checkpoint=place, resume=True)
+        results[name, "resumed"] = run("hints", engine=engine, epochs=3, checkpoint=place, resume=True)
     for case in ("loader", "accumulated", "hints"):
         results["sharded student", case] = run(case, ("student",))
         results["both sharded", case] = run(case, ("student", "teacher"))

@@ -61,6 +61,15 @@ def test_two_processes_equal_one(results, engine, case):
         assert told["best"] == report["best"]
 
 
+@pytest.mark.parametrize("engine", ["plain", "accelerate", "fabric"])
+def test_two_processes_take_up_where_they_stopped(results, engine):
+    weights, report = distill_processes.run("hints")
+    for theirs, told in (one[engine, "resumed"] for one in results):
+        for name, value in weights.items():
+            torch.testing.assert_close(theirs[name], value, rtol=1e-9, atol=1e-11)
+        assert (told["steps"], len(told["history"])) == (report["steps"], 3)
+
+
 def test_processes_share_the_cache(results):
     reports = [one["plain", "cached"][1]["cache"] for one in results]
     assert sum(one["misses"] for one in reports) <= 43 + 8
