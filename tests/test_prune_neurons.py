@@ -347,6 +347,17 @@ def test_modes_gradients_and_random_state_are_left_alone():
     torch.testing.assert_close(model[0].weight.grad, grad[report.plan.tensors["0.weight"][0]])
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_the_callers_mode_does_not_matter(mode):
+    model, x = built("cnn")
+    twin = copy.deepcopy(model)
+    report = prune_quietly(model, x, 0.5)
+    with mode():
+        again = prune_quietly(twin, x.clone(), 0.5)
+    assert again.plan == report.plan
+    train(twin, torch.optim.SGD(twin.parameters(), lr=0.1), x)
+
+
 def test_two_calls_agree():
     reports = []
     for _ in range(2):

@@ -27,7 +27,7 @@ from netopt.importance.evidence import _ready
 from netopt.parameters import places
 from netopt.restore import given_back
 
-__all__ = ["Saliency", "Tap", "activations", "saliency"]
+__all__ = ["Saliency", "Tap", "activations", "recordable", "saliency"]
 
 EXACT_OUTPUTS = 64
 """Up to so many outputs a sample every one is differentiated; beyond, random signs estimate their sum of squares."""
@@ -127,11 +127,13 @@ def saliency(
         Optimal Brain Damage (LeCun et al., 1989) for derivatives as importance; Hutchinson's estimator (1990) for the
         random signs.
     """
-    run = _Differentiation(model, taps, sizes, outputs=outputs or _outputs, exact=exact_outputs, error=relative_error)
     with given_back(model), _differentiable(model):
+        run = _Differentiation(
+            model, taps, sizes, outputs=outputs or _outputs, exact=exact_outputs, error=relative_error
+        )
         for batch in tqdm(batches.iterate(data), desc="saliency", disable=not progress, leave=False):
             run.see(batch)
-    return run.finish()
+        return run.finish()
 
 
 def activations(
@@ -281,6 +283,7 @@ class _Differentiation:
         )
 
     def _forward(self, inputs: Any) -> tuple[_Readings, list[Tensor]]:
+        inputs = recordable(inputs)
         with _Readings(self.model, self.taps, gradients=True) as readings:
             result = batches.feed(self.model, inputs if not isinstance(inputs, (tuple, list)) else (inputs, None))
             found = [tensor for tensor in self.outputs(result) if tensor.requires_grad]
@@ -427,6 +430,17 @@ def _part(value: Any, start: int, stop: int, count: int) -> Any:
         return {key: _part(one, start, stop, count) for key, one in value.items()}
     if isinstance(value, (tuple, list)):
         return type(value)(_part(one, start, stop, count) for one in value)
+    return value
+
+
+def recordable(value: Any) -> Any:
+    """The same inputs, copied where they were made in inference mode and could not be saved for a gradient."""
+    if isinstance(value, Tensor):
+        return value.clone() if value.is_inference() else value
+    if isinstance(value, Mapping):
+        return {key: recordable(one) for key, one in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(recordable(one) for one in value)
     return value
 
 

@@ -18,6 +18,7 @@ from netopt.axes.find import _counted
 from netopt.batches import Batch, Inputs
 from netopt.errors import ArgumentTypeError, InvalidArgumentError, UnknownNameError
 from netopt.importance import Importance, lookup
+from netopt.importance.activations import recordable
 from netopt.importance.neurons import NeuronScores, neuron_scores
 from netopt.plan import AxisCut, Plan, shapes_of
 from netopt.prune.candidates import AxisSelector, candidates
@@ -291,7 +292,10 @@ def _decide(
     exclude: AxisSelector,
     outputs: Outputs,
 ) -> _Decision:
-    axes = find_axes(model, example_inputs, outputs=outputs)
+    # In inference mode some operations hide from a trace, and none has a gradient.
+    with torch.inference_mode(False):
+        example_inputs = recordable(example_inputs)
+        axes = find_axes(model, example_inputs, outputs=outputs)
     chosen, kept_out = candidates(model, axes, include, exclude)
 
     def counted(result: Any) -> list[Tensor]:
