@@ -150,6 +150,10 @@ DESCRIPTIONS = (
 )
 
 
+# An integer that is another divided by a third: attribute, dividend, divisor.
+QUOTIENTS = (("head_dim", "embed_dim", "num_heads"),)
+
+
 def stored_under(module: nn.Module, tensor: str) -> str | None:
     """The name below ``module`` of the parameter or buffer behind its attribute ``tensor``."""
     own = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
@@ -175,6 +179,7 @@ def described(
     )
     for prefix, module in model.named_modules():
         settled = {path[1] for path in taken if path[0] == prefix}
+        yield from _quotients(module, prefix, taken, settled)
         for row in DESCRIPTIONS:
             said = vars(module).get(row.attribute)
             if type(said) is not int or row.attribute in settled:
@@ -194,6 +199,19 @@ def described(
             settled.add(row.attribute)
             if becomes[dim] * groups != said:
                 yield (prefix, row.attribute), becomes[dim] * groups
+
+
+def _quotients(
+    module: nn.Module, prefix: str, taken: Collection[Path], settled: Collection[Any]
+) -> Iterator[tuple[Path, int]]:
+    for attribute, dividend, divisor in QUOTIENTS:
+        own = {name: vars(module).get(name) for name in (attribute, dividend, divisor)}
+        known = {name: value for name, value in own.items() if type(value) is int}
+        if attribute in settled or len(known) < len(own) or known[attribute] != known[dividend] // known[divisor]:
+            continue
+        will = known | {name: value for name in known for _, value in _of(taken, prefix, name)}
+        if will[dividend] // will[divisor] != known[attribute]:
+            yield (prefix, attribute), will[dividend] // will[divisor]
 
 
 def _of(taken: Collection[Path], prefix: str, attribute: str) -> Iterator[tuple[Path, int]]:
