@@ -25,6 +25,7 @@ import platform
 import resource
 import statistics
 import sys
+import threading
 import time
 import warnings
 from collections import Counter
@@ -129,7 +130,7 @@ def with_netopt(name: str, repeats: int, _: Any) -> dict[str, Any]:
     row["total"] = clock(lambda: copy.deepcopy(model), remove, repeats)
     dense, small, inputs = exact_copies(case)
     report = remove(small)
-    row["verdict"] = verdict(dense, small, inputs)
+    row["verdict"] = verdict(dense, small, inputs, report.plan.tensors)
     if row["verdict"] == "differs":
         row["verdict"] = "silently wrong" if report.plan.exact else "differs, as announced"
     return row
@@ -254,19 +255,27 @@ def peak_gigabytes() -> float:
 
 
 def exact_copies(case: Any) -> tuple[nn.Module, nn.Module, Any]:
-    """Two copies in double precision whose entries are all different, and inputs to match."""
-    model, inputs = case.build(), case.inputs()
+    """Two equal models in double precision whose entries are all different, and inputs to match.
+
+    Both are built, since a copy may share what closures and configurations hold.
+    """
+    models = [different(case.build().double() if case.double else case.build()) for _ in range(2)]
+    inputs = case.inputs()
     if case.double:
-        model = model.double()
         inputs = torch.utils._pytree.tree_map(
             lambda value: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value, inputs
         )
+    return models[0], models[1], inputs
+
+
+def different(model: nn.Module) -> nn.Module:
+    """The model in evaluation mode, with a little noise on every number."""
+    generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        torch.manual_seed(3)
         for value in (*model.parameters(), *floating_buffers(model)):
             if value.is_floating_point():
-                value.add_(1e-3 * torch.rand_like(value))
-    return model.eval(), copy.deepcopy(model), inputs
+                value.add_(1e-3 * torch.rand(value.shape, generator=generator, dtype=value.dtype))
+    return model.eval()
 
 
 def floating_buffers(model: nn.Module) -> list[Tensor]:
@@ -292,8 +301,10 @@ def kept_entries(dense: Tensor, small: Tensor) -> list[Tensor] | None:
     return None
 
 
-def verdict(dense: nn.Module, small: nn.Module, inputs: Any) -> str:
+def verdict(dense: nn.Module, small: nn.Module, inputs: Any, told: Any = None) -> str:
     """Whether ``small`` computes what ``dense`` computes without the entries that are gone.
+
+    Which are gone is read off the tensors, or ``told``: a plan may fold a change of scale into a weight that it keeps.
 
     A norm over removed neurons is not the norm over zeros, so each norm of the original runs as the smaller one does,
     on the neurons that are left.
@@ -305,7 +316,10 @@ def verdict(dense: nn.Module, small: nn.Module, inputs: Any) -> str:
     kept = {}
     with torch.no_grad():
         for name, value in masked.named_parameters():
-            kept[name] = kept_entries(value.detach(), parameters[name].detach()) if name in parameters else None
+            if told is not None:
+                kept[name] = [told.get(name, {}).get(dim, torch.arange(size)) for dim, size in enumerate(value.shape)]
+            else:
+                kept[name] = kept_entries(value.detach(), parameters[name].detach()) if name in parameters else None
             if kept[name] is None:
                 return "differs"
             mask = torch.zeros(value.shape, dtype=torch.bool)
@@ -371,7 +385,11 @@ def serve(connection: Connection, tool: str) -> None:
         try:
             answer = TASKS[tool](name, repeats, more)
         except Exception as error:  # a failure is a result
-            answer = {"verdict": "fails", "error": f"{type(error).__name__}: {str(error)[:300]}"}
+            none = type(error).__name__ == "NothingToPruneError"
+            answer = {
+                "verdict": "nothing to remove, says why" if none else "fails",
+                "error": f"{type(error).__name__}: {str(error)[:300]}",
+            }
         connection.send(answer)
 
 
@@ -445,46 +463,64 @@ def seconds(value: float | None) -> str:
     return f"{value:8.3f}" if value is not None else "       -"
 
 
-def compare(pattern: str, repeats: int, timeout: float) -> dict[str, Any]:
-    """Every case by both tools."""
-    rows = {}
+def compare(patterns: list[str], repeats: int, timeout: float, jobs: int) -> dict[str, Any]:
+    """Every case by both tools, ``jobs`` cases at a time."""
+    rows: dict[str, Any] = {}
     print(f"{'model':44} {'find':>8} {'remove':>8} {'step':>8} | {'peer':>8} | {'peer/us':>8} {'us/step':>8}  verdicts")
-    with workers("names", "netopt", PEER) as (listing, ours, theirs):
-        chosen = [name for name in listing.ask("", 0, None, timeout)["names"] if fnmatch.fnmatch(name, f"*{pattern}*")]
-        for name in chosen:
-            mine = ours.ask(name, repeats, None, timeout)
-            peer = theirs.ask(name, repeats, mine.get("outputs", []), timeout)
-            if peer["verdict"] == "differs":
-                peer["verdict"] = "silently wrong" if mine["verdict"] == "right" else "differs, as any removal may here"
-            rows[name] = {"netopt": mine, PEER: peer}
-            total, other = mine.get("total"), peer.get("total")
-            step = mine.get("step")
-            print(
-                f"{name:44} {seconds(mine.get('find'))} {seconds(total)} {seconds(step)} | {seconds(other)} |", end=" "
-            )
-            print(
-                f"{quotient(other, total)} {quotient(total, step)}  {mine['verdict']} | {peer['verdict']}", flush=True
-            )
-    both = [
+    with workers("names") as (listing,):
+        known = listing.ask("", 0, None, timeout)["names"]
+    chosen = [name for name in known if any(fnmatch.fnmatch(name, f"*{pattern}*") for pattern in patterns or [""])]
+    waiting = iter(chosen)
+
+    def work() -> None:
+        with workers("netopt", PEER) as (ours, theirs):
+            for name in waiting:
+                rows[name] = both(name, ours, theirs, repeats, timeout)
+
+    threads = [threading.Thread(target=work) for _ in range(jobs)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    summary = summarise(rows)
+    print(json.dumps(summary, indent=2))
+    return {"summary": summary, "models": {name: rows[name] for name in chosen if name in rows}}
+
+
+def both(name: str, ours: Worker, theirs: Worker, repeats: int, timeout: float) -> dict[str, Any]:
+    """One case by both tools, as a line of the table."""
+    mine = ours.ask(name, repeats, None, timeout)
+    peer = theirs.ask(name, repeats, mine.get("outputs", []), timeout)
+    if peer["verdict"] == "differs":
+        peer["verdict"] = "silently wrong" if mine["verdict"] == "right" else "differs, as any removal may here"
+    total, other, step = mine.get("total"), peer.get("total"), mine.get("step")
+    line = f"{name:44} {seconds(mine.get('find'))} {seconds(total)} {seconds(step)} | {seconds(other)} |"
+    print(f"{line} {quotient(other, total)} {quotient(total, step)}  {mine['verdict']} | {peer['verdict']}", flush=True)
+    return {"netopt": mine, PEER: peer}
+
+
+def summarise(rows: dict[str, Any]) -> dict[str, Any]:
+    """How often each tool is right, and ratios of times where both are."""
+    faster = [
         row[PEER]["total"] / row["netopt"]["total"]
         for row in rows.values()
-        if "total" in row["netopt"] and "total" in row[PEER] and row[PEER]["verdict"].startswith("right")
+        if "total" in row["netopt"] and "total" in row[PEER] and row[PEER]["verdict"] == "right"
     ]
     steps = [
         row["netopt"]["total"] / row["netopt"]["step"]
         for row in rows.values()
         if row["netopt"].keys() >= {"total", "step"}
     ]
-    summary = {
+    return {
         "models": len(rows),
         "netopt": dict(Counter(row["netopt"]["verdict"] for row in rows.values())),
         PEER: dict(Counter(row[PEER]["verdict"] for row in rows.values())),
-        "both_right": len(both),
-        "times_faster": {"least": min(both), "median": statistics.median(both), "most": max(both)} if both else None,
+        "both_right": len(faster),
+        "times_faster": {"least": min(faster), "median": statistics.median(faster), "most": max(faster)}
+        if faster
+        else None,
         "training_steps": {"median": statistics.median(steps), "most": max(steps)} if steps else None,
     }
-    print(json.dumps(summary, indent=2))
-    return {"summary": summary, "models": rows}
 
 
 def by_depth(repeats: int, timeout: float) -> list[dict[str, Any]]:
@@ -553,14 +589,15 @@ def machine() -> dict[str, Any]:
 def main() -> None:
     """One run, one table, one file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="models whose name contains this")
+    parser.add_argument("--only", nargs="*", default=[], help="models whose name contains one of these")
+    parser.add_argument("--jobs", type=int, default=1, help="models measured at a time")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--timeout", type=float, default=30, help="processor seconds for one tool on one model")
     parser.add_argument("--output", type=Path, default=RESULTS / "axes.json")
     arguments = parser.parse_args()
     result = {
         "about": machine(),
-        **compare(arguments.only, arguments.repeats, arguments.timeout),
+        **compare(arguments.only, arguments.repeats, arguments.timeout, arguments.jobs),
         "depth": by_depth(arguments.repeats, arguments.timeout),
         "large": large(5 * arguments.timeout),
     }
