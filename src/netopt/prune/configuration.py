@@ -23,6 +23,9 @@ from netopt.surgery import Path, read
 __all__ = ["configured"]
 
 _ROUNDS = 12
+_SIZES = 6
+"""With more different sizes in place of one, layers differ, and a configuration has one size for all of them."""
+
 _UNSET = ("dim", "inner", "size")
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -49,7 +52,15 @@ def configured(model: nn.Module, plan: Plan) -> tuple[tuple[tuple[Path, float], 
     for path, value in plan.attributes:
         if path[:2] == ("", "config"):
             _set(trial, path[2:], value)
-    found = _search(model, trial, wanted, _replacements(plan))
+    replacements = _replacements(plan)
+    varied = next((old for old, news in replacements.items() if len(news) > _SIZES), None)
+    if varied is not None:
+        many = len(replacements[varied])
+        return (
+            (),
+            f"the configuration cannot express it: what had {varied} neurons has {many} different sizes; {_ADVICE}",
+        )
+    found = _search(model, trial, wanted, replacements)
     if isinstance(found, dict):
         found |= _decimals(model, plan, config)
         derived = _derived(model, plan, {**{path[2:]: value for path, value in plan.attributes}, **found}, config)
