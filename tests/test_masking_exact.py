@@ -14,6 +14,7 @@ from netopt.errors import ArgumentTypeError, InvalidArgumentError, NonFiniteErro
 from netopt.masking import patterns, quantile
 from netopt.masking.patterns import Shape, expand_blocks, keep_n_of_m, keep_per_row, mean_of_blocks, parse
 from netopt.masking.quantile import Scores, keep_above, keep_best
+from netopt.parameters import count_nonzero
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 FEW = st.sampled_from([0.0, -0.0, 1.0, -1.0, 0.5, 2.0, -3.0, 1e-30, float("inf"), -float("inf")])
@@ -65,6 +66,16 @@ def test_as_many_as_asked_and_the_lowest(population, sizes):
         quantile.SAMPLE, quantile.CHUNK = before
     assert [mask.shape for mask in masks] == [tensor.shape for tensor in tensors]
     assert np.array_equal(torch.cat(masks).numpy(), removed_by_sorting(ranks, remove))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.one_of(FEW, ANY, st.just(float("nan"))), max_size=50), st.data())
+def test_zeros_are_counted_exactly(values, data):
+    tensor = torch.tensor(values).to(data.draw(st.sampled_from(DTYPES)))
+    mask = torch.tensor(data.draw(st.lists(st.booleans(), min_size=len(values), max_size=len(values)))).bool()
+    assert count_nonzero(tensor) == int((tensor != 0).sum())
+    assert count_nonzero(tensor, mask) == int(((tensor != 0) & mask).sum())
+    assert count_nonzero(tensor[::2], mask[::2]) == int(((tensor != 0) & mask)[::2].sum())
 
 
 def worst_cases(size):

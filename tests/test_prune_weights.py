@@ -288,6 +288,16 @@ def test_mixed_dtypes_are_compared_as_numbers(dtypes):
     assert values[keep].min() >= values[~keep].max()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", [*importance.names("weights"), *SOLVERS])
+def test_every_way_in_every_dtype(name, dtype):
+    model = Net().to(dtype)
+    prune(model, 0.5, **scored(name))
+    assert sum(removed(model).values()) == round(0.5 * sizes(Net(), DEFAULT))
+    assert all(parameter.dtype == dtype for parameter in model.parameters())
+    assert torch.isfinite(model(DATA[0][0])).all()
+
+
 def test_ties_keep_the_first():
     model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
     for layer in model:
