@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import signal
+import weakref
 
 import pytest
 import torch
@@ -209,6 +210,23 @@ def test_a_token_weighs_the_same_in_whichever_batch_it_lies(loss):
     third = copy.deepcopy(student)
     distill(third, teacher, [{"input_ids": other, "labels": labels}], **options)
     same(together, third, rtol=1e-10, atol=1e-12)
+
+
+def test_one_answer_of_the_teacher_is_held_at_a_time():
+    """However many micro-batches a step has: where the logits are large, accumulation is there to save memory."""
+    student, teacher = Tokens(), Tokens(12)
+    answers, most = [], []
+
+    def watch(_module, _inputs, output):
+        answers.append(weakref.ref(output["logits"]))
+        most.append(sum(one() is not None for one in answers))
+
+    handle = teacher.register_forward_hook(watch)
+    ids = torch.randint(11, (12, 5))
+    distill(student, teacher, [{"input_ids": one, "labels": one} for one in ids.split(2)], accumulate=3, progress=False)
+    handle.remove()
+    assert len(most) == 7
+    assert max(most) <= 2
 
 
 def test_several_teachers_average_by_weight():

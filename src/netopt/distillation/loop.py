@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -23,7 +23,7 @@ from netopt.distillation.sources import Drawn, Source
 from netopt.distillation.student import Snapshot, Trainee
 from netopt.distillation.targets import Targets
 from netopt.distillation.validating import Validation
-from netopt.errors import EmptyDataError, NonFiniteError
+from netopt.errors import EmptyDataError, NonFiniteError, ShapeMismatchError
 
 __all__ = ["Loop", "Settings"]
 
@@ -203,12 +203,23 @@ class Loop:
 
     def _step(self, group: Sequence[Drawn]) -> None:
         """One optimizer step on all micro-batches of ``group``."""
-        prepared = [self.targets.prepare(one) for one in group]
-        counts = [self.objective.counts(one.items, one.labels) for _, one in prepared]
+        # Several micro-batches are counted before any teacher is asked, if that can be told from the batches alone, so
+        # that one answer is held at a time.
+        ahead = [self.targets.foresee(one) for one in group] if len(group) > 1 else []
+        counted = [one for one in ahead if one is not None]
+        prepared: Iterable[tuple[Any, Target]] = (self.targets.prepare(one) for one in group)
+        if len(counted) < len(group):
+            prepared = list(prepared)
+            counted = [(target.items, target.labels) for _, target in prepared]
+        counts = [self.objective.counts(items, labels) for items, labels in counted]
         totals = self.engine.totals([sum(column) for column in zip(*counts, strict=True)])
         for place, (batch, target) in enumerate(prepared):
-            last = place == len(prepared) - 1
-            with self.engine.holding(self.model, last):
+            if target.items.positions != counted[place][0].positions:
+                raise ShapeMismatchError(
+                    f"an output has positions {target.items.positions} where its batch suggests "
+                    f"{counted[place][0].positions}, unlike the first one's; set accumulate=1."
+                )
+            with self.engine.holding(self.model, place == len(group) - 1):
                 self.engine.backward(self._loss(batch, target, totals, counts[place]))
         self.engine.step(self.model, self.optimizers, self.settings.clip)
         for scheduler in self.schedulers:

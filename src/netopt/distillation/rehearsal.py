@@ -49,6 +49,7 @@ def rehearse(
                 record.output, theirs.output, "the teacher" if len(target.records) == 1 else f"teacher {place}"
             )
         objective.learn(target)
+        targets.learn(first, target)
         generator = torch.Generator().manual_seed(seed)
         for term in terms:
             term.learn(*term.pair(record.features, target.records[0].features), generator)

@@ -16,7 +16,7 @@ from netopt.distillation.engines import Engine
 from netopt.distillation.hints import captured
 from netopt.distillation.objective import Items, Record, Target
 from netopt.distillation.outputs import Picker, positions_of, shifted, valid_positions
-from netopt.distillation.sources import Drawn
+from netopt.distillation.sources import Drawn, batch_length
 from netopt.distillation.teachers import Asked, Forward, all_eval
 from netopt.errors import ArgumentTypeError, InvalidArgumentError
 
@@ -60,6 +60,7 @@ class Targets:
         self.cache = cache
         self._seen: dict[str, Tensor] = {}
         self._clock = _Clock(engine.device)
+        self._shape: Callable[[Targets, Any], tuple[int, ...] | None] | None = None
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -77,15 +78,29 @@ class Targets:
                 records = self.cache.records(drawn.identities, batch, lambda: self._ask_all(batch))
             else:
                 records = self._ask_all(batch)
-        positions = positions_of(records[0].output.shape)
-        labels = self.labels_of(batch, positions)
-        if drawn.idle:
-            items = Items(positions, torch.zeros(positions[0], dtype=torch.bool))
-        else:
-            items = Items(positions, valid_positions(batch, labels, positions, self.ignore_index))
+        items, labels = self._items(drawn, positions_of(records[0].output.shape))
         if labels is not None:
             labels = labels.to(self.engine.device, non_blocking=True)
         return batches.move(batch, self.engine.device), Target(items, records, labels)
+
+    def learn(self, drawn: Drawn, target: Target) -> None:
+        """Finds out on the first batch what, in a batch, has the shape of the output's positions."""
+        positions = target.items.positions
+        for shape in (_samples, _labels, _attention):
+            if shape(self, drawn.batch) == positions:
+                self._shape = shape
+                return
+
+    def foresee(self, drawn: Drawn) -> tuple[Items, Tensor | None] | None:
+        """Returns what counts of a batch and its labels before a teacher is asked; ``None`` if it cannot be told."""
+        positions = None if self._shape is None else self._shape(self, drawn.batch)
+        return None if positions is None else self._items(drawn, positions)
+
+    def _items(self, drawn: Drawn, positions: tuple[int, ...]) -> tuple[Items, Tensor | None]:
+        labels = self.labels_of(drawn.batch, positions)
+        if drawn.idle:
+            return Items(positions, torch.zeros(positions[0], dtype=torch.bool)), labels
+        return Items(positions, valid_positions(drawn.batch, labels, positions, self.ignore_index)), labels
 
     def seconds(self) -> float:
         """How long the teachers have been asked altogether."""
@@ -130,6 +145,20 @@ class Targets:
         if found.dim() == len(positions) + 1 and found.shape[-1] == 1 and not found.is_floating_point():
             found = found.squeeze(-1)
         return found
+
+
+def _samples(_targets: Targets, batch: Any) -> tuple[int, ...] | None:
+    return (batch_length(batch),)
+
+
+def _labels(targets: Targets, batch: Any) -> tuple[int, ...] | None:
+    labels = targets.labels_of(batch, ())
+    return None if labels is None or labels.is_floating_point() else tuple(labels.shape)
+
+
+def _attention(_targets: Targets, batch: Any) -> tuple[int, ...] | None:
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return tuple(mask.shape) if isinstance(mask, Tensor) else None
 
 
 class _Clock:
