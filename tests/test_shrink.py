@@ -125,6 +125,25 @@ def test_a_failing_check_undoes_all_rounds_and_folds(monkeypatch):
         shrink(model, x)
 
 
+def test_complex_neurons_go_where_they_are_zero():
+    class Complex(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Parameter(torch.randn(3, 6, dtype=torch.complex64))
+            self.last = nn.Parameter(torch.randn(6, 2, dtype=torch.complex64))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return ((x.to(torch.complex64) @ self.first) @ self.last).abs()
+
+    model, x = Complex(), torch.randn(4, 3)
+    with torch.no_grad():
+        model.first[:, [0, 3]] = 0
+    before = model(x)
+    report = shrink(model, x)
+    assert report.params_after <= report.params_before
+    torch.testing.assert_close(model(x), before)
+
+
 def test_only_modules_shrink():
     with pytest.raises(ArgumentTypeError, match="not str"):
         shrink("model", torch.ones(1))

@@ -200,7 +200,12 @@ class _Ranges(CallNames):
         for name, tap in self._wanted.get(call, ()):
             operands = [*args, *kwargs.values()]
             rows = operands[tap.argument].detach().movedim(tap.dim, 0).flatten(1)
-            self.seen[name].append((tap, rows.amin(1).cpu(), rows.amax(1).cpu()))
+            if rows.is_complex():
+                # Without an order only zero is recognised as a constant.
+                largest = rows.abs().amax(1).cpu()
+                self.seen[name].append((tap, -largest, largest))
+            else:
+                self.seen[name].append((tap, rows.amin(1).cpu(), rows.amax(1).cpu()))
         return result
 
 
