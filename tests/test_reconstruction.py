@@ -104,7 +104,7 @@ class Block(nn.Module):
         super().__init__()
         self.up, self.down, self.spoil = nn.Linear(width, 2 * width), nn.Linear(2 * width, width), spoil
 
-    def forward(self, x, scale, length=None):
+    def forward(self, x, scale, length=None, memory=None):
         x = x.mul_(1.0) if self.spoil else x
         return (x + self.down(self.up(x[:, :length]).relu()) * scale, None)
 
@@ -136,11 +136,22 @@ class Remembering(Deep):
         return self.after(x)
 
 
+class Opaque(Deep):
+    """One block is given something that might remember, so that no chain leads through it."""
+
+    def forward(self, x):
+        scale = x.mean((1, 2), keepdim=True)
+        x = self.before(x)
+        for index, block in enumerate(self.blocks):
+            x = block(x, scale, memory=object() if index == 1 else None)[0]
+        return self.after(x)
+
+
 def sequential():
     return nn.Sequential(nn.Linear(5, 8), nn.ReLU(inplace=True), nn.Linear(8, 8), nn.Dropout(), nn.Linear(8, 3))
 
 
-@pytest.mark.parametrize("make", [Deep, lambda: Deep(spoil=True), Remembering, sequential])
+@pytest.mark.parametrize("make", [Deep, lambda: Deep(spoil=True), Remembering, Opaque, sequential])
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_blocks_by_themselves_give_what_the_whole_model_gives(make, solver, monkeypatch):
     data = [torch.randn(4, length, 5) for length in (3, 7, 5)]
@@ -172,7 +183,8 @@ def test_the_model_is_not_run_for_every_layer(monkeypatch):
 def test_stages_follow_the_forward():
     model = Deep()
     wanted = {name: place for name, place in places(model).items() if place.prunable}
-    order = stages(model, torch.randn(2, 3, 5), wanted, model.blocks)
+    order, chain = stages(model, torch.randn(2, 3, 5), wanted, model.blocks)
+    assert chain.blocks == list(model.blocks)
     assert [list(stage.readings) for stage in order] == [[name] for name in wanted if name != "after.weight"] + [
         ["after.weight"]
     ]

@@ -59,8 +59,8 @@ def reconstruct(
         with given_back(model), every_contraction(model):
             model.eval()
             container = container_of(model, wanted)
-            order = stages(model, held[0], wanted, container)
-            runner = Runner(model, held, container, lambda: _exchanged(wanted, before))
+            order, chain = stages(model, held[0], wanted, container)
+            runner = Runner(model, held, container, chain, unpruned=lambda: _exchanged(wanted, before))
             for stage in tqdm(order, desc=solver, disable=not progress, leave=False):
                 for name, moment in moments(runner, stage, wanted).items():
                     masks[name] = _solve(wanted[name], moment, demands[name], SOLVERS[solver])

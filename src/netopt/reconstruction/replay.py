@@ -87,9 +87,10 @@ class _Notes:
             if link is not None:
                 chains[-1].blocks.append(call.block)
                 chains[-1].links.append(link)
-            elif count == 1 and all(isinstance(value, (Tensor, *PLAIN)) for value in call.given):
+            starts = link is None and count == 1 and all(isinstance(one, (Tensor, *PLAIN)) for one in call.given)
+            if starts:
                 chains.append(Chain([call.block], call.form))
-            before = call if count == 1 else None
+            before = call if starts or link is not None else None
         return max(chains, key=lambda one: len(one.blocks))
 
 
@@ -189,9 +190,12 @@ class Runner:
         model: nn.Module,
         held: Sequence[Any],
         container: nn.Module | None,
+        chain: Chain,
+        *,
         unpruned: Callable[[], AbstractContextManager[None]],
     ) -> None:
-        self.model, self.held, self.container, self.unpruned = model, held, container, unpruned
+        self.model, self.held, self.container, self.chain = model, held, container, chain
+        self.unpruned = unpruned
         self.position = -1
         self.streams: list[_Stream] | None = []
 
@@ -214,11 +218,14 @@ class Runner:
         """Brings every batch to ``block``; returns its index, or ``None`` if it cannot be run by itself."""
         if block is None or self.streams is None:
             return None
+        index = self.chain.index(block)
+        if index is None or index < self.position:
+            return None
         if self.position < 0:
+            # Not earlier: what runs before the chain has been pruned by now.
             self.streams = self._begin()
             self.position = 0
-        index = self.streams[0].chain.index(block) if self.streams else None
-        if self.streams is None or index is None or index < self.position:
+        if self.streams is None:
             return None
         for position in range(self.position, index):
             for stream in self.streams:
@@ -236,7 +243,7 @@ class Runner:
             with noting(self.container) as notes, torch.no_grad():
                 batches.feed(self.model, batch)
             chain = notes.chain()
-            if not chain.blocks or (streams and not chain.runs_like(streams[0].chain)):
+            if not chain.runs_like(self.chain):
                 return None
             streams.append(_Stream(chain, {dense: self._first(chain, batch, dense) for dense in (True, False)}))
         return streams

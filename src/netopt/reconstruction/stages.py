@@ -18,7 +18,7 @@ from netopt import batches
 from netopt.errors import InvalidArgumentError
 from netopt.importance.inputs import InputWatch, Reading
 from netopt.parameters import Place
-from netopt.reconstruction.replay import Runner, noting
+from netopt.reconstruction.replay import Chain, Runner, noting
 
 __all__ = ["Stage", "moments", "stages", "watched_forward"]
 
@@ -29,7 +29,7 @@ class Stage:
 
     Attributes:
         readings: How often each is read in one forward.
-        block: The block of the container that alone reads them, or ``None``.
+        block: The block of the chain that alone reads them, or ``None``.
     """
 
     readings: dict[str, int] = field(default_factory=dict)
@@ -57,8 +57,11 @@ def watched_forward(run: Callable[[], Any], wanted: Mapping[str, Place], see: Ca
 
 def stages(
     model: nn.Module, batch: Any, wanted: Mapping[str, Place], container: nn.Module | None = None
-) -> list[Stage]:
+) -> tuple[list[Stage], Chain]:
     """Orders the weights by when they are first read, those that read the same inputs together.
+
+    Returns:
+        The stages, and the chain of blocks that some of them are in.
 
     Args:
         model: Run once.
@@ -100,10 +103,12 @@ def stages(
             f"{missing[0]!r} met no inputs in a matrix product or convolution on this data, so nothing can be "
             "reconstructed; exclude it, or choose another importance."
         )
+    chain = notes.chain()
     for stage in order:
         inside = [block for name in stage.readings for block in blocks[name]]
-        stage.block = inside[0] if all(block is inside[0] for block in inside) else None
-    return order
+        alone = all(block is inside[0] for block in inside) and chain.index(inside[0]) is not None
+        stage.block = inside[0] if alone else None
+    return order, chain
 
 
 @dataclass
