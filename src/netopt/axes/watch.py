@@ -350,8 +350,6 @@ def _slice(watch: Watch, layout: Layout, asked: slice, name: str) -> None:
         return
     size = layout.size
     start, stop = (_plain(bound) for bound in asked.indices(size)[:2])
-    if asked.step not in (None, 1):  # where a stride starts is a phase, no count
-        return
     if isinstance(asked.start, int) and 0 < start < size:
         halves = split_concat(layout, start)
         if halves is not None:
