@@ -253,7 +253,7 @@ class PruningReport:
         )
 
     def _unit(self) -> str:
-        return "neurons" if self.call == "prune_neurons" else "entries"
+        return "entries" if self.call == "prune_weights" else "neurons"
 
     def _headline(self) -> str:
         total = sum(row.before for row in self.rows)
@@ -278,7 +278,7 @@ class PruningReport:
         return lines
 
     def _heads(self) -> list[str]:
-        heads = ["axis" if self.call == "prune_neurons" else "tensor", self._unit(), "kept", "removed", "exact", "note"]
+        heads = ["tensor" if self.call == "prune_weights" else "axis", self._unit(), "kept", "removed", "exact", "note"]
         return [heads[index] for index in self._kept_columns()]
 
     def _kept_columns(self) -> list[int]:

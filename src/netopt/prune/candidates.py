@@ -67,14 +67,16 @@ def names_of(model: nn.Module, axes: Axes) -> dict[str, set[str]]:
     dims = {name: tensor.dim() for name, tensor in named_tensors(model).items()}
     names = {axis.name: {axis.name, axis.name.partition("/")[0]} for axis in axes}
     makers = {}
-    for layer in {name.rpartition(".")[0] for name in dims}:
-        made = axes.made_by(layer)
+    # A layer, or a parameter that no layer of torch's holds, makes axes.
+    for maker in {part for name in dims for part in (name, name.rpartition(".")[0])}:
+        made = axes.made_by(maker)
         if len(made) == 1:
-            makers[layer] = made[0].name
+            makers[maker] = made[0].name
     for axis in axes:
+        base = axis.name.partition("/")[0]
         for member in axis.members:
             layer = member.tensor.rpartition(".")[0]
-            made_here = makers.get(layer) == axis.name or layer == axis.name.partition("/")[0]
+            made_here = axis.name in (makers.get(layer), makers.get(member.tensor)) or layer == base
             if dims.get(member.tensor) == 1 or made_here:
                 names[axis.name].add(member.tensor)
     return names

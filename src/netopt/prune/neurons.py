@@ -110,11 +110,13 @@ def prune_neurons(
     _check(model, request, mode, repair, loss_fn, importance)
     optimizers = surgery.as_optimizers(optimizer)
     sources = _Sources(importance, data, loss_fn, progress)
-    # Before the axes are found, so that what the model caches in a forward is there to be seen.
-    before = measure.cost(model, example_inputs)
+    # A budget of operations is one of those counted in a run; elsewhere those of the traced forward are counted.
+    before = measure.cost(model, None if max_macs is None else example_inputs)
     selectors = {"include": include, "exclude": exclude, "outputs": outputs}
     decision = _decide(model, example_inputs, before, request, sources, **selectors)
     plan, counted = decision.plan, decision.counted
+    if before.macs is None:
+        before = dataclasses.replace(before, macs=decision.axes.macs())
 
     def report() -> PruningReport:
         settings = request.settings() | {"importance": _name(importance), "mode": mode}
@@ -122,7 +124,10 @@ def prune_neurons(
             settings["config"] = decision.unsaid
         if decision.scores.saliency is not None:
             settings["saliency"] = decision.scores.saliency.summary()
-        after = measure.cost(model, example_inputs)
+        after = measure.cost(model, None if max_macs is None else example_inputs)
+        if after.macs is None:
+            counts = {name: len(kept) for name, kept in decision.kept.items()} if mode == "remove" else {}
+            after = dataclasses.replace(after, macs=decision.axes.macs(counts))
         predicted = _predicted(before, after)
         return PruningReport(
             call="prune_neurons",

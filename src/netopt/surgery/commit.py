@@ -74,9 +74,13 @@ class Operation:
         try:
             for change in self.changes:
                 change.do()
-            return look()
-        finally:
+            result = look()
             self._restore()
+            return result
+        except BaseException:
+            # Not in a finally: an interruption just before the undo must not skip it.
+            self._restore()
+            raise
 
     def _restore(self) -> None:
         try:
