@@ -145,7 +145,8 @@ def ranking(seeds: int) -> None:
                     results.setdefault((criterion, what, how), []).append(accuracy(model, unseen, targets))
     selection.NORMALIZATION = original
     rows = [
-        {"criterion": criterion, "what is left": what} | {how: statistics.mean(results[criterion, what, how]) for how in hows}
+        {"criterion": criterion, "what is left": what}
+        | {how: statistics.mean(results[criterion, what, how]) for how in hows}
         for criterion in CRITERIA
         for what in asked
     ]
@@ -198,10 +199,12 @@ def peer(model: nn.Module, inputs: Any) -> float | None:
     return time.perf_counter() - start
 
 
-def speed(repeats: int) -> None:
+def speed(repeats: int, only: str | None) -> None:
     rows = []
     builds: dict[str, Callable[[], tuple[nn.Module, Any]]] = {"resnet50": resnet50, "vit_b_16": vit_b, "gpt2": gpt2}
     for name, build in builds.items():
+        if only and name != only:
+            continue
         for round_to in (1, 8):
             torch.manual_seed(0)
             dense, inputs = build()
@@ -297,6 +300,7 @@ def main() -> None:
     parser.add_argument("what", choices=("ranking", "speed", "checkpoint"))
     parser.add_argument("--seeds", type=int, default=3, help="trained nets of the ranking")
     parser.add_argument("--repeats", type=int, default=10, help="timed calls of the speed")
+    parser.add_argument("--only", help="one model of the speed")
     parser.add_argument("--layers", type=int, default=32, help="layers of the checkpoint; 32 are 7 billion parameters")
     asked = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -305,7 +309,7 @@ def main() -> None:
     if asked.what == "ranking":
         ranking(asked.seeds)
     elif asked.what == "speed":
-        speed(asked.repeats)
+        speed(asked.repeats, asked.only)
     else:
         with tempfile.TemporaryDirectory() as folder:
             checkpoint(asked.layers, Path(folder))
