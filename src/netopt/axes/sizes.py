@@ -8,6 +8,7 @@ condition; where one is used as a number, the result depends on how many neurons
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 import os
@@ -118,7 +119,12 @@ def caller() -> tuple[str, int]:
 
 def show_place(where: tuple[str, int]) -> str:
     """``model.py:33``."""
-    return f"{Path(where[0]).name}:{where[1]}"
+    return f"{_file_name(where[0])}:{where[1]}"
+
+
+@functools.cache
+def _file_name(path: str) -> str:
+    return Path(path).name
 
 
 class Size(int):

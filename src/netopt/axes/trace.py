@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter, tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from netopt.axes.layout import Atom, Layout, freeze, resolve
 from netopt.axes.operation import Dim, Dims, Operation, find_rule
@@ -192,14 +192,14 @@ class Trace(TorchDispatchMode):
         name = function._schema.name
         if name in _QUESTIONS:
             return function(*args, **kwargs)
-        tensors = [leaf for leaf in tree_iter((args, kwargs)) if isinstance(leaf, Tensor)]
+        tensors = _tensors_in((args, kwargs), [])
         for tensor in tensors:
             self.dims(tensor)
         if function._schema.is_mutable:
             self._save(tensors)
         out = function(*args, **kwargs)
         self.operations += 1
-        outs = [out] if isinstance(out, Tensor) else [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        outs = _tensors_in((out,), [])
         if outs:
             self._state(function, name, args, kwargs, tensors, out, outs)
             if self.counting:
@@ -274,6 +274,18 @@ class Trace(TorchDispatchMode):
             ):
                 key = _storage(tensor)
                 self._dirty[key] = tensor  # kept alive, so that its address is not reused
+
+
+def _tensors_in(values: Iterable[Any], found: list[Tensor]) -> list[Tensor]:
+    """The tensors among the arguments or the results of an operation, which are plain containers."""
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            _tensors_in(value, found)
+        elif isinstance(value, dict):
+            _tensors_in(value.values(), found)
+    return found
 
 
 def _storage(tensor: Tensor) -> int:
