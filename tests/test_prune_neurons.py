@@ -358,6 +358,43 @@ def test_the_callers_mode_does_not_matter(mode):
     train(twin, torch.optim.SGD(twin.parameters(), lr=0.1), x)
 
 
+def test_what_a_forward_keeps_is_put_back():
+    class Keeping(nn.Sequential):
+        last = None
+
+        def __init__(self, *parts: nn.Module) -> None:
+            super().__init__(*parts)
+            self.seen, self.cache, self.count = [], {}, 0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            hidden = self[0](x)
+            self.seen.append(hidden)
+            self.cache[len(x)] = (hidden, 1)
+            self.count = hidden.sum()
+            return self[2](hidden.relu())
+
+    model = Keeping(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    prune_quietly(model, torch.randn(3, 4), 0.5)
+    assert all(len(one) == 3 for one in model.cache)
+    assert model(torch.randn(5, 4)).shape == (5, 2)
+
+
+def test_complex_outputs_are_compared():
+    class Complex(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Parameter(torch.randn(3, 6, dtype=torch.complex128))
+            self.last = nn.Parameter(torch.randn(6, 2, dtype=torch.complex128))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (x.to(torch.complex128) @ self.first) @ self.last
+
+    model, x = Complex(), torch.randn(4, 3)
+    report = prune_quietly(model, x, 0.5, importance="magnitude")
+    assert report.plan.exact
+    assert model.first.shape == (3, 3)
+
+
 def test_two_calls_agree():
     reports = []
     for _ in range(2):

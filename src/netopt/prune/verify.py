@@ -124,7 +124,7 @@ def plain_tensors_kept(model: nn.Module) -> Iterator[None]:
     for module in model.modules():
         if not isinstance(module, torch.jit.ScriptModule):
             own = {name: value for name, value in vars(module).items() if name not in _OWN}
-            noted.append((vars(module), {name: value for name, value in own.items() if _holds(value)}))
+            noted.append((vars(module), own))
             noted += [(value, copy.copy(value)) for value in own.values() if isinstance(value, (dict, list))]
     try:
         yield
@@ -136,16 +136,17 @@ def plain_tensors_kept(model: nn.Module) -> Iterator[None]:
 _OWN = frozenset(vars(nn.Module()))
 
 
-def _holds(value: Any) -> bool:
-    return value is None or isinstance(value, Tensor)
+def _holds_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor) or (isinstance(value, (tuple, list)) and any(map(_holds_tensor, value)))
 
 
 def _put_back(holder: Any, before: Any) -> None:
     if isinstance(holder, list):
-        if any(isinstance(item, Tensor) for item in (*holder, *before)):
+        if _holds_tensor(holder) or _holds_tensor(before):
             holder[:] = before
         return
-    for key in [key for key, value in holder.items() if isinstance(value, Tensor) and before.get(key) is not value]:
+    changed = [key for key, value in holder.items() if _holds_tensor(value) and before.get(key) is not value]
+    for key in changed:
         if key in before:
             holder[key] = before[key]
         elif key not in _OWN:
@@ -162,8 +163,9 @@ def _difference(found: list[Tensor], expected: list[Tensor]) -> tuple[float, int
     for place, (one, other) in enumerate(zip(found, expected, strict=True)):
         if not one.numel():
             continue
-        size = float(other.abs().max().double()) if other.is_floating_point() else 1.0
-        gap = float((one.double() - other.double()).abs().max()) / max(size, 1e-12)
+        wide = torch.complex128 if other.is_complex() else torch.float64
+        size = float(other.to(wide).abs().max()) if other.is_floating_point() or other.is_complex() else 1.0
+        gap = float((one.to(wide) - other.to(wide)).abs().max()) / max(size, 1e-12)
         if not gap <= worst:
             worst, where = gap, place
     return worst, where
