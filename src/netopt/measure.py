@@ -203,8 +203,7 @@ def _summary(times: list[float]) -> Latency:
 def _nonzero(values: Tensor, mask: Tensor | None) -> int:
     if values.is_meta:
         return values.numel()
-    kept = values != 0
-    return int((kept if mask is None else kept & mask.bool()).sum())
+    return int(torch.count_nonzero(values if mask is None else values * mask))
 
 
 @contextmanager
