@@ -45,14 +45,14 @@ def seconds(run: Callable[[], object]) -> float:
 
 
 def in_turn(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median seconds of each run; they take turns, so that what slows the machine down slows all of them."""
+    """Least seconds of each run; they take turns, so that what slows the machine down slows all of them."""
     for run in runs.values():
         run()
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
             times[name].append(seconds(run))
-    return {name: statistics.median(one) for name, one in times.items()}
+    return {name: min(one) for name, one in times.items()}
 
 
 # Overhead
@@ -79,15 +79,15 @@ def hand_written(student: nn.Module, teacher: nn.Module, loader: DataLoader, epo
             optimizer.step()
 
 
-def overhead(repeats: int = 7) -> list[dict[str, object]]:
+def overhead(repeats: int = 12) -> list[dict[str, object]]:
     """Time of a call over that of a hand-written loop; a step takes about 1.5 ms."""
     x, y = torch.randn(2048, 784), torch.randint(10, (2048,))
-    student, teacher = mlp(784, 64, 10), mlp(784, 128, 10)
+    student, teacher = mlp(784, 96, 10), mlp(784, 192, 10)
     loader = DataLoader(TensorDataset(x, y), 64, shuffle=True)
-    epochs = 4
+    epochs = 8
 
-    def ours(data: object) -> None:
-        settings = {"epochs": epochs, "batch_size": 64, "cache": False, "optimizer": adamw, "progress": False}
+    def ours(data: object, optimizer: object = adamw) -> None:
+        settings = {"epochs": epochs, "batch_size": 64, "cache": False, "optimizer": optimizer, "progress": False}
         distill(copy.deepcopy(student), teacher, data, loss="kl", **settings)
 
     times = in_turn(
@@ -95,13 +95,22 @@ def overhead(repeats: int = 7) -> list[dict[str, object]]:
             "loop": lambda: hand_written(copy.deepcopy(student), teacher, loader, epochs),
             "loader": lambda: ours(loader),
             "tensors": lambda: ours((x, y)),
+            "default": lambda: ours((x, y), None),
         },
         repeats,
     )
     step = times["loop"] / (epochs * len(loader)) * 1e3
     return [
         row("overhead, same DataLoader", times["loader"] / times["loop"], "<= 1.10", f"{step:.2f} ms a step by hand"),
-        row("overhead, tensors directly", times["tensors"] / times["loop"], "<= 0.85", "of the same loop"),
+        row(
+            "overhead, tensors directly",
+            times["tensors"] / times["loop"],
+            "<= 0.85",
+            "of the same loop, same optimizer",
+        ),
+        row(
+            "overhead, tensors, our optimizer", times["default"] / times["loop"], "<= 0.85", "fused AdamW, the default"
+        ),
     ]
 
 

@@ -170,7 +170,10 @@ class Feeder:
                 wanted = {name: value for name, value in inputs.items() if name not in self.without}
                 self._accepted[names] = tuple(_accepted(self.model, wanted))
             inputs = {name: inputs[name] for name in self._accepted[names]}
-        args, kwargs = normalize(inputs if self.device is None else move(inputs, self.device))
+        if isinstance(inputs, Tensor):
+            args, kwargs = (inputs if self.device is None else inputs.to(self.device),), {}
+        else:
+            args, kwargs = normalize(inputs if self.device is None else move(inputs, self.device))
         try:
             return self.model(*args, **kwargs)
         except NetoptError:

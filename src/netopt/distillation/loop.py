@@ -286,26 +286,31 @@ class Loop:
 
 
 class _Watch:
-    """Adds terms up on the device, and looks for a loss that is not finite without waiting for the device."""
+    """Adds terms up where they are, and looks for a loss that is not finite without waiting for a device."""
 
     def __init__(self, device: torch.device, objective: Objective) -> None:
         self.objective = objective
+        self.host = device.type == "cpu"
         self.dtype = torch.float32 if device.type == "mps" else torch.float64
         self.sums = torch.zeros(len(objective.names), dtype=self.dtype, device=device)
+        self.held = [0.0] * len(objective.names)
         self.counts = [0] * len(objective.names)
         self.pending: deque[tuple[int, Any, Tensor, list[Tensor]]] = deque()
         self.last: Tensor | None = None
 
     def add(self, loss: Tensor, sums: Sequence[Tensor], counts: Sequence[int], step: int) -> None:
         terms = [one.detach() for one in sums]
-        self.sums += terms[0] if len(terms) == 1 else torch.stack(terms)
-        self.counts = [have + more for have, more in zip(self.counts, counts, strict=True)]
         self.last = loss.detach()
-        if loss.device.type == "cpu":
-            # Nothing is waited for here: the number is in host memory.
-            if not math.isfinite(self.last):
+        self.counts = [have + more for have, more in zip(self.counts, counts, strict=True)]
+        if self.host:
+            # Nothing is waited for here: the numbers are in host memory.
+            values = [float(one) for one in terms]
+            if not all(map(math.isfinite, values)):
                 self._complain(step, terms)
+            for place, value in enumerate(values):
+                self.held[place] += value
             return
+        self.sums += terms[0] if len(terms) == 1 else torch.stack(terms)
         # Copied to the host in passing and read once it has arrived, so no step waits for the device.
         arrived = torch.empty((), dtype=loss.dtype, pin_memory=loss.device.type == "cuda")
         arrived.copy_(self.last, non_blocking=True)
@@ -318,15 +323,19 @@ class _Watch:
     def restore(self, sums: Tensor, counts: list[int]) -> None:
         """Goes on from the sums of an epoch begun earlier."""
         self.sums.copy_(sums)
+        self.held = [0.0] * len(counts)
         self.counts = list(counts)
 
     def settle(self) -> None:
-        """Reads what has not been read yet."""
+        """Reads what has not been read yet, and puts all sums into one place."""
         while self.pending:
             self._read()
+        self.sums += torch.tensor(self.held, dtype=self.dtype, device=self.sums.device)
+        self.held = [0.0] * len(self.held)
 
     def means(self, engine: Engine) -> dict[str, float]:
         """Returns each term's mean since the last call, over all processes, and starts anew."""
+        self.settle()
         counts = torch.tensor(self.counts, dtype=self.dtype, device=self.sums.device)
         sums, totals = engine.sum(torch.stack([self.sums, counts])).tolist()
         self.sums.zero_()

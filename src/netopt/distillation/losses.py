@@ -155,8 +155,9 @@ def kl(student: Tensor, teacher: Tensor, *, temperature: float = 4.0, standardiz
     """
     if standardize:
         student, teacher = _standardized(student), _standardized(teacher)
-    target = (teacher / temperature).softmax(dim=-1)
-    return temperature**2 * F.kl_div(_log_softmax(student, temperature), target, reduction="none").sum(dim=-1)
+    log_t = _log_softmax(teacher, temperature)
+    # T^2 goes to the teacher's side, of which no gradient is asked.
+    return (temperature**2 * log_t.exp() * (log_t - _log_softmax(student, temperature))).sum(dim=-1)
 
 
 @loss("reverse_kl", per="position", paper="https://arxiv.org/abs/2306.08543")
