@@ -359,3 +359,64 @@ class Made(nn.Module):
     def forward(self, x):
         h = F.linear(x, self.w1 * self.m1, self.b1).relu()
         return F.linear(h, self.w2.masked_fill(~self.m2, 0.0), self.b2)
+
+
+@case(
+    "repeated_and_flipped",
+    inputs=(4, 10),
+    other=(2, 10),
+    share=0.96,
+    expected=[axis("fc:0 head.weight:1", 4)],
+)
+class RepeatedAndFlipped(nn.Module):
+    """Every position is followed through two repeats and a reversal."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.head = nn.Linear(10, 4), nn.Linear(16, 3)
+
+    def forward(self, x):
+        x = self.fc(x).tanh().repeat(1, 2).repeat_interleave(2, dim=1)
+        return self.head(x.flip(1))
+
+
+@case(
+    "mirrored_pairs",
+    inputs=(2, 3, 6, 6),
+    other=(3, 3, 4, 4),
+    share=0.0,
+)
+class MirroredPairs(nn.Module):
+    """An odd number of channels added to their mirror image: pairs go together, the middle alone, so no count fits."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.depth = nn.Conv2d(3, 9, 1), nn.Conv2d(9, 9, 3, padding=1, groups=9)
+        self.head = nn.Conv2d(9, 2, 1)
+
+    def forward(self, x):
+        x = self.depth(self.stem(x))
+        return self.head(x + x.flip(1))
+
+
+@case(
+    "shuffled_and_permuted",
+    inputs=(4, 10),
+    other=(2, 10),
+    share=0.0,
+    fake="the permutation has no values",
+)
+class ShuffledAndPermuted(nn.Module):
+    """Single positions against products of single positions."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.head = nn.Linear(10, 4), nn.Linear(8, 3)
+        self.groups = 4
+        self.register_buffer("permutation", torch.tensor([3, 0, 7, 1, 6, 2, 5, 4]))
+
+    def forward(self, x):
+        x = self.fc(x)
+        x = torch.cat([x, x.relu()], dim=1)
+        x = x.view(x.size(0), self.groups, -1).transpose(1, 2).flatten(1)
+        return self.head(x[:, self.permutation])
