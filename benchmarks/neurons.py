@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +120,7 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
         return float((model.eval()(images).argmax(1) == labels).float().mean())
 
 
-def ranking(seeds: int) -> None:
+def ranking(seeds: int, criteria: Sequence[str]) -> None:
     images, unseen, labels, targets = digits()
     results: dict[tuple[str, str, str], list[float]] = {}
     asked = {"half the MACs": {"max_macs": 0.5}, "30 % of MACs": {"max_macs": 0.3}}
@@ -131,7 +131,7 @@ def ranking(seeds: int) -> None:
         print(f"seed {seed}: dense accuracy {accuracy(dense, unseen, targets):.3f}", flush=True)
         common = {"data": [(images[:128], labels[:128])], "loss_fn": nn.functional.cross_entropy}
         common |= {"verify": False, "progress": False}
-        for criterion in CRITERIA:
+        for criterion in criteria:
             for what, amount in asked.items():
                 for how in hows:
                     if how == "layer" and "max_macs" in amount:
@@ -147,11 +147,11 @@ def ranking(seeds: int) -> None:
     rows = [
         {"criterion": criterion, "what is left": what}
         | {how: statistics.mean(results[criterion, what, how]) for how in hows}
-        for criterion in CRITERIA
+        for criterion in criteria
         for what in asked
     ]
     print(table(rows))
-    save("ranking", rows)
+    save("ranking" if len(criteria) > 1 else f"ranking-{criteria[0]}", rows)
 
 
 # Speed
@@ -300,6 +300,7 @@ def main() -> None:
     parser.add_argument("what", choices=("ranking", "speed", "checkpoint"))
     parser.add_argument("--seeds", type=int, default=3, help="trained nets of the ranking")
     parser.add_argument("--repeats", type=int, default=10, help="timed calls of the speed")
+    parser.add_argument("--criteria", nargs="*", help="those of the ranking; by default all")
     parser.add_argument("--only", help="one model of the speed")
     parser.add_argument("--layers", type=int, default=32, help="layers of the checkpoint; 32 are 7 billion parameters")
     asked = parser.parse_args()
@@ -307,7 +308,7 @@ def main() -> None:
     torch.set_num_threads(1)
     kept = declare()
     if asked.what == "ranking":
-        ranking(asked.seeds)
+        ranking(asked.seeds, asked.criteria or CRITERIA)
     elif asked.what == "speed":
         speed(asked.repeats, asked.only)
     else:
