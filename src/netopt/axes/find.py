@@ -58,7 +58,7 @@ def find_axes(model: nn.Module, example_inputs: Inputs, *, outputs: Outputs = No
         >>> net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
         >>> axes = find_axes(net, torch.randn(1, 8))
         >>> [(axis.name, axis.size, axis.frozen is None) for axis in axes]
-        [('0.in', 8, False), ('0', 16, True), ('1', 4, False)]
+        [('0', 16, True), ('0.in', 8, False), ('2', 4, False)]
     """
     if not isinstance(model, nn.Module):
         raise ArgumentTypeError(f"model must be a torch.nn.Module, not {type(model).__name__}.")

@@ -70,7 +70,7 @@ def rule(*operations: Any) -> Callable[[Rule], Rule]:
 
     Example:
         >>> library = torch.library.Library("netopt_doctest", "FRAGMENT")
-        >>> library.define("double(Tensor x) -> Tensor")
+        >>> _ = library.define("double(Tensor x) -> Tensor")
         >>> library.impl("double", lambda x: 2 * x, "CompositeExplicitAutograd")
         >>> @rule("netopt_doctest::double")
         ... def double(op, x):
