@@ -105,6 +105,7 @@ class Counts:
         self._bound: dict[Place, Expression] = {}
         self._values: dict[Place, int] = {}
         self.constraints: list[Constraint] = []
+        self._uneven: set[Hashable] = set()
         self._collect(ledger)
         self._components = self._connect()
 
@@ -119,18 +120,26 @@ class Counts:
         if isinstance(layout, Product):
             return _fold("*", (self.layout(part) for part in layout.parts))
         found: list[Expression] = []
-        units: Counter[Expression] = Counter()
+        units: dict[Expression, Counter[tuple[Atom, ...]]] = defaultdict(Counter)
         for part in layout.parts:
             expression = self.layout(part)
-            # Every position of a taken-apart axis has the axis's unknown, so together they count it once.
-            if any(atom.unit and atom in self._group_of for atom in atoms(part)):
-                units[expression] += 1
+            single = tuple(atom for atom in atoms(part) if atom.unit and atom in self._group_of)
+            if single:
+                units[expression][single] += 1
             else:
                 found.append(expression)
         for expression, times in units.items():
-            together = max((self._together.get(key, 1) for key in variables_of(expression)), default=1)
-            found.append(_fold("*", (expression, constant(max(times // together, 1)))))
+            rounds = self._rounds(times)
+            found.append(_fold("*", (expression, constant(rounds))) if rounds else constant(sum(times.values())))
         return _fold("+", found)
+
+    def _rounds(self, times: Counter[tuple[Atom, ...]]) -> int:
+        """How often the positions of taken-apart axes run through; where not all run alike, their counts must stay."""
+        keys = [self._group_of[atom] for atom in next(iter(times))]
+        if len(set(times.values())) == 1 and len(times) == math.prod(self._together[key] for key in keys):
+            return next(iter(times.values()))
+        self._uneven.update(keys)
+        return 0
 
     def number(self, number: Any) -> Expression:
         """An integer of the user's code as an expression over counts and attributes."""
@@ -182,6 +191,9 @@ class Counts:
             if one.variables and not trivial and one.key not in seen:
                 seen.add(one.key)
                 self.constraints.append(one)
+        for key in sorted(self._uneven, key=list(self.sizes).index):
+            where = "a size that depends on which positions remain"
+            self.constraints.append(Constraint(("var", key), constant(self.sizes[key]), operator.eq, True, where))
         tied = {key for one in self.constraints for key in one.variables}
         # An attribute that changes alone has nothing to follow.
         loose = {key for key in tied if isinstance(key, Place)}

@@ -85,7 +85,7 @@ def resolve(layout: Layout) -> Layout:
     for part in layout.parts:
         found = resolve(part)
         changed = changed or found is not part
-        if is_product and found.size == 1 and not (isinstance(found, Atom) and found.unit):
+        if is_product and found.size == 1 and isinstance(found, Atom) and not found.unit:
             changed = True
         elif not isinstance(found, Atom) and type(found) is type(layout):
             parts.extend(found.parts)
@@ -349,7 +349,10 @@ def _unify_products(left: Layout, right: Layout, because: Callable[[], str] | No
         size = first.size if first.size == second.size else math.gcd(first.size, second.size)
         if size == 1 and not first.size == second.size == 1:
             return _conflict(left, right, because)
-        heads = split_product(left, size), split_product(right, size)
+        if first.size == second.size:
+            heads = (first, product(left.parts[1:])), (second, product(right.parts[1:]))
+        else:
+            heads = split_product(left, size), split_product(right, size)
         if heads[0] is None or heads[1] is None:
             return _conflict(left, right, because)
         if not unify(heads[0][0], heads[1][0], because):

@@ -7,7 +7,9 @@ dimension into an equation. It also notes which calls contract over a dimension,
 
 from __future__ import annotations
 
+import inspect
 import operator
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -20,6 +22,8 @@ from netopt.axes.layout import Layout, freeze, mark_inexact, split_concat
 from netopt.axes.sizes import Condition, Extent, Scalar, Size, caller
 from netopt.axes.trace import Trace
 from netopt.calls import Call, CallNames
+
+_LEN = inspect.unwrap(Tensor.__len__).__code__
 
 
 class Reading(NamedTuple):
@@ -174,7 +178,20 @@ def _shape(watch: Watch, function: Any, args: Any, kwargs: Any, result: Any) -> 
     if not isinstance(result, torch.Size):  # ``__get__`` of another property
         return result
     dims = watch.trace.dims(args[0])
+    if dims and _asked_by_len():
+        # ``len`` hands on a plain integer, so what it is used for cannot be seen.
+        mark_inexact(dims[0].layout, f"has a size that len gives away, at {watch.trace.where()}")
     return torch.Size([watch.size(size, dim.layout) for size, dim in zip(result, dims, strict=True)])
+
+
+def _asked_by_len() -> bool:
+    """Whether the shape is asked for by ``len``, whose Python body is run through like those of all wrappers."""
+    frame = sys._getframe(1)
+    for _ in range(6):
+        if frame is None or frame.f_code is _LEN:
+            break
+        frame = frame.f_back
+    return frame is not None and frame.f_code is _LEN
 
 
 def _size(watch: Watch, function: Any, args: Any, kwargs: Any, result: Any) -> Any:
@@ -193,18 +210,11 @@ def _numel(watch: Watch, function: Any, args: Any, kwargs: Any, result: Any) -> 
     return total
 
 
-def _length(watch: Watch, function: Any, args: Any, kwargs: Any, result: Any) -> Any:
-    # ``len`` gives a plain integer, whatever this returns, so what it is used for cannot be seen.
-    mark_inexact(watch.trace.dims(args[0])[0].layout, f"has a size that len gives away, at {watch.trace.where()}")
-    return result
-
-
 _SHAPES: dict[str, Callable[..., Any]] = {
     "__get__": _shape,
     "size": _size,
     "numel": _numel,
     "nelement": _numel,
-    "__len__": _length,
 }
 
 
