@@ -336,7 +336,7 @@ def test_criteria_can_be_added_but_not_twice():
     assert "largest" in importance.names("weights")
     assert "largest" not in importance.names("neurons")
     assert importance.scores(net(), batches(), "largest", loss_fn=F.cross_entropy)
-    with pytest.raises(InvalidArgumentError, match="largest.*exists"):
+    with pytest.raises(InvalidArgumentError, match=r"largest.*exists"):
         importance.criterion("largest")(largest)
 
 
