@@ -185,8 +185,8 @@ def described(
             if type(said) is not int or row.attribute in settled:
                 continue
             name = stored_under(module, row.tensor)
-            full = f"{prefix}.{name}" if prefix else str(name)
-            if name is None or full not in shapes:
+            full = _shrinking(f"{prefix}.{name}" if prefix else str(name), row.tensor, shapes)
+            if name is None or full is None:
                 continue
             dim = row.transposed if row.transposed is not None and getattr(module, "transposed", False) else row.dim
             was, becomes = from_named[full].shape, shapes[full]
@@ -199,6 +199,14 @@ def described(
             settled.add(row.attribute)
             if becomes[dim] * groups != said:
                 yield (prefix, row.attribute), becomes[dim] * groups
+
+
+def _shrinking(name: str, tensor: str, shapes: Mapping[str, torch.Size]) -> str | None:
+    """The tensor of this name if it shrinks, or another that the same parametrization computes with and that does."""
+    if name in shapes:
+        return name
+    before, found, _ = name.rpartition(f"parametrizations.{tensor}.")
+    return next((other for other in shapes if found and other.startswith(before + found)), None)
 
 
 def _quotients(
