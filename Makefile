@@ -1,6 +1,5 @@
 # Every target sets up what it needs in .venv on its first run, and nothing on the next.
-# PIP_FLAGS is handed to pip, for example to take the smaller CPU build of torch:
-#   make demo PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+# PIP_FLAGS is handed to pip, for example to name an index that has the smaller CPU build of torch.
 
 PYTHON ?= python3
 PIP_FLAGS ?=

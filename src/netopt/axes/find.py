@@ -66,7 +66,13 @@ def find_axes(model: nn.Module, example_inputs: Inputs, *, outputs: Outputs = No
     readings: list[Any] = []
     try:
         with ExitStack() as borrowed:
-            for context in (given_back(model), _plain_kernels(), torch.no_grad(), _fake_mode(model)):
+            for context in (
+                given_back(model),
+                _plain_kernels(),
+                torch.inference_mode(False),
+                torch.no_grad(),
+                _fake_mode(model),
+            ):
                 borrowed.enter_context(context)
             trace.inputs(leaf for leaf in tree_iter(batches.normalize(example_inputs)) if isinstance(leaf, Tensor))
             _freeze_scripted(model, trace)
@@ -89,7 +95,7 @@ def _run(model: nn.Module, inputs: Inputs, trace: Trace, watch: Watch, outputs: 
             warnings.simplefilter("ignore")  # such as those that a run without gradients alone gives
             with trace, watch:
                 result = batches.call(model, inputs)
-            for tensor in _counted(result, outputs):
+            for tensor in counted_outputs(result, outputs):
                 for dim in trace.dims(tensor):
                     freeze(dim.layout, "is a dimension of the model's output")
     except ForwardError:
@@ -99,7 +105,8 @@ def _run(model: nn.Module, inputs: Inputs, trace: Trace, watch: Watch, outputs: 
     return True
 
 
-def _counted(result: Any, outputs: Outputs) -> list[Tensor]:
+def counted_outputs(result: Any, outputs: Outputs) -> list[Tensor]:
+    """The tensors of a forward's result whose shape must stay, as ``outputs`` says; see :func:`find_axes`."""
     named = batches.tensors(result)
     if outputs is None:
         return [tensor for _, tensor in named]
@@ -151,4 +158,4 @@ def _freeze_scripted(model: nn.Module, trace: Trace) -> None:
                     freeze(dim.layout, "belongs to a scripted module, whose sizes cannot be rewritten")
 
 
-__all__ = ["Outputs", "find_axes"]
+__all__ = ["Outputs", "counted_outputs", "find_axes"]

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from netopt import masking, measure, surgery
 from netopt.axes import Axes, Axis, Outputs, find_axes
-from netopt.axes.find import _counted
+from netopt.axes.find import counted_outputs
 from netopt.batches import Batch, Inputs
 from netopt.errors import ArgumentTypeError, InvalidArgumentError, UnknownNameError
 from netopt.importance import Importance, lookup
@@ -304,7 +304,7 @@ def _decide(
     chosen, kept_out = candidates(model, axes, include, exclude)
 
     def counted(result: Any) -> list[Tensor]:
-        return _counted(result, outputs)
+        return counted_outputs(result, outputs)
 
     def differentiated(result: Any) -> list[Tensor]:
         return [tensor for tensor in counted(result) if tensor.is_floating_point()]

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from netopt import batches, measure, surgery
 from netopt.axes import Axes, Axis, Outputs, Tap, find_axes
-from netopt.axes.find import _counted
+from netopt.axes.find import counted_outputs
 from netopt.batches import Inputs
 from netopt.calls import Call, CallNames
 from netopt.errors import ArgumentTypeError
@@ -70,7 +70,7 @@ def shrink(
     optimizers = surgery.as_optimizers(optimizer)
 
     def counted(result: Any) -> list[Tensor]:
-        return _counted(result, outputs)
+        return counted_outputs(result, outputs)
 
     promised = promise(model, example_inputs, counted, None, equal=True)
     before = measure.cost(model, example_inputs)
