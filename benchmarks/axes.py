@@ -326,6 +326,8 @@ def verdict(dense: nn.Module, small: nn.Module, inputs: Any, told: Any = None) -
                 kept[name] = kept_entries(value.detach(), parameters[name].detach()) if name in parameters else None
             if kept[name] is None:
                 return "differs"
+            if value.dim() == 0:
+                continue
             mask = torch.zeros(value.shape, dtype=torch.bool)
             mask[torch.meshgrid(*kept[name], indexing="ij")] = True
             value.mul_(mask)
