@@ -768,3 +768,19 @@ def test_a_failing_module_is_left_and_its_hooks_are_gone():
         dict(torch.nn.modules.module._global_forward_hooks),
         dict(torch.nn.modules.module._global_forward_pre_hooks),
     )
+
+
+def test_a_projection_stays_narrower_than_its_hidden_state():
+    class Projected(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cell, self.last = nn.LSTM(4, 12, proj_size=6, batch_first=True), nn.Linear(6, 2)
+
+        def forward(self, x):
+            return self.last(self.cell(x)[0])
+
+    model, x = Projected(), torch.randn(3, 5, 4)
+    axes = find_axes(model, x)
+    counts = remove(model, axes, {axis.name: 3 for axis in axes.free})
+    assert counts["cell/proj_size"] < counts["cell/hidden_size"] < 12
+    assert model(x).shape == (3, 5, 2)

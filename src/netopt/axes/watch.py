@@ -318,7 +318,7 @@ def _fill(watch: Watch, args: Any, kwargs: Any, result: Any) -> None:
 
 def _lstm(watch: Watch, args: Any, kwargs: Any, result: Any) -> None:
     """A projection is told from none by its width: it must stay narrower than the hidden state."""
-    states = args[2] if len(args) > 2 else ()
+    states = args[1] if isinstance(args[1], (tuple, list)) else args[2]  # of a packed sequence, sizes come between
     if isinstance(states, (tuple, list)) and len(states) == 2 and states[0].shape[-1] != states[1].shape[-1]:
         projected, hidden = (watch.trace.dims(state)[-1].layout for state in states)
         narrow, wide = (Size(layout.size, Extent(layout), watch.trace.ledger) for layout in (projected, hidden))
