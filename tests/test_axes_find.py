@@ -770,6 +770,7 @@ def test_a_failing_module_is_left_and_its_hooks_are_gone():
     )
 
 
+@pytest.mark.filterwarnings("ignore:LSTM with projections")  # torch says which kernel it takes
 def test_a_projection_stays_narrower_than_its_hidden_state():
     class Projected(nn.Module):
         def __init__(self):
