@@ -203,7 +203,7 @@ def _summary(times: list[float]) -> Latency:
 def _nonzero(values: Tensor, mask: Tensor | None) -> int:
     if values.is_meta:
         return values.numel()
-    return int(torch.count_nonzero(values if mask is None else values * mask))
+    return int(torch.count_nonzero(values if mask is None else (values != 0) & mask.bool()))
 
 
 @contextmanager
