@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
-from netopt.axes.layout import Atom
-from netopt.axes.operation import Dim, Dims, Operation, rule
+from netopt.axes.operation import Dims, Operation, rule
 
 
 @rule("aten::zeros", "aten::new_zeros")
@@ -46,8 +43,3 @@ def positional(op: Operation, *args: Any, **kwargs: Any) -> Dims:
     dims = [op.asked(size) for size in op.out.shape]
     op.freeze(dims, f"is numbered by {op.short}")
     return dims
-
-
-@rule("aten::rand_like_size")
-def _like(op: Operation, tensor: Tensor) -> Dims:
-    return [Dim(Atom(size)) for size in op.out.shape]

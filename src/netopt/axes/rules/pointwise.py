@@ -15,19 +15,17 @@ from torch.utils._pytree import tree_leaves
 from netopt.axes.layout import Atom
 from netopt.axes.operation import Dim, Dims, Operation, rule
 
-Zero = Callable[[Operation, Sequence[bool], tuple[Any, ...]], bool]
-
 _KEEP_ZERO = """
 abs alias arcsin arctan asin asinh atan atanh celu ceil clone contiguous conj _conj copysign detach
 dropout native_dropout elu erf erfinv expm1 feature_dropout floor frac gelu hardshrink hardswish
 leaky_relu lift lift_fresh lift_fresh_copy log1p mish nan_to_num neg negative relu relu6
-rrelu_with_noise round selu sgn sign silu sin sinh softshrink softsign sqrt square tan tanh trunc
-_to_copy to type_as remainder fmod fix positive resolve_conj resolve_neg real imag fake_quantize
-rrelu special_erf fmod_scalar _fake_quantize_learnable bitwise_left_shift bitwise_right_shift
+rrelu_with_noise round selu sgn sign silu sin sinh softshrink sqrt square tan tanh trunc
+_to_copy to type_as remainder fmod fix positive resolve_conj resolve_neg real imag
+rrelu special_erf bitwise_left_shift bitwise_right_shift
 deg2rad rad2deg arctanh arcsinh"""
 
 _LOSE_ZERO = """
-acos acosh add_scalar cos cosh digamma eq exp exp2 ge gt hardsigmoid isfinite isinf isnan le lgamma
+acos acosh cos cosh digamma eq exp exp2 ge gt hardsigmoid isfinite isinf isnan le lgamma
 log log10 log2 log_sigmoid_forward logaddexp logaddexp2 logical_not logical_or logical_xor logit lt
 ne bitwise_not bitwise_or bitwise_xor reciprocal rsqrt sigmoid softplus threshold special_entr
 special_expit heaviside erfc full_like ones_like rand_like randn_like empty_like bernoulli
