@@ -18,7 +18,6 @@ import torch._tensor
 import torch.functional
 import torch.nn.functional
 from torch import nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
 _WRAPPERS = (torch.nn.functional, torch.functional, torch._tensor)
@@ -93,29 +92,39 @@ class CallNames(TorchFunctionMode):
         """Starts naming; the model is left without hooks of its own."""
         self._open = ExitStack()
         self._open.enter_context(transparent_wrappers())
-        for handle in (
-            register_module_forward_pre_hook(self._enter_module),
-            register_module_forward_hook(self._leave_module, always_call=True),
-        ):
-            self._open.callback(handle.remove)
+        self._open.enter_context(self._visits_counted())
         return super().__enter__()
 
     def __exit__(self, *error: object) -> None:
-        """Stops naming and takes the hooks away."""
+        """Stops naming and lets modules be called as before."""
         super().__exit__(*error)
         assert self._open is not None
         self._open.close()
 
-    def _enter_module(self, module: nn.Module, _inputs: Any) -> None:
-        name = self._names.get(id(module))
-        if name is None:
-            name = self._stack[-1][0]
-        self._stack.append((name, self._visits[name], Counter()))
-        self._visits[name] += 1
+    @contextmanager
+    def _visits_counted(self) -> Iterator[None]:
+        """Notes which module is being run. A global hook would tell as well, and send every call a longer way."""
+        plain = nn.Module._call_impl
+        stack, visits, names = self._stack, self._visits, self._names
 
-    def _leave_module(self, _module: nn.Module, _inputs: Any, _output: Any) -> None:
-        if len(self._stack) > 1:
-            self._stack.pop()
+        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            name = names.get(id(module))
+            if name is None:
+                name = stack[-1][0]
+            depth = len(stack)
+            stack.append((name, visits[name], Counter()))
+            visits[name] += 1
+            try:
+                return plain(module, *args, **kwargs)
+            finally:
+                del stack[depth:]
+
+        with _lock:
+            nn.Module._call_impl = call
+            try:
+                yield
+            finally:
+                nn.Module._call_impl = plain
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -123,11 +132,14 @@ class CallNames(TorchFunctionMode):
         """Runs one torch function, then hands it to :meth:`on_call` under its name."""
         kwargs = kwargs or {}
         result = function(*args, **kwargs)
-        name = getattr(function, "__name__", "")
+        return self.on_call(self.name_of(getattr(function, "__name__", "")), function, args, kwargs, result)
+
+    def name_of(self, function: str) -> Call:
+        """The name of the call of ``function`` that has just been made; each call is to be named once, or none."""
         module, visit, seen = self._stack[-1]
-        call = Call(module, visit, name, seen[name])
-        seen[name] += 1
-        return self.on_call(call, function, args, kwargs, result)
+        call = Call(module, visit, function, seen[function])
+        seen[function] += 1
+        return call
 
     def on_call(
         self,

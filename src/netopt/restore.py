@@ -7,8 +7,8 @@ before, and put back after, whatever happens in between.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -34,21 +34,36 @@ def given_back(*modules: nn.Module, rng: bool = True) -> Iterator[None]:
         >>> model.num_batches_tracked.item(), model.weight.grad
         (0, None)
     """
-    with ExitStack() as stack:
-        if rng:
-            stack.enter_context(random_state_kept())
-        seen: set[int] = set()
-        for module in modules:
-            for part in module.modules():
-                if id(part) not in seen:
-                    seen.add(id(part))
-                    stack.callback(_note_flags(part))
-                    stack.callback(_note_buffers(part))
-            for parameter in module.parameters():
-                if id(parameter) not in seen:
-                    seen.add(id(parameter))
-                    stack.callback(_note_parameter(parameter))
-        yield
+    with random_state_kept() if rng else nullcontext():
+        parts = list(dict.fromkeys(part for module in modules for part in module.modules()))
+        flags = [(part, part.training) for part in parts]
+        tables = [(part, *_tables(part)) for part in parts if part._buffers or part._non_persistent_buffers_set]
+        empty = [part for part in parts if not (part._buffers or part._non_persistent_buffers_set)]
+        values = _Values(buffer for _, buffers, _ in tables for buffer in buffers.values() if buffer is not None)
+        parameters = [
+            (parameter, parameter.grad, parameter.requires_grad)
+            for parameter in dict.fromkeys(one for module in modules for one in module.parameters())
+        ]
+        for parameter, grad, _ in parameters:
+            if grad is not None:
+                parameter.grad = None
+        try:
+            yield
+        finally:
+            for part, training in flags:
+                if part.training is not training:
+                    part.training = training
+            for part, buffers, transient in tables:
+                _refill(part, buffers, transient)
+            for part in empty:
+                if part._buffers or part._non_persistent_buffers_set:
+                    _refill(part, {}, set())
+            values.put_back()
+            for parameter, grad, requires_grad in parameters:
+                if parameter.requires_grad is not requires_grad:
+                    parameter.requires_grad_(requires_grad)
+                if parameter.grad is not grad:
+                    parameter.grad = grad
 
 
 @contextmanager
@@ -69,58 +84,66 @@ def random_state_kept() -> Iterator[None]:
             torch.mps.set_rng_state(mps)
 
 
-def _note_flags(module: nn.Module) -> Callable[[], None]:
-    training = module.training
-
-    def restore() -> None:
-        if module.training is not training:
-            module.training = training
-
-    return restore
+def _tables(module: nn.Module) -> tuple[dict[str, Any], set[str]]:
+    return dict(module._buffers), set(module._non_persistent_buffers_set)
 
 
-def _note_parameter(parameter: nn.Parameter) -> Callable[[], None]:
-    grad, requires_grad = parameter.grad, parameter.requires_grad
-    parameter.grad = None
+def _refill(module: nn.Module, buffers: dict[str, Any], transient: set[str]) -> None:
+    """Gives a module its buffers again: the same objects, in the same order."""
+    now = module._buffers
+    if not isinstance(now, dict):  # a scripted module's are fixed, and not in a dict
+        return
+    if list(now) != list(buffers) or any(now[name] is not buffers[name] for name in buffers):
+        now.clear()
+        now.update(buffers)
+    if module._non_persistent_buffers_set != transient:
+        module._non_persistent_buffers_set.clear()
+        module._non_persistent_buffers_set.update(transient)
 
-    def restore() -> None:
-        if parameter.requires_grad is not requires_grad:
-            parameter.requires_grad_(requires_grad)
-        parameter.grad = grad
 
-    return restore
+class _Values:
+    """The bits of some tensors, copied, to be put back where they have changed."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self._small: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        self._noted: list[tuple[Tensor, int | None, Tensor]] = []
+        for tensor in dict.fromkeys(tensors):
+            if type(tensor) is Tensor and tensor.dim() < 2 and tensor.layout is torch.strided and not tensor.is_meta:
+                self._small.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+            else:
+                self._noted.append((tensor, _version(tensor), tensor.detach().clone()))
+        # Models hold many small buffers (statistics, counters): joined, they are copied and compared at once.
+        self._joined = {kind: _join(several) for kind, several in self._small.items()}
+
+    def put_back(self) -> None:
+        for kind, several in self._small.items():
+            if not torch.equal(_join(several), self._joined[kind]):
+                values = self._joined[kind].split([tensor.numel() for tensor in several])
+                for tensor, value in zip(several, values, strict=True):
+                    _copy_back(tensor, value.view(tensor.shape))
+        for tensor, version, value in self._noted:
+            if _version(tensor) != version:
+                _write(tensor, value)
+            else:
+                _copy_back(tensor, value)
 
 
-def _note_buffers(module: nn.Module) -> Callable[[], None]:
-    buffers: dict[str, Any] = dict(module._buffers)
-    transient = set(module._non_persistent_buffers_set)
-    values = {
-        name: (tensor, _version(tensor), tensor.detach().clone())
-        for name, tensor in buffers.items()
-        if tensor is not None
-    }
+def _join(tensors: Sequence[Tensor]) -> Tensor:
+    with torch.no_grad():
+        return torch.cat([tensor if tensor.dim() else tensor.view(1) for tensor in tensors])
 
-    def restore() -> None:
-        if isinstance(module._buffers, dict):  # a scripted module's are fixed, and not in a dict
-            module._buffers.clear()
-            module._buffers.update(buffers)
-            module._non_persistent_buffers_set.clear()
-            module._non_persistent_buffers_set.update(transient)
-        for tensor, version, value in values.values():
-            # Copying unasked would disturb a graph of the user's that has saved the buffer.
-            if _changed(tensor, version, value):
-                with torch.inference_mode(tensor.is_inference()), torch.no_grad():
-                    tensor.copy_(value)
 
-    return restore
+def _copy_back(tensor: Tensor, value: Tensor) -> None:
+    """Copies ``value`` where it differs: unasked, it would disturb a graph of the user's that has saved the tensor."""
+    # Batch norm writes its running statistics without counting a version, so values are compared.
+    if not (tensor.is_meta or isinstance(tensor, FakeTensor)) and not torch.equal(tensor, value):
+        _write(tensor, value)
+
+
+def _write(tensor: Tensor, value: Tensor) -> None:
+    with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+        tensor.copy_(value)
 
 
 def _version(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
-
-
-def _changed(tensor: Tensor, version: int | None, value: Tensor) -> bool:
-    if _version(tensor) != version:
-        return True
-    # Batch norm writes its running statistics without counting a version, so values are compared as well.
-    return not (tensor.is_meta or isinstance(tensor, FakeTensor)) and not torch.equal(tensor, value)

@@ -1,11 +1,12 @@
 """Finds the axes of a model by watching its forward.
 
-The forward is run once in evaluation and once in training mode on the example inputs; what the operations say of
-dimensions, and the code of integers, is solved together. The model is read, never changed.
+The forward is run on the example inputs in evaluation mode, and in training mode too where it asks which mode it is in;
+what the operations say of dimensions, and the code of integers, is solved together. The model is read, never changed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import sys
 import warnings
@@ -23,6 +24,7 @@ from netopt import batches
 from netopt.axes import rules as _rules  # noqa: F401 - registers the rules
 from netopt.axes.axis import Axes
 from netopt.axes.layout import freeze
+from netopt.axes.modes import modes_watched
 from netopt.axes.places import remembered
 from netopt.axes.sizes import remembering_functions
 from netopt.axes.trace import Trace, members_of
@@ -37,8 +39,9 @@ Outputs: TypeAlias = "str | Sequence[str] | Callable[..., Any] | None"
 def find_axes(model: nn.Module, example_inputs: Inputs, *, outputs: Outputs = None) -> Axes:
     """Finds which neurons a model has, what is coupled to each, and what cannot be removed and why.
 
-    The forward is run twice on ``example_inputs``, in evaluation and in training mode, without gradients; parameters,
-    buffers, flags, attributes and random states are as before afterwards. Fake and meta tensors work alike.
+    The forward is run on ``example_inputs`` in evaluation mode, and in training mode too where its code asks for the
+    mode, without gradients; parameters, buffers, flags, attributes and random states are as before afterwards. Fake and
+    meta tensors work alike.
 
     Args:
         model: Any module.
@@ -63,7 +66,6 @@ def find_axes(model: nn.Module, example_inputs: Inputs, *, outputs: Outputs = No
     if not isinstance(model, nn.Module):
         raise ArgumentTypeError(f"model must be a torch.nn.Module, not {type(model).__name__}.")
     trace = Trace(members_of(model))
-    readings: list[Any] = []
     try:
         with ExitStack() as borrowed:
             for context in (
@@ -76,33 +78,29 @@ def find_axes(model: nn.Module, example_inputs: Inputs, *, outputs: Outputs = No
                 borrowed.enter_context(context)
             trace.inputs(leaf for leaf in tree_iter(batches.normalize(example_inputs)) if isinstance(leaf, Tensor))
             _freeze_scripted(model, trace)
-            for training in (False, True):
-                watch = Watch(model, trace)
-                trace.counting = not training
-                if _run(model.train(training), example_inputs, trace, watch, outputs, must=not training):
-                    readings = readings or watch.readings
+            with modes_watched() as modes:
+                watch = Watch(model, trace, modes)
+                trace.counting = True
+                _run(model.eval(), example_inputs, trace, watch, outputs)
+                trace.counting = False
+            if modes.differ:
+                with contextlib.suppress(ForwardError):  # as batch norm fails in training mode on a single sample
+                    _run(model.train(), example_inputs, trace, Watch(model, trace, modes), outputs)
         trace.ledger.is_open = False
-        return Axes(model, trace, readings)
+        return Axes(model, trace, watch.readings)
     finally:
         trace.ledger.is_open = False
         trace.forget()
 
 
-def _run(model: nn.Module, inputs: Inputs, trace: Trace, watch: Watch, outputs: Outputs, *, must: bool) -> bool:
-    """Runs the forward once; one in training mode may fail, as batch norm does on a single sample."""
-    try:
-        with remembered(model, trace.ledger), remembering_functions(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # such as those that a run without gradients alone gives
-            with trace, watch:
-                result = batches.call(model, inputs)
-            for tensor in counted_outputs(result, outputs):
-                for dim in trace.dims(tensor):
-                    freeze(dim.layout, "is a dimension of the model's output")
-    except ForwardError:
-        if must:
-            raise
-        return False
-    return True
+def _run(model: nn.Module, inputs: Inputs, trace: Trace, watch: Watch, outputs: Outputs) -> None:
+    with remembered(model, trace.ledger), remembering_functions(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # such as those that a run without gradients alone gives
+        with trace, watch:
+            result = batches.call(model, inputs)
+        for tensor in counted_outputs(result, outputs):
+            for dim in trace.dims(tensor):
+                freeze(dim.layout, "is a dimension of the model's output")
 
 
 def counted_outputs(result: Any, outputs: Outputs) -> list[Tensor]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import operator
 import sys
 import types
 from collections import OrderedDict
@@ -33,8 +34,7 @@ def remembered(model: nn.Module, ledger: Ledger) -> Iterator[None]:
     with attributes_given_back(model):
         try:
             for name, module in model.named_modules():
-                loan.attributes(module.__dict__, (name,), _DEPTH)
-                loan.class_integers(module, name)
+                loan.module(module, name)
             yield
         finally:
             loan.give_back()
@@ -43,17 +43,21 @@ def remembered(model: nn.Module, ledger: Ledger) -> Iterator[None]:
 @contextmanager
 def attributes_given_back(model: nn.Module) -> Iterator[None]:
     """Undoes what a forward does to attributes, and to containers and configurations reached from them."""
-    kept = [(held, held.copy() if held else None) for held in _holders(model)]
+    kept, empty = _holders(model)
     try:
         yield
     finally:
+        for held in empty:
+            if held:
+                held.clear()
         for held, before in reversed(kept):
             _refill(held, before)
 
 
-def _holders(model: nn.Module) -> list[Any]:
-    """Every dict of attributes, dict, list and set reached from modules, each once."""
-    found: list[Any] = []
+def _holders(model: nn.Module) -> tuple[list[tuple[Any, Any]], list[Any]]:
+    """Every dict of attributes, dict, list and set reached from modules, each once: with a copy, or empty."""
+    kept: list[tuple[Any, Any]] = []
+    empty: list[Any] = []
     seen: set[int] = set()
     waiting: list[tuple[Any, int]] = [(module.__dict__, _DEPTH) for module in model.modules()]
     while waiting:
@@ -62,28 +66,39 @@ def _holders(model: nn.Module) -> list[Any]:
             if id(value) in seen:
                 continue
             seen.add(id(value))
-            found.append(value)
-        if depth:
-            for item in value.values() if isinstance(value, dict) else value:
-                if item is None or type(item) in _SIMPLE or type(item) is int or isinstance(item, _OPAQUE):
-                    continue
-                if isinstance(item, (dict, list, tuple, set)):
+            if not value:
+                empty.append(value)
+                continue
+            kept.append((value, value.copy()))
+        if not depth:
+            continue
+        for item in value.values() if isinstance(value, dict) else value:
+            kind = type(item)
+            if kind in _SIMPLE or kind is int:
+                continue
+            if kind is dict or kind is OrderedDict or kind is set or kind is list:
+                if item:
                     waiting.append((item, depth - 1))
-                elif _is_configuration(item):
-                    waiting.append((item.__dict__, depth - 1))
-    return found
+                else:
+                    empty.append(item)
+            elif isinstance(item, _OPAQUE):
+                continue
+            elif isinstance(item, (dict, list, tuple, set)):
+                waiting.append((item, depth - 1))
+            elif _is_configuration(item):
+                waiting.append((item.__dict__, depth - 1))
+    return kept, empty
 
 
 def _refill(container: Any, before: Any) -> None:
-    if before is None:  # it was empty
-        if container:
-            container.clear()
-    elif isinstance(container, list):
-        if len(container) != len(before) or any(now is not then for now, then in zip(container, before, strict=True)):
+    if isinstance(container, list):
+        if len(container) != len(before) or not all(map(operator.is_, container, before)):
             container[:] = before
     elif isinstance(container, dict):
-        if list(container) != list(before) or any(container[key] is not before[key] for key in before):
+        if container.keys() != before.keys() or list(container) != list(before):
             container.clear()
+            container.update(before)
+        elif not all(map(operator.is_, container.values(), before.values())):
             container.update(before)
     elif container != before:
         container.clear()
@@ -109,6 +124,26 @@ class _Loan:
         for step in reversed(self.undo):
             step()
 
+    def module(self, module: nn.Module, name: str) -> None:
+        """Lends the integers of a module and its class; its own attributes are put back together, from their copy."""
+        held = module.__dict__
+        changed = {}
+        for key, value in held.items():
+            kind = type(value)
+            if kind in _SIMPLE or key in _TORCH_OWN or not isinstance(key, str):
+                continue
+            if kind is int:
+                if value > 1:
+                    changed[key] = self.size(value, (name, key))
+                continue
+            lent = self.lend(value, (name, key), _DEPTH)
+            if lent is not value:
+                changed[key] = lent
+        for key, value in _class_integers(type(module)):
+            if key not in held:
+                changed[key] = self.size(value, (name, key))
+        held.update(changed)
+
     def attributes(self, held: dict[str, Any], path: tuple[str | int, ...], depth: int) -> None:
         for key, value in list(held.items()):
             if not isinstance(key, str) or key in _TORCH_OWN:
@@ -118,12 +153,6 @@ class _Loan:
                 held[key] = lent
                 self.undo.append(functools.partial(held.__setitem__, key, value))
 
-    def class_integers(self, module: nn.Module, name: str) -> None:
-        for key, value in _class_integers(type(module)):
-            if key not in module.__dict__:
-                module.__dict__[key] = self.size(value, (name, key))
-                self.undo.append(functools.partial(module.__dict__.pop, key, None))
-
     def size(self, value: int, path: tuple[str | int, ...]) -> Size:
         return Size(value, Place(path), self.ledger)
 
@@ -132,7 +161,7 @@ class _Loan:
         kind = type(value)
         if kind is int:
             return self.size(value, path) if value > 1 else value
-        if value is None or kind in _SIMPLE or isinstance(value, _OPAQUE):
+        if kind in _SIMPLE or isinstance(value, _OPAQUE):
             return value
         if isinstance(value, tuple):
             return self.entries(value, path, depth)
@@ -190,7 +219,9 @@ class _Loan:
 
 
 _OPAQUE = (torch.Tensor, nn.Module, type, types.ModuleType)
-_SIMPLE = frozenset({bool, float, str, bytes, complex, torch.dtype, torch.device, torch.layout, torch.memory_format})
+_SIMPLE = frozenset(
+    {bool, float, str, bytes, complex, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format}
+)
 
 
 def _library(module: str) -> bool:

@@ -9,13 +9,12 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 
 from netopt.axes.layout import Atom, Layout, freeze, resolve
 from netopt.axes.operation import Dim, Dims, Operation, find_rule
@@ -44,6 +43,25 @@ _QUESTIONS = frozenset(
         "prim::layout",
     ]
 )
+
+
+class _Traits(NamedTuple):
+    """What is to be known of an operation before each of its calls."""
+
+    name: str
+    writes: bool
+    is_question: bool
+    formula: Callable[..., Any] | None
+
+
+_traits: dict[Any, _Traits] = {}
+
+
+def _describe(function: Any) -> _Traits:
+    schema = function._schema
+    cost = formula(function._overloadpacket)
+    found = _traits[function] = _Traits(schema.name, schema.is_mutable, schema.name in _QUESTIONS, cost)
+    return found
 
 
 class Work(NamedTuple):
@@ -139,15 +157,27 @@ class Trace(TorchDispatchMode):
 
     def dims(self, tensor: Tensor) -> Dims:
         """The dimensions of ``tensor``, resolved; a tensor from outside is a constant, whose positions all stay."""
-        known = self._known(tensor)
+        return self._resolved(tensor, self._met(tensor))
+
+    def _met(self, tensor: Tensor) -> _Known:
+        """What is known of a tensor that an operation reads."""
+        known = tensor.__dict__.get(self._note)
         if known is None:
             dims = [Dim(Atom(size, f"meets a constant tensor, at {self.where()}" if size > 1 else None))
                     for size in tensor.shape]  # fmt: skip
             known = self._learn(tensor, dims, data=False, source=None, mark=True)
-        if known.source is not None:
+        elif known.source is not None:
             self.touched.add(known.source)
-        clean = not self._dirty or _storage(tensor) not in self._dirty
-        known.dims = [Dim(resolve(layout), zero and clean) for layout, zero in known.dims]
+        return known
+
+    def _resolved(self, tensor: Tensor, known: _Known) -> Dims:
+        if self._dirty and _storage(tensor) in self._dirty:
+            known.dims = [Dim(resolve(layout), False) for layout, _ in known.dims]
+            return known.dims
+        for layout, _ in known.dims:
+            if layout.__class__ is not Atom or layout.bound is not None:  # by far the most are settled
+                known.dims = [Dim(resolve(layout), zero) for layout, zero in known.dims]
+                break
         return known.dims
 
     def depends_on_data(self, tensor: Tensor) -> bool:
@@ -179,7 +209,7 @@ class Trace(TorchDispatchMode):
 
     def _learn(self, tensor: Tensor, dims: Dims, *, data: bool, source: str | None, mark: bool = False) -> _Known:
         known = _Known(dims, data=data, source=source)
-        setattr(tensor, self._note, known)
+        tensor.__dict__[self._note] = known
         if mark:
             self._marked.append(tensor)
         return known
@@ -188,63 +218,87 @@ class Trace(TorchDispatchMode):
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Runs one operation and lets its rule speak."""
-        kwargs = kwargs or {}
-        name = function._schema.name
-        if name in _QUESTIONS:
+        if kwargs is None:
+            kwargs = {}
+        traits = _traits.get(function) or _describe(function)
+        if traits.is_question:
             return function(*args, **kwargs)
-        tensors = _tensors_in((args, kwargs), [])
-        for tensor in tensors:
-            self.dims(tensor)
-        if function._schema.is_mutable:
+        tensors = _tensors_in(args, [])
+        if kwargs:
+            _tensors_in(kwargs.values(), tensors)
+        known = [self._met(tensor) for tensor in tensors]
+        if traits.writes:
             self._save(tensors)
         out = function(*args, **kwargs)
         self.operations += 1
-        outs = _tensors_in((out,), [])
+        outs = [out] if isinstance(out, Tensor) else _tensors_in((out,), [])
         if outs:
-            self._state(function, name, args, kwargs, tensors, out, outs)
-            if self.counting:
-                self._note_work(function, args, kwargs, outs)
+            self._state(traits, args, kwargs, tensors, known, out, outs)
+            if self.counting and traits.formula is not None:
+                self._note_work(traits.formula, args, kwargs, outs)
         return out
 
     def _state(
-        self, function: Any, name: str, args: Any, kwargs: Any, tensors: list[Tensor], out: Any, outs: list[Tensor]
+        self,
+        traits: _Traits,
+        args: Any,
+        kwargs: Any,
+        tensors: list[Tensor],
+        known: list[_Known],
+        out: Any,
+        outs: list[Tensor],
     ) -> None:
-        op = Operation(self, name, tensors, out)
-        speak = find_rule(name)
-        kwargs.pop("out", None)
+        op = Operation(self, traits.name, tensors, out)
+        speak = find_rule(traits.name)
+        if kwargs:
+            kwargs.pop("out", None)
         if speak is None:
             self._refuse(op)
             answer: Any = None
         else:
             answer = speak(op, *args, **kwargs)
-        lists = answer if isinstance(answer, tuple) else (answer,) * len(outs) if len(outs) == 1 else (answer,)
-        known = [self._known(tensor) for tensor in tensors]
-        data = any(one is not None and one.data for one in known)
-        source = None if data else next((one.source for one in known if one is not None and one.source), None)
+        data, source = False, None
+        for one in known:
+            if one.data:
+                data = True
+            elif source is None:
+                source = one.source
+        lists = answer if isinstance(answer, tuple) else (answer,)
         for index, tensor in enumerate(outs):
             dims = lists[index] if index < len(lists) else None
             written = self._known(tensor)
             if dims is None:
                 if speak is None or written is None or len(written.dims) != tensor.dim():
-                    why = f"reaches {name}, which has no rule, at {self.where()}" if speak is None else None
-                    dims = [Dim(Atom(size, why)) for size in tensor.shape]
+                    why = f"reaches {traits.name}, which has no rule, at {self.where()}" if speak is None else None
+                    dims = [Dim(Atom(size), False) if why is None else Dim(Atom(size, why)) for size in tensor.shape]
                 else:
                     dims = written.dims
-            dims = [dim if isinstance(dim, Dim) else Dim(dim) for dim in dims]
-            self._check(name, tensor, dims)
-            self._note_write(function, tensor, tensors, dims)
-            origin = written.source if written is not None and written.source else source
-            self._learn(tensor, dims, data=data or bool(written and written.data), source=origin)
+            dims = [dim if dim.__class__ is Dim else Dim(dim) for dim in dims]
+            if [dim[0].size for dim in dims] != list(tensor.shape):
+                self._disagree(traits.name, tensor, dims)
+            origin = None if data else source
+            if written is not None:
+                origin = written.source or origin
+                if traits.writes:
+                    self._note_write(tensor, tensors, written.dims, dims)
+            self._learn(tensor, dims, data=data or (written is not None and written.data), source=origin)
 
-    def _note_work(self, function: Any, args: Any, kwargs: Any, outs: list[Tensor]) -> None:
-        cost = formula(function._overloadpacket)
-        if cost is not None:
-            result = self._layouts(outs[0]) if len(outs) == 1 else tuple(map(self._layouts, outs))
-            given = tree_map_only(Tensor, self._layouts, (args, kwargs))
-            self.work.append(Work(cost, given[0], given[1], result))
+    def _note_work(self, cost: Callable[..., Any], args: Any, kwargs: Any, outs: list[Tensor]) -> None:
+        result = self._layouts(outs[0]) if len(outs) == 1 else tuple(map(self._layouts, outs))
+        self.work.append(Work(cost, self._as_layouts(args), self._as_layouts(kwargs), result))
+
+    def _as_layouts(self, value: Any) -> Any:
+        """Arguments with every tensor as the layouts of its dimensions."""
+        if isinstance(value, Tensor):
+            return self._layouts(value)
+        if isinstance(value, (tuple, list)):
+            return type(value)([self._as_layouts(one) for one in value])
+        if isinstance(value, dict):
+            return {key: self._as_layouts(one) for key, one in value.items()}
+        return value
 
     def _layouts(self, tensor: Tensor) -> tuple[Layout, ...]:
-        return tuple(dim.layout for dim in self.dims(tensor))
+        return tuple([dim.layout for dim in self.dims(tensor)])
 
     def _refuse(self, op: Operation) -> None:
         self.unknown.add(op.name)
@@ -260,20 +314,16 @@ class Trace(TorchDispatchMode):
             if key in self._stored and key not in self._saved:
                 self._saved[key] = (self._stored[key], self._stored[key].detach().clone())
 
-    def _check(self, name: str, tensor: Tensor, dims: Dims) -> None:
+    def _disagree(self, name: str, tensor: Tensor, dims: Dims) -> NoReturn:
         sizes = tuple(dim.size for dim in dims)
-        if sizes != tuple(tensor.shape):
-            raise TraceError(f"the rule of {name} gives sizes {sizes} to a result of shape {tuple(tensor.shape)}.")
+        raise TraceError(f"the rule of {name} gives sizes {sizes} to a result of shape {tuple(tensor.shape)}.")
 
-    def _note_write(self, function: Any, tensor: Tensor, tensors: list[Tensor], dims: Dims) -> None:
+    def _note_write(self, tensor: Tensor, tensors: list[Tensor], before: Dims, after: Dims) -> None:
         """After a write of what need not be zero, nothing in that storage is known to be zero any more."""
-        if function._schema.is_mutable and any(tensor is one for one in tensors):
-            before = self._known(tensor)
-            if before is not None and any(
-                old.zero and not new.zero for old, new in zip(before.dims, dims, strict=True) if old.size > 1
-            ):
-                key = _storage(tensor)
-                self._dirty[key] = tensor  # kept alive, so that its address is not reused
+        if any(tensor is one for one in tensors) and any(
+            old.zero and not new.zero for old, new in zip(before, after, strict=True) if old.size > 1
+        ):
+            self._dirty[_storage(tensor)] = tensor  # kept alive, so that its address is not reused
 
 
 def _tensors_in(values: Iterable[Any], found: list[Tensor]) -> list[Tensor]:

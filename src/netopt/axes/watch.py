@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_iter
 
 from netopt.axes.layout import Layout, freeze, mark_inexact, split_concat
+from netopt.axes.modes import Modes
 from netopt.axes.sizes import Condition, Extent, Scalar, Size, caller
 from netopt.axes.trace import Trace
 from netopt.calls import Call, CallNames
@@ -38,42 +39,44 @@ class Reading(NamedTuple):
 class Watch(CallNames):
     """Sees every torch call of one traced forward."""
 
-    def __init__(self, model: nn.Module, trace: Trace) -> None:
+    def __init__(self, model: nn.Module, trace: Trace, modes: Modes) -> None:
         super().__init__(model)
         self.trace = trace
+        self.modes = modes
         self.readings: list[Reading] = []
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Runs one call, with room for what its operations note."""
+        """Runs one call, with room for what its operations note, and turns its integers into equations."""
+        if kwargs is None:
+            kwargs = {}
         trace = self.trace
-        trace.asked.clear()
+        if trace.asked:
+            trace.asked.clear()
         trace.groups = None
+        name = getattr(function, "__name__", "")
+        treatment = _TREATMENTS.get(name) or _treatment(name)
         trace.in_call = True
         try:
-            if getattr(function, "__name__", "") in _FUSED:
+            if treatment.fused:
                 with _step_by_step():
-                    return super().__torch_function__(function, types, args, kwargs)
-            return super().__torch_function__(function, types, args, kwargs)
+                    result = function(*args, **kwargs)
+            else:
+                result = function(*args, **kwargs)
         finally:
             trace.in_call = False
-
-    def on_call(
-        self, call: Call, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
-    ) -> Any:
-        """Turns the integers of one call into equations."""
-        name = call.function
-        if name in _SHAPES:
-            return _SHAPES[name](self, function, args, kwargs, result)
-        if name in _CONTRACTIONS:
-            self._note_readings(call, args, kwargs)
-        speak = _SPEAKERS.get(name)
-        if speak is not None:
-            speak(self, args, kwargs, result)
-        elif self.trace.asked:
+        if treatment.answer is not None:
+            return treatment.answer(self, function, args, kwargs, result)
+        if treatment.contracts:
+            self._note_readings(self.name_of(name), args, kwargs)
+        if treatment.speak is not None:
+            treatment.speak(self, args, kwargs, result)
+        elif trace.asked:
             self._explain(name, args, kwargs)
-        self.note_numbers(args, kwargs, Scalar if name in _NO_NUMBERS else (Size, Scalar))
+        self.note_numbers(args, kwargs, treatment.numbers)
+        if treatment.modal:
+            self.modes.differ = True
         return result
 
     def size(self, value: int, layout: Layout) -> int:
@@ -105,11 +108,15 @@ class Watch(CallNames):
             ):  # else C++ follows the tensors
                 freeze(layout, f"has a size that {name} computes at {self.trace.where()}")
 
-    def note_numbers(self, args: tuple[Any, ...], kwargs: dict[str, Any], kinds: Any) -> None:
+    def note_numbers(self, args: tuple[Any, ...], kwargs: dict[str, Any], kinds: frozenset[type]) -> None:
         """Notes sizes used as numbers: the result then depends on how many neurons there are."""
-        for value in _numbers((args, kwargs)) if kinds is not Scalar else (*args, *kwargs.values()):
-            if isinstance(value, kinds) and self.trace.ledger.knows(value):
-                self.trace.ledger.numbers.append((value, self.trace.where()))
+        for value in (*args, *kwargs.values()) if kwargs else args:
+            kind = type(value)
+            if kind in kinds:
+                if value.ledger is self.trace.ledger:
+                    self.trace.ledger.numbers.append((value, self.trace.where()))
+            elif kinds is _BOTH and isinstance(value, (tuple, list, dict)):
+                self.note_numbers(tuple(value.values() if isinstance(value, dict) else value), {}, kinds)
 
     def _note_readings(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tensors = list(args) + [kwargs[key] for key in _OPERANDS.get(call.function, ()) if key in kwargs]
@@ -141,18 +148,6 @@ def _plain(number: int) -> int:
 
 def _weight_dim(tensors: Sequence[Any]) -> int:
     return tensors[1].dim() if len(tensors) > 1 and isinstance(tensors[1], Tensor) else -1
-
-
-def _numbers(value: Any) -> Iterator[Any]:
-    """The numbers with an origin among arguments, in lists and tuples too."""
-    if isinstance(value, (Size, Scalar)):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _numbers(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _numbers(item)
 
 
 def _integers(value: Any) -> list[int]:
@@ -313,7 +308,7 @@ def _strides(watch: Watch, args: Any, kwargs: Any, result: Any) -> None:
 def _fill(watch: Watch, args: Any, kwargs: Any, result: Any) -> None:
     sizes_first = 1 if args and isinstance(args[0], Tensor) else 0
     _given_sizes(sizes_first)(watch, args[: sizes_first + 1], kwargs, result)
-    watch.note_numbers(args[sizes_first + 1 :], {"fill_value": kwargs.get("fill_value")}, (Size, Scalar))
+    watch.note_numbers(args[sizes_first + 1 :], {"fill_value": kwargs.get("fill_value")}, _BOTH)
 
 
 def _lstm(watch: Watch, args: Any, kwargs: Any, result: Any) -> None:
@@ -432,6 +427,8 @@ _SPEAKERS: dict[str, Callable[..., None]] = {
 }
 
 _FUSED = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
+# Calls that torch's own layers make in both modes, with another rule in training: what they drop is no zero.
+_MODAL = frozenset({"alpha_dropout", "alpha_dropout_", "feature_alpha_dropout", "feature_alpha_dropout_"})
 
 # Arguments of a call that are contracted over, and along which dimension.
 _CONTRACTIONS: dict[str, tuple[tuple[int, int], ...]] = {
@@ -499,3 +496,32 @@ _NO_NUMBERS = frozenset(_SPEAKERS) | frozenset(
         "interpolate",
     ]
 )
+
+_BOTH: frozenset[type] = frozenset({Size, Scalar})
+_FLOATING: frozenset[type] = frozenset({Scalar})
+
+
+class _Treatment(NamedTuple):
+    """What is to be done about the calls of one name."""
+
+    answer: Callable[..., Any] | None
+    contracts: bool
+    speak: Callable[..., None] | None
+    numbers: frozenset[type]
+    fused: bool
+    modal: bool
+
+
+_TREATMENTS: dict[str, _Treatment] = {}
+
+
+def _treatment(name: str) -> _Treatment:
+    found = _TREATMENTS[name] = _Treatment(
+        answer=_SHAPES.get(name),
+        contracts=name in _CONTRACTIONS,
+        speak=_SPEAKERS.get(name),
+        numbers=_FLOATING if name in _NO_NUMBERS else _BOTH,
+        fused=name in _FUSED,
+        modal=name in _MODAL,
+    )
+    return found

@@ -43,8 +43,7 @@ def _affine_zero(op: Operation, weight: Any, bias: Any) -> bool:
 def batch_norm(op: Operation, tensor: Tensor, weight: Any, bias: Any, *stats: Any, **kwargs: Any) -> Any:
     """Statistics over everything but dimension 1, taken of this very tensor in training or where none are kept."""
     dims = list(op.dims(tensor))
-    if next((value for value in stats if isinstance(value, bool)), False):
-        op.inexact([dims[0], *dims[2:]], "is normalised over by batch_norm")
+    op.inexact([dims[0], *dims[2:]], "is normalised over by batch_norm")
     _per_channel(op, dims[1], [weight, bias, *stats])
     running = [stat for stat in stats[:1] if isinstance(stat, Tensor)]
     zero = _affine_zero(op, weight, bias)

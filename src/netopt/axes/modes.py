@@ -1,0 +1,83 @@
+"""Whether a forward does something else in training mode.
+
+A model says so by reading the flag ``training`` of a module. While a forward runs, every reading is noticed; those by
+torch's own layers do not count where the flag is only handed on to an operation whose rule holds in both modes.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+_lock = threading.RLock()
+_LAYERS = Path(torch.nn.modules.__file__).parent
+# Files whose layers hand the flag to dropout, to batch norm or to a recurrent kernel, and do nothing else with it.
+_HANDING_ON = frozenset(
+    str(_LAYERS / f"{name}.py") for name in ("activation", "batchnorm", "dropout", "rnn", "transformer")
+)
+
+
+class Modes:
+    """What was noticed.
+
+    Attributes:
+        differ: Whether the forward may do something else in training mode.
+    """
+
+    def __init__(self) -> None:
+        self.differ = False
+
+
+class _WatchedFlag:
+    """Stands in for the flag of all modules; the flags themselves stay where they are."""
+
+    def __init__(self, modes: Modes) -> None:
+        self._modes = modes
+
+    def __get__(self, module: nn.Module | None, owner: type | None = None) -> Any:
+        if module is None:
+            return self
+        if not self._modes.differ and sys._getframe(1).f_code.co_filename not in _HANDING_ON:
+            self._modes.differ = True
+        try:
+            return module.__dict__["training"]
+        except KeyError:
+            raise AttributeError("training") from None
+
+    def __set__(self, module: nn.Module, value: bool) -> None:
+        module.__dict__["training"] = value
+
+
+@contextmanager
+def modes_watched() -> Iterator[Modes]:
+    """Notices who reads the flag of a module, until left.
+
+    Example:
+        >>> layer = nn.Dropout()
+        >>> with modes_watched() as modes:
+        ...     _ = layer(torch.ones(2))
+        >>> modes.differ
+        False
+        >>> with modes_watched() as modes:
+        ...     _ = layer.training
+        >>> modes.differ
+        True
+    """
+    modes = Modes()
+    with _lock:
+        before = vars(nn.Module).get("training")
+        nn.Module.training = _WatchedFlag(modes)  # type: ignore[assignment]
+        try:
+            yield modes
+        finally:
+            if before is None:
+                del nn.Module.training
+            else:
+                nn.Module.training = before
