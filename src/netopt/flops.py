@@ -6,6 +6,7 @@ multiply-accumulate. A formula takes shapes, so it can be asked what an operatio
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any, TypeAlias
@@ -69,4 +70,13 @@ def formula(operation: Any) -> Callable[..., Any] | None:
         48
     """
     found = EXTRA.get(operation)
-    return found if found is not None else flop_registry.get(operation)
+    if found is not None:
+        return found
+    registered = flop_registry.get(operation)
+    # Torch wraps most of its formulas to take tensors; given shapes, that is half of the time they need.
+    plain = getattr(registered, "__wrapped__", None)
+    return registered if plain is None else functools.partial(_of_shapes, plain)
+
+
+def _of_shapes(plain: Callable[..., int], *args: Any, out_val: Any = None, **kwargs: Any) -> int:
+    return plain(*args, out_shape=out_val, **kwargs)

@@ -76,7 +76,12 @@ def cost(model: nn.Module, inputs: Inputs | None = None) -> Cost:
         Cost(params=16, nonzero=16, bytes=64, macs=12)
     """
     macs = None if inputs is None else count_macs(model, inputs)
-    return Cost(count_parameters(model), nonzero_parameters(model), size_bytes(model), macs)
+    params = bytes_ = nonzero = 0
+    for parameter, mask in _parameters(model):
+        params += parameter.numel()
+        bytes_ += parameter.nbytes
+        nonzero += _nonzero(parameter.detach(), mask)
+    return Cost(params, nonzero, bytes_ + sum(buffer.nbytes for buffer in model.buffers()), macs)
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -93,15 +98,21 @@ def nonzero_parameters(model: nn.Module) -> int:
         >>> nonzero_parameters(layer)
         10
     """
-    total, seen = 0, set()
+    return sum(_nonzero(parameter.detach(), mask) for parameter, mask in _parameters(model))
+
+
+def _parameters(model: nn.Module) -> Iterator[tuple[nn.Parameter, Tensor | None]]:
+    """Each parameter once, with the mask that ``torch.nn.utils.prune`` put on it."""
+    seen: set[int] = set()
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is None or id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            mask = module._buffers.get(name.removesuffix("_orig") + "_mask") if name.endswith("_orig") else None
-            total += _nonzero(parameter.detach(), mask)
-    return total
+            yield (
+                parameter,
+                module._buffers.get(name.removesuffix("_orig") + "_mask") if name.endswith("_orig") else None,
+            )
 
 
 def size_bytes(model: nn.Module) -> int:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from netopt.axes.counts import Counts
-from netopt.axes.layout import LAYOUTS, Atom, Layout, atoms, count, freeze, mark_inexact
+from netopt.axes.layout import LAYOUTS, Atom, Layout, atoms, count, freeze, mark_inexact, resolve
 from netopt.axes.positions import indices, labels
 from netopt.axes.sizes import Extent, leaves
 from netopt.axes.trace import Trace, Work
@@ -117,7 +117,7 @@ class Axes(Sequence[Axis]):
     def __init__(self, model: nn.Module, trace: Trace, readings: Sequence[Any]) -> None:
         self._tensors = {name: tuple(tensor.shape) for name, tensor in trace.members.items()}
         self._dims: dict[str, tuple[Layout, ...]] = {
-            name: tuple(dim.layout for dim in _peek(trace, tensor)) for name, tensor in trace.members.items()
+            name: tuple([resolve(dim.layout) for dim in _peek(trace, tensor)]) for name, tensor in trace.members.items()
         }
         self._makes = dict(trace.makes)
         self._pointers = dict(trace.pointers)
@@ -297,11 +297,14 @@ class Axes(Sequence[Axis]):
     def members(self, axis: Axis) -> list[tuple[str, int, Tensor]]:
         """For each appearance of ``axis``: tensor name, dimension, and the axis's position at each index (-1: none)."""
         group = self._groups[axis.name]
-        return [
-            (member.tensor, member.dim, found)
-            for member in axis.members
-            for found in labels(self._dims[member.tensor][member.dim], group.atoms)
-        ]
+        known: dict[Layout, list[Tensor]] = {}
+        found = []
+        for tensor, dim in axis.members:
+            layout = self._dims[tensor][dim]
+            if layout not in known:
+                known[layout] = labels(layout, group.atoms)
+            found += [(tensor, dim, positions) for positions in known[layout]]
+        return found
 
     def feasible(self, counts: Mapping[str, int]) -> dict[str, int]:
         """The counts nearest to those wanted that satisfy every equation between the model's integers.
@@ -330,10 +333,15 @@ class Axes(Sequence[Axis]):
         """
         chosen = self._chosen(kept)
         result: dict[str, dict[int, Tensor]] = {}
+        # Dimensions with one layout share one tensor of indices; most layouts are one atom.
+        known: dict[Layout, Tensor | None] = {}
         for name, dims in self._dims.items():
             for dim, layout in enumerate(dims):
-                if any(atom in chosen for atom in atoms(layout)):
-                    result.setdefault(name, {})[dim] = indices(layout, chosen)
+                if layout not in known:
+                    known[layout] = indices(layout, chosen) if any(atom in chosen for atom in atoms(layout)) else None
+                left = known[layout]
+                if left is not None:
+                    result.setdefault(name, {})[dim] = left
         return result
 
     def attribute_values(self, counts: Mapping[str, int]) -> list[Assignment]:
@@ -416,11 +424,11 @@ def work_of(work: Work, sizes: dict[Atom, int]) -> int:
     """What an operation costs once atoms have these sizes."""
 
     def shape(value: Any) -> Any:
-        if isinstance(value, tuple) and value and all(isinstance(one, LAYOUTS) for one in value):
-            return tuple(count(one, sizes) for one in value)
-        if isinstance(value, (tuple, list)):
-            return type(value)(shape(one) for one in value)
-        return value
+        if not isinstance(value, (tuple, list)) or not value:
+            return value
+        if isinstance(value[0], LAYOUTS):
+            return tuple([count(one, sizes) for one in value])
+        return type(value)([shape(one) for one in value])
 
     named = {name: shape(value) for name, value in work.kwargs.items()}
     return work.formula(*shape(work.args), **named, out_val=shape(work.result))

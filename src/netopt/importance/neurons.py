@@ -129,6 +129,7 @@ def neuron_scores(
     values = _values(model, {name for axis in sizes for name, _, _ in members[axis]})
     if chosen.of == "weights" and not chosen.needs:
         return NeuronScores(_streamed(chosen, values, members, sizes, progress=progress))
+    _check_finite(values)
     if chosen.of == "weights":
         wanted = {name: place for name, place in places(model).items() if name in values and _floating(place.parameter)}
         elementwise = scores(model, data, chosen, loss_fn=loss_fn, wanted=wanted, progress=progress)
@@ -164,10 +165,13 @@ def _streamed(
 ) -> dict[str, Tensor]:
     """Scores of a criterion that judges each weight by itself: one tensor of scores exists at a time."""
     totals = {name: torch.zeros(size, dtype=torch.float64) for name, size in sizes.items()}
-    readers: dict[str, list[tuple[str, Member]]] = {}
-    for axis in sizes:
-        for member in members[axis]:
-            readers.setdefault(_bare(member[0]), []).append((axis, member))
+    readers: dict[str, list[tuple[str, int, Tensor | None]]] = {}
+    for axis, size in sizes.items():
+        whole: dict[int, Tensor | None] = {}  # most dimensions are the axis itself, position by position
+        for tensor, dim, positions in members[axis]:
+            if id(positions) not in whole:
+                whole[id(positions)] = None if torch.equal(positions, torch.arange(size)) else positions
+            readers.setdefault(_bare(tensor), []).append((axis, dim, whole[id(positions)]))
     for name, value in tqdm(values.items(), desc="importance", disable=not progress, leave=False):
         score = chosen(Evidence(name, value, {}))
         if not isinstance(score, Tensor):
@@ -176,8 +180,11 @@ def _streamed(
             raise ShapeMismatchError(
                 f"the score of {name!r} has shape {tuple(score.shape)} and the weight {tuple(value.shape)}."
             )
-        for axis, (_, dim, positions) in readers.get(name, ()):
-            totals[axis] += _total([(score, dim, positions)], sizes[axis])
+        for axis, dim, positions in readers.get(name, ()):
+            sums = over_others(score, dim)
+            totals[axis] += sums.cpu() if positions is None else gather(sums, positions, sizes[axis])
+    if totals and not bool(torch.isfinite(torch.cat([*totals.values()]).sum())):
+        _check_finite(values)
     return {name: _checked(one, name, sizes[name]) for name, one in totals.items()}
 
 
@@ -278,10 +285,13 @@ def _values(model: nn.Module, wanted: set[str]) -> dict[str, Tensor]:
     """Values of the floating parameters named, zero where masked, by the name without masks."""
     bare = {_bare(name) for name in wanted}
     found = {name: place for name, place in places(model).items() if name in bare and _floating(place.parameter)}
-    for name, place in found.items():
-        if not _is_finite(place.parameter.detach()):
-            raise NonFiniteError(f"the weight {name!r} holds NaN or infinity; repair it, or exclude it.")
     return {name: place.value for name, place in found.items()}
+
+
+def _check_finite(values: Mapping[str, Tensor]) -> None:
+    for name, value in values.items():
+        if not _is_finite(value):
+            raise NonFiniteError(f"the weight {name!r} holds NaN or infinity; repair it, or exclude it.")
 
 
 def _is_finite(tensor: Tensor) -> bool:

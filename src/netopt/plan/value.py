@@ -11,7 +11,7 @@ import html
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -84,8 +84,9 @@ class Plan:
     unsaved: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        seen: dict[int, tuple[Any, Tensor]] = {}
         tensors = {
-            name: MappingProxyType({int(dim): _indices(kept, name, dim) for dim, kept in sorted(dims.items())})
+            name: MappingProxyType({int(dim): _indices(kept, name, dim, seen) for dim, kept in sorted(dims.items())})
             for name, dims in sorted(self.tensors.items())
             if dims
         }
@@ -275,7 +276,9 @@ class Plan:
 
     def with_prediction(self, predicted: Mapping[str, int]) -> Plan:
         """The same plan with sizes before and after."""
-        return replace(self, predicted=predicted)
+        plan = object.__new__(Plan)
+        plan.__dict__.update(self.__dict__, predicted=MappingProxyType(dict(predicted)))
+        return plan
 
     def to_dict(self) -> dict[str, Any]:
         """The plan in what JSON knows; indices are ranges or bitmaps, whichever is shorter, and stored once."""
@@ -412,14 +415,16 @@ class Plan:
 
 def shapes_of(model: nn.Module, also: Iterable[str] = ()) -> dict[str, tuple[int, ...]]:
     """Shapes of the model's parameters by the names they have without masks, and of the buffers named in ``also``."""
+    parameters, buffers = surgery.named_parameters_and_buffers(model)
     shapes = {}
-    for name, tensor in model.named_parameters(remove_duplicate=False):
-        bare = name.removesuffix("_orig")
-        masked = bare != name and surgery.find_tensor(model, f"{bare}_mask") is not None
-        shapes[bare if masked else name] = tuple(tensor.shape)
+    for name, tensor in parameters.items():
+        masked = name.endswith("_orig") and surgery.find_tensor(model, f"{name.removesuffix('_orig')}_mask") is not None
+        shapes[name.removesuffix("_orig") if masked else name] = tuple(tensor.shape)
     for name in also:
-        if name not in shapes and (tensor := surgery.find_tensor(model, name)) is not None:
-            shapes[name] = tuple(tensor.shape)
+        if name not in shapes:
+            found = buffers[name] if name in buffers else surgery.find_tensor(model, name)
+            if found is not None:
+                shapes[name] = tuple(found.shape)
     return shapes
 
 
@@ -427,12 +432,17 @@ def _nothing() -> None:
     """Nothing is left to be done after the changes."""
 
 
-def _indices(kept: Tensor | Sequence[int], name: str, dim: int) -> Tensor:
+def _indices(kept: Tensor | Sequence[int], name: str, dim: int, seen: dict[int, tuple[Any, Tensor]]) -> Tensor:
+    """The kept indices of one dimension, checked; what several dimensions share is checked once and stays shared."""
+    known = seen.get(id(kept))
+    if known is not None:
+        return known[1]
     indices = torch.as_tensor(kept, dtype=torch.int64, device="cpu").detach().clone()
     if indices.dim() != 1 or not len(indices):
         raise InvalidArgumentError(f"dimension {dim} of `{name}` needs a list of one or more kept indices")
     if int(indices[0]) < 0 or bool((indices.diff() <= 0).any()):
         raise InvalidArgumentError(f"the kept indices of dimension {dim} of `{name}` must ascend from 0 or more")
+    seen[id(kept)] = (kept, indices)
     return indices
 
 

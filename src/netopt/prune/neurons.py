@@ -347,7 +347,12 @@ def make_plan(model: nn.Module, axes: Axes, kept: Mapping[str, Tensor]) -> Plan:
         kept: Positions that stay, ascending, by axis name; axes not named keep all.
     """
     less = {name: positions for name, positions in kept.items() if len(positions) < axes[name].size}
-    tensors = _under_all_names(model, axes.tensor_indices(less))
+    names: dict[int, list[str]] = {}
+    for name, tensor in surgery.named_tensors(model).items():
+        names.setdefault(id(tensor), []).append(name)
+    tied = {several[0]: several for several in names.values()}
+    # Under every name a tied tensor has, so that the plan also fits where the tie is not yet made.
+    tensors = {other: cuts for name, cuts in axes.tensor_indices(less).items() for other in tied.get(name, [name])}
     counts = {name: len(positions) for name, positions in less.items()}
     cuts = (AxisCut(name, axes[name].size, kept, axes[name].exact, axes[name].inexact) for name, kept in less.items())
     return Plan(
@@ -364,21 +369,13 @@ def _unsaved(model: nn.Module, names: Iterable[str]) -> Iterator[str]:
     """Those of the tensors named that a saved model may lack."""
     saved: dict[int, str] = {}
     for prefix, module in model.named_modules():
-        start, transient = f"{prefix}." if prefix else "", getattr(module, "_non_persistent_buffers_set", ())
-        for key, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-            if key not in transient:
-                saved.setdefault(id(tensor), f"{start}{key}")
+        start, transient = f"{prefix}." if prefix else "", module._non_persistent_buffers_set
+        for held in (module._parameters, module._buffers):
+            for key, tensor in held.items() if held else ():
+                if tensor is not None and key not in transient:
+                    saved.setdefault(id(tensor), start + key)
     known = set(saved.values())
     yield from (name for name in names if name not in known)
-
-
-def _under_all_names(model: nn.Module, tensors: Mapping[str, Mapping[int, Tensor]]) -> dict[str, Mapping[int, Tensor]]:
-    """The same cuts under every name a tied tensor has, so that they also fit where the tie is not yet made."""
-    names: dict[int, list[str]] = {}
-    for name, tensor in surgery.named_tensors(model).items():
-        names.setdefault(id(tensor), []).append(name)
-    tied = {several[0]: several for several in names.values()}
-    return {other: cuts for name, cuts in tensors.items() for other in tied.get(name, [name])}
 
 
 def _select(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from netopt.errors import PlanMismatchError
 from netopt.surgery.tensors import step_into
@@ -30,14 +30,19 @@ def show(path: Path) -> str:
     return text
 
 
-def read(model: nn.Module, path: Path) -> Any:
+def read(model: nn.Module, path: Path, modules: Mapping[str, nn.Module] | None = None) -> Any:
     """The value at ``path``.
+
+    Args:
+        model: To be looked through.
+        path: Where the value is.
+        modules: Its modules by dotted name, if they are listed already.
 
     Raises:
         PlanMismatchError: The model has nothing there.
     """
     try:
-        holder: Any = model.get_submodule(path[0])
+        holder: Any = model.get_submodule(path[0]) if modules is None else modules[path[0]]
         for step in path[1:]:
             holder = step_into(holder, step)
     except (AttributeError, KeyError, IndexError, StopIteration, TypeError) as error:
@@ -46,19 +51,19 @@ def read(model: nn.Module, path: Path) -> Any:
 
 
 class Assignment:
-    """One value at one path; doing and undoing may be interrupted anywhere and be called again."""
+    """One value at one path, of a module; doing and undoing may be interrupted anywhere and be called again."""
 
-    def __init__(self, model: nn.Module, path: Path, value: Any) -> None:
+    def __init__(self, module: nn.Module, path: Path, value: Any) -> None:
         self.path = path
         self.value = value
-        self._model = model
+        self._module = module
         self._old: Any = _ABSENT
         self._place: tuple[Any, Any] | None = None
         self._was_own = True
 
     def do(self) -> None:
         """Puts the new value in."""
-        holders = [self._model.get_submodule(self.path[0])]
+        holders: list[Any] = [self._module]
         for step in self.path[1:-1]:
             holders.append(step_into(holders[-1], step))
         value: Any = self.value
@@ -156,31 +161,42 @@ QUOTIENTS = (("head_dim", "embed_dim", "num_heads"),)
 
 def stored_under(module: nn.Module, tensor: str) -> str | None:
     """The name below ``module`` of the parameter or buffer behind its attribute ``tensor``."""
-    own = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
     for name in (tensor, f"{tensor}_orig", f"{tensor}_v"):
-        if name in own:
+        if module._parameters.get(name) is not None or module._buffers.get(name) is not None:
             return name
+    if "parametrizations" not in module._modules:
+        return None
     inner = f"parametrizations.{tensor}.original"
     return next((name for name, _ in module.named_parameters() if name in (inner, f"{inner}1")), None)
 
 
 def described(
-    model: nn.Module, shapes: Mapping[str, torch.Size], taken: Collection[Path]
+    modules: Mapping[str, nn.Module],
+    named: Mapping[str, Tensor],
+    shapes: Mapping[str, torch.Size],
+    taken: Mapping[Path, Any],
 ) -> Iterator[tuple[Path, int]]:
     """Describing integers that are true now and will not be once the tensors have these shapes.
 
     Args:
-        model: Before the surgery.
+        modules: Of the model before the surgery, by dotted name; one that has several under each.
+        named: Its parameters and buffers, by dotted name.
         shapes: Shape to come of each tensor that changes, by name.
-        taken: Paths the plan sets itself.
+        taken: Paths the plan sets itself, with what it sets.
     """
-    from_named = dict(model.named_parameters(remove_duplicate=False)) | dict(
-        model.named_buffers(remove_duplicate=False)
-    )
-    for prefix, module in model.named_modules():
-        settled = {path[1] for path in taken if path[0] == prefix}
+    owners = {name.rpartition(".")[0] for name in shapes}
+    owners |= {f".{name}".partition(".parametrizations.")[0].lstrip(".") for name in owners if "parametriz" in name}
+    set_here: dict[Any, set[Any]] = {}
+    for path in taken:
+        set_here.setdefault(path[0], set()).add(path[1])
+    seen: set[int] = set()
+    for prefix, module in modules.items():
+        if id(module) in seen or (prefix not in owners and prefix not in set_here):
+            continue
+        seen.add(id(module))
+        settled = set_here.get(prefix, set()).copy()
         yield from _quotients(module, prefix, taken, settled)
-        for row in DESCRIPTIONS:
+        for row in DESCRIPTIONS if prefix in owners else ():
             said = vars(module).get(row.attribute)
             if type(said) is not int or row.attribute in settled:
                 continue
@@ -189,13 +205,13 @@ def described(
             if name is None or full is None:
                 continue
             dim = row.transposed if row.transposed is not None and getattr(module, "transposed", False) else row.dim
-            was, becomes = from_named[full].shape, shapes[full]
+            was, becomes = named[full].shape, shapes[full]
             if dim is None or dim >= len(was):
                 continue
             factor = getattr(module, "groups", 1) if row.grouped else 1
             if said != was[dim] * factor:
                 continue
-            groups = next((value for path, value in _of(taken, prefix, "groups")), factor) if row.grouped else 1
+            groups = taken.get((prefix, "groups"), factor) if row.grouped else 1
             settled.add(row.attribute)
             if becomes[dim] * groups != said:
                 yield (prefix, row.attribute), becomes[dim] * groups
@@ -210,18 +226,13 @@ def _shrinking(name: str, tensor: str, shapes: Mapping[str, torch.Size]) -> str 
 
 
 def _quotients(
-    module: nn.Module, prefix: str, taken: Collection[Path], settled: Collection[Any]
+    module: nn.Module, prefix: str, taken: Mapping[Path, Any], settled: Collection[Any]
 ) -> Iterator[tuple[Path, int]]:
     for attribute, dividend, divisor in QUOTIENTS:
         own = {name: vars(module).get(name) for name in (attribute, dividend, divisor)}
         known = {name: value for name, value in own.items() if type(value) is int}
         if attribute in settled or len(known) < len(own) or known[attribute] != known[dividend] // known[divisor]:
             continue
-        will = known | {name: value for name in known for _, value in _of(taken, prefix, name)}
+        will = known | {name: taken[prefix, name] for name in known if (prefix, name) in taken}
         if will[dividend] // will[divisor] != known[attribute]:
             yield (prefix, attribute), will[dividend] // will[divisor]
-
-
-def _of(taken: Collection[Path], prefix: str, attribute: str) -> Iterator[tuple[Path, int]]:
-    values = taken.items() if isinstance(taken, Mapping) else ()
-    return ((path, value) for path, value in values if path == (prefix, attribute))

@@ -11,12 +11,13 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.optim import Optimizer
 
 from netopt.errors import PlanMismatchError, ShapeMismatchError
 from netopt.surgery.attributes import Assignment, Path, described, read
 from netopt.surgery.optimizers import as_optimizers, narrowed_states
-from netopt.surgery.tensors import Cuts, Exchange, companions, locate, retire, successor
+from netopt.surgery.tensors import Cuts, Exchange, companions, locate, named_tensors, retire, successor
 
 Result = TypeVar("Result")
 
@@ -127,52 +128,64 @@ def prepare(
     optimizers = as_optimizers(optimizer)
     # Tensors born in inference mode could never be trained again.
     with torch.inference_mode(False), torch.no_grad():
-        cuts, shapes = _collect(model, tensors)
-        replacements = _replacements(cuts, values or {}, scales or {}, model)
+        named = named_tensors(model)
+        cuts, shapes = _collect(model, tensors, named)
+        replacements = _replacements(cuts, values or {}, scales or {}, model, named)
+        modules = dict(model.named_modules(remove_duplicate=False))
         assignments = list(attributes)
         for path, _ in assignments:
-            read(model, path)
-        assignments += described(model, shapes, dict(assignments))
+            read(model, path, modules)
+        assignments += described(modules, named, shapes, dict(assignments))
         changes: list[Change] = [*narrowed_states(optimizers, {id(tensor): (tensor, cut) for tensor, cut in cuts})]
         changes += [Exchange(tensor, new) for tensor, new in replacements]
-        changes += [Assignment(model, path, value) for path, value in assignments]
+        changes += [Assignment(modules[path[0]], path, value) for path, value in assignments]
     return Operation(model, changes)
 
 
-def _collect(model: nn.Module, tensors: Mapping[str, Cuts]) -> tuple[list[tuple[Tensor, Cuts]], dict[str, torch.Size]]:
+def _collect(
+    model: nn.Module, tensors: Mapping[str, Cuts], named: Mapping[str, Tensor]
+) -> tuple[list[tuple[Tensor, Cuts]], dict[str, torch.Size]]:
     """Each tensor once with its cuts, however many names it has; and the shape to come under every name."""
     found: dict[int, tuple[Tensor, Cuts, str]] = {}
+    last: dict[int, int] = {}
     for name, cuts in tensors.items():
-        place = locate(model, name)
+        place = locate(model, name, named)
         if place is None:
             continue
         stored, tensor = place
         for label, one in ((stored, tensor), *companions(model, stored, tensor)):
-            _check(label, one, cuts)
+            _check(label, one, cuts, last)
             known = found.get(id(one))
             if known is not None and not same_cuts(known[1], cuts):
                 raise PlanMismatchError(f"`{label}` and `{known[2]}` are one tensor, and the plan cuts it differently")
             found[id(one)] = (one, cuts, label)
     shapes: dict[str, torch.Size] = {}
-    for kind in (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)):
-        for name, tensor in kind:
-            if id(tensor) in found:
-                shapes[name] = _new_shape(tensor, found[id(tensor)][1])
+    for name, tensor in named.items():
+        if id(tensor) in found:
+            shapes[name] = _new_shape(tensor, found[id(tensor)][1])
     return [(tensor, cuts) for tensor, cuts, _ in found.values()], shapes
 
 
 def _new_shape(tensor: Tensor, cuts: Cuts) -> torch.Size:
-    return torch.Size(len(cuts[dim]) if dim in cuts else size for dim, size in enumerate(tensor.shape))
+    shape = list(tensor.shape)
+    for dim, kept in cuts.items():
+        shape[dim] = kept.shape[0]
+    return torch.Size(shape)
 
 
 def same_cuts(first: Cuts, second: Cuts) -> bool:
     """Whether two cuts keep the same indices of the same dimensions."""
-    return first.keys() == second.keys() and all(torch.equal(first[dim], second[dim]) for dim in first)
+    return first.keys() == second.keys() and all(
+        first[dim] is second[dim] or torch.equal(first[dim], second[dim]) for dim in first
+    )
 
 
-def _check(name: str, tensor: Tensor, cuts: Cuts) -> None:
+def _check(name: str, tensor: Tensor, cuts: Cuts, last: dict[int, int]) -> None:
+    """Whether the tensor has what is to be kept of it; ``last`` notes the largest index of what was seen before."""
     for dim, kept in cuts.items():
-        if dim >= tensor.dim() or int(kept[-1]) >= tensor.shape[dim]:
+        if id(kept) not in last:
+            last[id(kept)] = int(kept[-1])
+        if dim >= tensor.dim() or last[id(kept)] >= tensor.shape[dim]:
             raise PlanMismatchError(
                 f"the plan keeps index {int(kept[-1])} of dimension {dim} of `{name}`, whose shape is "
                 f"{tuple(tensor.shape)}"
@@ -184,6 +197,7 @@ def _replacements(
     values: Mapping[str, Tensor],
     scales: Mapping[str, float | Tensor],
     model: nn.Module,
+    named: Mapping[str, Tensor],
 ) -> list[tuple[Tensor, Tensor]]:
     built: dict[int, tuple[Tensor, Tensor]] = {}
     shared: dict[Any, tuple[Tensor, Cuts]] = {}
@@ -196,11 +210,11 @@ def _replacements(
         if view is not None:
             shared.setdefault(view, (new, own))
     for name, factor in scales.items():
-        tensor, new = _pending(model, name, built)
+        tensor, new = _pending(model, name, built, named)
         new.detach().mul_(factor.to(new.device) if isinstance(factor, Tensor) else factor)
         built[id(tensor)] = (tensor, new)
     for name, value in values.items():
-        tensor, new = _pending(model, name, built)
+        tensor, new = _pending(model, name, built, named)
         if new.shape != value.shape:
             raise ShapeMismatchError(
                 f"the plan gives `{name}` values of shape {tuple(value.shape)}; it will have {tuple(new.shape)}"
@@ -210,9 +224,11 @@ def _replacements(
     return list(built.values())
 
 
-def _pending(model: nn.Module, name: str, built: Mapping[int, tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def _pending(
+    model: nn.Module, name: str, built: Mapping[int, tuple[Tensor, Tensor]], named: Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor]:
     """The tensor called ``name`` and what it will hold."""
-    place = locate(model, name)
+    place = locate(model, name, named)
     if place is None:
         raise PlanMismatchError(f"the plan sets `{name}`, which this {type(model).__name__} lacks")
     tensor = place[1]
@@ -221,7 +237,7 @@ def _pending(model: nn.Module, name: str, built: Mapping[int, tuple[Tensor, Tens
 
 def _memory(tensor: Tensor) -> Any:
     """What two tensors that are the same view of the same memory have in common; None where memory is not real."""
-    if tensor.layout is not torch.strided or tensor.device.type == "meta" or getattr(tensor, "fake_mode", None):
+    if tensor.layout is not torch.strided or tensor.is_meta or isinstance(tensor, FakeTensor):
         return None
     storage = tensor.untyped_storage().data_ptr()
     return (storage, tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype) if storage else None

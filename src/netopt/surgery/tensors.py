@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 from netopt.errors import PlanMismatchError, SurgeryError
 
@@ -29,9 +30,21 @@ _STORED = ("_orig", "_v")
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """All parameters and buffers of ``model`` by dotted name; a tied tensor appears under each of its names."""
-    found: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    found.update(model.named_buffers(remove_duplicate=False))
-    return found
+    parameters, buffers = named_parameters_and_buffers(model)
+    return parameters | buffers
+
+
+def named_parameters_and_buffers(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The parameters and the buffers of ``model`` by dotted name, with all names of what is tied, in one walk."""
+    parameters: dict[str, Tensor] = {}
+    buffers: dict[str, Tensor] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        start = f"{prefix}." if prefix else ""
+        for own, found in ((module._parameters, parameters), (module._buffers, buffers)):
+            for key, tensor in own.items() if own else ():
+                if tensor is not None:
+                    found[start + key] = tensor
+    return parameters, buffers
 
 
 def step_into(holder: Any, step: Any) -> Any:
@@ -70,15 +83,22 @@ def find_tensor(model: nn.Module, name: str) -> Tensor | None:
     return holder if isinstance(holder, Tensor) else None
 
 
-def locate(model: nn.Module, name: str) -> tuple[str, Tensor] | None:
+def locate(model: nn.Module, name: str, named: Mapping[str, Tensor]) -> tuple[str, Tensor] | None:
     """The stored tensor behind ``name`` and its own name, looking through masks that are on or were on.
 
     ``"conv.weight"`` finds ``"conv.weight_orig"`` where a mask is on, and the other way round where it is not.
     ``None`` stands for the mask of a tensor that has none now.
 
+    Args:
+        model: To be looked through.
+        name: Of a tensor, as the model may have been when the plan was made.
+        named: Its parameters and buffers; see :func:`named_tensors`.
+
     Raises:
         PlanMismatchError: The model has no such tensor.
     """
+    if name in named and not name.endswith(("_orig", "_mask")):
+        return name, named[name]  # what has a mask is no parameter and no buffer
     owner_name, _, leaf = name.rpartition(".")
     prefix = f"{owner_name}." if owner_name else ""
     direct = find_tensor(model, name)
@@ -97,6 +117,8 @@ def locate(model: nn.Module, name: str) -> tuple[str, Tensor] | None:
 
 def companions(model: nn.Module, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
     """What torch keeps beside a computed tensor and must keep its shape: the mask, and the attribute last computed."""
+    if not name.endswith(_STORED):
+        return
     for stored in _STORED:
         if not name.endswith(stored):
             continue
@@ -111,7 +133,8 @@ def narrow(tensor: Tensor, cuts: Cuts) -> Tensor:
     """A detached copy of ``tensor`` with only the kept indices of each cut dimension, its memory laid out alike."""
     kept = tensor.detach()
     # The dimension that loses most goes first, so that the copies in between are small.
-    for dim in sorted(cuts, key=lambda dim: len(cuts[dim]) / max(tensor.shape[dim], 1)):
+    order = cuts if len(cuts) < 2 else sorted(cuts, key=lambda dim: cuts[dim].shape[0] / max(tensor.shape[dim], 1))
+    for dim in order:
         kept = kept.index_select(dim, _beside(cuts[dim], kept))
     if not cuts:
         kept = kept.clone()
@@ -120,10 +143,9 @@ def narrow(tensor: Tensor, cuts: Cuts) -> Tensor:
 
 def _beside(indices: Tensor, tensor: Tensor) -> Tensor:
     """``indices`` where ``tensor`` is; a fake tensor wants fake indices."""
-    mode = getattr(tensor, "fake_mode", None)
-    if mode is not None:
-        return mode.from_tensor(indices).to(tensor.device)
-    return indices.to(tensor.device)
+    if isinstance(tensor, FakeTensor):
+        return tensor.fake_mode.from_tensor(indices).to(tensor.device)
+    return indices if tensor.device == indices.device else indices.to(tensor.device)
 
 
 def like_layout(tensor: Tensor, original: Tensor) -> Tensor:
