@@ -239,5 +239,5 @@ def _memory(tensor: Tensor) -> Any:
     """What two tensors that are the same view of the same memory have in common; None where memory is not real."""
     if tensor.layout is not torch.strided or tensor.is_meta or isinstance(tensor, FakeTensor):
         return None
-    storage = tensor.untyped_storage().data_ptr()
-    return (storage, tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype) if storage else None
+    start = tensor.data_ptr()
+    return (start, tensor.shape, tensor.stride(), tensor.dtype, tensor.device) if start else None
