@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import itertools
 
 import pytest
@@ -15,19 +16,25 @@ from transformers.pytorch_utils import Conv1D
 from conftest import unchanged
 from netopt import masking
 from netopt.errors import InvalidArgumentError, MissingDataError, ShapeMismatchError
-from netopt.importance import criterion, lookup, names, registry, scores
+from netopt.importance import Criterion, criterion, lookup, names, registry, scores
 from netopt.importance.evidence import collect
 from netopt.parameters import places
 from netopt.prune import prune_neurons, prune_weights
 from netopt.reconstruction import Demand, Problem, replay, solvers
-from netopt.reconstruction.solvers import DAMPENING, _polished
+from netopt.reconstruction.solvers import _polished
 from netopt.reconstruction.stages import moments, stages, watched_forward
 
 SOLVERS = names("layers")
 
 
-def solve(solver, *problem):
-    return lookup(solver, of="layers")(Problem(*problem))
+def solve(solver, *problem, **settings):
+    return lookup(solver, of="layers").function(Problem(*problem), **settings)
+
+
+def without_dampening(solver):
+    settings = {"polish": 100} if solver == "admm" else {}
+    function = functools.partial(lookup(solver, of="layers").function, dampening=1e-9, **settings)
+    return Criterion(solver, function, of="layers")
 
 
 def problem(rows=3, columns=8, seed=0):
@@ -75,11 +82,9 @@ def test_fitting_to_a_mask_is_least_squares():
 
 @pytest.mark.parametrize("demand", [Demand(40, 97), Demand(40, group=(1, 3)), Demand(40, 13, per_row=True)], ids=str)
 def test_sparsegpt_makes_up_for_each_column_by_least_squares_in_the_rest(demand, monkeypatch):
-    monkeypatch.setattr(solvers, "DAMPENING", 0.0)
-    monkeypatch.setattr(solvers, "BLOCK", 10)
     monkeypatch.setattr(solvers, "STRIP", 4)
     weight, moment = problem(6, 40)
-    found, kept = solve("sparsegpt", weight, moment, weight @ moment, demand)
+    found, kept = solve("sparsegpt", weight, moment, weight @ moment, demand, dampening=0.0, block=10)
     for column in range(40):
         # What the columns from here on would be, all of them free, given those before.
         left = (weight[:, :column] - found[:, :column]) @ moment[:column, column:]
@@ -148,7 +153,7 @@ def test_changed_inputs_are_made_up_for(solver):
     """With inputs twice as large half the weights give the old outputs; the pull towards the old ones adds a little."""
     weight, moment = problem(4, 6)[0], 200 * torch.eye(6, dtype=torch.float64)
     found, _ = solve(solver, weight, 4 * moment, 2 * weight @ moment, Demand(6, 0))
-    torch.testing.assert_close(found, weight * (0.5 + DAMPENING) / (1 + DAMPENING))
+    torch.testing.assert_close(found, weight * (0.5 + 0.1) / (1 + 0.1))
 
 
 class Applied(nn.Module):
@@ -233,9 +238,7 @@ def best_outputs(layer, name, kept, data):
 
 @pytest.mark.parametrize("asked", [{"amount": 0.5, "scope": "layer"}, {"pattern": "1:2"}], ids=["half", "1:2"])
 @pytest.mark.parametrize("case", LAYERS)
-def test_what_is_kept_is_the_least_squares_fit_to_the_real_outputs(case, asked, monkeypatch):
-    monkeypatch.setattr(solvers, "DAMPENING", 1e-9)
-    monkeypatch.setattr(solvers, "POLISH", 100)
+def test_what_is_kept_is_the_least_squares_fit_to_the_real_outputs(case, asked):
     dense, data = layer_and_inputs(case)
     (name,) = [name for name, parameter in dense.named_parameters() if parameter.dim() > 1]
     wanted = outputs(dense, data)
@@ -245,7 +248,14 @@ def test_what_is_kept_is_the_least_squares_fit_to_the_real_outputs(case, asked, 
 
     for solver in SOLVERS:
         pruned = copy.deepcopy(dense)
-        prune_weights(pruned, importance=solver, data=[(x,) for x in data], include=name, progress=False, **asked)
+        prune_weights(
+            pruned,
+            importance=without_dampening(solver),
+            data=[(x,) for x in data],
+            include=name,
+            progress=False,
+            **asked,
+        )
         kept = masking.masks(pruned)[name]
         if "amount" in asked:
             assert int((~kept).sum()) == round(0.5 * kept.numel())

@@ -22,12 +22,8 @@ from netopt.masking.quantile import Scores, keep_best
 
 __all__ = ["Demand", "Problem", "admm", "sparsegpt"]
 
-DAMPENING = 0.1
 BLOCK = 128
 STRIP = 16
-ROUNDS = 20
-ITERATIONS = 20
-POLISH = 24
 
 
 @dataclass(frozen=True)
@@ -90,11 +86,14 @@ class Problem(NamedTuple):
 
 
 @criterion("sparsegpt", of="layers", paper="https://arxiv.org/abs/2301.00774")
-def sparsegpt(problem: Problem) -> tuple[Tensor, Tensor]:
+def sparsegpt(problem: Problem, *, dampening: float = 0.1, block: int = BLOCK) -> tuple[Tensor, Tensor]:
     r"""Removes weights column by column, and lets the columns to come make up for each error.
 
-    A tenth of the moment's mean diagonal is added to its diagonal. Zeros are decided for 128 columns at a time, or for
-    one group of ``n:m``.
+    Args:
+        problem: The matrices, their moments and what is to be removed.
+        dampening: This fraction of the moment's mean diagonal is added to the diagonal, and pulls towards the old
+            weights.
+        block: Zeros are decided for so many columns at a time; for ``n:m``, for one group at a time.
 
     Returns:
         The new matrices and what is kept of them.
@@ -104,13 +103,13 @@ def sparsegpt(problem: Problem) -> tuple[Tensor, Tensor]:
         https://arxiv.org/abs/2301.00774
     """
     weight, moment, target, demand = problem
-    damp = DAMPENING * _diagonal(moment).mean(-1)[..., None, None]
-    lower = torch.linalg.cholesky(_dampened(moment, DAMPENING))
+    damp = dampening * _diagonal(moment).mean(-1)[..., None, None]
+    lower = torch.linalg.cholesky(_dampened(moment, dampening))
     # One row an input from here on: what is worked on column by column then lies together in memory.
     columns = torch.cholesky_solve((target + weight * damp).mT, lower)
     factor = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
     kept = torch.ones_like(columns, dtype=torch.bool)
-    block = demand.whole_groups(BLOCK)
+    block = demand.whole_groups(block)
     for start in range(0, demand.columns, block):
         stop = min(start + block, demand.columns)
         inner = factor[..., start:stop, start:stop]
@@ -145,11 +144,14 @@ def _removed(part: Tensor, inner: Tensor, kept: Tensor, demand: Demand, start: i
 
 
 @criterion("admm", of="layers", paper="https://arxiv.org/abs/2401.02938")
-def admm(problem: Problem) -> tuple[Tensor, Tensor]:
+def admm(problem: Problem, *, dampening: float = 0.1, rounds: int = 20, polish: int = 24) -> tuple[Tensor, Tensor]:
     r"""Alternates between the best matrix near one with zeros, and the nearest matrix with zeros.
 
-    The moment is brought to a unit diagonal, to which a tenth is added. The zeros grow in number over the rounds; then
-    the pattern stays, and what is kept is fitted to it by conjugate gradients.
+    Args:
+        problem: The matrices, their moments and what is to be removed.
+        dampening: The moment is brought to a unit diagonal, to which this is added; it pulls towards the old weights.
+        rounds: How many alternations, over which the zeros grow in number along a cubic.
+        polish: Then the pattern stays, and what is kept is fitted to it by so many steps of conjugate gradients.
 
     Returns:
         The new matrices and what is kept of them.
@@ -163,26 +165,24 @@ def admm(problem: Problem) -> tuple[Tensor, Tensor]:
     norm = torch.maximum(norm, 1e-8 * norm.amax(-1, keepdim=True) + 1e-30)
     moment = moment / norm[..., None, :] / norm[..., None]
     dense = weight * norm[..., None, :]
-    target = target / norm[..., None, :] + dense * (DAMPENING * _diagonal(moment).mean(-1)[..., None, None])
-    moment = _dampened(moment, DAMPENING)
+    target = target / norm[..., None, :] + dense * (dampening * _diagonal(moment).mean(-1)[..., None, None])
+    moment = _dampened(moment, dampening)
     penalty = 1.0
     one = torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(moment + penalty * one))
     free, dual = dense.clone(), torch.zeros_like(dense)
     kept = torch.ones_like(dense, dtype=torch.bool)
-    for step in range(ITERATIONS):
+    for step in range(rounds):
         summed = free + dual
-        if step < ROUNDS:
-            part = 1 - (1 - (step + 1) / ROUNDS) ** 3
-            kept = demand.keep(summed.abs(), part=part)
+        kept = demand.keep(summed.abs(), part=1 - (1 - (step + 1) / rounds) ** 3)
         sparse = summed.masked_fill(~kept, 0)
         dual = summed - sparse
         free = (target + penalty * (sparse - dual)) @ inverse
     sparse = (free + dual).masked_fill(~kept, 0)
-    return _polished(sparse, target, moment, kept) / norm[..., None, :], kept
+    return _polished(sparse, target, moment, kept, polish) / norm[..., None, :], kept
 
 
-def _polished(sparse: Tensor, target: Tensor, moment: Tensor, kept: Tensor, steps: int = POLISH) -> Tensor:
+def _polished(sparse: Tensor, target: Tensor, moment: Tensor, kept: Tensor, steps: int) -> Tensor:
     """Fits what is kept by least squares: conjugate gradients, every row by itself."""
     residual = (target - sparse @ moment) * kept
     direction = residual.clone()
