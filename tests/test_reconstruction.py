@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from conftest import unchanged
 from netopt import masking
 from netopt.errors import InvalidArgumentError, MissingDataError, ShapeMismatchError
-from netopt.importance import Criterion, criterion, lookup, names, registry, scores
+from netopt.importance import Criterion, criterion, inputs, lookup, names, registry, scores
 from netopt.importance.evidence import collect
 from netopt.parameters import places
 from netopt.prune import prune_neurons, prune_weights
@@ -350,6 +350,26 @@ def test_moments_are_of_what_each_layer_read_when_it_did(make, shape, solver):
                 torch.testing.assert_close(moment, sum(seen[name, matrix]), rtol=1e-4, atol=1e-3)
     prune_weights(model, 0.5, importance=solver, data=data, progress=False)
     assert masking.sparsity(model).total == 0.5
+
+
+@pytest.mark.parametrize("case", ["conv2d grouped dilated", "transposed 2d grouped dilated", "conv1d"])
+def test_windows_are_taken_in_parts_of_bounded_size(case, monkeypatch):
+    layer, data = layer_and_inputs(case)
+    sizes, wanted = [], places(layer)
+
+    def see(reading):
+        parts = list(reading.samples())
+        sizes.append((len(parts), max(part.numel() for part in parts), torch.cat(parts, 1)))
+        return True
+
+    for chunk in (1 << 24, 1000):
+        monkeypatch.setattr(inputs, "CHUNK", chunk)
+        watched_forward(lambda: layer(data[0]), {"weight": wanted["weight"]}, see)
+    (whole, _, expected), (parts, most, found) = sizes
+    assert whole == 1
+    assert parts > 1
+    assert most <= max(1000, expected.numel() // len(data[0]))
+    assert torch.equal(found, expected)
 
 
 class Routed(nn.Module):
