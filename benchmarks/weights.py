@@ -233,7 +233,7 @@ def solving(width: str) -> dict[str, Any]:
         solver = importance.lookup(name, of="layers")
         for asked, demand in (("50 %", Demand(size, size * size // 2)), ("2:4", Demand(size, group=(2, 4)))):
             start = time.process_time()
-            solver(Problem(weight, moment, target, demand))
+            solver(Problem(weight[None], moment[None], target[None], demand))
             seconds = time.process_time() - start
             times = seconds * rate / (cubes[name] * size**3)
             result[f"{name} {asked}"] = {"seconds": seconds, "times the arithmetic": times}

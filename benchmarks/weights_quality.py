@@ -9,8 +9,8 @@
 MiniLM (6 layers, 36 linear layers pruned) is calibrated on 192 sentences of news and judged on 200 others, without any
 training, by the mean cosine of its embeddings with the unpruned model's. SmolLM2-135M (30 layers, 210 linear layers
 pruned) is calibrated on the first tokens of the news and judged by its perplexity on later ones. The references, in
-`weights_references.py`, see the same data. What is printed is written to `results/` line by line, and runs of parts add
-up.
+`weights_references.py`, see the same data. What is printed is written to `results/` line by line; what is there already
+is not run again.
 """
 
 from __future__ import annotations
@@ -218,10 +218,14 @@ class Table:
     def __init__(self) -> None:
         self.found = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
 
-    def add(self, part: str, row: dict[str, Any], keys: tuple[str, ...]) -> None:
-        """Adds a row, in place of one that agrees with it in ``keys``."""
-        rows = self.found.setdefault(part, {}).setdefault("rows", [])
-        rows[:] = [one for one in rows if any(one.get(key) != row.get(key) for key in keys)] + [row]
+    def has(self, part: str, **keys: Any) -> bool:
+        """Whether there is a row with these entries."""
+        rows = self.found.get(part, {}).get("rows", [])
+        return any(all(row.get(key) == value for key, value in keys.items()) for row in rows)
+
+    def add(self, part: str, row: dict[str, Any]) -> None:
+        """Adds a row."""
+        self.found.setdefault(part, {}).setdefault("rows", []).append(row)
         machine = {"date": dt.date.today().isoformat(), "machine": platform.platform(), "torch": torch.__version__}
         self.found[part] = machine | {"netopt": netopt.__version__} | self.found[part] | machine
         RESULTS.parent.mkdir(exist_ok=True)
@@ -233,14 +237,13 @@ def tune(ways: list[str], _: list[str]) -> None:
     subject, table = minilm("tuning"), Table()
     for way in (way for way in ways if way in GRID):
         for settings in GRID[way]:
-            line = f"{way:10} {settings!s:22}"
             for asked in ("70 %", "2:4"):
-                result = timed(functools.partial(ours, subject, way, ASKED[asked], **settings), subject.judge)
-                table.add(
-                    "tuning", {"way": way, "settings": settings, "asked": asked} | result, ("way", "settings", "asked")
-                )
-                line += f"   {asked} {result['cosine']:.4f} {result['seconds']:4.0f} s"
-            print(line, flush=True)
+                row: dict[str, Any] = {"way": way, "settings": settings, "asked": asked}
+                if table.has("tuning", **row):
+                    continue
+                row |= timed(functools.partial(ours, subject, way, ASKED[asked], **settings), subject.judge)
+                table.add("tuning", row)
+                print(f"{way:10} {settings!s:22} {asked:5} {row['cosine']:.4f} {row['seconds']:4.0f} s", flush=True)
 
 
 def compare(name: str, subject: Subject, ways: list[str], referred: list[str], facts: dict[str, Any]) -> None:
@@ -252,7 +255,7 @@ def compare(name: str, subject: Subject, ways: list[str], referred: list[str], f
     print("netopt (reference implementation), CPU seconds of each")
     for way in ways:
         for index, (asked, amount) in enumerate(ASKED.items()):
-            if way == "magnitude, global" and amount is None:
+            if (way == "magnitude, global" and amount is None) or table.has(name, way=way, asked=asked):
                 continue
             row: dict[str, Any] = {"way": way, "asked": asked}
             row["netopt"] = timed(functools.partial(ours, subject, way, amount), subject.judge)
@@ -260,7 +263,7 @@ def compare(name: str, subject: Subject, ways: list[str], referred: list[str], f
                 row["reference"] = timed(functools.partial(refer, subject, way, amount), subject.judge)
             if name == "minilm" and TRIAL[way][index]:
                 row["trial"] = TRIAL[way][index]
-            table.add(name, row, ("way", "asked"))
+            table.add(name, row)
             measure = next(iter(dense))
             cells = [
                 f"{row[who][measure]:8.3f} {row[who]['seconds']:5.0f} s"

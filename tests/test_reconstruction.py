@@ -27,8 +27,12 @@ from netopt.reconstruction.stages import moments, stages, watched_forward
 SOLVERS = names("layers")
 
 
-def solve(solver, *problem, **settings):
-    return lookup(solver, of="layers").function(Problem(*problem), **settings)
+def solve(solver, weight, moment, target, demand, **settings):
+    """The solution of one matrix, or of several side by side."""
+    function = lookup(solver, of="layers").function
+    if weight.dim() == 3:
+        return function(Problem(weight, moment, target, demand), **settings)
+    return (one[0] for one in function(Problem(weight[None], moment[None], target[None], demand), **settings))
 
 
 def without_dampening(solver):

@@ -106,15 +106,15 @@ def sparsegpt(problem: Problem, *, dampening: float = 0.1, block: int = BLOCK) -
     damp = dampening * _diagonal(moment).mean(-1)[..., None, None]
     lower = torch.linalg.cholesky(_dampened(moment, dampening))
     # One row an input from here on: what is worked on column by column then lies together in memory.
-    columns = torch.cholesky_solve((target + weight * damp).mT, lower)
+    columns = torch.cholesky_solve((target + weight * damp).mT, lower).contiguous()
     factor = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
     kept = torch.ones_like(columns, dtype=torch.bool)
     block = demand.whole_groups(block)
     for start in range(0, demand.columns, block):
         stop = min(start + block, demand.columns)
-        inner = factor[..., start:stop, start:stop]
-        errors = _removed(columns[..., start:stop, :], inner, kept[..., start:stop, :], demand, start)
-        columns[..., stop:, :] -= factor[..., start:stop, stop:].mT @ errors
+        inner = factor[:, start:stop, start:stop]
+        errors = _removed(columns[:, start:stop], inner, kept[:, start:stop], demand, start)
+        columns[:, stop:].baddbmm_(factor[:, start:stop, stop:].mT, errors, alpha=-1)
     return columns.masked_fill_(~kept, 0).mT, kept.mT
 
 
@@ -127,19 +127,19 @@ def _removed(part: Tensor, inner: Tensor, kept: Tensor, demand: Demand, start: i
     if demand.group is None:
         kept.copy_(demand.keep((part / scale).square_().mT, start).mT)
     errors = torch.zeros_like(part)
-    size, strip = part.shape[-2], demand.whole_groups(STRIP)
+    size, strip = part.shape[1], demand.whole_groups(STRIP)
     for first in range(0, size, strip):
         # Within a strip every error is made up for at once, beyond it those of a strip together.
         last = min(first + strip, size)
         for column in range(first, last):
             if demand.group is not None and (start + column) % demand.group[1] == 0:
                 group = slice(column, min(column + demand.group[1], size))
-                scores = (part[..., group, :] / scale[..., group, :]).square_()
-                kept[..., group, :] = demand.keep(scores.mT, start + column).mT
-            error = part[..., column, :].masked_fill(kept[..., column, :], 0) / scale[..., column, :]
-            errors[..., column, :] = error
-            part[..., column:last, :] -= inner[..., column, column:last, None] * error[..., None, :]
-        part[..., last:, :] -= inner[..., first:last, last:].mT @ errors[..., first:last, :]
+                scores = (part[:, group] / scale[:, group]).square_()
+                kept[:, group] = demand.keep(scores.mT, start + column).mT
+            error = part[:, column].masked_fill(kept[:, column], 0) / scale[:, column]
+            errors[:, column] = error
+            part[:, column:last].baddbmm_(inner[:, column, column:last, None], error[:, None], alpha=-1)
+        part[:, last:].baddbmm_(inner[:, first:last, last:].mT, errors[:, first:last], alpha=-1)
     return errors
 
 
