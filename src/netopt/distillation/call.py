@@ -20,7 +20,7 @@ from netopt.distillation.hints import Hints, hint_terms
 from netopt.distillation.interrupts import graceful
 from netopt.distillation.loop import Loop, Settings
 from netopt.distillation.objective import Objective, SoftLoss
-from netopt.distillation.optimizing import OptimizerLike, SchedulerLike, optimizers_for, scheduler_for
+from netopt.distillation.optimizing import OptimizerLike, SchedulerLike, fused, optimizers_for, scheduler_for
 from netopt.distillation.outputs import Picker, is_causal
 from netopt.distillation.rehearsal import check_finite, check_numbers, check_student, rehearse
 from netopt.distillation.report import DistillationReport
@@ -194,7 +194,7 @@ def distill(
         states, drawn = _begin(drawn_from, saved, machine)
         first = next(drawn, None)
         if first is not None:
-            trainee = rehearse(student, runs[0], pickers[0], first, targets, objective, base)
+            trainee = rehearse(student, runs[0], pickers[0], first, targets, objective, base, drawn_from.whole)
         else:
             trainee = Trainee(student, terms, runs[0], pickers[0])
         stack.enter_context(trainee.listening())
@@ -202,6 +202,7 @@ def distill(
         if checked is not None:
             checked.rehearse(trainee)
         optimizers = optimizers_for(optimizer, lr, trainee, teachers)
+        stack.enter_context(fused(optimizers))
         loop = Loop(
             trainee,
             targets,

@@ -156,8 +156,9 @@ def kl(student: Tensor, teacher: Tensor, *, temperature: float = 4.0, standardiz
     if standardize:
         student, teacher = _standardized(student), _standardized(teacher)
     log_t = _log_softmax(teacher, temperature)
-    # T^2 goes to the teacher's side, of which no gradient is asked.
-    return (temperature**2 * log_t.exp() * (log_t - _log_softmax(student, temperature))).sum(dim=-1)
+    # T^2 goes to the teacher's side, of which no gradient is asked, and so does every step that can.
+    weight = temperature**2 * log_t.exp()
+    return (weight * (log_t - _log_softmax(student, temperature))).sum(dim=-1)
 
 
 @loss("reverse_kl", per="position", paper="https://arxiv.org/abs/2306.08543")

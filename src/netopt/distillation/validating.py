@@ -95,7 +95,7 @@ class Validation:
         return total / max(1, count)
 
     def _add_loss(self, trainee: Trainee, drawn: Drawn, losses: list[list[float]]) -> None:
-        moved, target = self.targets.prepare(drawn, cached=False)
+        moved, target = self.targets.prepare(drawn, train=False)
         with self.targets.engine.autocast():
             output, features = trainee(moved)
         counts = self.objective.counts(target.items, target.labels)
