@@ -173,7 +173,7 @@ def distill(
         once = epochs == 1 if steps is None else True
         drawn_from = source(data, shuffle=True, once=once, tagged=kept is not None, **common)
         again = not once if steps is None else not 0 < steps <= len(drawn_from)
-        held = _held(kept, teachers, drawn_from, machine, temperature) if kept and (again or cache != "auto") else None
+        held = _held(kept, teachers, drawn_from, machine, objective) if kept and (again or cache != "auto") else None
         if held is not None:
             stack.callback(held.close, machine.rank == 0)
         targets = Targets(
@@ -256,7 +256,7 @@ def _begin(drawn_from: Source, saved: Checkpoint | None, machine: Engine) -> tup
 
 
 def _held(
-    kept: Cache, teachers: Sequence[nn.Module], drawn_from: Source, machine: Engine, temperature: float
+    kept: Cache, teachers: Sequence[nn.Module], drawn_from: Source, machine: Engine, objective: Objective
 ) -> TeacherCache:
     """Returns the cache; processes on one machine share it, where samples have indices."""
     folder = machine.shared_folder() if drawn_from.samples and kept.path is None else None
@@ -267,7 +267,8 @@ def _held(
             teachers=model_fingerprint(teachers) if kept.path is not None else "",
             samples=drawn_from.samples,
             fixed=drawn_from.fixed,
-            temperature=temperature,
+            temperature=objective.temperature,
+            condensable=objective.condensable,
             folder=folder,
         )
 

@@ -49,7 +49,7 @@ class _Collate:
     def __init__(self, collate: Callable[[Any], Any]) -> None:
         self.collate = collate
 
-    def __call__(self, fetched: tuple[Any, bool, Any]) -> tuple[Tensor | None, bool, Any]:
+    def __call__(self, fetched: Any) -> tuple[Tensor | None, bool, Any]:
         keys, idle, samples = fetched
         return _indices(keys), idle, self.collate(samples)
 

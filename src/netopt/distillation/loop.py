@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from netopt.distillation.checkpoint import Checkpoint
 from netopt.distillation.engines import Engine
 from netopt.distillation.interrupts import Interruption
-from netopt.distillation.objective import Objective, Record, Target
+from netopt.distillation.objective import Objective, Target
 from netopt.distillation.report import DistillationReport, Epoch
 from netopt.distillation.sources import Drawn, Source
 from netopt.distillation.student import Snapshot, Trainee
@@ -243,7 +243,7 @@ class Loop:
         """Adds the gradients of one micro-batch."""
         with self.engine.autocast():
             output, features = self.model(batch)
-        sums = self.objective.sums(Record(output, features), target)
+        sums = self.objective.sums(output, features, target)
         self.watch.add(sums, shares, counts, self.state.step)
         self.state.samples += target.items.positions[0]
         if len(sums) > 1:

@@ -20,12 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from netopt.distillation import losses
+from netopt.distillation.divergence import Condensed
 from netopt.distillation.hints import HintTerm
 from netopt.distillation.losses import Loss
 from netopt.distillation.outputs import UNLABELLED, classes_last
 from netopt.errors import ArgumentTypeError, InvalidArgumentError, MissingDataError, ShapeMismatchError
 
-__all__ = ["Items", "Objective", "Record", "SoftLoss", "Target", "loss_terms"]
+__all__ = ["Items", "Kept", "Objective", "Record", "SoftLoss", "Target", "loss_terms"]
 
 SoftLoss: TypeAlias = str | Loss | Callable[..., Tensor] | Mapping[Any, float]
 Kind: TypeAlias = Literal["sample", "position", "hard"]
@@ -35,6 +36,13 @@ class Record(NamedTuple):
     """What one model said about a batch: its output, and the activations of the layers asked for, by name."""
 
     output: Tensor
+    features: Mapping[str, Tensor]
+
+
+class Kept(NamedTuple):
+    """A record as a cache gives it back: of a vocabulary maybe the largest logits alone."""
+
+    output: Tensor | Condensed
     features: Mapping[str, Tensor]
 
 
@@ -104,7 +112,7 @@ class Target(NamedTuple):
     """What the student should say to one micro-batch."""
 
     items: Items
-    records: Sequence[Record]
+    records: Sequence[Record | Kept]
     labels: Tensor | None
 
 
@@ -117,8 +125,17 @@ class _Soft:
         options = {"temperature": temperature, **loss.options} if "temperature" in loss.accepts else loss.options
         self._call = partial(loss.function, **options)
         self._labelled = "labels" in loss.accepts and "labels" not in loss.options
+        # What only the whole of the logits can be asked, such as to be standardised, asks for the whole.
+        known = loss.condensed is not None and set(loss.options) <= set(losses.keywords(loss.condensed))
+        self.condensed = partial(loss.condensed, **options) if known and loss.condensed is not None else None
 
-    def total(self, student: Tensor, teacher: Tensor, labels: Tensor | None, items: Items) -> Tensor:
+    def total(self, student: Tensor, teacher: Tensor | Condensed, labels: Tensor | None, items: Items) -> Tensor:
+        if isinstance(teacher, Condensed):
+            if self.condensed is not None:
+                top, index, rest, classes = teacher
+                flat = Condensed(items.flat(top), items.flat(index), items.flat(rest), classes)
+                return self.condensed(items.flat(student), flat).sum()
+            teacher = _spread(teacher)
         if self.kind == "sample":
             return self._call(items.whole(student), items.whole(teacher)).sum()
         more = {"labels": items.spread(labels)} if self._labelled and labels is not None else {}
@@ -135,8 +152,8 @@ class _Custom:
     temperature: float
     kind: Kind = "sample"
 
-    def total(self, student: Tensor, teacher: Tensor, labels: Tensor | None, items: Items) -> Tensor:
-        wanted = _named(self.function)
+    def total(self, student: Tensor, teacher: Tensor | Condensed, labels: Tensor | None, items: Items) -> Tensor:
+        wanted, teacher = _named(self.function), _spread(teacher)
         options = {"labels": labels, "temperature": self.temperature}
         value = self.function(student, teacher, **{name: options[name] for name in options if name in wanted})
         if not isinstance(value, Tensor):
@@ -235,7 +252,7 @@ class Objective:
 
     def learn(self, target: Target) -> None:
         """Finds out on the first batch what the caller's own functions average over, and checks the others' shapes."""
-        output = _precise(target.records[0].output)
+        output = _precise(_spread(target.records[0].output))
         for place, term in enumerate(self.soft):
             if (
                 isinstance(term, _Soft)
@@ -264,10 +281,15 @@ class Objective:
             counts.append(self._labelled(items, labels))
         return counts + [one.count(items, samples) for one in self.hints]
 
-    def sums(self, student: Record, target: Target) -> list[Tensor]:
+    @property
+    def condensable(self) -> bool:
+        """Whether all that is asked of the outputs is known from the largest logits and the sum of the others."""
+        return all(isinstance(one, _Soft) and one.condensed is not None for one in self.soft)
+
+    def sums(self, output: Tensor, features: Mapping[str, Tensor], target: Target) -> list[Tensor]:
         """Returns each term's sum over the items of one micro-batch, in float32 at least."""
-        output = _precise(student.output)
-        wanted = [_precise(record.output) for record in target.records]
+        output = _precise(output)
+        wanted = [one if isinstance(one, Condensed) else _precise(one) for one, _ in target.records]
         # Labels are counted where they are, in host memory as a rule, and go to the device only now.
         labels = None if target.labels is None else target.labels.to(output.device, non_blocking=True)
         found = []
@@ -281,7 +303,7 @@ class Objective:
         if self.hard > 0:
             found.append(self._labels_total(output, labels, target.items))
         for hint in self.hints:
-            ours, theirs = hint.pair(student.features, target.records[0].features)
+            ours, theirs = hint.pair(features, target.records[0].features)
             found.append(hint.total(_precise(ours), _precise(theirs), target.items))
         return found
 
@@ -321,6 +343,10 @@ class Objective:
 def count(mask: Tensor) -> int:
     """Returns how many entries are true; in host memory, as a rule, where nobody has to be waited for."""
     return int(np.count_nonzero(mask.numpy())) if mask.device.type == "cpu" else int(mask.sum())
+
+
+def _spread(output: Tensor | Condensed) -> Tensor:
+    return output.dense() if isinstance(output, Condensed) else output
 
 
 def _precise(value: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ class Trainee(nn.Module):
         with captured(self.student, [hint.student for hint in self._hints]) as self._seen:
             yield
 
-    def forward(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, batch: Any) -> tuple[Tensor, Mapping[str, Tensor]]:
         """Returns the student's output and its hints' activations, projected."""
         output, seen = self._asked(batch, self._seen)
         if not self._projected:

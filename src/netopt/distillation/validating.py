@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from netopt import batches
-from netopt.distillation.objective import Objective, Record
+from netopt.distillation.objective import Objective
 from netopt.distillation.outputs import classes_last, positions_of
 from netopt.distillation.sources import Drawn, Source
 from netopt.distillation.student import Trainee, evaluating
@@ -99,7 +99,7 @@ class Validation:
         with self.targets.engine.autocast():
             output, features = trainee(moved)
         counts = self.objective.counts(target.items, target.labels)
-        sums = self.objective.sums(Record(output, features), target)
+        sums = self.objective.sums(output, features, target)
         for held, one, more in zip(losses, sums, counts, strict=True):
             held[0] += float(one)
             held[1] += more
