@@ -275,16 +275,16 @@ class TeacherCache:
         features = [one.detach().cpu() for one in record.features.values()]
         if top is None:
             return [record.output.detach().cpu(), *features]
-        largest, index, rest, _ = condense(record.output.detach(), top, self.temperature)
-        return [largest.cpu(), index.cpu(), rest.cpu(), *features]
+        largest, which, rest, _ = condense(record.output.detach(), top, self.temperature)
+        return [largest.cpu(), which.cpu(), rest.cpu(), *features]
 
     def _unpack(self, bank: _Bank, tensors: list[Tensor]) -> list[Kept]:
         records, left = [], iter(tensors)
         for shape, dtype, home, topped, names in bank.layout:
             output: Tensor | Condensed
             if topped:
-                top, index, rest = (next(left).to(home, non_blocking=True) for _ in range(3))
-                output = Condensed(top.to(dtype), index, rest, shape[-1])
+                top, which, rest = (next(left).to(home, non_blocking=True) for _ in range(3))
+                output = Condensed(top.to(dtype), which, rest, shape[-1])
             else:
                 output = next(left).to(home, non_blocking=True).to(dtype)
             records.append(Kept(output, {name: next(left).to(home).to(one) for name, one in names}))

@@ -25,13 +25,13 @@ class Condensed(NamedTuple):
 
     Args:
         top: The largest logits, ``(..., k)``.
-        index: Their classes, ``(..., k)``.
+        which: Their classes, ``(..., k)``.
         rest: One logit for each of the other classes, ``(..., 1)``, at the temperature it was made for.
         classes: How many classes there are.
     """
 
     top: Tensor
-    index: Tensor
+    which: Tensor
     rest: Tensor
     classes: int
 
@@ -43,7 +43,7 @@ class Condensed(NamedTuple):
     def dense(self) -> Tensor:
         """Returns it spread out to all classes."""
         rest = self.rest.to(self.top.dtype).expand(*self.rest.shape[:-1], self.classes)
-        return rest.scatter(-1, self.index.long(), self.top)
+        return rest.scatter(-1, self.which.long(), self.top)
 
 
 def condense(output: Tensor, k: int, temperature: float) -> Condensed:
@@ -51,7 +51,7 @@ def condense(output: Tensor, k: int, temperature: float) -> Condensed:
 
     Example:
         >>> kept = condense(torch.tensor([[3.0, 1.0, 1.0, 2.0]]), 2, temperature=1.0)
-        >>> kept.index.tolist(), kept.dense().tolist()
+        >>> kept.which.tolist(), kept.dense().tolist()
         ([[0, 3]], [[3.0, 1.0, 1.0, 2.0]])
     """
     classes = output.shape[-1]
@@ -63,37 +63,41 @@ def condense(output: Tensor, k: int, temperature: float) -> Condensed:
 
 def divergence(student: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:
     r"""Returns :math:`T^2 KL(p^t \| p^s)` of every position; only ``student`` gets a gradient."""
-    return _Divergence.apply(student, (teacher,), temperature)
+    return _Divergence.apply(student, (teacher,), temperature, 0)
 
 
 def condensed_divergence(student: Tensor, teacher: Condensed, *, temperature: float = 4.0) -> Tensor:
     """:func:`divergence` from a condensed teacher."""
-    return _Divergence.apply(student, teacher, temperature)
+    top, which, rest, classes = teacher
+    return _Divergence.apply(student, (top, which, rest), temperature, classes - top.shape[-1])
 
 
 class _Divergence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: tuple[Any, ...], temperature: float) -> Tensor:
+    def forward(ctx: Any, student: Tensor, teacher: tuple[Tensor, ...], temperature: float, others: int) -> Tensor:
         rows = student.reshape(-1, student.shape[-1])
-        theirs = [one.reshape(len(rows), -1) if isinstance(one, Tensor) else one for one in teacher]
+        theirs = [one.reshape(len(rows), one.shape[-1]) for one in teacher]
         values = rows.new_empty(len(rows))
         slopes = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
         size = len(rows) if rows.device.type != "cpu" else max(1, BLOCK // max(1, rows.shape[1]))
         for first in range(0, len(rows), max(1, size)):
             block = slice(first, first + size)
             ours = (rows[block] / temperature).log_softmax(-1).clamp_min_(LEAST)
-            parts = [one[block] if isinstance(one, Tensor) else one for one in theirs]
+            parts = [one[block] for one in theirs]
             into = None if slopes is None else slopes[block]
-            of = _whole if len(parts) == 1 else _largest
-            torch.mul(of(ours, into, temperature, *parts), temperature**2, out=values[block])
+            if others:
+                found = _largest(ours, into, temperature, others, *parts)
+            else:
+                found = _whole(ours, into, temperature, *parts)
+            torch.mul(found, temperature**2, out=values[block])
         if slopes is not None:
             ctx.slopes, ctx.shape = slopes, student.shape
         return values.reshape(student.shape[:-1])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        return ctx.slopes.reshape(ctx.shape) * upstream.unsqueeze(-1), None, None
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        return ctx.slopes.reshape(ctx.shape) * upstream.unsqueeze(-1), None, None, None
 
 
 def _whole(ours: Tensor, slopes: Tensor | None, temperature: float, teacher: Tensor) -> Tensor:
@@ -108,18 +112,17 @@ def _whole(ours: Tensor, slopes: Tensor | None, temperature: float, teacher: Ten
 
 
 def _largest(
-    ours: Tensor, slopes: Tensor | None, temperature: float, top: Tensor, index: Tensor, rest: Tensor, classes: int
+    ours: Tensor, slopes: Tensor | None, temperature: float, others: int, top: Tensor, which: Tensor, rest: Tensor
 ) -> Tensor:
-    """The same from the largest logits, all others sharing the rest of the probability equally."""
-    others = classes - top.shape[1]
-    index, top, rest = index.long(), top.to(ours.dtype) / temperature, rest.to(ours.dtype) / temperature
-    whole = torch.cat([top, rest + math.log(max(1, others))], dim=1).logsumexp(1, keepdim=True)
+    """The same from the largest logits, all ``others`` sharing the rest of the probability equally."""
+    which, top, rest = which.long(), top.to(ours.dtype) / temperature, rest.to(ours.dtype) / temperature
+    whole = torch.cat([top, rest + math.log(others)], dim=1).logsumexp(1, keepdim=True)
     logs, chances = (top - whole).clamp_min_(LEAST), (top - whole).exp()
     each_log, each = (rest - whole).clamp_min_(LEAST), (rest - whole).exp()
-    hit = ours.gather(1, index)
+    hit = ours.gather(1, which)
     elsewhere = ours.sum(1, keepdim=True) - hit.sum(1, keepdim=True)
     values = ((logs - hit) * chances).sum(1, keepdim=True) + each * (others * each_log - elsewhere)
     if slopes is not None:
         torch.exp(ours, out=slopes)
-        slopes.sub_(each).scatter_add_(1, index, each - chances).mul_(temperature)
+        slopes.sub_(each).scatter_add_(1, which, each - chances).mul_(temperature)
     return values.squeeze(1)

@@ -132,8 +132,8 @@ class _Soft:
     def total(self, student: Tensor, teacher: Tensor | Condensed, labels: Tensor | None, items: Items) -> Tensor:
         if isinstance(teacher, Condensed):
             if self.condensed is not None:
-                top, index, rest, classes = teacher
-                flat = Condensed(items.flat(top), items.flat(index), items.flat(rest), classes)
+                top, which, rest, classes = teacher
+                flat = Condensed(items.flat(top), items.flat(which), items.flat(rest), classes)
                 return self.condensed(items.flat(student), flat).sum()
             teacher = _spread(teacher)
         if self.kind == "sample":
