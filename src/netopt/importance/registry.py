@@ -7,8 +7,8 @@ moments of its inputs it decides what is kept, and returns new values for that.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, TypeVar
 
 from torch import Tensor
@@ -18,6 +18,8 @@ from netopt.errors import ArgumentTypeError, InvalidArgumentError, UnknownNameEr
 __all__ = ["Criterion", "Importance", "criterion", "lookup", "names", "updates_layers"]
 
 KINDS = ("weights", "neurons", "layers")
+PART = 1 << 17
+"""Entries judged at a time where each is judged by itself: what fits in a cache is not written to memory and back."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Criterion:
         of: ``"weights"`` if it scores entries of weights, ``"neurons"`` if it scores activations, ``"layers"`` if it
             decides and updates whole weights, layer after layer.
         paper: Where it was proposed.
+        entrywise: Whether each entry's score depends on that entry alone, so that a weight may be judged in parts.
     """
 
     name: str
@@ -39,10 +42,21 @@ class Criterion:
     needs: frozenset[str] = frozenset()
     of: str = "weights"
     paper: str = ""
+    entrywise: bool = False
 
     def __call__(self, evidence: Any) -> Any:
         """Returns the scores of one tensor, or what a criterion of layers decides."""
         return self.function(evidence)
+
+    def parts(self, evidence: Any) -> Iterator[tuple[slice, Tensor]]:
+        """Yields the scores of one tensor, some of its rows at a time where that is possible."""
+        weight = evidence.weight
+        step = len(weight)
+        if self.entrywise and weight.numel() > PART:
+            step = max(1, PART * step // weight.numel())
+        for start in range(0, len(weight), step):
+            rows = slice(start, start + step)
+            yield rows, self(replace(evidence, weight=weight[rows]))
 
 
 Importance: TypeAlias = str | Criterion | Callable[[Any], Tensor]
@@ -53,7 +67,7 @@ _REGISTERED: dict[tuple[str, str], Criterion] = {}
 
 
 def criterion(
-    name: str, *, needs: Iterable[str] = (), of: str = "weights", paper: str = ""
+    name: str, *, needs: Iterable[str] = (), of: str = "weights", paper: str = "", entrywise: bool = False
 ) -> Callable[[_Function], _Function]:
     """Registers a function as the criterion ``name``.
 
@@ -62,6 +76,7 @@ def criterion(
         needs: The evidence it reads, besides the weight; see :class:`netopt.importance.Evidence`.
         of: ``"weights"``, ``"neurons"`` or ``"layers"``; see :class:`Criterion`.
         paper: Where it was proposed.
+        entrywise: Whether each entry's score depends on that entry alone.
 
     Raises:
         InvalidArgumentError: the name is taken.
@@ -79,7 +94,7 @@ def criterion(
         raise InvalidArgumentError(f"the criterion {name!r} of {of} exists already; choose another name.")
 
     def register(function: _Function) -> _Function:
-        _REGISTERED[name, of] = Criterion(name, function, frozenset(needs), of, paper)
+        _REGISTERED[name, of] = Criterion(name, function, frozenset(needs), of, paper, entrywise)
         return function
 
     return register

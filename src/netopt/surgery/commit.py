@@ -108,6 +108,7 @@ def prepare(
     *,
     attributes: Iterable[tuple[Path, Any]] = (),
     values: Mapping[str, Tensor] | None = None,
+    shifts: Mapping[str, Tensor] | None = None,
     scales: Mapping[str, float | Tensor] | None = None,
     optimizer: Optimizer | Iterable[Optimizer] | None = None,
 ) -> Operation:
@@ -118,7 +119,8 @@ def prepare(
         tensors: Kept indices by tensor name and dimension.
         attributes: Path and new value of modules' and configurations' integers.
         values: New contents of integer buffers, by name.
-        scales: Factors on narrowed tensors, by name.
+        shifts: What is added to narrowed tensors, by name.
+        scales: Factors on narrowed tensors, by name, applied after the shifts.
         optimizer: Whose state follows; one, several or none.
 
     Raises:
@@ -130,7 +132,7 @@ def prepare(
     with torch.inference_mode(False), torch.no_grad():
         named = named_tensors(model)
         cuts, shapes = _collect(model, tensors, named)
-        replacements = _replacements(cuts, values or {}, scales or {}, model, named)
+        replacements = _replacements(cuts, values or {}, shifts or {}, scales or {}, model, named)
         modules = dict(model.named_modules(remove_duplicate=False))
         assignments = list(attributes)
         for path, _ in assignments:
@@ -195,6 +197,7 @@ def _check(name: str, tensor: Tensor, cuts: Cuts, last: dict[int, int]) -> None:
 def _replacements(
     cuts: list[tuple[Tensor, Cuts]],
     values: Mapping[str, Tensor],
+    shifts: Mapping[str, Tensor],
     scales: Mapping[str, float | Tensor],
     model: nn.Module,
     named: Mapping[str, Tensor],
@@ -209,6 +212,10 @@ def _replacements(
         built[id(tensor)] = (tensor, new)
         if view is not None:
             shared.setdefault(view, (new, own))
+    for name, shift in shifts.items():
+        tensor, new = _pending(model, name, built, named)
+        new.detach().add_(shift.to(new))
+        built[id(tensor)] = (tensor, new)
     for name, factor in scales.items():
         tensor, new = _pending(model, name, built, named)
         new.detach().mul_(factor.to(new.device) if isinstance(factor, Tensor) else factor)
