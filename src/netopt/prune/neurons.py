@@ -25,7 +25,8 @@ from netopt.plan import AxisCut, Plan, shapes_of
 from netopt.prune.candidates import AxisSelector, candidates
 from netopt.prune.compensation import compensated
 from netopt.prune.configuration import configured
-from netopt.prune.verify import plain_tensors_kept, promise
+from netopt.prune.folding import fold_removed
+from netopt.prune.verify import masks_of, plain_tensors_kept, promise
 from netopt.report import PruningReport, Row
 from netopt.selection import Amount, Limits, Scope, check_amount, check_scope, check_threshold, select, select_within
 
@@ -114,7 +115,8 @@ def prune_neurons(
     # A budget of operations is one of those counted in a run; elsewhere those of the traced forward are counted.
     before = measure.cost(model, None if max_macs is None else example_inputs)
     selectors = {"include": include, "exclude": exclude, "outputs": outputs}
-    decision = _decide(model, example_inputs, before, request, sources, **selectors)
+    # A mask can be taken off; what is folded into a bias could not.
+    decision = _decide(model, example_inputs, before, request, sources, **selectors, fold=mode == "remove")
     plan, counted = decision.plan, decision.counted
     if before.macs is None:
         before = dataclasses.replace(before, macs=decision.axes.macs())
@@ -244,6 +246,10 @@ class _Decision:
     counted: Callable[[Any], list[Tensor]]
     unsaid: str | None
     """Why the model's configuration cannot express the smaller model."""
+    folded: Mapping[str, Tensor]
+    """Positions removed whose constants are folded into what reads them, by axis."""
+    notes: Mapping[str, str]
+    """What is to be said of axes with dead neurons."""
 
     def rows(self) -> tuple[Row, ...]:
         """One row an axis that could lose neurons."""
@@ -253,29 +259,17 @@ class _Decision:
             scores = self.scores.scores[axis.name]
             low, high = float(scores.min()), float(scores.max())
             equal, reason = exact.get(axis.name, (True, None))
-            notes = [f"scores {low:.2g} to {high:.2g}"] + ([] if reason is None else [reason])
+            notes = [f"scores {low:.2g} to {high:.2g}", *filter(None, (reason, self.notes.get(axis.name)))]
             rows.append(Row(axis.name, axis.size, len(self.kept[axis.name]), equal, "; ".join(notes)))
         return tuple(rows)
 
     def masks(self, model: nn.Module) -> dict[str, Tensor]:
-        """For each tensor of the plan, ``True`` where nothing removed is met."""
-        return masks_of(self.plan, surgery.named_tensors(model))
-
-
-def masks_of(plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The plan as masks: ``True`` where an entry stays."""
-    masks = {}
-    for name, cuts in plan.tensors.items():
-        if name not in tensors:
-            continue
-        shape = tensors[name].shape
-        mask = torch.ones([1] * len(shape), dtype=torch.bool)
-        for dim, kept in cuts.items():
-            stays = torch.zeros(shape[dim], dtype=torch.bool)
-            stays[kept] = True
-            mask = mask & stays.view([-1 if index == dim else 1 for index in range(len(shape))])
-        masks[name] = mask.expand(shape)  # no memory for the dimensions that stay whole
-    return masks
+        """For each tensor of the plan, ``True`` where nothing removed is met, unless it is folded."""
+        plan = self.plan
+        if self.folded:
+            others = {name: torch.cat([self.kept[name], at]).sort().values for name, at in self.folded.items()}
+            plan = Plan(self.axes.tensor_indices({**self.kept, **others}))
+        return masks_of(plan, surgery.named_tensors(model))
 
 
 def _parameter_masks(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
@@ -298,6 +292,7 @@ def _decide(
     include: AxisSelector,
     exclude: AxisSelector,
     outputs: Outputs,
+    fold: bool = True,
 ) -> _Decision:
     # In inference mode some operations hide from a trace, and none has a gradient.
     with torch.inference_mode(False):
@@ -339,7 +334,11 @@ def _decide(
     more, unsaid = configured(model, plan)
     if more:
         plan = dataclasses.replace(plan, attributes=(*plan.attributes, *more))
-    return _Decision(axes, chosen, kept_out, scored, kept, plan, counted, unsaid)
+    folded: dict[str, Tensor] = {}
+    notes: dict[str, str] = {}
+    if fold:
+        plan, folded, notes = fold_removed(model, axes, kept, plan, inputs=example_inputs, counted=counted)
+    return _Decision(axes, chosen, kept_out, scored, kept, plan, counted, unsaid, folded, notes)
 
 
 def make_plan(model: nn.Module, axes: Axes, kept: Mapping[str, Tensor]) -> Plan:

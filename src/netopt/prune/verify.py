@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from netopt import batches
 from netopt.batches import Inputs
 from netopt.errors import ForwardError, VerificationError
+from netopt.plan import Plan
 from netopt.restore import given_back, random_state_kept
 from netopt.surgery import Exchange, Operation, find_tensor
 
-__all__ = ["Promise", "masked_tensors", "promise", "run"]
+__all__ = ["Promise", "masked_tensors", "masks_of", "promise", "run"]
 
 Counted = Callable[[Any], list[Tensor]]
 
@@ -93,6 +94,22 @@ def promise(
         return Promise(run(model, inputs, counted), equal=equal)
     operation = Operation(model, masked_tensors(model, masks))
     return Promise(operation.rehearse(lambda: run(model, inputs, counted)), equal=True)
+
+
+def masks_of(plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The plan as masks: ``True`` where an entry stays."""
+    masks = {}
+    for name, cuts in plan.tensors.items():
+        if name not in tensors:
+            continue
+        shape = tensors[name].shape
+        mask = torch.ones([1] * len(shape), dtype=torch.bool)
+        for dim, kept in cuts.items():
+            stays = torch.zeros(shape[dim], dtype=torch.bool)
+            stays[kept] = True
+            mask = mask & stays.view([-1 if index == dim else 1 for index in range(len(shape))])
+        masks[name] = mask.expand(shape)  # no memory for the dimensions that stay whole
+    return masks
 
 
 def masked_tensors(model: nn.Module, masks: Mapping[str, Tensor]) -> list[Exchange]:
