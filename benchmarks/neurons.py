@@ -1,6 +1,7 @@
 """What removing neurons costs and gains: accuracy by criterion and normalisation, and time on real architectures.
 
     python benchmarks/neurons.py ranking         # criteria and normalisations on MNIST: accuracy at equal MACs
+    python benchmarks/neurons.py encoder         # the same on MiniLM: what is left of its embeddings
     python benchmarks/neurons.py speed           # ResNet-50, ViT-B, GPT-2 small at half the MACs, beside Torch-Pruning
     python benchmarks/neurons.py checkpoint      # a checkpoint of 7 billion parameters planned and pruned from files
 
@@ -31,6 +32,8 @@ import torch
 from torch import Tensor, nn
 
 from netopt import measure, selection
+from netopt.axes import find_axes
+from netopt.importance.neurons import neuron_scores
 from netopt.plan import Plan, stored
 from netopt.prune import plan_neurons, prune_neurons
 
@@ -152,6 +155,89 @@ def ranking(seeds: int, criteria: Sequence[str]) -> None:
     ]
     print(table(rows))
     save("ranking" if len(criteria) > 1 else f"ranking-{criteria[0]}", rows)
+
+
+# Ranking, on a sentence encoder
+
+
+def articles() -> tuple[list[str], Tensor]:
+    """50 news articles, and how similar people find each pair of them."""
+    from weights_quality import inside
+
+    folder = inside("gensim", "test", "test_data")
+    ratings = (folder / "similarities0-1.txt").read_text(encoding="latin-1").splitlines()
+    rated = torch.tensor([[float(number) for number in line.split()] for line in ratings])
+    # Each pair is rated once, above the diagonal.
+    return (folder / "lee.cor").read_text(encoding="latin-1").splitlines(), torch.maximum(rated, rated.T)
+
+
+def encoder(criteria: Sequence[str]) -> None:
+    """Criteria and normalisations on MiniLM, judged by its embeddings of articles it was not calibrated on."""
+    from weights_quality import batched, embed, load, sentences
+
+    dense, tokenizer = load()
+    calibration = batched(sentences()[0][:64], tokenizer, 16)
+    texts, ratings = articles()
+    judged, pairs = batched(texts, tokenizer, 10), torch.triu_indices(50, 50, 1)
+    order = sorted(range(50), key=lambda place: len(tokenizer(texts[place])["input_ids"]))
+    rated = ratings[order][:, order][pairs[0], pairs[1]]
+    wanted = embed(dense, judged)
+
+    def pearson(found: Tensor) -> float:
+        return float(torch.corrcoef(torch.stack([(found @ found.T)[pairs[0], pairs[1]], rated]))[0, 1])
+
+    print(f"dense: Pearson {pearson(wanted):.3f}", flush=True)
+    asked = {"80 % of MACs": {"max_macs": 0.8}, "65 % of MACs": {"max_macs": 0.65}, "70 % of neurons": {"amount": 0.3}}
+    original, hows = selection.NORMALIZATION, (*selection.NORMALIZATIONS, "layer")
+    rows = []
+    for criterion in criteria:
+        for what, amount in asked.items():
+            row: dict[str, Any] = {"criterion": criterion, "what is left": what}
+            for how in hows:
+                # What one share leaves of all operations is not known before; the nearest in steps of a hundredth is.
+                choices = [amount | {"scope": "global"}]
+                if how == "layer":
+                    steps = [step / 100 for step in range(10, 95, 5)] if "max_macs" in amount else [amount["amount"]]
+                    choices = [{"amount": step, "scope": "layer"} for step in steps]
+                selection.NORMALIZATION = original if how == "layer" else how
+                for choice in choices:
+                    model = copy.deepcopy(dense)
+                    report = prune_neurons(
+                        model,
+                        calibration[0],
+                        importance=cached(criterion, dense, calibration),
+                        verify=False,
+                        progress=False,
+                        **choice,
+                    )
+                    share = report.macs_after / report.macs_before
+                    if share <= amount.get("max_macs", 1):
+                        break
+                found = embed(model, judged)
+                row |= {how: float((found * wanted).sum(-1).mean()), f"{how}, Pearson": pearson(found)}
+                row |= {f"{how}, MACs": share}
+            rows.append(row)
+            print(table(rows[-1:]), flush=True)
+    selection.NORMALIZATION = original
+    save("ranking-encoder", rows)
+
+
+SCORES: dict[str, dict[str, Tensor]] = {}
+
+
+def cached(criterion: str, dense: nn.Module, data: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The scores of a criterion, collected once for every normalisation."""
+    if criterion not in SCORES:
+        axes = find_axes(dense, data[0])
+        SCORES[criterion] = neuron_scores(
+            dense,
+            {axis.name: axes.members(axis) for axis in axes.free},
+            lambda name: axes.taps(axes[name]),
+            {axis.name: axis.size for axis in axes.free},
+            importance=criterion,
+            data=data,
+        ).scores
+    return SCORES[criterion]
 
 
 # Speed
@@ -344,7 +430,7 @@ def declare() -> list[torch.library.Library]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("ranking", "speed", "checkpoint", "step"))
+    parser.add_argument("what", choices=("ranking", "encoder", "speed", "checkpoint", "step"))
     parser.add_argument("--seeds", type=int, default=3, help="trained nets of the ranking")
     parser.add_argument("--repeats", type=int, default=10, help="timed calls of the speed")
     parser.add_argument("--criteria", nargs="*", help="those of the ranking; by default all")
@@ -355,9 +441,11 @@ def main() -> None:
     asked = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    kept = declare()
+    kept = declare() if asked.what != "encoder" else []
     if asked.what == "ranking":
         ranking(asked.seeds, asked.criteria or CRITERIA)
+    elif asked.what == "encoder":
+        encoder(asked.criteria or ("saliency", "activation", "magnitude", "l2"))
     elif asked.what == "speed":
         speed(asked.repeats, asked.only)
     elif asked.what == "step":
