@@ -260,12 +260,8 @@ class Trace(TorchDispatchMode):
             answer: Any = None
         else:
             answer = speak(op, *args, **kwargs)
-        data, source = False, None
-        for one in known:
-            if one.data:
-                data = True
-            elif source is None:
-                source = one.source
+        data = any([one.data for one in known])
+        source = None if data else next((one.source for one in known if one.source is not None), None)
         lists = answer if isinstance(answer, tuple) else (answer,)
         for index, tensor in enumerate(outs):
             written = self._known(tensor)
@@ -276,12 +272,11 @@ class Trace(TorchDispatchMode):
             if [dim[0].size for dim in dims] != list(tensor.shape):
                 self._disagree(traits.name, tensor, dims)
             if written is None:
-                self._learn(tensor, dims, data=data, source=None if data else source)
+                self._learn(tensor, dims, data=data, source=source)
                 continue
             if traits.writes:
                 self._note_write(tensor, tensors, written.dims, dims)
-            origin = written.source or (None if data else source)
-            self._learn(tensor, dims, data=data or written.data, source=origin)
+            self._learn(tensor, dims, data=data or written.data, source=written.source or source)
 
     def _unsaid(self, unruled: str | None, tensor: Tensor, written: _Known | None) -> Dims:
         """The dimensions of a result of which no rule says anything; ``unruled`` names an operation without one."""

@@ -15,12 +15,11 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_iter
 
 from netopt.axes.layout import Layout, freeze, mark_inexact, split_concat
 from netopt.axes.modes import Modes
-from netopt.axes.places import Parts
 from netopt.axes.sizes import Condition, Extent, Scalar, Size, caller
 from netopt.axes.trace import Trace
 from netopt.calls import Call, CallNames
@@ -40,8 +39,8 @@ class Reading(NamedTuple):
 class Watch(CallNames):
     """Sees every torch call of one traced forward."""
 
-    def __init__(self, parts: Parts, trace: Trace, modes: Modes) -> None:
-        super().__init__(parts)
+    def __init__(self, model: nn.Module, trace: Trace, modes: Modes) -> None:
+        super().__init__(model)
         self.trace = trace
         self.modes = modes
         self.readings: list[Reading] = []

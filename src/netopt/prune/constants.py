@@ -36,11 +36,23 @@ def suspects(model: nn.Module, plan: Plan) -> bool:
         if place is None or place.parameter.dim() < 2:
             continue
         for dim, kept in cuts.items():
+            if not _may_be_zero(place, dim):
+                continue
             goes = torch.ones(place.parameter.shape[dim], dtype=torch.bool)
             goes[kept] = False
             if bool(_zero(place, dim, goes).any()):
                 return True
     return False
+
+
+def _may_be_zero(place: Place, dim: int) -> bool:
+    """Whether some slice along ``dim`` begins with zero; almost none does that is not zero altogether."""
+    if place.mask is not None:
+        return True
+    first = place.parameter.detach().movedim(dim, -1)
+    while first.dim() > 1:
+        first = first.select(0, 0)
+    return not bool(first.all())
 
 
 def dead(model: nn.Module, axes: Axes, axis: Axis, makers: set[str]) -> Tensor | None:
@@ -168,7 +180,7 @@ class _Ranges(CallNames):
     """Notes the least and the largest value of every index at taps."""
 
     def __init__(self, model: nn.Module, taps: Mapping[str, Sequence[Tap]]) -> None:
-        super().__init__(model.named_modules())
+        super().__init__(model)
         self._wanted: dict[Call, list[tuple[str, Tap]]] = {}
         for name, several in taps.items():
             for tap in several:

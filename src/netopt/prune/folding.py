@@ -27,7 +27,7 @@ from netopt.plan import Plan
 from netopt.prune.candidates import names_of
 from netopt.prune.constants import Carried, carried, dead, suspects
 from netopt.prune.lacking import RefusedError, Visit, equal, within
-from netopt.prune.verify import Promise, masked_tensors, masks_of, promise
+from netopt.prune.verify import Promise, Tensors, masked_tensors, promise, zeroed
 from netopt.restore import given_back
 
 __all__ = ["Folds", "fold_removed", "folds", "shifted"]
@@ -85,8 +85,8 @@ def folds(
     found = lacking.folds()
 
     def holds(names: Sequence[str]) -> bool:
-        without = Plan(axes.tensor_indices({name: torch.nonzero(~gone[name]).flatten() for name in names}))
-        changes = _without(model, masks_of(without, surgery.named_tensors(model)), found.of(names))
+        without = axes.tensor_indices({name: torch.nonzero(~gone[name]).flatten() for name in names})
+        changes = _without(model, without, found.of(names))
         return surgery.Operation(model, changes).rehearse(lambda: promised.is_kept(model, inputs, counted))
 
     if found.shifts and not holds(list(found.shifts)):
@@ -140,8 +140,8 @@ def fold_removed(
     # In a model in which everything else that is removed is masked, as that is what the smaller one computes.
     others = {name: torch.cat([at, torch.nonzero(found[name]).flatten()]).sort().values if name in found else at
               for name, at in kept.items()}  # fmt: skip
-    masks = masks_of(Plan(axes.tensor_indices(others)), surgery.named_tensors(model))
-    gone, folding = surgery.Operation(model, masked_tensors(model, masks)).rehearse(look)
+    masked = masked_tensors(model, axes.tensor_indices(others))
+    gone, folding = surgery.Operation(model, masked).rehearse(look)
     notes = {name: f"constants of dead neurons are lost: {why}" for name, why in folding.refused.items()}
     notes |= dict.fromkeys(folding.shifts, "constants folded into what reads them")
     positions = {name: torch.nonzero(gone[name]).flatten() for name in folding.shifts}
@@ -159,15 +159,14 @@ def _at(tap: Tap, gone: Tensor, values: Tensor) -> Tensor:
     return torch.where(chosen, values, torch.zeros_like(values))
 
 
-def _without(model: nn.Module, masks: Mapping[str, Tensor], shifts: Mapping[str, Tensor]) -> list[surgery.Exchange]:
-    """The model with the masks on and the shifts added."""
-    changes = {id(change.tensor): change for change in masked_tensors(model, masks)}
+def _without(model: nn.Module, kept: Tensors, shifts: Mapping[str, Tensor]) -> list[surgery.Exchange]:
+    """The model with everything but ``kept`` masked and the shifts added."""
+    changes = {id(change.tensor): change for change in masked_tensors(model, kept)}
     for name, shift in shifts.items():
         tensor = surgery.find_tensor(model, name)
         assert tensor is not None, "a shift was found by its tensor's name"
         change = changes.setdefault(id(tensor), surgery.Exchange(tensor, surgery.successor(tensor, {})))
-        mask = masks.get(name)
-        change.new.detach().add_(shift if mask is None else torch.where(mask.to(shift.device), shift, 0))
+        change.new.detach().add_(zeroed(shift.clone(), kept.get(name, {})))
     return list(changes.values())
 
 
@@ -181,7 +180,7 @@ class _Lacking(CallNames):
     """Follows what tensors lack through one forward, axis by axis."""
 
     def __init__(self, model: nn.Module, constants: Mapping[str, Sequence[tuple[Tap, Tensor]]]) -> None:
-        super().__init__(model.named_modules())
+        super().__init__(model)
         self._taps: dict[Call, list[tuple[str, Tap, Tensor]]] = {}
         for name, several in constants.items():
             for tap, values in several:

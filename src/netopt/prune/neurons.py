@@ -26,7 +26,7 @@ from netopt.prune.candidates import AxisSelector, candidates
 from netopt.prune.compensation import compensated
 from netopt.prune.configuration import configured
 from netopt.prune.folding import fold_removed
-from netopt.prune.verify import masks_of, plain_tensors_kept, promise
+from netopt.prune.verify import Tensors, plain_tensors_kept, promise
 from netopt.report import PruningReport, Row
 from netopt.selection import Amount, Limits, Scope, check_amount, check_scope, check_threshold, select, select_within
 
@@ -149,7 +149,7 @@ def prune_neurons(
     operation = plan.prepare(model, optimizers)
     if not verify:
         return operation.run(report)
-    promised = promise(model, example_inputs, counted, decision.masks(model) if plan.exact else None)
+    promised = promise(model, example_inputs, counted, decision.computing() if plan.exact else None)
 
     def finish() -> PruningReport:
         promised.check(model, example_inputs, counted)
@@ -263,23 +263,26 @@ class _Decision:
             rows.append(Row(axis.name, axis.size, len(self.kept[axis.name]), equal, "; ".join(notes)))
         return tuple(rows)
 
-    def masks(self, model: nn.Module) -> dict[str, Tensor]:
-        """For each tensor of the plan, ``True`` where nothing removed is met, unless it is folded."""
-        plan = self.plan
-        if self.folded:
-            others = {name: torch.cat([self.kept[name], at]).sort().values for name, at in self.folded.items()}
-            plan = Plan(self.axes.tensor_indices({**self.kept, **others}))
-        return masks_of(plan, surgery.named_tensors(model))
+    def computing(self) -> Tensors:
+        """What computes after the plan: what is kept of each tensor, and what is folded instead of masked."""
+        if not self.folded:
+            return self.plan.tensors
+        others = {name: torch.cat([self.kept[name], at]).sort().values for name, at in self.folded.items()}
+        return self.axes.tensor_indices({**self.kept, **others})
 
 
 def _parameter_masks(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
-    parameters = {
-        name: parameter
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-        if parameter.is_floating_point()
-    }
-    masks = masks_of(plan, parameters)
-    return {name.removesuffix("_orig"): mask.contiguous() for name, mask in masks.items()}
+    """The plan as masks of parameters: ``True`` where an entry stays."""
+    masks = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name in plan.tensors and parameter.is_floating_point():
+            mask = torch.ones(parameter.shape, dtype=torch.bool)
+            for dim, kept in plan.tensors[name].items():
+                stays = torch.zeros(mask.shape[dim], dtype=torch.bool)
+                stays[kept] = True
+                mask &= stays.view([-1 if index == dim else 1 for index in range(mask.dim())])
+            masks[name.removesuffix("_orig")] = mask
+    return masks
 
 
 def _decide(
@@ -327,7 +330,6 @@ def _decide(
         kept,
         make_plan(model, axes, kept),
         make_plan=lambda some: make_plan(model, axes, some),
-        masks_of=lambda plan: masks_of(plan, surgery.named_tensors(model)),
         inputs=example_inputs,
         counted=counted,
     )

@@ -50,18 +50,17 @@ class Operation:
         Returns:
             What ``finish`` returned.
         """
-        try:
-            for change in self.changes:
-                change.do()
+
+        def work() -> Result:
+            self._do()
             self._flatten()
             result = finish()
             for change in self.changes:
                 if isinstance(change, Exchange):
                     retire(change.new)
             return result
-        except BaseException:
-            self._restore()
-            raise
+
+        return self._undone_on_failure(work)
 
     def rehearse(self, look: Callable[[], Result]) -> Result:
         """Does all changes, looks, and undoes them whatever happens.
@@ -72,16 +71,30 @@ class Operation:
         Returns:
             What ``look`` returned.
         """
-        try:
-            for change in self.changes:
-                change.do()
+
+        def work() -> Result:
+            self._do()
             result = look()
             self._restore()
             return result
+
+        return self._undone_on_failure(work)
+
+    def _undone_on_failure(self, work: Callable[[], Result]) -> Result:
+        try:
+            try:
+                return work()
+            except BaseException:
+                self._restore()
+                raise
         except BaseException:
-            # Not in a finally: an interruption just before the undo must not skip it.
+            # Twice, which costs nothing: an interruption on the very line before the undo must not skip it.
             self._restore()
             raise
+
+    def _do(self) -> None:
+        for change in self.changes:
+            change.do()
 
     def _restore(self) -> None:
         try:
