@@ -260,7 +260,7 @@ class Trace(TorchDispatchMode):
             answer: Any = None
         else:
             answer = speak(op, *args, **kwargs)
-        data = any([one.data for one in known])
+        data = any(one.data for one in known)
         source = None if data else next((one.source for one in known if one.source is not None), None)
         lists = answer if isinstance(answer, tuple) else (answer,)
         for index, tensor in enumerate(outs):
