@@ -61,7 +61,8 @@ def prune_neurons(
     r"""Removes the least important neurons of ``model``, in place, and everything coupled to them.
 
     Either the whole plan is carried out or ``model`` and ``optimizer`` are left as they were. At least one neuron stays
-    on every axis.
+    on every axis. A removed neuron that is a constant (all weights that make it are zero) is folded into what reads it;
+    any other is as good as masked.
 
     Args:
         model: Any module; its forward is run, never parsed. Its train/eval mode is kept.
@@ -76,8 +77,8 @@ def prune_neurons(
         data: Batches for criteria that need gradients or activations; what needs no labels falls back to
             ``example_inputs``.
         loss_fn: Of the model's result and a batch's targets, for criteria that need the loss.
-        scope: ``"global"`` ranks the neurons of all axes together, each against the average of its axis; ``"layer"``
-            removes the amount of every axis.
+        scope: ``"global"`` ranks the neurons of all axes together, each score as its share of those of its axis that
+            are not below it; ``"layer"`` removes the amount of every axis.
         include: Names, patterns, types, modules, or predicates of an :class:`~netopt.axes.Axis`, whose neurons may go.
         exclude: The same, whose neurons all stay.
         outputs: Which results must keep their shape; see :func:`netopt.find_axes`.
