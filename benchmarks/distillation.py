@@ -272,6 +272,12 @@ def own_steps(student: nn.Module, data: Tensor, outputs: Tensor, epochs: int) ->
             steps.step()
 
 
+@torch.no_grad()
+def forwards(model: nn.Module, data: Tensor) -> None:
+    for batch in data.split(16):
+        model(batch)
+
+
 def cache(repeats: int = 5) -> list[dict[str, object]]:
     """Time of a step without the outputs kept over one with them."""
     rows = []
@@ -299,11 +305,9 @@ def cache(repeats: int = 5) -> list[dict[str, object]]:
             for n in (1, 1 + more)
         }
         runs["own"] = lambda s=student, d=data, o=outputs, n=more: own_steps(copy.deepcopy(s), d, o, n)
-        with torch.no_grad():
-            runs["student"], runs["teacher"] = (
-                lambda m=m, d=data: [m(d[i : i + 16]) for i in range(0, len(d), 16)] for m in (student, teacher)
-            )
-            times = in_turn(runs, repeats)
+        for who, model in (("student", student), ("teacher", teacher)):
+            runs[who] = lambda model=model, data=data: forwards(model, data)
+        times = in_turn(runs, repeats)
         steps = {
             kind: [b - a for a, b in zip(times[f"{kind} 1"], times[f"{kind} {1 + more}"], strict=True)]
             for kind in ("asked", *kinds)
