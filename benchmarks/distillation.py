@@ -314,8 +314,8 @@ def cache(repeats: int = 5) -> list[dict[str, object]]:
         }
         sizes = [sum(p.numel() for p in one.parameters()) for one in (teacher, student)]
         told = (
-            f"teacher {ratio(times['teacher'], times['student']):.0f}:1 in forward time, {sizes[0] / sizes[1]:.0f}:1 in "
-            f"size; {ratio(steps['asked'], times['own']):.1f} were the student's step by hand all that is left"
+            f"teacher {ratio(times['teacher'], times['student']):.0f}:1 in forward time, {sizes[0] / sizes[1]:.0f}:1 "
+            f"in size; {ratio(steps['asked'], times['own']):.1f} were the student's step by hand all that is left"
         )
         bars = {"conv": ">= 3.3", "language model": ">= 3.2"}
         for kind in kinds:
