@@ -30,7 +30,7 @@ __all__ = ["Cache", "TeacherCache"]
 
 SMALL = 1024
 EXACT = 2**24
-UNTOLD = 2**16
+UNTOLD = 2**13
 CHOICES = (64, 256)
 LOST = 0.01
 FAINT = 1e-3
@@ -126,7 +126,7 @@ class TeacherCache:
             if bank.changed(rows, known, prints):
                 self.drop("a sample came back with other content, as random augmentation makes it")
                 return ask()
-            if bool(known.all()):
+            if bool(known.numpy().all()):
                 self.hits += len(rows)
                 return self._unpack(bank, bank.read(rows))
         records = ask()
@@ -156,7 +156,7 @@ class TeacherCache:
         if not bank.write(rows, ~known, prints, values):
             return records
         rows, known = bank.find(identities, prints)
-        return self._unpack(bank, bank.read(rows)) if bool(known.all()) else records
+        return self._unpack(bank, bank.read(rows)) if bool(known.numpy().all()) else records
 
     def state(self) -> tuple[str | None, int, int]:
         """Returns what a run that is taken up again has to know."""

@@ -315,7 +315,7 @@ class _Watch:
         self.last: tuple[Tensor, Sequence[float | Tensor]] | None = None
 
     def add(self, sums: Sequence[Tensor], shares: Sequence[float | Tensor], counts: Sequence[int], step: int) -> None:
-        terms = sums[0].detach().reshape(1) if len(sums) == 1 else torch.stack([one.detach() for one in sums])
+        terms = sums[0].detach() if len(sums) == 1 else torch.stack([one.detach() for one in sums])
         self.last = terms, shares
         self.counts = [have + more for have, more in zip(self.counts, counts, strict=True)]
         if self.host:
@@ -328,7 +328,7 @@ class _Watch:
             return
         self.sums += terms
         # Copied to the host in passing and read once it has arrived, so no step waits for the device.
-        arrived = torch.empty(len(terms), dtype=terms.dtype, pin_memory=terms.device.type == "cuda")
+        arrived = torch.empty(len(sums), dtype=terms.dtype, pin_memory=terms.device.type == "cuda")
         arrived.copy_(terms, non_blocking=True)
         event = torch.Event(terms.device.type)
         event.record()
@@ -341,7 +341,7 @@ class _Watch:
         if self.last is None:
             return math.nan
         terms, shares = self.last
-        return math.fsum(one * float(share) for one, share in zip(terms.tolist(), shares, strict=True))
+        return math.fsum(one * float(share) for one, share in zip(terms.reshape(-1).tolist(), shares, strict=True))
 
     def restore(self, sums: Tensor, counts: list[int]) -> None:
         """Goes on from the sums of an epoch begun earlier."""

@@ -52,10 +52,12 @@ class Items(NamedTuple):
     Args:
         positions: The shape of the output's positions, samples first.
         mask: True where a position, or a whole sample, counts; ``None`` if all do.
+        labelled: Whether it is known beforehand that all of them have a class for a label.
     """
 
     positions: tuple[int, ...]
     mask: Tensor | None = None
+    labelled: bool = False
 
     @property
     def _whole_samples(self) -> bool:
@@ -320,7 +322,7 @@ class Objective:
                 f"the labels have shape {tuple(labels.shape)} and the output's positions {items.positions}; give one "
                 "class index a position."
             )
-        return count(items.spread(labels) > UNLABELLED)
+        return items.places() if items.labelled else count(items.spread(labels) > UNLABELLED)
 
     def _averaged(self, parts: Sequence[Tensor]) -> Tensor:
         return torch.stack([weight * one for weight, one in zip(self.teachers, parts, strict=True)]).sum()
@@ -337,7 +339,10 @@ class Objective:
                 return -(items.flat(labels) * items.flat(output).log_softmax(-1)).sum()
             return losses.mse(items.whole(output), items.whole(labels)).sum()
         chosen = items.spread(labels)
-        return F.cross_entropy(items.flat(output), chosen.long().clamp_min(0), reduction="none")[chosen >= 0].sum()
+        if items.labelled:
+            return F.cross_entropy(items.flat(output), chosen.long(), reduction="sum")
+        values = F.cross_entropy(items.flat(output), chosen.long().clamp_min(0), reduction="none")
+        return torch.where(chosen > UNLABELLED, values, 0).sum()
 
 
 def count(mask: Tensor) -> int:

@@ -160,10 +160,12 @@ class Tensors(Source):
         """How many batches an epoch has."""
         return math.ceil(self.samples / self.batch_size)
 
-    def epoch(self, number: int) -> Iterator[Drawn]:  # noqa: ARG002
+    def epoch(self, number: int) -> Iterator[Drawn]:
         """Yields one epoch in a new order, the last batch as small as it may be."""
         rank, world = self.share
-        order = torch.randperm(self.samples) if self.shuffle else torch.arange(self.samples)
+        # The same order as of the global generator, which need not be put back then.
+        generator = torch.Generator().manual_seed(self.seed + number)
+        order = torch.randperm(self.samples, generator=generator) if self.shuffle else torch.arange(self.samples)
         take = _taker(self.data)
         for whole in order.split(self.batch_size):
             if world == 1:
@@ -173,6 +175,10 @@ class Tensors(Source):
             idle = not len(index)
             index = whole[:1] if idle else index
             yield Drawn(index, take(index), idle)
+
+    def begin(self, number: int, skip: int = 0) -> Iterator[Drawn]:
+        """Yields an epoch without its first ``skip`` batches."""
+        return islice(self.epoch(number), skip, None)
 
 
 class Loaded(Source):
@@ -284,7 +290,11 @@ def seed_all(seed: int) -> None:
     """Seeds torch, Python and numpy."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+    if torch.accelerator.is_available():
+        torch.manual_seed(seed)
+    else:
+        # What the above does as well, for devices that are not there, takes longer than a step of a small net.
+        torch.default_generator.manual_seed(seed)
 
 
 def batch_length(batch: Any) -> int:

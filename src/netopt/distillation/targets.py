@@ -15,7 +15,7 @@ from netopt.distillation.cache import TeacherCache
 from netopt.distillation.engines import Engine
 from netopt.distillation.hints import captured
 from netopt.distillation.objective import Items, Record, Target
-from netopt.distillation.outputs import Picker, positions_of, shifted, valid_positions
+from netopt.distillation.outputs import UNLABELLED, Picker, positions_of, shifted, valid_positions
 from netopt.distillation.sources import Drawn, batch_length
 from netopt.distillation.teachers import Asked, Forward, all_eval
 from netopt.errors import ArgumentTypeError, InvalidArgumentError
@@ -61,7 +61,7 @@ class Targets:
         self._seen: dict[str, Tensor] = {}
         self._clock = _Clock(engine.device)
         self._shape: Callable[[Targets, Any], tuple[int, ...] | None] | None = None
-        self._all_count = False
+        self._all_count = self._all_labelled = False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -93,6 +93,13 @@ class Targets:
             labels = self.labels_of(whole, everywhere)
             mask = valid_positions(whole, labels, everywhere, self.ignore_index)
             self._all_count = mask is None or bool(mask.all())
+            self._all_labelled = (
+                self._all_count
+                and isinstance(labels, Tensor)
+                and not labels.is_floating_point()
+                and tuple(labels.shape) == everywhere
+                and bool((labels > UNLABELLED).all())
+            )
         for shape in (_samples, _labels, _attention):
             if shape(self, drawn.batch) == positions:
                 self._shape = shape
@@ -108,7 +115,7 @@ class Targets:
         if drawn.idle:
             return Items(positions, torch.zeros(positions[0], dtype=torch.bool)), labels
         if all_count:
-            return Items(positions), labels
+            return Items(positions, labelled=self._all_labelled), labels
         return Items(positions, valid_positions(drawn.batch, labels, positions, self.ignore_index)), labels
 
     def seconds(self) -> float:
