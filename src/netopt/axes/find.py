@@ -28,6 +28,7 @@ from netopt.axes.modes import modes_watched
 from netopt.axes.places import remembered
 from netopt.axes.sizes import remembering_functions
 from netopt.axes.trace import Trace, members_of
+from netopt.axes.unreached import standing_in, unreached
 from netopt.axes.watch import Watch
 from netopt.batches import Inputs
 from netopt.errors import ArgumentTypeError, ForwardError, InvalidArgumentError
@@ -83,6 +84,10 @@ def find_axes(model: nn.Module, example_inputs: Inputs, *, outputs: Outputs = No
                 trace.counting = True
                 _run(model.eval(), example_inputs, trace, watch, outputs)
                 trace.counting = False
+            twins = unreached(model, watch.reached, trace.touched)
+            if twins:
+                with standing_in(twins, trace):
+                    _run(model.eval(), example_inputs, trace, Watch(model, trace, modes), outputs)
             if modes.differ:
                 with contextlib.suppress(ForwardError):  # as batch norm fails in training mode on a single sample
                     _run(model.train(), example_inputs, trace, Watch(model, trace, modes), outputs)

@@ -102,6 +102,13 @@ class Ledger:
         """Whether ``number`` carries an origin of this trace."""
         return isinstance(number, (Size, Scalar)) and number.ledger is self
 
+    def read(self, place: Place) -> bool:
+        """Whether the integer at ``place`` set a size, was compared, or was computed with."""
+        numbers = [equation.number for equation in self.equations]
+        numbers.extend(side for condition in self.conditions for side in (condition.left, condition.right))
+        numbers.extend(number for number, _ in self.numbers)
+        return any(leaf == place for number in numbers for leaf in leaves(number))
+
 
 def caller() -> tuple[str, int]:
     """File and line of the innermost frame that is neither torch's nor this package's."""

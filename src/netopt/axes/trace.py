@@ -91,6 +91,7 @@ class Trace(TorchDispatchMode):
         members: Every parameter, buffer and other tensor the model holds, by name; one name a tensor.
         ledger: What was learned of integers.
         asked: Layouts made by the call in progress whose size came from the caller's code.
+        unsaid: Layouts whose size no integer of a call said, each with the module that made the call.
         groups: The layout of the groups of the last grouped operation.
         reads: Per member name, the layouts its uses sum over.
         makes: Per member name, the layouts its uses produce.
@@ -117,6 +118,7 @@ class Trace(TorchDispatchMode):
         self.members = members
         self.ledger = Ledger()
         self.asked: list[Layout] = []
+        self.unsaid: list[tuple[Layout, str]] = []
         self.groups: Layout | None = None
         self.reads: dict[str, list[Layout]] = defaultdict(list)
         self.makes: dict[str, list[Layout]] = defaultdict(list)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_iter
 
-from netopt.axes.layout import Layout, freeze, mark_inexact, split_concat
+from netopt.axes.layout import Layout, freeze, mark_inexact, split_concat, split_product
 from netopt.axes.modes import Modes
 from netopt.axes.sizes import Condition, Extent, Scalar, Size, caller
 from netopt.axes.trace import Trace
@@ -78,6 +78,11 @@ class Watch(CallNames):
         if treatment.modal:
             self.modes.differ = True
         return result
+
+    @property
+    def reached(self) -> frozenset[str]:
+        """Names of the modules that were called."""
+        return frozenset(self._visits)
 
     def size(self, value: int, layout: Layout) -> int:
         """``value`` as an integer that remembers it is the size of ``layout``."""
@@ -390,10 +395,16 @@ def _arange(watch: Watch, args: Any, kwargs: Any, result: Any) -> None:
         freeze(layout, f"has a size that arange computes at {watch.trace.where()}")
 
 
-def _default_scale(watch: Watch, args: Any, kwargs: Any, result: Any) -> None:
+def _attention(watch: Watch, args: Any, kwargs: Any, result: Any) -> None:
+    query, key = (watch.trace.dims(_argument(args, kwargs, i, name)) for i, name in enumerate(("query", "key")))
+    if len(query) > 2 and query[-3].size > key[-3].size:
+        halves = split_product(query[-3].layout, key[-3].size)
+        if halves is not None:
+            # No integer of the call says how many query heads share one of the keys' heads; one of the module may.
+            watch.trace.unsaid.append((halves[1], watch.name_of("").module))
     if _argument(args, kwargs, 6, "scale") is None:
         mark_inexact(
-            watch.trace.dims(args[0])[-1].layout,
+            query[-1].layout,
             f"sets the default scale of attention, at {watch.trace.where()}",
         )
 
@@ -423,7 +434,7 @@ _SPEAKERS: dict[str, Callable[..., None]] = {
     "__getitem__": _getitem,
     "__setitem__": _getitem,
     "arange": _arange,
-    "scaled_dot_product_attention": _default_scale,
+    "scaled_dot_product_attention": _attention,
 }
 
 _FUSED = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
