@@ -92,6 +92,7 @@ def find_axes(model: nn.Module, example_inputs: Inputs, *, outputs: Outputs = No
                 with contextlib.suppress(ForwardError):  # as batch norm fails in training mode on a single sample
                     _run(model.train(), example_inputs, trace, Watch(model, trace, modes), outputs)
         trace.ledger.is_open = False
+        trace.settle()
         return Axes(model, trace, watch.readings)
     finally:
         trace.ledger.is_open = False
@@ -103,7 +104,9 @@ def _run(model: nn.Module, inputs: Inputs, trace: Trace, watch: Watch, outputs: 
         warnings.simplefilter("ignore")  # such as those that a run without gradients alone gives
         with trace, watch:
             result = batches.call(model, inputs)
-        for tensor in counted_outputs(result, outputs):
+        counted = counted_outputs(result, outputs)
+        trace.reach(counted)
+        for tensor in counted:
             for dim in trace.dims(tensor):
                 freeze(dim.layout, "is a dimension of the model's output")
 

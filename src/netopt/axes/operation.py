@@ -49,6 +49,14 @@ class Dim(NamedTuple):
         return self.layout.size
 
 
+class Mark(NamedTuple):
+    """What holds of a layout should the tensor it is noted on reach a result: that it is frozen, or inexact."""
+
+    state: Callable[[Layout, str], None]
+    layout: Layout
+    why: str
+
+
 Dims = list[Dim]
 Rule = Callable[..., Any]
 _RULES: dict[str, Rule] = {}
@@ -117,13 +125,15 @@ def known_operations() -> tuple[str, ...]:
 class Operation:
     """One executed operation: its name, its result, and what may be stated about them."""
 
-    __slots__ = ("name", "out", "tensors", "trace")
+    __slots__ = ("marks", "name", "out", "tensors", "trace", "when_read")
 
     def __init__(self, trace: Trace, name: str, tensors: Sequence[Tensor], out: Any) -> None:
         self.trace = trace
         self.name = name
         self.tensors = tensors
         self.out = out
+        self.marks: list[Mark] = []
+        self.when_read: dict[int, list[Mark]] = {}
 
     def dims(self, tensor: Tensor) -> Dims:
         """The dimensions of a tensor the operation reads or wrote, resolved."""
@@ -153,11 +163,17 @@ class Operation:
                 freeze(layout, f"{why}, at {self.trace.where()}")
 
     def inexact(self, dims: Dim | Layout | Iterable[Dim], why: str) -> None:
-        """States that a removed position of these dimensions differs from a masked one."""
+        """States that a removed position of these dimensions differs from a masked one, if the result is used."""
         for dim in [dims] if isinstance(dims, (Dim, *LAYOUTS)) else dims:
             layout = layout_of(dim)
-            if any(atom.inexact is None for atom in atoms(layout)):
-                mark_inexact(layout, f"{why}, at {self.trace.where()}")
+            if any(atom.inexact is None and atom.frozen is None for atom in atoms(layout)):
+                self.marks.append(Mark(mark_inexact, layout, f"{why}, at {self.trace.where()}"))
+
+    def numbered(self, index: int, dim: Dim) -> None:
+        """States that the result of this index holds numbers of positions: they must stay, if it is used."""
+        if any(atom.frozen is None for atom in atoms(dim.layout)):
+            why = f"is numbered by {self.short}, at {self.trace.where()}"
+            self.when_read.setdefault(index, []).append(Mark(freeze, dim.layout, why))
 
     def frozen(self, size: int, why: str) -> Dim:
         """A new dimension none of whose positions may go."""

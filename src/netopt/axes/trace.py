@@ -17,7 +17,7 @@ from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from netopt.axes.layout import Atom, Layout, freeze, resolve
-from netopt.axes.operation import Dim, Dims, Operation, find_rule
+from netopt.axes.operation import Dim, Dims, Mark, Operation, find_rule
 from netopt.axes.sizes import Ledger, caller, show_place
 from netopt.errors import TraceError
 from netopt.flops import formula
@@ -64,6 +64,10 @@ def _describe(function: Any) -> _Traits:
     return found
 
 
+# Those among them whose answer is a value.
+_VALUES = frozenset(["aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::item", "aten::allclose"])
+
+
 class Work(NamedTuple):
     """An operation that costs multiplications: its formula, and what it was given, tensors as layouts."""
 
@@ -74,14 +78,19 @@ class Work(NamedTuple):
 
 
 class _Known:
-    """What a trace knows of one tensor: its dimensions, whether it depends on the inputs, and what it is a view of."""
+    """What a trace knows of one tensor: its dimensions, whether it depends on the inputs, and what it is a view of.
 
-    __slots__ = ("data", "dims", "source")
+    Together these make a graph: what a tensor was computed from, and what holds should it reach a result.
+    """
+
+    __slots__ = ("data", "dims", "marks", "parents", "source")
 
     def __init__(self, dims: Dims, *, data: bool, source: str | None) -> None:
         self.dims = dims
         self.data = data
         self.source = source
+        self.parents: Sequence[_Known] = ()
+        self.marks: Sequence[Mark] = ()
 
 
 class Trace(TorchDispatchMode):
@@ -104,6 +113,7 @@ class Trace(TorchDispatchMode):
         work: What each operation that costs multiplications was given: its formula, arguments and result, with every
             tensor as the layouts of its dimensions. Of the first run only.
         counting: Whether work is being noted.
+        complete: Whether every tensor an operation read is known to be given or made by an operation seen.
         pointers: Names of integer members whose entries are positions of a layout.
     """
 
@@ -132,6 +142,10 @@ class Trace(TorchDispatchMode):
         self.counting = False
         self.pointers: dict[str, Layout] = {}
         self.in_call = False
+        self.complete = True
+        self._alive: list[_Known] = []
+        self._marks: list[Mark] = []
+        self._writes: dict[int, _Known] = {}
         self._marked: list[Tensor] = []
         self._dirty: dict[int, Any] = {}
         self._stored = {_storage(tensor): tensor for tensor in members.values() if isinstance(tensor, nn.Parameter)}
@@ -202,6 +216,35 @@ class Trace(TorchDispatchMode):
             self.reads[known.source].extend(dim.layout for dim in summed)
             self.makes[known.source].extend(dim.layout for dim in kept)
 
+    def mark(self, tensor: Tensor, marks: Sequence[Mark]) -> None:
+        """Notes what holds of layouts should ``tensor`` reach a result."""
+        known = self._met(tensor)
+        known.marks = [*known.marks, *marks]
+        self._marks += marks
+
+    def reach(self, tensors: Iterable[Tensor]) -> None:
+        """Notes that the values of these tensors count: they are results, or the code looks at them."""
+        for tensor in tensors:
+            self._alive.append(self._met(tensor))
+            if self._writes and _storage(tensor) in self._writes:
+                self._alive.append(self._writes[_storage(tensor)])
+
+    def settle(self) -> None:
+        """Marks layouts by what reaches a result; where a tensor came from is not always known, then by everything."""
+        seen = set(self._alive)
+        waiting = list(seen)
+        live: set[int] = set()
+        while waiting:
+            known = waiting.pop()
+            live.update(map(id, known.marks))
+            for parent in known.parents:
+                if parent not in seen:
+                    seen.add(parent)
+                    waiting.append(parent)
+        for mark in self._marks:
+            if not self.complete or id(mark) in live:
+                mark.state(mark.layout, mark.why)
+
     def where(self) -> str:
         """The line of the user's code being run."""
         return show_place(caller())
@@ -224,11 +267,17 @@ class Trace(TorchDispatchMode):
             kwargs = {}
         traits = _traits.get(function) or _describe(function)
         if traits.is_question:
+            if traits.name in _VALUES:
+                self.reach(_tensors_in(args, []))
             return function(*args, **kwargs)
         tensors = _tensors_in(args, [])
         if kwargs:
             _tensors_in(kwargs.values(), tensors)
+        if self.complete and traits.name != "aten::lift_fresh":  # which takes in a tensor made of plain numbers
+            self.complete = all([self._note in tensor.__dict__ for tensor in tensors])
         known = [self._met(tensor) for tensor in tensors]
+        if self._writes:
+            known += [self._writes[key] for key in map(_storage, tensors) if key in self._writes]
         if traits.writes:
             self._save(tensors)
         out = function(*args, **kwargs)
@@ -283,7 +332,15 @@ class Trace(TorchDispatchMode):
                 origin = written.source or origin
                 if traits.writes:
                     self._note_write(tensor, tensors, written.dims, dims)
-            self._learn(tensor, dims, data=data or (written is not None and written.data), source=origin)
+            now = self._learn(tensor, dims, data=data or (written is not None and written.data), source=origin)
+            now.parents = known
+            now.marks = op.marks if not op.when_read else [*op.marks, *op.when_read.get(index, ())]
+            if traits.writes and written is not None:
+                self._writes[_storage(tensor)] = now
+                if written.source is not None:  # kept for the next forward
+                    self._alive.append(now)
+        if op.marks or op.when_read:
+            self._marks += [*op.marks, *(mark for marks in op.when_read.values() for mark in marks)]
 
     def _note_work(self, cost: Callable[..., Any], args: Any, kwargs: Any, outs: list[Tensor]) -> None:
         result = self._layouts(outs[0]) if len(outs) == 1 else tuple(map(self._layouts, outs))

@@ -66,6 +66,7 @@ def standing_in(twins: Twins, trace: Trace) -> Iterator[None]:
 
 def _tie(trace: Trace, made: Any, result: Any) -> None:
     there = dict(batches.tensors(result))
+    trace.reach(tensor for _, tensor in batches.tensors(made))
     for name, tensor in batches.tensors(made):
         other = there.get(name)
         if other is not None and other.shape == tensor.shape:

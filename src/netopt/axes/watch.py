@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_iter
 
 from netopt.axes.layout import Layout, freeze, mark_inexact, split_concat, split_product
 from netopt.axes.modes import Modes
+from netopt.axes.operation import Mark
 from netopt.axes.sizes import Condition, Extent, Scalar, Size, caller
 from netopt.axes.trace import Trace
 from netopt.calls import Call, CallNames
@@ -395,6 +396,11 @@ def _arange(watch: Watch, args: Any, kwargs: Any, result: Any) -> None:
         freeze(layout, f"has a size that arange computes at {watch.trace.where()}")
 
 
+def _looked_at(watch: Watch, args: Any, kwargs: Any, result: Any) -> None:
+    """The values leave torch, so what is done with them cannot be seen."""
+    watch.trace.reach([args[0]])
+
+
 def _attention(watch: Watch, args: Any, kwargs: Any, result: Any) -> None:
     query, key = (watch.trace.dims(_argument(args, kwargs, i, name)) for i, name in enumerate(("query", "key")))
     if len(query) > 2 and query[-3].size > key[-3].size:
@@ -403,10 +409,8 @@ def _attention(watch: Watch, args: Any, kwargs: Any, result: Any) -> None:
             # No integer of the call says how many query heads share one of the keys' heads; one of the module may.
             watch.trace.unsaid.append((halves[1], watch.name_of("").module))
     if _argument(args, kwargs, 6, "scale") is None:
-        mark_inexact(
-            query[-1].layout,
-            f"sets the default scale of attention, at {watch.trace.where()}",
-        )
+        why = f"sets the default scale of attention, at {watch.trace.where()}"
+        watch.trace.mark(result, [Mark(mark_inexact, query[-1].layout, why)])
 
 
 def _nothing(watch: Watch, args: Any, kwargs: Any, result: Any) -> None:
@@ -435,6 +439,7 @@ _SPEAKERS: dict[str, Callable[..., None]] = {
     "__setitem__": _getitem,
     "arange": _arange,
     "scaled_dot_product_attention": _attention,
+    **dict.fromkeys(("numpy", "tolist", "__array__", "data_ptr"), _looked_at),
 }
 
 _FUSED = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})

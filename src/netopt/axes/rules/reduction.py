@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -26,8 +27,7 @@ def reduce(op: Operation, tensor: Tensor, dim: Any, why: str | None) -> Any:
     """
     dims = op.dims(tensor)
     rank = len(dims)
-    chosen = [dim] if isinstance(dim, int) else dim
-    gone = {one % rank for one in chosen} if chosen and rank else set(range(rank))
+    gone = _gone(rank, dim)
     for index in gone:
         if dims[index].size > 1 and why is None and op.is_weight(tensor):
             op.inexact(dims[index], f"mixes weights: {op.short} is taken over it")
@@ -41,6 +41,11 @@ def reduce(op: Operation, tensor: Tensor, dim: Any, why: str | None) -> Any:
             else:
                 answers.append([one for index, one in enumerate(dims) if index not in gone])
     return tuple(answers)
+
+
+def _gone(rank: int, dim: Any) -> set[int]:
+    chosen = [dim] if isinstance(dim, int) else dim
+    return {one % rank for one in chosen} if chosen and rank else set(range(rank))
 
 
 def reduced_over(op: Operation, dim: Dim, why: str | None) -> None:
@@ -79,11 +84,17 @@ rule("aten::norm", "aten::linalg_vector_norm")(_summing(1))
     "aten::argmax",
     "aten::argmin",
     "aten::median",
+    "aten::nanmedian",
     "aten::mode",
 )
 def whole(op: Operation, tensor: Tensor, dim: Any = None, *args: Any, **kwargs: Any) -> Any:
     """Reductions whose result depends on how many positions there are, or on more than their sum."""
-    answer = reduce(op, tensor, None if isinstance(dim, bool) else dim, f"is reduced by {op.short}")
+    dim = None if isinstance(dim, bool) else dim
+    answer = reduce(op, tensor, dim, f"is reduced by {op.short}")
+    for index, out in enumerate(tree_leaves(op.out)):
+        if out.dtype == torch.int64 and (index or op.short.startswith("arg")):
+            for gone in _gone(tensor.dim(), dim):
+                op.numbered(index, op.dims(tensor)[gone])
     return tuple([Dim(one.layout, False) for one in dims] for dims in answer)
 
 
