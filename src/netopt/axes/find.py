@@ -24,6 +24,7 @@ from netopt import batches
 from netopt.axes import rules as _rules  # noqa: F401 - registers the rules
 from netopt.axes.axis import Axes
 from netopt.axes.layout import freeze
+from netopt.axes.literals import remembering_literals
 from netopt.axes.modes import modes_watched
 from netopt.axes.places import remembered
 from netopt.axes.sizes import remembering_functions
@@ -100,7 +101,12 @@ def find_axes(model: nn.Module, example_inputs: Inputs, *, outputs: Outputs = No
 
 
 def _run(model: nn.Module, inputs: Inputs, trace: Trace, watch: Watch, outputs: Outputs) -> None:
-    with remembered(model, trace.ledger), remembering_functions(), warnings.catch_warnings():
+    with (
+        remembered(model, trace.ledger),
+        remembering_functions(),
+        remembering_literals(model),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")  # such as those that a run without gradients alone gives
         with trace, watch:
             result = batches.call(model, inputs)

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_iter
 from netopt.axes.layout import Layout, freeze, mark_inexact, split_concat, split_product
 from netopt.axes.modes import Modes
 from netopt.axes.operation import Mark
-from netopt.axes.sizes import Condition, Extent, Scalar, Size, caller
+from netopt.axes.sizes import Condition, Extent, Scalar, Shape, Size, caller
 from netopt.axes.trace import Trace
 from netopt.calls import Call, CallNames
 
@@ -182,7 +182,7 @@ def _shape(watch: Watch, function: Any, args: Any, kwargs: Any, result: Any) -> 
     if dims and _asked_by_len():
         # ``len`` hands on a plain integer, so what it is used for cannot be seen.
         mark_inexact(dims[0].layout, f"has a size that len gives away, at {watch.trace.where()}")
-    return torch.Size([watch.size(size, dim.layout) for size, dim in zip(result, dims, strict=True)])
+    return Shape([watch.size(size, dim.layout) for size, dim in zip(result, dims, strict=True)])
 
 
 def _asked_by_len() -> bool:
