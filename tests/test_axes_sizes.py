@@ -306,7 +306,7 @@ def numbers(value, path=(), seen=None):
 def test_every_integer_is_lent_with_its_place_and_given_back():
     model, ledger = Holder(), Ledger()
     before = numbers(model)
-    with remembered(model, ledger):
+    with remembered(list(model.named_modules()), ledger):
         lent = {
             one.origin.path
             for one in (
@@ -346,7 +346,7 @@ def test_every_integer_is_lent_with_its_place_and_given_back():
 def test_integers_are_given_back_after_an_error():
     model = Holder()
     before = numbers(model)
-    with pytest.raises(KeyError), remembered(model, Ledger()):
+    with pytest.raises(KeyError), remembered(list(model.named_modules()), Ledger()):
         raise KeyError
     assert numbers(model) == before
 

@@ -15,7 +15,6 @@ from torch.utils._pytree import tree_map
 
 from netopt.axes import find_axes
 
-
 ALL = {**LAWS, "order_does_not_matter": check_order_does_not_matter}
 
 

@@ -213,17 +213,16 @@ def tensors(result: Any) -> list[tuple[str, Tensor]]:
         >>> [path for path, _ in tensors({"logits": torch.zeros(1), "states": (torch.zeros(1), None)})]
         ['logits', 'states.0']
     """
-    found: list[tuple[str, Tensor]] = []
+    return list(_tensors_below(result, ()))
 
-    def visit(value: Any, path: tuple[str, ...]) -> None:
-        if isinstance(value, Tensor):
-            found.append((".".join(path), value))
-            return
-        for name, one in _entries(value):
-            visit(one, (*path, name))
 
-    visit(result, ())
-    return found
+# No function inside ``tensors``: one that calls itself is a cycle, and would keep a graph alive with what it found.
+def _tensors_below(value: Any, path: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield ".".join(path), value
+        return
+    for name, one in _entries(value):
+        yield from _tensors_below(one, (*path, name))
 
 
 def primary(result: Any) -> Tensor:

@@ -34,36 +34,16 @@ def given_back(*modules: nn.Module, rng: bool = True) -> Iterator[None]:
         >>> model.num_batches_tracked.item(), model.weight.grad
         (0, None)
     """
-    with random_state_kept() if rng else nullcontext():
-        parts = list(dict.fromkeys(part for module in modules for part in module.modules()))
+    parts = list(dict.fromkeys(part for module in modules for part in module.modules()))
+    parameters = dict.fromkeys(one for module in modules for one in module.parameters())
+    with random_state_kept() if rng else nullcontext(), _parameters_kept(parameters), _buffers_kept(parts):
         flags = [(part, part.training) for part in parts]
-        tables = [(part, *_tables(part)) for part in parts if part._buffers or part._non_persistent_buffers_set]
-        empty = [part for part in parts if not (part._buffers or part._non_persistent_buffers_set)]
-        values = _Values(buffer for _, buffers, _ in tables for buffer in buffers.values() if buffer is not None)
-        parameters = [
-            (parameter, parameter.grad, parameter.requires_grad)
-            for parameter in dict.fromkeys(one for module in modules for one in module.parameters())
-        ]
-        for parameter, grad, _ in parameters:
-            if grad is not None:
-                parameter.grad = None
         try:
             yield
         finally:
             for part, training in flags:
                 if part.training is not training:
                     part.training = training
-            for part, buffers, transient in tables:
-                _refill(part, buffers, transient)
-            for part in empty:
-                if part._buffers or part._non_persistent_buffers_set:
-                    _refill(part, {}, set())
-            values.put_back()
-            for parameter, grad, requires_grad in parameters:
-                if parameter.requires_grad is not requires_grad:
-                    parameter.requires_grad_(requires_grad)
-                if parameter.grad is not grad:
-                    parameter.grad = grad
 
 
 @contextmanager
@@ -84,8 +64,40 @@ def random_state_kept() -> Iterator[None]:
             torch.mps.set_rng_state(mps)
 
 
-def _tables(module: nn.Module) -> tuple[dict[str, Any], set[str]]:
-    return dict(module._buffers), set(module._non_persistent_buffers_set)
+@contextmanager
+def _parameters_kept(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    noted = [(parameter, parameter.grad, parameter.requires_grad) for parameter in parameters]
+    for parameter, grad, _ in noted:
+        if grad is not None:
+            parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, grad, requires_grad in noted:
+            if parameter.requires_grad is not requires_grad:
+                parameter.requires_grad_(requires_grad)
+            if parameter.grad is not grad:
+                parameter.grad = grad
+
+
+@contextmanager
+def _buffers_kept(parts: Iterable[nn.Module]) -> Iterator[None]:
+    tables, empty = [], []
+    for part in parts:
+        if part._buffers or part._non_persistent_buffers_set:
+            tables.append((part, dict(part._buffers), set(part._non_persistent_buffers_set)))
+        else:
+            empty.append(part)
+    values = _Values(buffer for _, buffers, _ in tables for buffer in buffers.values() if buffer is not None)
+    try:
+        yield
+    finally:
+        for part, buffers, transient in tables:
+            _refill(part, buffers, transient)
+        for part in empty:
+            if part._buffers or part._non_persistent_buffers_set:
+                _refill(part, {}, set())
+        values.put_back()
 
 
 def _refill(module: nn.Module, buffers: dict[str, Any], transient: set[str]) -> None:

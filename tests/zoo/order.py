@@ -64,7 +64,8 @@ def check_reordered(case: Case, dense: nn.Module, moved_about: nn.Module, axes: 
     inputs = to_double(case.inputs()) if case.double else case.inputs()
     results = []
     for model in (dense.eval(), moved_about.eval()):
-        model = model.double() if case.double else model
+        if case.double:
+            model.double()
         if model is moved_about:
             reorder(model, axes, seed=3)
         results.append(tensors(seeded(lambda model=model: call(model, inputs), 4)))

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, overload
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from netopt.axes.counts import Counts
 from netopt.axes.layout import LAYOUTS, Atom, Layout, atoms, count, freeze, mark_inexact, resolve
@@ -114,7 +114,7 @@ class Axes(Sequence[Axis]):
     Index with a number, with an axis's name, or with the name of a layer for the axis of its outputs.
     """
 
-    def __init__(self, model: nn.Module, trace: Trace, readings: Sequence[Any]) -> None:
+    def __init__(self, trace: Trace, readings: Sequence[Any]) -> None:
         self._tensors = {name: tuple(tensor.shape) for name, tensor in trace.members.items()}
         self._dims: dict[str, tuple[Layout, ...]] = {
             name: tuple([resolve(dim.layout) for dim in _peek(trace, tensor)]) for name, tensor in trace.members.items()
@@ -125,7 +125,7 @@ class Axes(Sequence[Axis]):
         self._work = trace.work
         self.operations = trace.operations
         self.unknown = tuple(sorted(trace.unknown))
-        self._freeze_rest(model, trace)
+        self._freeze_rest(trace)
         groups = self._group({atom for layout in trace.kernels for atom in atoms(layout)})
         free = {index: group.atoms for index, group in enumerate(groups) if all(a.frozen is None for a in group.atoms)}
         self._counts = Counts(free, trace.ledger)
@@ -149,13 +149,13 @@ class Axes(Sequence[Axis]):
 
     # Building.
 
-    def _freeze_rest(self, model: nn.Module, trace: Trace) -> None:
-        parameters = {name for name, _ in model.named_parameters()}
+    def _freeze_rest(self, trace: Trace) -> None:
         touching: dict[Atom, bool] = {}
         for name, dims in self._dims.items():
+            is_parameter = name in trace.parameters
             for layout in dims:
                 for atom in atoms(layout):
-                    touching[atom] = touching.get(atom, False) or name in parameters
+                    touching[atom] = touching.get(atom, False) or is_parameter
                     if name not in trace.touched and atom.frozen is None:
                         freeze(atom, "is not used by the forward")
         read = {atom for layout in trace.taken for atom in atoms(layout)}
@@ -166,8 +166,8 @@ class Axes(Sequence[Axis]):
         for atom, has_parameter in touching.items():
             if not has_parameter:
                 freeze(atom, "belongs to no parameter")
-        for layout, name in trace.unsaid:
-            for key, value in vars(model.get_submodule(name)).items():
+        for layout, name, module in trace.unsaid:
+            for key, value in vars(module).items():
                 if type(value) is int and value == layout.size > 1 and not trace.ledger.read(Place((name, key))):
                     freeze(layout, f"may have its size in `{name}.{key}`, which these inputs do not reach")
 
@@ -428,13 +428,15 @@ def work_of(work: Work, sizes: dict[Atom, int]) -> int:
     """What an operation costs once atoms have these sizes."""
 
     def shape(value: Any) -> Any:
-        if not isinstance(value, (tuple, list)) or not value:
+        kind = type(value)
+        if (kind is not tuple and kind is not list) or not value:
             return value
-        if isinstance(value[0], LAYOUTS):
+        first = type(value[0])
+        if first in LAYOUTS:
             return tuple([count(one, sizes) for one in value])
-        return type(value)([shape(one) for one in value])
+        return value if first is int else kind([shape(one) for one in value])
 
-    named = {name: shape(value) for name, value in work.kwargs.items()}
+    named = {name: shape(value) for name, value in work.kwargs.items()} if work.kwargs else {}
     return work.formula(*shape(work.args), **named, out_val=shape(work.result))
 
 

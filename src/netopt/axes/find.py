@@ -10,7 +10,7 @@ import contextlib
 import inspect
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeAlias
 
@@ -26,7 +26,7 @@ from netopt.axes.axis import Axes
 from netopt.axes.layout import freeze
 from netopt.axes.literals import remembering_literals
 from netopt.axes.modes import modes_watched
-from netopt.axes.places import remembered
+from netopt.axes.places import Parts, remembered
 from netopt.axes.sizes import remembering_functions
 from netopt.axes.trace import Trace, members_of
 from netopt.axes.unreached import standing_in, unreached
@@ -67,7 +67,8 @@ def find_axes(model: nn.Module, example_inputs: Inputs, *, outputs: Outputs = No
     """
     if not isinstance(model, nn.Module):
         raise ArgumentTypeError(f"model must be a torch.nn.Module, not {type(model).__name__}.")
-    trace = Trace(members_of(model))
+    parts = list(model.named_modules())
+    trace = Trace(*members_of(parts))
     try:
         with ExitStack() as borrowed:
             for context in (
@@ -75,36 +76,39 @@ def find_axes(model: nn.Module, example_inputs: Inputs, *, outputs: Outputs = No
                 _plain_kernels(),
                 torch.inference_mode(False),
                 torch.no_grad(),
-                _fake_mode(model),
+                _fake_mode(trace.members.values()),
             ):
                 borrowed.enter_context(context)
             trace.inputs(leaf for leaf in tree_iter(batches.normalize(example_inputs)) if isinstance(leaf, Tensor))
-            _freeze_scripted(model, trace)
+            _freeze_scripted(parts, trace)
+            if any(module.training for _, module in parts):
+                model.eval()
             with modes_watched() as modes:
-                watch = Watch(model, trace, modes)
+                watch = Watch(parts, trace, modes)
                 trace.counting = True
-                _run(model.eval(), example_inputs, trace, watch, outputs)
+                _run(model, parts, example_inputs, watch, outputs)
                 trace.counting = False
-            twins = unreached(model, watch.reached, trace.touched)
+            twins = unreached(parts, watch.reached, trace.touched)
             if twins:
                 with standing_in(twins, trace):
-                    _run(model.eval(), example_inputs, trace, Watch(model, trace, modes), outputs)
+                    _run(model, parts, example_inputs, Watch(parts, trace, modes), outputs)
             if modes.differ:
                 with contextlib.suppress(ForwardError):  # as batch norm fails in training mode on a single sample
-                    _run(model.train(), example_inputs, trace, Watch(model, trace, modes), outputs)
+                    _run(model.train(), parts, example_inputs, Watch(parts, trace, modes), outputs)
         trace.ledger.is_open = False
         trace.settle()
-        return Axes(model, trace, watch.readings)
+        return Axes(trace, watch.readings)
     finally:
         trace.ledger.is_open = False
         trace.forget()
 
 
-def _run(model: nn.Module, inputs: Inputs, trace: Trace, watch: Watch, outputs: Outputs) -> None:
+def _run(model: nn.Module, parts: Parts, inputs: Inputs, watch: Watch, outputs: Outputs) -> None:
+    trace = watch.trace
     with (
-        remembered(model, trace.ledger),
+        remembered(parts, trace.ledger),
         remembering_functions(),
-        remembering_literals(model),
+        remembering_literals(parts),
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")  # such as those that a run without gradients alone gives
@@ -151,9 +155,9 @@ def _plain_kernels() -> Iterator[None]:
 
 
 @contextmanager
-def _fake_mode(model: nn.Module) -> Iterator[None]:
+def _fake_mode(tensors: Iterable[Tensor]) -> Iterator[None]:
     """Enters the mode a fake model belongs to, so that tensors made by the forward are fake too."""
-    fake = next((tensor for tensor in model.parameters() if isinstance(tensor, FakeTensor)), None)
+    fake = next((tensor for tensor in tensors if isinstance(tensor, FakeTensor)), None)
     if fake is None:
         yield
     else:
@@ -161,9 +165,9 @@ def _fake_mode(model: nn.Module) -> Iterator[None]:
             yield
 
 
-def _freeze_scripted(model: nn.Module, trace: Trace) -> None:
+def _freeze_scripted(parts: Parts, trace: Trace) -> None:
     """The integers of a scripted module cannot be rewritten."""
-    for module in model.modules():
+    for _, module in parts:
         if isinstance(module, torch.jit.ScriptModule):
             for tensor in (*module.parameters(), *module.buffers()):
                 for dim in trace.dims(tensor):

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TypeAlias
+from typing import TypeAlias, final
 
 _MOST_ROWS = 64  # a concatenation is compared row by row up to this many
 
 
+@final
 class Atom:
     """An index space that nothing splits so far; the unknown of the unification.
 
@@ -39,6 +40,7 @@ class Atom:
         return f"<{self.size}>"
 
 
+@final
 class Product:
     """Several layouts flattened, row-major, into one dimension; sizes multiply."""
 
@@ -52,6 +54,7 @@ class Product:
         return "(" + " * ".join(map(repr, self.parts)) + ")"
 
 
+@final
 class Concat:
     """Several layouts one after the other in one dimension; sizes add up."""
 
@@ -71,12 +74,13 @@ LAYOUTS = (Atom, Product, Concat)
 
 def resolve(layout: Layout) -> Layout:
     """Returns ``layout`` with bound atoms replaced and nested expressions of one kind flattened."""
-    if isinstance(layout, Atom):
-        if layout.bound is None:
+    if type(layout) is Atom:
+        bound = layout.bound
+        if bound is None:
             return layout
-        found = resolve(layout.bound)
-        layout.bound = found  # later look-ups take one step
-        return found
+        if type(bound) is not Atom or bound.bound is not None:
+            bound = layout.bound = resolve(bound)  # later look-ups take one step
+        return bound
     is_product = isinstance(layout, Product)
     if _is_settled(layout, is_product):
         return layout
@@ -120,7 +124,7 @@ def concat(parts: Iterable[Layout]) -> Layout:
 def atoms(layout: Layout) -> Iterator[Atom]:
     """Every atom of a layout, in the order of its positions; one that appears twice is yielded twice."""
     layout = resolve(layout)
-    if isinstance(layout, Atom):
+    if type(layout) is Atom:
         yield layout
     else:
         for part in layout.parts:
@@ -130,7 +134,7 @@ def atoms(layout: Layout) -> Iterator[Atom]:
 def count(layout: Layout, counts: dict[Atom, int]) -> int:
     """The size of ``layout`` once its atoms have ``counts`` positions; an atom not named keeps its size."""
     layout = resolve(layout)
-    if isinstance(layout, Atom):
+    if type(layout) is Atom:
         return counts.get(layout, layout.size)
     if isinstance(layout, Product):
         return math.prod(count(part, counts) for part in layout.parts)
@@ -139,6 +143,10 @@ def count(layout: Layout, counts: dict[Atom, int]) -> int:
 
 def freeze(layout: Layout, why: str) -> None:
     """Keeps every position of ``layout``; the first reason given stays."""
+    if type(layout) is Atom and layout.bound is None:
+        if layout.frozen is None:
+            layout.frozen = why
+        return
     for atom in atoms(layout):
         if atom.frozen is None:
             atom.frozen = why
@@ -312,7 +320,7 @@ def unify(left: Layout, right: Layout, because: Callable[[], str] | None = None)
         return True
     if left.size != right.size:
         return _conflict(left, right, because)
-    if isinstance(left, Atom) and isinstance(right, Atom):
+    if type(left) is Atom and type(right) is Atom:
         bind(left, right)
         return True
     if isinstance(right, Atom):

@@ -17,9 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
-from torch import nn
-
-from netopt.axes.places import is_library
+from netopt.axes.places import Parts, is_library
 from netopt.axes.sizes import Scalar, Size, remember
 
 _ARITHMETIC = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")
@@ -66,12 +64,12 @@ for _name, _mirrored in _COMPARISONS.items():
 
 
 @contextmanager
-def remembering_literals(model: nn.Module) -> Iterator[None]:
+def remembering_literals(parts: Parts) -> Iterator[None]:
     """Lends the code of a model's classes constants that ask sizes first, until left."""
     with _lock:
         swapped = []
         try:
-            for function, plain, lent in _functions_of(model):
+            for function, plain, lent in _functions_of(parts):
                 if function.__code__ is plain:
                     function.__code__ = lent
                     swapped.append((function, plain))
@@ -81,10 +79,10 @@ def remembering_literals(model: nn.Module) -> Iterator[None]:
                 function.__code__ = plain
 
 
-def _functions_of(model: nn.Module) -> Iterator[_Lending]:
+def _functions_of(parts: Parts) -> Iterator[_Lending]:
     """Functions of the classes of a model, of their files, and kept in its attributes, that compute with constants."""
     kinds: dict[type, None] = {}
-    for module in model.modules():
+    for _, module in parts:
         kinds.update(dict.fromkeys(type(module).__mro__))
         for value in module.__dict__.values():
             if type(value) is types.FunctionType:

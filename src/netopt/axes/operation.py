@@ -7,7 +7,7 @@ result. The registry maps operations to rules; an operation without one freezes 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from netopt.axes.trace import Trace
 
 
+@final
 class Dim(NamedTuple):
     """One dimension of a traced tensor.
 
@@ -125,9 +126,10 @@ def known_operations() -> tuple[str, ...]:
 class Operation:
     """One executed operation: its name, its result, and what may be stated about them."""
 
-    __slots__ = ("marks", "name", "out", "tensors", "trace", "when_read")
+    __slots__ = ("_place", "marks", "name", "out", "tensors", "trace", "when_read")
 
     def __init__(self, trace: Trace, name: str, tensors: Sequence[Tensor], out: Any) -> None:
+        self._place: str | None = None
         self.trace = trace
         self.name = name
         self.tensors = tensors
@@ -139,15 +141,23 @@ class Operation:
         """The dimensions of a tensor the operation reads or wrote, resolved."""
         return self.trace.dims(tensor)
 
+    @property
+    def where(self) -> str:
+        """The line of the user's code that made the operation run."""
+        if self._place is None:
+            self._place = self.trace.where()
+        return self._place
+
     def same(self, left: Dim | Layout, right: Dim | Layout) -> Layout:
         """States that two dimensions are one and the same, and returns it."""
-        a, b = layout_of(left), layout_of(right)
+        a = left[0] if type(left) is Dim else left
+        b = right[0] if type(right) is Dim else right
         if a is not b:
             unify_layouts(a, b, self._misaligned)
         return resolve(a)
 
     def _misaligned(self) -> str:
-        return f"has parts that {self.short} aligns in two ways, at {self.trace.where()}"
+        return f"has parts that {self.short} aligns in two ways, at {self.where}"
 
     @property
     def short(self) -> str:
@@ -158,26 +168,26 @@ class Operation:
     def freeze(self, dims: Dim | Layout | Iterable[Dim], why: str) -> None:
         """Keeps every position of these dimensions, for a reason that completes "the axis ..."."""
         for dim in [dims] if isinstance(dims, (Dim, *LAYOUTS)) else dims:
-            layout = layout_of(dim)
-            if any(atom.frozen is None for atom in atoms(layout)):
-                freeze(layout, f"{why}, at {self.trace.where()}")
+            layout = resolve(layout_of(dim))
+            if any(atom.frozen is None for atom in _atoms(layout)):
+                freeze(layout, f"{why}, at {self.where}")
 
     def inexact(self, dims: Dim | Layout | Iterable[Dim], why: str) -> None:
         """States that a removed position of these dimensions differs from a masked one, if the result is used."""
         for dim in [dims] if isinstance(dims, (Dim, *LAYOUTS)) else dims:
-            layout = layout_of(dim)
-            if any(atom.inexact is None and atom.frozen is None for atom in atoms(layout)):
-                self.marks.append(Mark(mark_inexact, layout, f"{why}, at {self.trace.where()}"))
+            layout = resolve(layout_of(dim))
+            if any(atom.inexact is None and atom.frozen is None for atom in _atoms(layout)):
+                self.marks.append(Mark(mark_inexact, layout, f"{why}, at {self.where}"))
 
     def numbered(self, index: int, dim: Dim) -> None:
         """States that the result of this index holds numbers of positions: they must stay, if it is used."""
-        if any(atom.frozen is None for atom in atoms(dim.layout)):
-            why = f"is numbered by {self.short}, at {self.trace.where()}"
+        if any(atom.frozen is None for atom in _atoms(resolve(dim.layout))):
+            why = f"is numbered by {self.short}, at {self.where}"
             self.when_read.setdefault(index, []).append(Mark(freeze, dim.layout, why))
 
     def frozen(self, size: int, why: str) -> Dim:
         """A new dimension none of whose positions may go."""
-        return Dim(Atom(size, f"{why}, at {self.trace.where()}"))
+        return Dim(Atom(size, f"{why}, at {self.where}"))
 
     def asked(self, size: int, *, zero: bool = False) -> Dim:
         """A new dimension whose size the caller's code asked for, by an argument of the call being made."""
@@ -208,9 +218,14 @@ class Operation:
             self.inexact(left, f"is summed over by {self.short} where a masked neuron need not be zero")
 
 
+def _atoms(layout: Layout) -> Iterable[Atom]:
+    """The atoms of a resolved layout; by far the most are one."""
+    return (layout,) if type(layout) is Atom else atoms(layout)
+
+
 def layout_of(dim: Dim | Layout) -> Layout:
     """The layout itself, of a dimension or a layout."""
-    return dim.layout if isinstance(dim, Dim) else dim
+    return dim[0] if type(dim) is Dim else dim
 
 
 def merge(dims: Sequence[Dim]) -> Dim:

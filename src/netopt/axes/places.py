@@ -14,9 +14,9 @@ import operator
 import sys
 import types
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -27,13 +27,17 @@ _TORCH_OWN = frozenset(nn.Module().__dict__) | {"call_super_init", "dump_patches
 _DEPTH = 6
 
 
+Parts: TypeAlias = "Sequence[tuple[str, nn.Module]]"
+"""The modules of a model, each once, with their dotted names."""
+
+
 @contextmanager
-def remembered(model: nn.Module, ledger: Ledger) -> Iterator[None]:
-    """Replaces every integer above 1 that ``model`` holds by one that remembers its place, and puts all back."""
+def remembered(parts: Parts, ledger: Ledger) -> Iterator[None]:
+    """Replaces every integer above 1 that modules hold by one that remembers its place, and puts all back."""
     loan = _Loan(ledger)
-    with attributes_given_back(model):
+    with attributes_given_back(parts):
         try:
-            for name, module in model.named_modules():
+            for name, module in parts:
                 loan.module(module, name)
             yield
         finally:
@@ -41,9 +45,9 @@ def remembered(model: nn.Module, ledger: Ledger) -> Iterator[None]:
 
 
 @contextmanager
-def attributes_given_back(model: nn.Module) -> Iterator[None]:
+def attributes_given_back(parts: Parts) -> Iterator[None]:
     """Undoes what a forward does to attributes, and to containers and configurations reached from them."""
-    kept, empty = _holders(model)
+    kept, empty = _holders(parts)
     try:
         yield
     finally:
@@ -54,12 +58,12 @@ def attributes_given_back(model: nn.Module) -> Iterator[None]:
             _refill(held, before)
 
 
-def _holders(model: nn.Module) -> tuple[list[tuple[Any, Any]], list[Any]]:
+def _holders(parts: Parts) -> tuple[list[tuple[Any, Any]], list[Any]]:
     """Every dict of attributes, dict, list and set reached from modules, each once: with a copy, or empty."""
     kept: list[tuple[Any, Any]] = []
     empty: list[Any] = []
     seen: set[int] = set()
-    waiting: list[tuple[Any, int]] = [(module.__dict__, _DEPTH) for module in model.modules()]
+    waiting: list[tuple[Any, int]] = [(module.__dict__, _DEPTH) for _, module in parts]
     while waiting:
         value, depth = waiting.pop()
         if not isinstance(value, tuple):
@@ -70,24 +74,26 @@ def _holders(model: nn.Module) -> tuple[list[tuple[Any, Any]], list[Any]]:
                 empty.append(value)
                 continue
             kept.append((value, value.copy()))
-        if not depth:
-            continue
-        for item in value.values() if isinstance(value, dict) else value:
-            kind = type(item)
-            if kind in _SIMPLE or kind is int:
-                continue
-            if kind is dict or kind is OrderedDict or kind is set or kind is list:
-                if item:
-                    waiting.append((item, depth - 1))
-                else:
-                    empty.append(item)
-            elif isinstance(item, _OPAQUE):
-                continue
-            elif isinstance(item, (dict, list, tuple, set)):
-                waiting.append((item, depth - 1))
-            elif _is_configuration(item):
-                waiting.append((item.__dict__, depth - 1))
+        if depth:
+            for item in value.values() if isinstance(value, dict) else value:
+                inside = _container(item)
+                if inside is not None:
+                    waiting.append((inside, depth - 1))
     return kept, empty
+
+
+def _container(item: Any) -> Any:
+    """What is to be looked into: ``item`` if it is a container, the attributes of a configuration, or None."""
+    kind = type(item)
+    if kind in _SIMPLE or kind is int or (kind is tuple and all(type(one) is int for one in item)):
+        return None
+    if kind is dict or kind is OrderedDict or kind is list:
+        return item
+    if isinstance(item, _OPAQUE):
+        return None
+    if isinstance(item, (dict, list, tuple, set)):
+        return item
+    return item.__dict__ if _is_configuration(item) else None
 
 
 def _refill(container: Any, before: Any) -> None:
@@ -171,6 +177,8 @@ class _Loan:
         return value
 
     def entries(self, value: Any, path: tuple[str | int, ...], depth: int) -> Any:
+        if all(type(item) is int and item < 2 for item in value):
+            return value
         lent = [self.lend(item, (*path, index), depth) for index, item in enumerate(value)]
         if all(new is old for new, old in zip(lent, value, strict=True)):
             return value

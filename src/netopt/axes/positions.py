@@ -33,7 +33,7 @@ def labels(layout: Layout, group: Sequence[Atom]) -> list[Tensor]:
 
     A dimension in which the axis is a factor twice has two such tensors, ``(size,)``, int64.
     """
-    if layout.__class__ is Atom and len(group) == 1 and layout is group[0]:
+    if type(layout) is Atom and len(group) == 1 and layout is group[0]:
         return [torch.arange(layout.size)]  # by far the most
     offsets: dict[Atom, int] = {}
     offset = 0

@@ -98,6 +98,7 @@ class Trace(TorchDispatchMode):
 
     Attributes:
         members: Every parameter, buffer and other tensor the model holds, by name; one name a tensor.
+        parameters: Names of those members that are parameters.
         ledger: What was learned of integers.
         asked: Layouts made by the call in progress whose size came from the caller's code.
         unsaid: Layouts whose size no integer of a call said, each with the module that made the call.
@@ -122,13 +123,14 @@ class Trace(TorchDispatchMode):
         # The default guards every call against compilation and imports the compiler, which takes seconds, to do so.
         return False
 
-    def __init__(self, members: dict[str, Tensor]) -> None:
+    def __init__(self, members: dict[str, Tensor], parameters: frozenset[str]) -> None:
         super().__init__()
+        self.parameters = parameters
         self._note = f"_netopt_dims_{next(_serial)}"  # one trace may run inside another
         self.members = members
         self.ledger = Ledger()
         self.asked: list[Layout] = []
-        self.unsaid: list[tuple[Layout, str]] = []
+        self.unsaid: list[tuple[Layout, str, nn.Module]] = []
         self.groups: Layout | None = None
         self.reads: dict[str, list[Layout]] = defaultdict(list)
         self.makes: dict[str, list[Layout]] = defaultdict(list)
@@ -148,11 +150,12 @@ class Trace(TorchDispatchMode):
         self._writes: dict[int, _Known] = {}
         self._marked: list[Tensor] = []
         self._dirty: dict[int, Any] = {}
-        self._stored = {_storage(tensor): tensor for tensor in members.values() if isinstance(tensor, nn.Parameter)}
+        self._stored: dict[int, Tensor] | None = None
         self._saved: dict[int, tuple[Tensor, Tensor]] = {}
         for name, tensor in members.items():
             zero = tensor.is_floating_point() or tensor.is_complex()
-            self._learn(tensor, [Dim(Atom(size), zero) for size in tensor.shape], data=False, source=name, mark=True)
+            vars(tensor)[self._note] = _Known([Dim(Atom(size), zero) for size in tensor.shape], data=False, source=name)
+        self._marked.extend(members.values())
 
     def forget(self) -> None:
         """Takes the notes off the tensors that outlive the trace, and undoes what the forward wrote into parameters."""
@@ -191,7 +194,7 @@ class Trace(TorchDispatchMode):
             known.dims = [Dim(resolve(layout), False) for layout, _ in known.dims]
             return known.dims
         for layout, _ in known.dims:
-            if layout.__class__ is not Atom or layout.bound is not None:  # by far the most are settled
+            if type(layout) is not Atom or layout.bound is not None:  # by far the most are settled
                 known.dims = [Dim(resolve(layout), zero) for layout, zero in known.dims]
                 break
         return known.dims
@@ -254,7 +257,7 @@ class Trace(TorchDispatchMode):
 
     def _learn(self, tensor: Tensor, dims: Dims, *, data: bool, source: str | None, mark: bool = False) -> _Known:
         known = _Known(dims, data=data, source=source)
-        tensor.__dict__[self._note] = known
+        vars(tensor)[self._note] = known
         if mark:
             self._marked.append(tensor)
         return known
@@ -316,31 +319,39 @@ class Trace(TorchDispatchMode):
                 source = one.source
         lists = answer if isinstance(answer, tuple) else (answer,)
         for index, tensor in enumerate(outs):
-            dims = lists[index] if index < len(lists) else None
             written = self._known(tensor)
+            dims = lists[index] if index < len(lists) else None
             if dims is None:
-                if speak is None or written is None or len(written.dims) != tensor.dim():
-                    why = f"reaches {traits.name}, which has no rule, at {self.where()}" if speak is None else None
-                    dims = [Dim(Atom(size), False) if why is None else Dim(Atom(size, why)) for size in tensor.shape]
-                else:
-                    dims = written.dims
-            dims = [dim if dim.__class__ is Dim else Dim(dim) for dim in dims]
+                dims = self._unsaid(traits.name if speak is None else None, tensor, written)
+            dims = [dim if type(dim) is Dim else Dim(dim) for dim in dims]
             if [dim[0].size for dim in dims] != list(tensor.shape):
                 self._disagree(traits.name, tensor, dims)
-            origin = None if data else source
-            if written is not None:
-                origin = written.source or origin
+            if written is None:
+                now = self._learn(tensor, dims, data=data, source=None if data else source)
+            else:
                 if traits.writes:
                     self._note_write(tensor, tensors, written.dims, dims)
-            now = self._learn(tensor, dims, data=data or (written is not None and written.data), source=origin)
-            now.parents = known
-            now.marks = op.marks if not op.when_read else [*op.marks, *op.when_read.get(index, ())]
-            if traits.writes and written is not None:
-                self._writes[_storage(tensor)] = now
-                if written.source is not None:  # kept for the next forward
-                    self._alive.append(now)
-        if op.marks or op.when_read:
-            self._marks += [*op.marks, *(mark for marks in op.when_read.values() for mark in marks)]
+                origin = written.source or (None if data else source)
+                now = self._learn(tensor, dims, data=data or written.data, source=origin)
+                if traits.writes:
+                    self._writes[_storage(tensor)] = now
+                    if written.source is not None:  # kept for the next forward
+                        self._alive.append(now)
+            now.parents, now.marks = known, op.marks
+            if op.when_read:
+                now.marks = [*op.marks, *op.when_read.get(index, ())]
+        self._marks += op.marks
+        for marks in op.when_read.values():
+            self._marks += marks
+
+    def _unsaid(self, unruled: str | None, tensor: Tensor, written: _Known | None) -> Dims:
+        """The dimensions of a result of which no rule says anything; ``unruled`` names an operation without one."""
+        if unruled is not None:
+            why = f"reaches {unruled}, which has no rule, at {self.where()}"
+            return [Dim(Atom(size, why)) for size in tensor.shape]
+        if written is not None and len(written.dims) == tensor.dim():
+            return written.dims
+        return [Dim(Atom(size)) for size in tensor.shape]
 
     def _note_work(self, cost: Callable[..., Any], args: Any, kwargs: Any, outs: list[Tensor]) -> None:
         result = self._layouts(outs[0]) if len(outs) == 1 else tuple(map(self._layouts, outs))
@@ -348,9 +359,13 @@ class Trace(TorchDispatchMode):
 
     def _as_layouts(self, value: Any) -> Any:
         """Arguments with every tensor as the layouts of its dimensions."""
+        if type(value) in _NUMBERS:
+            return value
         if isinstance(value, Tensor):
             return self._layouts(value)
         if isinstance(value, (tuple, list)):
+            if not value or type(value[0]) is int:
+                return value
             return type(value)([self._as_layouts(one) for one in value])
         if isinstance(value, dict):
             return {key: self._as_layouts(one) for key, one in value.items()}
@@ -368,6 +383,8 @@ class Trace(TorchDispatchMode):
 
     def _save(self, tensors: list[Tensor]) -> None:
         """Copies a parameter before an operation may write into it, as a teacher's moving average does."""
+        if self._stored is None:
+            self._stored = {_storage(self.members[name]): self.members[name] for name in self.parameters}
         for tensor in tensors:
             key = _storage(tensor)
             if key in self._stored and key not in self._saved:
@@ -388,46 +405,68 @@ class Trace(TorchDispatchMode):
 def _tensors_in(values: Iterable[Any], found: list[Tensor]) -> list[Tensor]:
     """The tensors among the arguments or the results of an operation, which are plain containers."""
     for value in values:
+        kind = type(value)
+        if kind in _NUMBERS:
+            continue
         if isinstance(value, Tensor):
             found.append(value)
         elif isinstance(value, (list, tuple)):
-            _tensors_in(value, found)
-        elif isinstance(value, dict):
+            if value and type(value[0]) is not int:  # a list of sizes
+                _tensors_in(value, found)
+        elif kind is dict:
             _tensors_in(value.values(), found)
     return found
+
+
+_NUMBERS = frozenset([int, bool, float, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format])
 
 
 def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)
 
 
-def members_of(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and buffer of ``model`` once, under its first name, then other tensors its modules hold."""
-    found: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            found[name] = tensor
-    for prefix, module in model.named_modules():
+def members_of(parts: Iterable[tuple[str, nn.Module]]) -> tuple[dict[str, Tensor], frozenset[str]]:
+    """Every tensor that modules hold, under its first name.
+
+    Args:
+        parts: The modules of a model with their dotted names.
+
+    Returns:
+        Parameters, buffers, then other tensors, by name; and the names of the parameters.
+    """
+    parameters: dict[int, tuple[str, Tensor]] = {}
+    buffers: dict[int, tuple[str, Tensor]] = {}
+    others: dict[int, tuple[str, Tensor]] = {}
+    for prefix, module in parts:
+        start = f"{prefix}." if prefix else ""
+        for key, tensor in module._parameters.items():
+            if tensor is not None:
+                parameters.setdefault(id(tensor), (start + key, tensor))
+        for key, tensor in module._buffers.items():
+            if tensor is not None:
+                buffers.setdefault(id(tensor), (start + key, tensor))
         for key, value in module.__dict__.items():
-            if key not in _OWN_ATTRIBUTES:
-                for path, tensor in _held(value, (prefix, key) if prefix else (key,), depth=3):
-                    if id(tensor) not in seen:
-                        seen.add(id(tensor))
-                        found[".".join(path)] = tensor
-    return found
+            if type(value) not in _NUMBERS and key not in _OWN_ATTRIBUTES:
+                for path, tensor in _held(value, key, depth=3):
+                    others.setdefault(id(tensor), (start + path, tensor))
+    found = dict(parameters.values())
+    names = frozenset(found)
+    found.update(named for key, named in buffers.items() if key not in parameters)
+    found.update(named for key, named in others.items() if key not in parameters and key not in buffers)
+    return found, names
 
 
 _OWN_ATTRIBUTES = frozenset(nn.Module().__dict__)
 
 
-def _held(value: Any, path: tuple[str, ...], depth: int) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+def _held(value: Any, path: str, depth: int) -> Iterator[tuple[str, Tensor]]:
+    if type(value) in _NUMBERS:
+        return
     if isinstance(value, Tensor):
         yield path, value
     elif depth and isinstance(value, (list, tuple)):
-        for index, item in enumerate(value):
-            yield from _held(item, (*path, str(index)), depth - 1)
+        for index, item in enumerate(value if len(value) == 0 or type(value[0]) is not int else ()):
+            yield from _held(item, f"{path}.{index}", depth - 1)
     elif depth and isinstance(value, dict):
         for key, item in value.items():
-            yield from _held(item, (*path, str(key)), depth - 1)
+            yield from _held(item, f"{path}.{key}", depth - 1)

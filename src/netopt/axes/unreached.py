@@ -15,22 +15,23 @@ from torch import nn
 
 from netopt import batches
 from netopt.axes.layout import freeze, unify
+from netopt.axes.places import Parts
 from netopt.axes.trace import Trace
 
 Twins = Mapping[nn.Module, list[nn.Module]]
 _WHY = "comes from a layer that these inputs do not reach"
 
 
-def unreached(model: nn.Module, reached: Collection[str], touched: Collection[str]) -> Twins:
+def unreached(parts: Parts, reached: Collection[str], touched: Collection[str]) -> Twins:
     """The entries of lists and dicts of modules that did not run, under a sibling of their class that did.
 
     Args:
-        model: The model that has run.
+        parts: The modules of the model that has run, by name.
         reached: Names of the modules that were called.
         touched: Names of the tensors that were read.
     """
     found: dict[nn.Module, list[nn.Module]] = {}
-    for prefix, container in model.named_modules():
+    for prefix, container in parts:
         if not isinstance(container, (nn.ModuleList, nn.ModuleDict)):
             continue
         stand: dict[type, nn.Module] = {}

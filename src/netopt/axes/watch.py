@@ -15,12 +15,13 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_iter
 
 from netopt.axes.layout import Layout, freeze, mark_inexact, split_concat, split_product
 from netopt.axes.modes import Modes
 from netopt.axes.operation import Mark
+from netopt.axes.places import Parts
 from netopt.axes.sizes import Condition, Extent, Scalar, Shape, Size, caller
 from netopt.axes.trace import Trace
 from netopt.calls import Call, CallNames
@@ -40,8 +41,9 @@ class Reading(NamedTuple):
 class Watch(CallNames):
     """Sees every torch call of one traced forward."""
 
-    def __init__(self, model: nn.Module, trace: Trace, modes: Modes) -> None:
-        super().__init__(model)
+    def __init__(self, parts: Parts, trace: Trace, modes: Modes) -> None:
+        super().__init__(parts)
+        self.parts = parts
         self.trace = trace
         self.modes = modes
         self.readings: list[Reading] = []
@@ -407,7 +409,8 @@ def _attention(watch: Watch, args: Any, kwargs: Any, result: Any) -> None:
         halves = split_product(query[-3].layout, key[-3].size)
         if halves is not None:
             # No integer of the call says how many query heads share one of the keys' heads; one of the module may.
-            watch.trace.unsaid.append((halves[1], watch.name_of("").module))
+            name = watch.name_of("").module
+            watch.trace.unsaid.append((halves[1], name, dict(watch.parts)[name]))
     if _argument(args, kwargs, 6, "scale") is None:
         why = f"sets the default scale of attention, at {watch.trace.where()}"
         watch.trace.mark(result, [Mark(mark_inexact, query[-1].layout, why)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -267,12 +268,13 @@ def masks_of(plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, cuts in plan.tensors.items():
         if name not in tensors:
             continue
-        mask = torch.ones(tensors[name].shape, dtype=torch.bool)
+        shape = tensors[name].shape
+        mask = torch.ones([1] * len(shape), dtype=torch.bool)
         for dim, kept in cuts.items():
-            stays = torch.zeros(mask.shape[dim], dtype=torch.bool)
+            stays = torch.zeros(shape[dim], dtype=torch.bool)
             stays[kept] = True
-            mask &= stays.view([-1 if index == dim else 1 for index in range(mask.dim())])
-        masks[name] = mask
+            mask = mask & stays.view([-1 if index == dim else 1 for index in range(len(shape))])
+        masks[name] = mask.expand(shape)  # no memory for the dimensions that stay whole
     return masks
 
 
@@ -283,7 +285,7 @@ def _parameter_masks(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
         if parameter.is_floating_point()
     }
     masks = masks_of(plan, parameters)
-    return {name.removesuffix("_orig"): mask for name, mask in masks.items()}
+    return {name.removesuffix("_orig"): mask.contiguous() for name, mask in masks.items()}
 
 
 def _decide(
@@ -309,7 +311,8 @@ def _decide(
     def differentiated(result: Any) -> list[Tensor]:
         return [tensor for tensor in counted(result) if tensor.is_floating_point()]
 
-    with plain_tensors_kept(model):
+    runs = not isinstance(sources.importance, Mapping) and lookup(sources.importance, of="neurons").needs
+    with plain_tensors_kept(model) if runs else nullcontext():
         scored = neuron_scores(
             model,
             {axis.name: axes.members(axis) for axis in chosen},
@@ -334,7 +337,8 @@ def _decide(
         counted=counted,
     )
     more, unsaid = configured(model, plan)
-    plan = dataclasses.replace(plan, attributes=(*plan.attributes, *more))
+    if more:
+        plan = dataclasses.replace(plan, attributes=(*plan.attributes, *more))
     return _Decision(axes, chosen, kept_out, scored, kept, plan, counted, unsaid)
 
 

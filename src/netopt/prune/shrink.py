@@ -181,7 +181,7 @@ class _Ranges(CallNames):
     """Notes the least and the largest value of every index at taps."""
 
     def __init__(self, model: nn.Module, taps: Mapping[str, Sequence[Tap]]) -> None:
-        super().__init__(model)
+        super().__init__(model.named_modules())
         self._wanted: dict[Call, list[tuple[str, Tap]]] = {}
         for name, several in taps.items():
             for tap in several:

@@ -102,11 +102,9 @@ def masked_tensors(model: nn.Module, masks: Mapping[str, Tensor]) -> list[Exchan
         for name, mask in masks.items():
             tensor = find_tensor(model, name)
             if tensor is not None and (tensor.is_floating_point() or tensor.is_complex()):
-                masked = tensor.detach() * mask.to(tensor.device)
-                # What is not a number must not survive in what is masked.
-                masked = torch.where(
-                    mask.to(tensor.device), masked, torch.zeros((), dtype=masked.dtype, device=masked.device)
-                )
+                # No product: what is not a number must not survive in what is masked.
+                zero = torch.zeros((), dtype=tensor.dtype, device=tensor.device)
+                masked = torch.where(mask.to(tensor.device), tensor.detach(), zero)
                 changes.append(Exchange(tensor, masked.requires_grad_(tensor.requires_grad and tensor.is_leaf)))
     return changes
 

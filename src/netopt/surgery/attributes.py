@@ -155,6 +155,8 @@ DESCRIPTIONS = (
 )
 
 
+_DESCRIBING = frozenset(row.attribute for row in DESCRIPTIONS)
+
 # An integer that is another divided by a third: attribute, dividend, divisor. It follows where the dividend is set;
 # where only the divisor is, as by code that keeps its own width, the quotient is what the equations made it.
 QUOTIENTS = (("head_dim", "embed_dim", "num_heads"),)
@@ -197,25 +199,38 @@ def described(
         seen.add(id(module))
         settled = set_here.get(prefix, set()).copy()
         yield from _quotients(module, prefix, taken, settled)
-        for row in DESCRIPTIONS if prefix in owners else ():
-            said = vars(module).get(row.attribute)
-            if type(said) is not int or row.attribute in settled:
-                continue
-            name = stored_under(module, row.tensor)
-            full = _shrinking(f"{prefix}.{name}" if prefix else str(name), row.tensor, shapes)
-            if name is None or full is None:
-                continue
-            dim = row.transposed if row.transposed is not None and getattr(module, "transposed", False) else row.dim
-            was, becomes = named[full].shape, shapes[full]
-            if dim is None or dim >= len(was):
-                continue
-            factor = getattr(module, "groups", 1) if row.grouped else 1
-            if said != was[dim] * factor:
-                continue
-            groups = taken.get((prefix, "groups"), factor) if row.grouped else 1
-            settled.add(row.attribute)
-            if becomes[dim] * groups != said:
-                yield (prefix, row.attribute), becomes[dim] * groups
+        if prefix in owners and not _DESCRIBING.isdisjoint(vars(module)):
+            yield from _said_by(module, prefix, named, shapes, taken, settled)
+
+
+def _said_by(
+    module: nn.Module,
+    prefix: str,
+    named: Mapping[str, Tensor],
+    shapes: Mapping[str, torch.Size],
+    taken: Mapping[Path, Any],
+    settled: set[Any],
+) -> Iterator[tuple[Path, int]]:
+    """The integers of one module that describe its tensors; ``settled`` are those decided already, and grows."""
+    for row in DESCRIPTIONS:
+        said = vars(module).get(row.attribute)
+        if type(said) is not int or row.attribute in settled:
+            continue
+        name = stored_under(module, row.tensor)
+        full = _shrinking(f"{prefix}.{name}" if prefix else str(name), row.tensor, shapes)
+        if name is None or full is None:
+            continue
+        dim = row.transposed if row.transposed is not None and getattr(module, "transposed", False) else row.dim
+        was, becomes = named[full].shape, shapes[full]
+        if dim is None or dim >= len(was):
+            continue
+        factor = getattr(module, "groups", 1) if row.grouped else 1
+        if said != was[dim] * factor:
+            continue
+        groups = taken.get((prefix, "groups"), factor) if row.grouped else 1
+        settled.add(row.attribute)
+        if becomes[dim] * groups != said:
+            yield (prefix, row.attribute), becomes[dim] * groups
 
 
 def _shrinking(name: str, tensor: str, shapes: Mapping[str, torch.Size]) -> str | None:
@@ -230,6 +245,8 @@ def _quotients(
     module: nn.Module, prefix: str, taken: Mapping[Path, Any], settled: Collection[Any]
 ) -> Iterator[tuple[Path, int]]:
     for attribute, dividend, divisor in QUOTIENTS:
+        if attribute not in vars(module):
+            continue
         own = {name: vars(module).get(name) for name in (attribute, dividend, divisor)}
         known = {name: value for name, value in own.items() if type(value) is int}
         if (

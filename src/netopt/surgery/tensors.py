@@ -224,5 +224,6 @@ def retire(old: Tensor) -> None:
     """Makes a backward pass through a graph older than the surgery fail instead of filling a tensor nobody sees."""
     held = old._use_count()  # pyright: ignore[reportAttributeAccessIssue]
     if old.is_leaf and old.requires_grad and held > 1:
-        node = torch.autograd.graph.get_gradient_edge(old).node
+        with torch.inference_mode(False):
+            node = torch.autograd.graph.get_gradient_edge(old).node
         node.register_prehook(_refuse_gradient)  # pyright: ignore[reportArgumentType]

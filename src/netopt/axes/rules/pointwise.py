@@ -76,6 +76,11 @@ def aligned(op: Operation, tensors: Sequence[Tensor], rank: int) -> list[tuple[D
 
 def pointwise(op: Operation, tensors: Sequence[Tensor], zero: Callable[[list[bool]], bool]) -> Dims:
     """The dimensions of a pointwise result; ``zero`` says from the operands' flags whether it is zero where masked."""
+    if len(tensors) == 1 and isinstance(op.out, Tensor):
+        own = op.dims(tensors[0])
+        if len(own) == op.out.dim():  # nothing is broadcast
+            flags = {flag: bool(zero([flag])) for flag in (False, True)}
+            return [dim if dim[1] is flags[dim[1]] else Dim(dim[0], flags[dim[1]]) for dim in own]
     out = (
         op.out if isinstance(op.out, Tensor) else next(leaf for leaf in tree_leaves(op.out) if isinstance(leaf, Tensor))
     )
@@ -89,6 +94,8 @@ def pointwise(op: Operation, tensors: Sequence[Tensor], zero: Callable[[list[boo
 
 
 def _operands(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
+        return [args[0]]
     return [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
 
 
