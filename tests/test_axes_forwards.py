@@ -131,7 +131,7 @@ INEXACT = {
     "literal to the size": lambda m, h: h * 1.5 ** h.shape[-1],
     "literal compared": lambda m, h: h * (2.5 < h.shape[-1]) * (0.5 * h.shape[-1]),
     "entries of a shape": lambda m, h: h * h.shape[1:].numel(),
-    "literal over entries": lambda m, h: h * (1.0 / (h.shape[1:] + (1,)).numel()),
+    "literal over entries": lambda m, h: h * (1.0 / (h.shape[1:] * 2).numel()),
     "mean squared distance": lambda m, h: h * F.mse_loss(h, 2 * h),
     "cross entropy of bits": lambda m, h: h * F.binary_cross_entropy_with_logits(h, h.sigmoid(), reduction="sum"),
     "soft margin": lambda m, h: h * F.soft_margin_loss(h, h.detach().sign(), reduction="sum"),

@@ -111,8 +111,10 @@ def _function(value: Any) -> types.FunctionType | None:
     """The user's own function behind a method, a static method or a decorator that says what it wraps."""
     for _ in range(4):
         value = getattr(value, "__func__", None) or getattr(value, "__wrapped__", None) or value
-    own = isinstance(value, types.FunctionType) and value.__module__ is not None
-    return value if own and not is_library(value.__module__) else None
+    if not isinstance(value, types.FunctionType):
+        return None
+    home = value.__module__
+    return None if home is None or is_library(home) else value
 
 
 def _with_literals(code: types.CodeType) -> types.CodeType:

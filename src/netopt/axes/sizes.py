@@ -102,12 +102,9 @@ class Ledger:
         """Whether ``number`` carries an origin of this trace."""
         return isinstance(number, (Size, Scalar)) and number.ledger is self
 
-    def read(self, place: Place) -> bool:
-        """Whether the integer at ``place`` set a size, was compared, or was computed with."""
-        numbers = [equation.number for equation in self.equations]
-        numbers.extend(side for condition in self.conditions for side in (condition.left, condition.right))
-        numbers.extend(number for number, _ in self.numbers)
-        return any(leaf == place for number in numbers for leaf in leaves(number))
+    def sets_a_size(self, place: Place) -> bool:
+        """Whether the integer at ``place`` is part of what some dimension's size must be."""
+        return any(leaf == place for equation in self.equations for leaf in leaves(equation.number))
 
 
 def caller() -> tuple[str, int]:

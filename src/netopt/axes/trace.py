@@ -311,12 +311,6 @@ class Trace(TorchDispatchMode):
             answer: Any = None
         else:
             answer = speak(op, *args, **kwargs)
-        data, source = False, None
-        for one in known:
-            if one.data:
-                data = True
-            elif source is None:
-                source = one.source
         lists = answer if isinstance(answer, tuple) else (answer,)
         for index, tensor in enumerate(outs):
             written = self._known(tensor)
@@ -326,23 +320,33 @@ class Trace(TorchDispatchMode):
             dims = [dim if type(dim) is Dim else Dim(dim) for dim in dims]
             if [dim[0].size for dim in dims] != list(tensor.shape):
                 self._disagree(traits.name, tensor, dims)
-            if written is None:
-                now = self._learn(tensor, dims, data=data, source=None if data else source)
-            else:
-                if traits.writes:
-                    self._note_write(tensor, tensors, written.dims, dims)
-                origin = written.source or (None if data else source)
-                now = self._learn(tensor, dims, data=data or written.data, source=origin)
-                if traits.writes:
-                    self._writes[_storage(tensor)] = now
-                    if written.source is not None:  # kept for the next forward
-                        self._alive.append(now)
-            now.parents, now.marks = known, op.marks
-            if op.when_read:
-                now.marks = [*op.marks, *op.when_read.get(index, ())]
+            if written is not None and traits.writes:
+                self._note_write(tensor, tensors, written.dims, dims)
+            now = self._made(tensor, dims, known, written)
+            now.marks = [*op.marks, *op.when_read.get(index, ())] if op.when_read else op.marks
+            if written is not None and traits.writes:
+                self._writes[_storage(tensor)] = now
+                if written.source is not None:  # kept for the next forward
+                    self._alive.append(now)
         self._marks += op.marks
         for marks in op.when_read.values():
             self._marks += marks
+
+    def _made(self, tensor: Tensor, dims: Dims, known: Sequence[_Known], written: _Known | None) -> _Known:
+        """Learns a result of what is known; one that was ``written`` to keeps whose it was."""
+        data, source = False, None
+        for one in known:
+            if one.data:
+                data = True
+            elif source is None:
+                source = one.source
+        if data:
+            source = None
+        if written is not None:
+            data, source = data or written.data, written.source or source
+        now = self._learn(tensor, dims, data=data, source=source)
+        now.parents = known
+        return now
 
     def _unsaid(self, unruled: str | None, tensor: Tensor, written: _Known | None) -> Dims:
         """The dimensions of a result of which no rule says anything; ``unruled`` names an operation without one."""

@@ -41,7 +41,7 @@ def unreached(parts: Parts, reached: Collection[str], touched: Collection[str]) 
                 stand.setdefault(type(entry), entry)
         for name, entry in entries:
             held = [f"{name}.{one}" for one, _ in entry.named_parameters()]
-            if held and type(entry) in stand and name not in reached and touched.isdisjoint(held):
+            if held and type(entry) in stand and name not in reached and not any(one in touched for one in held):
                 found.setdefault(stand[type(entry)], []).append(entry)
     return found
 
