@@ -173,7 +173,7 @@ class Axes(Sequence[Axis]):
         for layout, name, module in trace.unsaid:
             for key, value in vars(module).items():
                 if type(value) is int and value == layout.size > 1 and not trace.ledger.sets_a_size(Place((name, key))):
-                    freeze(layout, f"may have its size in `{name}.{key}`, which sets no size on these inputs")
+                    freeze(layout, f"may have its size in `{Place((name, key))}`, which sets no size on these inputs")
 
     def _appearances(self) -> dict[Atom, list[Member]]:
         """Where each atom appears, in the order of the tensors."""

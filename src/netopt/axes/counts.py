@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import operator
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from netopt.axes.layout import Atom, Layout, Product, atoms, resolve
@@ -67,6 +67,14 @@ def variables_of(expression: Expression) -> frozenset[Hashable]:
         return frozenset((expression[1],))
     parts = expression[1] if kind in ("*", "+") else expression[2:]
     return frozenset().union(*(variables_of(part) for part in parts))
+
+
+def _within(expression: Expression) -> Iterator[Expression]:
+    """An expression and everything it is computed from."""
+    yield expression
+    if expression[0] not in ("const", "var"):
+        for part in expression[1] if expression[0] in ("*", "+") else expression[2:]:
+            yield from _within(part)
 
 
 class Constraint:
@@ -196,12 +204,28 @@ class Counts:
         for key in sorted(self._uneven, key=list(self.sizes).index):
             where = "a size that depends on which positions remain"
             self.constraints.append(Constraint(("var", key), constant(self.sizes[key]), operator.eq, True, where))
+        self._keep_divisible()
         tied = {key for one in self.constraints for key in one.variables}
         # An attribute that changes alone has nothing to follow.
         loose = {key for key in tied if isinstance(key, Place)}
         for place in loose:
             self.sizes[place] = self._values[place]
             self.least[place] = 1
+
+    def _keep_divisible(self) -> None:
+        """An attribute that is taken apart evenly, ``out_features // heads``, stays a multiple of what divides it."""
+        for one in list(self.constraints):
+            for expression in (*_within(one.left), *_within(one.right)):
+                if expression[0] != "op" or expression[1] is not operator.floordiv:
+                    continue
+                dividend = expression[2]
+                if dividend[0] != "var" or not isinstance(dividend[1], Place):
+                    continue
+                rest = Constraint(("op", operator.mod, *expression[2:]), constant(0), operator.eq, True, one.where)
+                if rest.holds({**self.sizes, **self._values}) and all(
+                    rest.key != other.key for other in self.constraints
+                ):
+                    self.constraints.append(rest)
 
     def _bind_places(self, equal: list[tuple[Expression, Expression, str]]) -> None:
         """An attribute compared with a layout *is* that layout's size; with a computed number, that number."""
