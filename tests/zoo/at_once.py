@@ -13,7 +13,6 @@ from tests.zoo.laws import (
     choose,
     described,
     exact_counts,
-    free_share,
     halves,
     mask,
     plan_for,
@@ -23,6 +22,7 @@ from tests.zoo.laws import (
     tensors,
     to_double,
 )
+from tests.zoo.share import free_share
 from torch import nn
 
 from netopt.axes import Axes, find_axes

@@ -75,6 +75,7 @@ class ExpertsByLoop(nn.Module):
         axis("up.1:0 down.1.weight:1", 9),
         axis("down:0 head.weight:1", 12),
     ],
+    frozen={"router.weight:0!": "numbered by argmax"},
 )
 class ExpertsByMask(nn.Module):
     """Top-1 routing, results written where a mask is true."""
