@@ -22,6 +22,7 @@ from tests.zoo.laws import (
     tensors,
     to_double,
 )
+from tests.zoo.order import check_reordered
 from tests.zoo.share import free_share
 from torch import nn
 
@@ -37,6 +38,8 @@ def check_all_laws(case: Case) -> None:
     assert share >= case.share, f"{share:.4f} of the parameters lie on a free axis, not {case.share}\n{axes}"
     check_removal(case, model, dense, axes)
     del model
+    if not case.ordered:
+        check_reordered(case, copy.deepcopy(dense), copy.deepcopy(dense), axes)
     check_masking(case, dense, axes)
 
 

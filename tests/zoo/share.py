@@ -38,7 +38,9 @@ def check_share(case: Case) -> None:
     assert share >= case.share, f"{share:.3f} of the parameters lie on a free axis, not {case.share}\n{axes}"
     left = left_over(model, axes)
     for axis in axes.frozen:
-        if USUAL.search(axis.frozen or "") or any(re.search(why, axis.frozen, re.IGNORECASE) for why in case.frozen.values()):
+        if USUAL.search(axis.frozen or "") or any(
+            re.search(why, axis.frozen, re.IGNORECASE) for why in case.frozen.values()
+        ):
             continue
         for name, dim, positions in axes.members(axis):
             if name in left:
