@@ -53,8 +53,28 @@ def written(m, h):
     return out
 
 
+def slope(m, h):
+    with torch.enable_grad():
+        h = h.detach().requires_grad_()
+        (found,) = torch.autograd.grad((F.silu(h) * m.scale).sum(), h)
+    return found
+
+
 EXACT = {
     "identity": lambda m, h: h,
+    "identity matrix": lambda m, h: h @ torch.eye(m.width).to(h),
+    "identity matrix of a shape": lambda m, h: h @ torch.eye(h.shape[-1], h.shape[-1]).to(h),
+    "unread mean": lambda m, h: (h.mean(-1), F.layer_norm(h, (m.width,)), h)[-1],
+    "squared distance": lambda m, h: h * F.mse_loss(h, 2 * h, reduction="sum"),
+    "squared distances": lambda m, h: F.smooth_l1_loss(h, 2 * h, reduction="none"),
+    "hypotenuse": lambda m, h: torch.hypot(h, 2 * h),
+    "trace": lambda m, h: h * (h.t() @ h).trace(),
+    "diagonal matrices": lambda m, h: h + torch.diag_embed(h).sum(-1),
+    "outer product added": lambda m, h: torch.addr(h, h.new_ones(len(h)), h[0]),
+    "products summed": lambda m, h: h * torch.addbmm(h[:1, :1], h[:, None], h[:, :, None]),
+    "pairwise distances": lambda m, h: h * F.pdist(h).sum(),
+    "rows put in": lambda m, h: torch.slice_scatter(h, 2 * h[:1], 0, 1, 2) + torch.select_scatter(h, h[0], 0, 1),
+    "own gradient": lambda m, h: h + slope(m, h),
     "relu": lambda m, h: h.relu(),
     "add a number": lambda m, h: (h + 1).relu() * 2 - 3,
     "add a parameter": lambda m, h: h + m.scale,
@@ -107,7 +127,14 @@ INEXACT = {
     "variance": lambda m, h: h * h.var(-1, keepdim=True),
     "product": lambda m, h: h * h.prod(-1, keepdim=True),
     "logsumexp": lambda m, h: h * h.logsumexp(-1, keepdim=True),
-    "argmax": lambda m, h: h * h.argmax(-1, keepdim=True),
+    "size over a literal": lambda m, h: h * (1.0 / h.shape[-1]),
+    "literal to the size": lambda m, h: h * 1.5 ** h.shape[-1],
+    "literal compared": lambda m, h: h * (h.shape[-1] > 2.5) * (0.5 * h.shape[-1]),
+    "entries of a shape": lambda m, h: h * h.shape[1:].numel(),
+    "literal over entries": lambda m, h: h * (1.0 / (h.shape[1:] * 2).numel()),
+    "mean squared distance": lambda m, h: h * F.mse_loss(h, 2 * h),
+    "cross entropy of bits": lambda m, h: h * F.binary_cross_entropy_with_logits(h, h.sigmoid(), reduction="sum"),
+    "soft margin": lambda m, h: h * F.soft_margin_loss(h, h.detach().sign(), reduction="sum"),
     "count": lambda m, h: h / (1 + (h > -9).sum(-1, keepdim=True)),
     "layer norm": lambda m, h: F.layer_norm(h, (m.width,)),
     "layer norm by shape": lambda m, h: F.layer_norm(h, h.shape[-1:]),
@@ -142,9 +169,20 @@ FROZEN = {
     "accumulated": (lambda m, h: h.cumsum(-1), "accumulated"),
     "numbered": (lambda m, h: h * torch.arange(h.shape[-1]), "numbered by arange"),
     "spaced": (lambda m, h: h * torch.linspace(0, 1, h.shape[-1]), "numbered by linspace"),
-    "identity matrix": (lambda m, h: h @ torch.eye(m.width).to(h), "numbered by eye"),
+    "numbered by the largest": (lambda m, h: h * h.argmax(-1, keepdim=True), "numbered by argmax"),
+    "numbers beside the largest": (lambda m, h: h * h.max(-1, keepdim=True).indices, "numbered by max"),
+    "off the diagonal": (lambda m, h: h @ torch.eye(m.width, m.width + 1)[:, 1:].to(h), "numbered by eye"),
     "index list": (lambda m, h: h[:, [1, 0, 2, 3, 4, 5, 6, 7]], "indexed by a tensor"),
     "gathered": (lambda m, h: h.gather(1, h.argmax(-1, keepdim=True).expand(-1, 8)), "indexed by a tensor|literal"),
+    "class likelihood": (
+        lambda m, h: h * F.cross_entropy(h, torch.zeros(len(h), dtype=torch.long)),
+        "looked up by number",
+    ),
+    "inverse": (
+        lambda m, h: h @ torch.linalg.inv(h.t() @ h + 3 * torch.eye(m.width).to(h)),
+        "goes through linalg_inv",
+    ),
+    "taken flat": (lambda m, h: h * h.take(torch.tensor([3])), "indexed as if flattened"),
     "unbind": (lambda m, h: torch.stack(h.unbind(-1)[::-1], -1), "taken apart by position"),
     "windows": (lambda m, h: h.unfold(1, 2, 2).flatten(1), "read in windows"),
     "scattered": (lambda m, h: torch.zeros_like(h).scatter(1, h.argmax(-1, keepdim=True), 1.0), "written to by number"),

@@ -10,12 +10,15 @@ import torch
 from tests.zoo.case import Case
 from tests.zoo.handmade import HANDMADE
 from tests.zoo.laws import LAWS, told
+from tests.zoo.order import check_order_does_not_matter
 from torch.utils._pytree import tree_map
 
 from netopt.axes import find_axes
 
+ALL = {**LAWS, "order_does_not_matter": check_order_does_not_matter}
 
-@pytest.mark.parametrize("law", LAWS.values(), ids=LAWS.keys())
+
+@pytest.mark.parametrize("law", ALL.values(), ids=ALL.keys())
 @pytest.mark.parametrize("case", HANDMADE, ids=str)
 def test_law(case: Case, law: Callable[[Case], None]) -> None:
     with warnings.catch_warnings():

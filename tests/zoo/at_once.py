@@ -13,7 +13,6 @@ from tests.zoo.laws import (
     choose,
     described,
     exact_counts,
-    free_share,
     halves,
     mask,
     plan_for,
@@ -23,6 +22,8 @@ from tests.zoo.laws import (
     tensors,
     to_double,
 )
+from tests.zoo.order import check_reordered
+from tests.zoo.share import free_share
 from torch import nn
 
 from netopt.axes import Axes, find_axes
@@ -37,6 +38,8 @@ def check_all_laws(case: Case) -> None:
     assert share >= case.share, f"{share:.4f} of the parameters lie on a free axis, not {case.share}\n{axes}"
     check_removal(case, model, dense, axes)
     del model
+    if not case.ordered:
+        check_reordered(case, copy.deepcopy(dense), copy.deepcopy(dense), axes)
     check_masking(case, dense, axes)
 
 

@@ -53,6 +53,7 @@ class Case:
         warm: Whether the model has run before, as one that caches tensors.
         stir: Whether constant parameters and running statistics get random values, so that nothing cancels by luck.
         fake: Why the model cannot run in shape only, or empty.
+        ordered: Why the order of neurons matters although some can go, or empty.
         warns: A pattern of warnings that torch itself gives when this model runs.
         prepare: Called with the finished model (to freeze parameters, set modes, ...).
     """
@@ -71,6 +72,7 @@ class Case:
     warm: bool = False
     stir: bool = True
     fake: str = ""
+    ordered: str = ""
     warns: str = ""
     prepare: Callable[[nn.Module], Any] | None = None
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from tests.zoo.case import Case, Expected, call
+from tests.zoo.share import check_share
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
@@ -350,26 +351,6 @@ def check_expected_axes(case: Case) -> None:
         assert not key.endswith("!") or found == touching, f"all of {member} must be frozen\n{axes}"
         said = [axis.frozen for axis in found]
         assert any(re.search(reason, text, re.IGNORECASE) for text in said), f"{member} is frozen because it {said}"
-
-
-def free_share(model: nn.Module, axes: Axes) -> float:
-    """The share of the parameters that lies on a free axis."""
-    parameters = dict(model.named_parameters())
-    on = {name: torch.zeros(parameter.shape, dtype=torch.bool) for name, parameter in parameters.items()}
-    for axis in axes.free:
-        for name, dim, positions in axes.members(axis):
-            if name in on:
-                on[name] |= (positions >= 0).view([-1 if index == dim else 1 for index in range(on[name].dim())])
-    total = sum(parameter.numel() for parameter in parameters.values())
-    return sum(int(flags.sum()) for flags in on.values()) / max(1, total)
-
-
-def check_share(case: Case) -> None:
-    """At least the share of the parameters that the architecture allows can be removed."""
-    model = case.build()
-    axes = find_axes(model, case.inputs())
-    share = free_share(model, axes)
-    assert share >= case.share, f"{share:.3f} of the parameters lie on a free axis, not {case.share}\n{axes}"
 
 
 def lookup(model: nn.Module, path: str) -> Any:

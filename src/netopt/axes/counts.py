@@ -10,13 +10,15 @@ from __future__ import annotations
 import math
 import operator
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from netopt.axes.layout import Atom, Layout, Product, atoms, resolve
 from netopt.axes.sizes import Computed, Extent, Ledger, Place, Scalar, Size, show_place
 
 _BUDGET = 20_000  # constraint evaluations per component and question
+_CLOSER = 2_000  # values tried, per question, to find counts closer than the first that were found
+_FEW = 8  # components of more unknowns are not searched for closer counts
 _COMMUTATIVE = {operator.mul: "*", operator.add: "+"}
 Expression = tuple  # ("const", n) | ("var", key) | ("*", parts) | ("+", parts) | ("op", function, left, right)
 
@@ -65,6 +67,14 @@ def variables_of(expression: Expression) -> frozenset[Hashable]:
         return frozenset((expression[1],))
     parts = expression[1] if kind in ("*", "+") else expression[2:]
     return frozenset().union(*(variables_of(part) for part in parts))
+
+
+def _within(expression: Expression) -> Iterator[Expression]:
+    """An expression and everything it is computed from."""
+    yield expression
+    if expression[0] not in ("const", "var"):
+        for part in expression[1] if expression[0] in ("*", "+") else expression[2:]:
+            yield from _within(part)
 
 
 class Constraint:
@@ -194,12 +204,28 @@ class Counts:
         for key in sorted(self._uneven, key=list(self.sizes).index):
             where = "a size that depends on which positions remain"
             self.constraints.append(Constraint(("var", key), constant(self.sizes[key]), operator.eq, True, where))
+        self._keep_divisible()
         tied = {key for one in self.constraints for key in one.variables}
         # An attribute that changes alone has nothing to follow.
         loose = {key for key in tied if isinstance(key, Place)}
         for place in loose:
             self.sizes[place] = self._values[place]
             self.least[place] = 1
+
+    def _keep_divisible(self) -> None:
+        """An attribute that is taken apart evenly, ``out_features // heads``, stays a multiple of what divides it."""
+        for one in list(self.constraints):
+            for expression in (*_within(one.left), *_within(one.right)):
+                if expression[0] != "op" or expression[1] is not operator.floordiv:
+                    continue
+                dividend = expression[2]
+                if dividend[0] != "var" or not isinstance(dividend[1], Place):
+                    continue
+                rest = Constraint(("op", operator.mod, *expression[2:]), constant(0), operator.eq, True, one.where)
+                if rest.holds({**self.sizes, **self._values}) and all(
+                    rest.key != other.key for other in self.constraints
+                ):
+                    self.constraints.append(rest)
 
     def _bind_places(self, equal: list[tuple[Expression, Expression, str]]) -> None:
         """An attribute compared with a layout *is* that layout's size; with a computed number, that number."""
@@ -256,11 +282,20 @@ class Counts:
     # From wanted counts to possible ones.
 
     def nearest(self, wanted: Mapping[Any, int]) -> dict[Hashable, int]:
-        """The counts nearest to ``wanted`` that satisfy every constraint; axes not named keep their size."""
+        """Counts near ``wanted`` that satisfy every constraint; axes not named keep their size where they can.
+
+        How far counts are is the sum, over the axes named, of the share of its neurons by which each is off; between
+        equals, of the others. What is tied together in a small component has the nearest counts there are: the search
+        for closer ones runs until none is left, or for a bounded number of steps.
+        """
+        left = _CLOSER
         result = {key: max(min(wanted.get(key, size), size), self.least[key]) for key, size in self.sizes.items()}
         for keys, constraints in self._components:
             if any(key in wanted and wanted[key] != self.sizes[key] for key in keys):
-                found = _Search(self, keys, constraints, {key: result[key] for key in keys if key in wanted}).run()
+                search = _Search(self, keys, constraints, {key: result[key] for key in keys if key in wanted})
+                found = search.run()
+                if len(keys) <= _FEW and left > 0:
+                    found, left = search.closer(found, left)
                 result.update(found)
         return result
 
@@ -314,7 +349,11 @@ class Counts:
 
 
 class _Search:
-    """Backtracking over one component, values nearest to the wanted ones first, for a bounded time."""
+    """Backtracking over one component, values nearest to the wanted ones first, for a bounded time.
+
+    The first counts found bring one axis near after the other, the most tied first; :meth:`closer` looks for the
+    nearest of all.
+    """
 
     def __init__(
         self, counts: Counts, keys: list[Hashable], constraints: list[Constraint], wanted: Mapping[Any, int]
@@ -348,6 +387,37 @@ class _Search:
                     return found
             del chosen[key]
         return None
+
+    def closer(self, found: dict[Hashable, int], budget: int) -> tuple[dict[Hashable, int], int]:
+        """The nearest counts, by branch and bound from those found, and what is left of the budget."""
+        whole = math.lcm(*(self.sizes[key] for key in self.keys))
+        self._weights = {key: whole // self.sizes[key] for key in self.keys}
+        self._best, self._least = found, (0, 0)
+        for key in self.keys:
+            self._least = self._farther(self._least, key, found[key])
+        self.left = budget
+        if self._least[0]:
+            self._improve({}, (0, 0))
+        return self._best, self.left
+
+    def _improve(self, chosen: dict[Hashable, int], far: tuple[int, int]) -> None:
+        if len(chosen) == len(self.keys):
+            self._best, self._least = dict(chosen), far
+            return
+        key, values = self._next(chosen)
+        for value in values:  # those nearest to the aim first, so the rest is no nearer
+            now = self._farther(far, key, value)
+            self.left -= 1
+            if now >= self._least or self.left <= 0:
+                return
+            chosen[key] = value
+            if self._consistent(key, chosen):
+                self._improve(chosen, now)
+            del chosen[key]
+
+    def _farther(self, far: tuple[int, int], key: Hashable, value: int) -> tuple[int, int]:
+        off = abs(value - self.wanted[key]) * self._weights[key]
+        return (far[0] + off, far[1]) if key in self.asked else (far[0], far[1] + off)
 
     def _next(self, chosen: dict[Hashable, int]) -> tuple[Hashable, Iterable[int]]:
         """The next unknown: one that a constraint determines, else one that was asked for, in model order."""

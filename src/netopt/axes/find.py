@@ -24,10 +24,12 @@ from netopt import batches
 from netopt.axes import rules as _rules  # noqa: F401 - registers the rules
 from netopt.axes.axis import Axes
 from netopt.axes.layout import freeze
+from netopt.axes.literals import remembering_literals
 from netopt.axes.modes import modes_watched
 from netopt.axes.places import Parts, remembered
 from netopt.axes.sizes import remembering_functions
 from netopt.axes.trace import Trace, members_of
+from netopt.axes.unreached import standing_in, unreached
 from netopt.axes.watch import Watch
 from netopt.batches import Inputs
 from netopt.errors import ArgumentTypeError, ForwardError, InvalidArgumentError
@@ -86,10 +88,15 @@ def find_axes(model: nn.Module, example_inputs: Inputs, *, outputs: Outputs = No
                 trace.counting = True
                 _run(model, parts, example_inputs, watch, outputs)
                 trace.counting = False
+            twins = unreached(parts, watch.reached, trace.touched)
+            if twins:
+                with standing_in(twins, trace):
+                    _run(model, parts, example_inputs, Watch(model, trace, modes), outputs)
             if modes.differ:
                 with contextlib.suppress(ForwardError):  # as batch norm fails in training mode on a single sample
                     _run(model.train(), parts, example_inputs, Watch(model, trace, modes), outputs)
         trace.ledger.is_open = False
+        trace.settle()
         return Axes(trace, watch.readings)
     finally:
         trace.ledger.is_open = False
@@ -98,11 +105,18 @@ def find_axes(model: nn.Module, example_inputs: Inputs, *, outputs: Outputs = No
 
 def _run(model: nn.Module, parts: Parts, inputs: Inputs, watch: Watch, outputs: Outputs) -> None:
     trace = watch.trace
-    with remembered(parts, trace.ledger), remembering_functions(), warnings.catch_warnings():
+    with (
+        remembered(parts, trace.ledger),
+        remembering_functions(),
+        remembering_literals(parts),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")  # such as those that a run without gradients alone gives
         with trace, watch:
             result = batches.call(model, inputs)
-        for tensor in counted_outputs(result, outputs):
+        counted = counted_outputs(result, outputs)
+        trace.reach(counted)
+        for tensor in counted:
             for dim in trace.dims(tensor):
                 freeze(dim.layout, "is a dimension of the model's output")
 

@@ -50,6 +50,14 @@ class Dim(NamedTuple):
         return self.layout.size
 
 
+class Mark(NamedTuple):
+    """What holds of a layout should the tensor it is noted on reach a result: that it is frozen, or inexact."""
+
+    state: Callable[[Layout, str], None]
+    layout: Layout
+    why: str
+
+
 Dims = list[Dim]
 Rule = Callable[..., Any]
 _RULES: dict[str, Rule] = {}
@@ -118,7 +126,7 @@ def known_operations() -> tuple[str, ...]:
 class Operation:
     """One executed operation: its name, its result, and what may be stated about them."""
 
-    __slots__ = ("_place", "name", "out", "tensors", "trace")
+    __slots__ = ("_place", "marks", "name", "out", "tensors", "trace", "when_read")
 
     def __init__(self, trace: Trace, name: str, tensors: Sequence[Tensor], out: Any) -> None:
         self._place: str | None = None
@@ -126,6 +134,8 @@ class Operation:
         self.name = name
         self.tensors = tensors
         self.out = out
+        self.marks: list[Mark] = []
+        self.when_read: dict[int, list[Mark]] = {}
 
     def dims(self, tensor: Tensor) -> Dims:
         """The dimensions of a tensor the operation reads or wrote, resolved."""
@@ -163,11 +173,17 @@ class Operation:
                 freeze(layout, f"{why}, at {self.where}")
 
     def inexact(self, dims: Dim | Layout | Iterable[Dim], why: str) -> None:
-        """States that a removed position of these dimensions differs from a masked one."""
+        """States that a removed position of these dimensions differs from a masked one, if the result is used."""
         for dim in [dims] if isinstance(dims, (Dim, *LAYOUTS)) else dims:
             layout = resolve(layout_of(dim))
-            if any(atom.inexact is None for atom in _atoms(layout)):
-                mark_inexact(layout, f"{why}, at {self.where}")
+            if any(atom.inexact is None and atom.frozen is None for atom in _atoms(layout)):
+                self.marks.append(Mark(mark_inexact, layout, f"{why}, at {self.where}"))
+
+    def numbered(self, index: int, dim: Dim) -> None:
+        """States that the result of this index holds numbers of positions: they must stay, if it is used."""
+        if any(atom.frozen is None for atom in _atoms(resolve(dim.layout))):
+            why = f"is numbered by {self.short}, at {self.where}"
+            self.when_read.setdefault(index, []).append(Mark(freeze, dim.layout, why))
 
     def frozen(self, size: int, why: str) -> Dim:
         """A new dimension none of whose positions may go."""

@@ -207,7 +207,7 @@ class _Loan:
                 self.undo.append(functools.partial(_put_back, container, key, value))
 
     def function(self, function: types.FunctionType, path: tuple[str | int, ...], depth: int) -> None:
-        if function.__module__ is None or _library(function.__module__):
+        if function.__module__ is None or is_library(function.__module__):
             return
         for index, cell in enumerate(function.__closure__ or ()):
             try:
@@ -232,7 +232,8 @@ _SIMPLE = frozenset(
 )
 
 
-def _library(module: str) -> bool:
+def is_library(module: str) -> bool:
+    """Whether a Python module is of torch or the standard library: no code of the user's."""
     root = module.partition(".")[0]
     return root == "torch" or root in sys.stdlib_module_names
 
@@ -242,7 +243,7 @@ def _is_configuration(value: Any) -> bool:
     kind = type(value)
     return (
         isinstance(getattr(value, "__dict__", None), dict)
-        and (not _library(kind.__module__) or kind.__module__ in ("types", "__main__"))
+        and (not is_library(kind.__module__) or kind.__module__ in ("types", "__main__"))
         and not isinstance(value, (enum.Enum, Mapping))
         and not callable(value)
     )
@@ -252,7 +253,7 @@ def _is_configuration(value: Any) -> bool:
 def _class_integers(kind: type[nn.Module]) -> tuple[tuple[str, int], ...]:
     found: dict[str, int] = {}
     for base in reversed(kind.__mro__):
-        if issubclass(base, nn.Module) and not _library(base.__module__):
+        if issubclass(base, nn.Module) and not is_library(base.__module__):
             found.update(
                 (key, value)
                 for key, value in vars(base).items()

@@ -102,6 +102,10 @@ class Ledger:
         """Whether ``number`` carries an origin of this trace."""
         return isinstance(number, (Size, Scalar)) and number.ledger is self
 
+    def sets_a_size(self, place: Place) -> bool:
+        """Whether the integer at ``place`` is part of what some dimension's size must be."""
+        return any(leaf == place for equation in self.equations for leaf in leaves(equation.number))
+
 
 def caller() -> tuple[str, int]:
     """File and line of the innermost frame that is neither torch's nor this package's."""
@@ -165,13 +169,13 @@ class Size(int):
         return int.__float__(self)
 
     def __truediv__(self, other: Any) -> Any:
-        return _remember(operator.truediv, self, other, self)
+        return remember(operator.truediv, self, other, self)
 
     def __rtruediv__(self, other: Any) -> Any:
-        return _remember(operator.truediv, other, self, self)
+        return remember(operator.truediv, other, self, self)
 
     def __neg__(self) -> Any:
-        return _remember(operator.sub, 0, self, self)
+        return remember(operator.sub, 0, self, self)
 
     def __pos__(self) -> Any:
         return self
@@ -211,16 +215,53 @@ class Scalar(float):
         return float.__float__(self)
 
     def __neg__(self) -> Any:
-        return _remember(operator.sub, 0, self, self)
+        return remember(operator.sub, 0, self, self)
 
     def __floor__(self) -> Any:
-        return _remember(_floor_of, self, 0, self)
+        return remember(_floor_of, self, 0, self)
 
     def __ceil__(self) -> Any:
-        return _remember(_ceil_of, self, 0, self)
+        return remember(_ceil_of, self, 0, self)
 
     def __round__(self, digits: Any = None) -> Any:
-        return _remember(_round_of, self, digits, self)
+        return remember(_round_of, self, digits, self)
+
+
+class Shape(tuple[int, ...]):
+    """The sizes of a tensor, as ``torch.Size``, which allows no subclass and whose ``numel`` gives a plain integer."""
+
+    __slots__ = ()
+
+    @property
+    def __class__(self) -> type:  # type: ignore[override]
+        """What ``isinstance`` is told."""
+        return torch.Size
+
+    def numel(self) -> Any:
+        """The product of all, which remembers."""
+        total: Any = 1
+        for size in self:
+            total = total * size
+        return total
+
+    def __getitem__(self, index: Any) -> Any:
+        found = tuple.__getitem__(self, index)
+        return Shape(found) if isinstance(index, slice) else found
+
+    def __add__(self, other: Any) -> Any:
+        return Shape(tuple.__add__(self, tuple(other)))
+
+    def __radd__(self, other: Any) -> Any:
+        return Shape((*other, *self))
+
+    def __mul__(self, times: Any) -> Any:
+        return Shape(tuple.__mul__(self, times))
+
+    def __reduce__(self) -> Any:
+        return torch.Size, (tuple(map(int.__int__, self)),)
+
+    def __repr__(self) -> str:
+        return f"torch.Size([{', '.join(map(repr, self))}])"
 
 
 def _floor_of(value: float, _: Any) -> int:
@@ -249,7 +290,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _remember(operation: Callable[[Any, Any], Any], left: Any, right: Any, known: Size | Scalar) -> Any:
+def remember(operation: Callable[[Any, Any], Any], left: Any, right: Any, known: Size | Scalar) -> Any:
     """The result of ``operation``, with its origin."""
     if isinstance(left, torch.Tensor) or isinstance(right, torch.Tensor):
         return NotImplemented
@@ -270,10 +311,10 @@ def _number(value: Any) -> bool:
 
 def _arithmetic(operation: Callable[[Any, Any], Any]) -> tuple[Callable[..., Any], Callable[..., Any]]:
     def forward(self: Any, other: Any) -> Any:
-        return _remember(operation, self, other, self) if _number(other) else NotImplemented
+        return remember(operation, self, other, self) if _number(other) else NotImplemented
 
     def reflected(self: Any, other: Any) -> Any:
-        return _remember(operation, other, self, self) if _number(other) else NotImplemented
+        return remember(operation, other, self, self) if _number(other) else NotImplemented
 
     return forward, reflected
 
@@ -346,7 +387,7 @@ def _remembering(function: Callable[..., Any]) -> Callable[..., Any]:
 
     def remembering(value: Any, /, *rest: Any) -> Any:
         if isinstance(value, (Size, Scalar)):
-            return _remember(of_first, value, rest, value)
+            return remember(of_first, value, rest, value)
         return function(value, *rest)
 
     return remembering

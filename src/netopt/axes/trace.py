@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -17,7 +17,7 @@ from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from netopt.axes.layout import Atom, Layout, freeze, resolve
-from netopt.axes.operation import Dim, Dims, Operation, find_rule
+from netopt.axes.operation import Dim, Dims, Mark, Operation, find_rule
 from netopt.axes.sizes import Ledger, caller, show_place
 from netopt.errors import TraceError
 from netopt.flops import formula
@@ -64,6 +64,10 @@ def _describe(function: Any) -> _Traits:
     return found
 
 
+# Those among them whose answer is a value.
+_VALUES = frozenset(["aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::item", "aten::allclose"])
+
+
 class Work(NamedTuple):
     """An operation that costs multiplications: its formula, and what it was given, tensors as layouts."""
 
@@ -74,14 +78,19 @@ class Work(NamedTuple):
 
 
 class _Known:
-    """What a trace knows of one tensor: its dimensions, whether it depends on the inputs, and what it is a view of."""
+    """What a trace knows of one tensor: its dimensions, whether it depends on the inputs, and what it is a view of.
 
-    __slots__ = ("data", "dims", "source")
+    Together these make a graph: what a tensor was computed from, and what holds should it reach a result.
+    """
+
+    __slots__ = ("data", "dims", "marks", "parents", "source")
 
     def __init__(self, dims: Dims, *, data: bool, source: str | None) -> None:
         self.dims = dims
         self.data = data
         self.source = source
+        self.parents: Sequence[_Known] = ()
+        self.marks: Sequence[Mark] = ()
 
 
 class Trace(TorchDispatchMode):
@@ -92,6 +101,7 @@ class Trace(TorchDispatchMode):
         parameters: Names of those members that are parameters.
         ledger: What was learned of integers.
         asked: Layouts made by the call in progress whose size came from the caller's code.
+        unsaid: Layouts whose size no integer of a call said, each with the module that made the call.
         groups: The layout of the groups of the last grouped operation.
         reads: Per member name, the layouts its uses sum over.
         makes: Per member name, the layouts its uses produce.
@@ -104,6 +114,7 @@ class Trace(TorchDispatchMode):
         work: What each operation that costs multiplications was given: its formula, arguments and result, with every
             tensor as the layouts of its dimensions. Of the first run only.
         counting: Whether work is being noted.
+        complete: Whether every tensor an operation read is known to be given or made by an operation seen.
         pointers: Names of integer members whose entries are positions of a layout.
     """
 
@@ -119,6 +130,7 @@ class Trace(TorchDispatchMode):
         self.members = members
         self.ledger = Ledger()
         self.asked: list[Layout] = []
+        self.unsaid: list[tuple[Layout, str, nn.Module]] = []
         self.groups: Layout | None = None
         self.reads: dict[str, list[Layout]] = defaultdict(list)
         self.makes: dict[str, list[Layout]] = defaultdict(list)
@@ -132,6 +144,10 @@ class Trace(TorchDispatchMode):
         self.counting = False
         self.pointers: dict[str, Layout] = {}
         self.in_call = False
+        self.complete = True
+        self._alive: list[_Known] = []
+        self._marks: list[Mark] = []
+        self._writes: dict[int, _Known] = {}
         self._marked: list[Tensor] = []
         self._dirty: dict[int, Any] = {}
         self._stored: dict[int, Tensor] | None = None
@@ -203,6 +219,35 @@ class Trace(TorchDispatchMode):
             self.reads[known.source].extend(dim.layout for dim in summed)
             self.makes[known.source].extend(dim.layout for dim in kept)
 
+    def mark(self, tensor: Tensor, marks: Sequence[Mark]) -> None:
+        """Notes what holds of layouts should ``tensor`` reach a result."""
+        known = self._met(tensor)
+        known.marks = [*known.marks, *marks]
+        self._marks += marks
+
+    def reach(self, tensors: Iterable[Tensor]) -> None:
+        """Notes that the values of these tensors count: they are results, or the code looks at them."""
+        for tensor in tensors:
+            self._alive.append(self._met(tensor))
+            if self._writes and _storage(tensor) in self._writes:
+                self._alive.append(self._writes[_storage(tensor)])
+
+    def settle(self) -> None:
+        """Marks layouts by what reaches a result; where a tensor came from is not always known, then by everything."""
+        seen = set(self._alive)
+        waiting = list(seen)
+        live: set[int] = set()
+        while waiting:
+            known = waiting.pop()
+            live.update(map(id, known.marks))
+            for parent in known.parents:
+                if parent not in seen:
+                    seen.add(parent)
+                    waiting.append(parent)
+        for mark in self._marks:
+            if not self.complete or id(mark) in live:
+                mark.state(mark.layout, mark.why)
+
     def where(self) -> str:
         """The line of the user's code being run."""
         return show_place(caller())
@@ -225,11 +270,17 @@ class Trace(TorchDispatchMode):
             kwargs = {}
         traits = _traits.get(function) or _describe(function)
         if traits.is_question:
+            if traits.name in _VALUES:
+                self.reach(_tensors_in(args, []))
             return function(*args, **kwargs)
         tensors = _tensors_in(args, [])
         if kwargs:
             _tensors_in(kwargs.values(), tensors)
+        if self.complete and traits.name != "aten::lift_fresh":  # which takes in a tensor made of plain numbers
+            self.complete = all(self._note in tensor.__dict__ for tensor in tensors)
         known = [self._met(tensor) for tensor in tensors]
+        if self._writes:
+            known += [self._writes[key] for key in map(_storage, tensors) if key in self._writes]
         if traits.writes:
             self._save(tensors)
         out = function(*args, **kwargs)
@@ -260,8 +311,6 @@ class Trace(TorchDispatchMode):
             answer: Any = None
         else:
             answer = speak(op, *args, **kwargs)
-        data = any(one.data for one in known)
-        source = None if data else next((one.source for one in known if one.source is not None), None)
         lists = answer if isinstance(answer, tuple) else (answer,)
         for index, tensor in enumerate(outs):
             written = self._known(tensor)
@@ -271,12 +320,33 @@ class Trace(TorchDispatchMode):
             dims = [dim if type(dim) is Dim else Dim(dim) for dim in dims]
             if [dim[0].size for dim in dims] != list(tensor.shape):
                 self._disagree(traits.name, tensor, dims)
-            if written is None:
-                self._learn(tensor, dims, data=data, source=source)
-                continue
-            if traits.writes:
+            if written is not None and traits.writes:
                 self._note_write(tensor, tensors, written.dims, dims)
-            self._learn(tensor, dims, data=data or written.data, source=written.source or source)
+            now = self._made(tensor, dims, known, written)
+            now.marks = [*op.marks, *op.when_read.get(index, ())] if op.when_read else op.marks
+            if written is not None and traits.writes:
+                self._writes[_storage(tensor)] = now
+                if written.source is not None:  # kept for the next forward
+                    self._alive.append(now)
+        self._marks += op.marks
+        for marks in op.when_read.values():
+            self._marks += marks
+
+    def _made(self, tensor: Tensor, dims: Dims, known: Sequence[_Known], written: _Known | None) -> _Known:
+        """Learns a result of what is known; one that was ``written`` to keeps whose it was."""
+        data, source = False, None
+        for one in known:
+            if one.data:
+                data = True
+            elif source is None:
+                source = one.source
+        if data:
+            source = None
+        if written is not None:
+            data, source = data or written.data, written.source or source
+        now = self._learn(tensor, dims, data=data, source=source)
+        now.parents = known
+        return now
 
     def _unsaid(self, unruled: str | None, tensor: Tensor, written: _Known | None) -> Dims:
         """The dimensions of a result of which no rule says anything; ``unruled`` names an operation without one."""

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_iter
 
-from netopt.axes.layout import Layout, freeze, mark_inexact, split_concat
+from netopt.axes.layout import Layout, freeze, mark_inexact, split_concat, split_product
 from netopt.axes.modes import Modes
-from netopt.axes.sizes import Condition, Extent, Scalar, Size, caller
+from netopt.axes.operation import Mark
+from netopt.axes.sizes import Condition, Extent, Scalar, Shape, Size, caller
 from netopt.axes.trace import Trace
 from netopt.calls import Call, CallNames
 
@@ -41,6 +42,7 @@ class Watch(CallNames):
 
     def __init__(self, model: nn.Module, trace: Trace, modes: Modes) -> None:
         super().__init__(model)
+        self.model = model
         self.trace = trace
         self.modes = modes
         self.readings: list[Reading] = []
@@ -78,6 +80,11 @@ class Watch(CallNames):
         if treatment.modal:
             self.modes.differ = True
         return result
+
+    @property
+    def reached(self) -> frozenset[str]:
+        """Names of the modules that were called."""
+        return frozenset(self._visits)
 
     def size(self, value: int, layout: Layout) -> int:
         """``value`` as an integer that remembers it is the size of ``layout``."""
@@ -176,7 +183,7 @@ def _shape(watch: Watch, function: Any, args: Any, kwargs: Any, result: Any) -> 
     if dims and _asked_by_len():
         # ``len`` hands on a plain integer, so what it is used for cannot be seen.
         mark_inexact(dims[0].layout, f"has a size that len gives away, at {watch.trace.where()}")
-    return torch.Size([watch.size(size, dim.layout) for size, dim in zip(result, dims, strict=True)])
+    return Shape([watch.size(size, dim.layout) for size, dim in zip(result, dims, strict=True)])
 
 
 def _asked_by_len() -> bool:
@@ -390,12 +397,22 @@ def _arange(watch: Watch, args: Any, kwargs: Any, result: Any) -> None:
         freeze(layout, f"has a size that arange computes at {watch.trace.where()}")
 
 
-def _default_scale(watch: Watch, args: Any, kwargs: Any, result: Any) -> None:
+def _looked_at(watch: Watch, args: Any, kwargs: Any, result: Any) -> None:
+    """The values leave torch, so what is done with them cannot be seen."""
+    watch.trace.reach([args[0]])
+
+
+def _attention(watch: Watch, args: Any, kwargs: Any, result: Any) -> None:
+    query, key = (watch.trace.dims(_argument(args, kwargs, i, name)) for i, name in enumerate(("query", "key")))
+    if len(query) > 2 and query[-3].size > key[-3].size:
+        halves = split_product(query[-3].layout, key[-3].size)
+        if halves is not None:
+            # No integer of the call says how many query heads share one of the keys' heads; one of the module may.
+            name = watch.name_of("").module
+            watch.trace.unsaid.append((halves[1], name, watch.model.get_submodule(name)))
     if _argument(args, kwargs, 6, "scale") is None:
-        mark_inexact(
-            watch.trace.dims(args[0])[-1].layout,
-            f"sets the default scale of attention, at {watch.trace.where()}",
-        )
+        why = f"sets the default scale of attention, at {watch.trace.where()}"
+        watch.trace.mark(result, [Mark(mark_inexact, query[-1].layout, why)])
 
 
 def _nothing(watch: Watch, args: Any, kwargs: Any, result: Any) -> None:
@@ -423,7 +440,8 @@ _SPEAKERS: dict[str, Callable[..., None]] = {
     "__getitem__": _getitem,
     "__setitem__": _getitem,
     "arange": _arange,
-    "scaled_dot_product_attention": _default_scale,
+    "scaled_dot_product_attention": _attention,
+    **dict.fromkeys(("numpy", "tolist", "__array__", "data_ptr"), _looked_at),
 }
 
 _FUSED = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})

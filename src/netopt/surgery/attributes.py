@@ -166,7 +166,8 @@ DESCRIPTIONS = (
 
 _DESCRIBING = frozenset(row.attribute for row in DESCRIPTIONS)
 
-# An integer that is another divided by a third: attribute, dividend, divisor.
+# An integer that is another divided by a third: attribute, dividend, divisor. It follows where the dividend is set;
+# where only the divisor is, as by code that keeps its own width, the quotient is what the equations made it.
 QUOTIENTS = (("head_dim", "embed_dim", "num_heads"),)
 
 
@@ -257,7 +258,12 @@ def _quotients(
             continue
         own = {name: vars(module).get(name) for name in (attribute, dividend, divisor)}
         known = {name: value for name, value in own.items() if type(value) is int}
-        if attribute in settled or len(known) < len(own) or known[attribute] != known[dividend] // known[divisor]:
+        if (
+            (prefix, dividend) not in taken
+            or attribute in settled
+            or len(known) < len(own)
+            or known[attribute] != known[dividend] // known[divisor]
+        ):
             continue
         will = known | {name: taken[prefix, name] for name in known if (prefix, name) in taken}
         if will[dividend] // will[divisor] != known[attribute]:

@@ -302,3 +302,69 @@ class ReturnsKeysAndValues(nn.Module):
             k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
         out = F.scaled_dot_product_attention(q, k, v)
         return self.head(self.o(merge_heads(out)).relu()), (k, v)
+
+
+@case(
+    "grouped_queries_another_path",
+    inputs=(2, 4, 12),
+    other=(3, 9, 12),
+    share=0.99,
+    expected=[
+        axis("q:0 k:0 v:0 out.weight:1", 2, label="groups"),
+        axis("v:0 out.weight:1", 6, label="v"),
+        axis("q:0 k:0", 6, False, label="d"),
+        axis("out:0 head.weight:1", 8),
+    ],
+    frozen={"q.weight:0": "may have its size in .*queries_per_group"},
+    sizes={"groups": "groups", "queries_per_group": "2", "q.out_features": "2 * groups * d"},
+)
+class AnotherPath(nn.Module):
+    """Short inputs let the kernel share key heads, long ones repeat them by a number that short ones never use."""
+
+    def __init__(self):
+        super().__init__()
+        self.groups, self.queries_per_group = 2, 2
+        self.q, self.k, self.v = nn.Linear(12, 24), nn.Linear(12, 12), nn.Linear(12, 12)
+        self.out, self.head = nn.Linear(24, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        b, n, _ = x.shape
+        q = self.q(x).view(b, n, -1, self.q.out_features // (self.groups * 2)).transpose(1, 2)
+        k, v = (layer(x).unflatten(-1, (self.groups, -1)).transpose(1, 2) for layer in (self.k, self.v))
+        if n > 6:
+            k, v = (one.repeat_interleave(self.queries_per_group, 1) for one in (k, v))
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return self.head(self.out(y.transpose(1, 2).flatten(2)))
+
+
+@case(
+    "heads_without_the_width",
+    inputs=(2, 4, 12),
+    other=(3, 9, 12),
+    share=0.99,
+    expected=[
+        axis("q:0 k:0 v:0 out.weight:1", 4, label="h"),
+        axis("v:0 out.weight:1", 3, label="v"),
+        axis("q:0 k:0", 3, label="d"),
+        axis("out:0 head.weight:1", 8),
+    ],
+    sizes={"num_heads": "h", "head_dim": "d", "q.out_features": "h * d"},
+)
+class HeadsWithoutTheWidth(nn.Module):
+    """An attribute ``embed_dim`` that the forward never reads says nothing of ``head_dim``."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed_dim, self.num_heads = 12, 4
+        self.head_dim = self.embed_dim // self.num_heads
+        self.q, self.k, self.v = (nn.Linear(12, 12) for _ in range(3))
+        self.out, self.head = nn.Linear(12, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        b, n, _ = x.shape
+        q, k = (layer(x).view(b, n, self.num_heads, self.head_dim).transpose(1, 2) for layer in (self.q, self.k))
+        v = self.v(x).view(b, n, self.num_heads, -1).transpose(1, 2)
+        y = (q @ k.transpose(-1, -2) / 2).softmax(-1) @ v
+        return self.head(self.out(y.transpose(1, 2).flatten(2)))

@@ -257,6 +257,7 @@ class WeightStandardised(nn.Module):
     other=(3, 3, 6, 6),
     share=0.98,
     expected=[axis("stem:0 conv1.weight:1 conv2:0 head.weight:1", 8), axis("conv1:0 conv2.weight:1", 16)],
+    frozen={"conv2.bias:0": "is padding"},
 )
 class PaddedShortcut(nn.Module):
     """Option A of the CIFAR ResNets: the shortcut is padded with channels of zeros."""

@@ -75,6 +75,7 @@ class ExpertsByLoop(nn.Module):
         axis("up.1:0 down.1.weight:1", 9),
         axis("down:0 head.weight:1", 12),
     ],
+    frozen={"router.weight:0!": "numbered by argmax"},
 )
 class ExpertsByMask(nn.Module):
     """Top-1 routing, results written where a mask is true."""
@@ -135,11 +136,12 @@ class BatchedExperts(nn.Module):
     "experts_gathered_weights",
     inputs=(5, 10),
     other=(3, 10),
-    share=0.97,
+    share=0.92,
     expected=[axis("up:1 down:2", 9), axis("down:1 head.weight:1", 7)],
+    frozen={"router.weight:0!": "numbered by argmax", "up:0!": "indexed"},
 )
 class GatheredExperts(nn.Module):
-    """Each sample picks its expert's matrices by index."""
+    """Each sample picks its expert's matrices by index: the router's outputs are numbers of matrices, and stay."""
 
     def __init__(self):
         super().__init__()
@@ -230,3 +232,56 @@ class SortedTokens(nn.Module):
         results[order] = torch.cat(outputs, dim=0)
         results = (results.view(*expert_of.shape, -1) * weight.unsqueeze(-1)).sum(dim=1)
         return self.head((results + self.shared(flat)).view(*x.shape))
+
+
+@case(
+    "experts_not_all_reached",
+    inputs=lambda: (torch.randn(2, 3, 10), torch.tensor([0, 2, 2])),
+    other=lambda: (torch.randn(3, 4, 10), torch.tensor([1, 3, 0, 1])),
+    share=0.99,
+    fake="asks whether an expert has tokens",
+    expected=[
+        axis("lift:0 experts.0.0.weight:1 experts.1.0.weight:1 experts.2.0.weight:1 experts.3.0.weight:1 "
+             "experts.0.2:0 experts.1.2:0 experts.2.2:0 experts.3.2:0 head.weight:1", 12),
+        *(axis(f"experts.{one}.0:0 experts.{one}.2.weight:1", 8 + one) for one in range(4)),
+    ],
+)  # fmt: skip
+class NotAllReached(nn.Module):
+    """Two of four experts get no token of these inputs, and are as wide as the others afterwards."""
+
+    def __init__(self):
+        super().__init__()
+        self.lift, self.head = nn.Linear(10, 12), nn.Linear(12, 3)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(12, 8 + one), nn.ReLU(), nn.Linear(8 + one, 12)) for one in range(4)
+        )
+
+    def forward(self, x, chosen):
+        x = self.lift(x)
+        out = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            where = chosen == number
+            if where.any():
+                out[:, where] = expert(x[:, where])
+        return self.head(x + out)
+
+
+@case(
+    "heads_not_reached",
+    inputs=(4, 6),
+    other=(3, 6),
+    # The biases of both heads have no neuron.
+    share=0.94,
+    expected=[axis("trunk:0 heads.a.weight:1 heads.b.weight:1", 9)],
+    frozen={"heads.b.weight:0!": "not reach", "heads.a.weight:0!": "output"},
+)
+class HeadsNotReached(nn.Module):
+    """One head for each task; these inputs ask for one of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.trunk = nn.Linear(6, 9)
+        self.heads = nn.ModuleDict({"a": nn.Linear(9, 2), "b": nn.Linear(9, 5)})
+
+    def forward(self, x, task="a"):
+        return self.heads[task](self.trunk(x).relu())

@@ -68,6 +68,7 @@ class StackedLayers(nn.Module):
         axis("layers.1:0 gains.relu:0 named.in:0 extra:0", 9),
         axis("named.in:1 named.out:0", 7),
     ],
+    frozen={"gains.unused:0!": "is not used"},
 )
 class ListsAndDicts(nn.Module):
     """ParameterList, ParameterDict, and a plain list of registered parameters."""

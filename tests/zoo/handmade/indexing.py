@@ -122,6 +122,7 @@ class StackOfBranches(nn.Module):
     other=(2, 10),
     share=0.92,
     expected=[axis("branches:0 fc.weight:1", 12)],
+    frozen={"gate.weight:0!": "number of tensors stacked"},
 )
 class StackThenSum(nn.Module):
     def __init__(self):
@@ -272,6 +273,7 @@ class ConstantSelection(nn.Module):
     other=(1, 3, 8, 4),
     share=0.99,
     expected=[axis("conv:0 offset.weight:1", 8)],
+    frozen={"offset.bias:0!": "position taken by number"},
 )
 class TwoChannels(nn.Module):
     """Channel 0 is x, channel 1 is y: meaning is in the number."""

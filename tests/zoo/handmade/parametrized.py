@@ -115,6 +115,7 @@ class Symmetric(nn.Module):
     "symmetric_parametrization",
     inputs=(4, 10),
     other=(2, 10),
+    ordered="the weight is one triangle of a matrix: what is left is one too, what is exchanged is not",
     share=0.98,
     expected=[
         axis("0:0 2.parametrizations.weight.original:0 2.parametrizations.weight.original:1 2.bias:0 4.weight:1", 9)

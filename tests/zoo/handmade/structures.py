@@ -95,9 +95,14 @@ class GraphAttention(nn.Module):
     "point_transform",
     inputs=(2, 3, 9),
     other=(3, 3, 7),
-    share=0.86,
-    expected=[axis("predict.0:0 predict.2.weight:1", 8), axis("last:0 head.weight:1", 6)],
-    frozen={"lift.weight:0!": "."},
+    # Only the bias of the output has no neuron.
+    share=0.98,
+    expected=[
+        axis("predict.0:0 predict.2.weight:1", 8),
+        axis("last:0 head.weight:1", 6),
+        axis("lift:0 predict.0.weight:1 predict.2:0 last.weight:1", 5, label="k"),
+    ],
+    sizes={"k": "k", "predict.2.out_features": "k * k"},
 )
 class PointTransform(nn.Module):
     """PointNet's T-Net: a square matrix is predicted and the identity added, so rows are columns."""

@@ -210,6 +210,11 @@ class Decoder(nn.Module):
         axis("transformer.encoder.layers.0.linear1:0 transformer.encoder.layers.0.linear2.weight:1", 20),
         axis("transformer.decoder.layers.0.linear1:0 transformer.decoder.layers.0.linear2.weight:1", 20),
     ],
+    frozen={
+        "transformer.encoder.layers.0.self_attn.in_proj_weight:0!": "must satisfy|literal 3 in unflatten",
+        "transformer.decoder.layers.0.multihead_attn.in_proj_weight:0!": "literal 2 in unflatten|must satisfy",
+        "transformer.encoder.layers.0.norm1.weight:0!": "output|input",
+    },
 )
 class WholeTransformer(nn.Module):
     """Inputs go straight in: the width is the caller's, and stays."""

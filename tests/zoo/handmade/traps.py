@@ -105,7 +105,7 @@ class FoldedIntoBatch(nn.Module):
     inputs=(4, 10),
     other=(2, 10),
     share=0.0,
-    frozen={},
+    frozen={"fc.weight:0!": "singled out"},
 )
 class Differences(nn.Module):
     """Each channel minus the one before: a removed neuron would make strangers neighbours."""
@@ -124,6 +124,7 @@ class Differences(nn.Module):
     inputs=(4, 10),
     other=(2, 10),
     share=0.0,
+    frozen={"fc.weight:0!": "position|literal", "gain:0!": "position taken by number|literal"},
 )
 class ChannelLoop(nn.Module):
     """Channels taken one by one, by number, and put together again."""
@@ -176,6 +177,7 @@ def binomial(channels):
     other=(3, 3, 9),
     share=0.0,
     fake="a function keeps what the first model made",
+    frozen={"conv.weight:0!": "meets the literal 6|meets a constant tensor"},
 )
 class CachedByFunction(nn.Module):
     """A kernel that a function remembers by the number of channels."""
@@ -385,6 +387,7 @@ class RepeatedAndFlipped(nn.Module):
     inputs=(2, 3, 6, 6),
     other=(3, 3, 4, 4),
     share=0.0,
+    frozen={"stem.weight:0!": "depends on which positions remain"},
 )
 class MirroredPairs(nn.Module):
     """An odd number of channels added to their mirror image: pairs go together, the middle alone, so no count fits."""
@@ -405,6 +408,7 @@ class MirroredPairs(nn.Module):
     other=(2, 10),
     share=0.0,
     fake="the permutation has no values",
+    frozen={"fc.weight:0!": "depends on which positions remain"},
 )
 class ShuffledAndPermuted(nn.Module):
     """Single positions against products of single positions."""

@@ -65,6 +65,21 @@ def linear(op: Operation, tensor: Tensor, weight: Tensor, bias: Tensor | None = 
     return biased(op, [*dims[:-1], *matrix[:-1]], bias)
 
 
+@rule("aten::addbmm")
+def addbmm(op: Operation, bias: Tensor, left: Tensor, right: Tensor, **kwargs: Any) -> Dims:
+    """Products of stacked matrices, summed over the stack."""
+    stacked, *dims = product_of(op, left, right)
+    if not stacked.zero:
+        op.inexact(stacked, "is summed over by addbmm where a masked neuron need not be zero")
+    return biased(op, dims, bias)
+
+
+@rule("aten::addr")
+def addr(op: Operation, bias: Tensor, rows: Tensor, columns: Tensor, **kwargs: Any) -> Dims:
+    """An outer product with a matrix added."""
+    return biased(op, [*op.dims(rows), *op.dims(columns)], bias)
+
+
 @rule("aten::_trilinear")
 def trilinear(
     op: Operation,
@@ -123,6 +138,29 @@ def cdist(op: Operation, left: Tensor, right: Tensor, *args: Any) -> Dims:
     for index, dim in enumerate(batch):
         op.same(dim, b[index])
     return [*batch, Dim(a[-2].layout), Dim(b[-2].layout)]
+
+
+@rule("aten::_pdist_forward")
+def pdist(op: Operation, tensor: Tensor, *args: Any) -> Dims:
+    """Distances between the rows of one matrix."""
+    rows, columns = op.dims(tensor)
+    op.freeze(rows, "is paired by pdist")
+    if not columns.zero:
+        op.inexact(columns, "is summed over by pdist where a masked neuron need not be zero")
+    return [op.frozen(op.out.shape[0], "is paired by pdist")]
+
+
+@rule("aten::linalg_cross")
+def cross(op: Operation, left: Tensor, right: Tensor, dim: int = -1) -> Dims:
+    """Vectors of three coordinates."""
+    dims = []
+    for first, second in zip(op.dims(left), op.dims(right), strict=True):
+        wide = first if first.size > 1 else second
+        if first.size == second.size:
+            op.same(first, second)
+        dims.append(Dim(wide.layout, first.zero or second.zero))
+    op.freeze(dims[dim], "holds coordinates")
+    return dims
 
 
 @rule(

@@ -56,6 +56,23 @@ def convolution(
     return [*dims[:channel], out, *spatial]
 
 
+@rule("aten::convolution_backward")
+def convolution_gradient(
+    op: Operation, grad: Tensor, tensor: Tensor, weight: Tensor, sizes: Any = None, *rest: Any
+) -> Any:
+    """The gradient that comes in, contracted over the channels made; for a forward that takes gradients itself."""
+    known, dims, kernel = op.dims(grad), list(op.dims(tensor)), op.dims(weight)
+    channel = len(dims) - len(kernel) + 1
+    transposed, groups = bool(rest[3]), int(rest[5])  # stride, padding, dilation, transposed, output padding, groups
+    read, made = (kernel[0], kernel[1]) if transposed else (kernel[1], kernel[0])
+    if groups == 1:
+        op.summed(known[channel], made)
+        dims[channel] = Dim(dims[channel].layout, read.zero)
+    else:
+        op.freeze([known[channel], dims[channel]], "is cut into groups")
+    return dims, kernel, [known[channel]]
+
+
 def _at(given: Any, index: int) -> Any:
     """One of several numbers, or the one that stands for all."""
     return given[min(index, len(given) - 1)] if isinstance(given, (list, tuple)) and given else given

@@ -36,10 +36,22 @@ def fresh(op: Operation, *args: Any, **kwargs: Any) -> Dims:
     return [op.asked(size) for size in op.out.shape]
 
 
-@rule("aten::arange", "aten::range", "aten::linspace", "aten::logspace", "aten::randperm", "aten::eye",
+@rule("aten::arange", "aten::range", "aten::linspace", "aten::logspace", "aten::randperm",
       "aten::tril_indices", "aten::triu_indices", "aten::one_hot")  # fmt: skip
 def positional(op: Operation, *args: Any, **kwargs: Any) -> Dims:
     """Values that are numbers of positions: those of some positions are not those of the first so many."""
     dims = [op.asked(size) for size in op.out.shape]
     op.freeze(dims, f"is numbered by {op.short}")
     return dims
+
+
+@rule("aten::eye")
+def eye(op: Operation, *args: Any, **kwargs: Any) -> Dims:
+    """Ones where row and column are the same position: without some positions it is the smaller one of its kind."""
+    rows, columns = op.out.shape
+    if rows != columns:
+        return positional(op)
+    dim = op.asked(rows)
+    if len(args) > 1:  # the number of columns is given too
+        op.trace.asked.append(dim.layout)
+    return [dim, dim]

@@ -152,7 +152,7 @@ def scatter(
     return result
 
 
-@rule("aten::index_add", "aten::index_copy", "aten::index_fill")
+@rule("aten::index_add", "aten::index_copy", "aten::index_fill", "aten::index_reduce")
 def index_add(op: Operation, tensor: Tensor, dim: int, indices: Tensor, source: Any, **kwargs: Any) -> Dims:
     """Slices written to positions of one dimension by number."""
     dims = list(op.dims(tensor))
@@ -192,6 +192,13 @@ def index_put(
         elif given[-right].size == 1:
             dims[-right] = Dim(dims[-right].layout)
     return dims
+
+
+@rule("aten::take", "aten::put")
+def flat(op: Operation, tensor: Tensor, indices: Tensor, *args: Any, **kwargs: Any) -> Dims:
+    """Positions counted through all dimensions."""
+    op.freeze(op.dims(tensor), "is indexed as if flattened")
+    return op.dims(tensor) if op.short == "put" else [Dim(dim.layout) for dim in op.dims(indices)]
 
 
 @rule("aten::masked_scatter")

@@ -22,7 +22,8 @@ leaky_relu lift lift_fresh lift_fresh_copy log1p mish nan_to_num neg negative re
 rrelu_with_noise round selu sgn sign silu sin sinh softshrink sqrt square tan tanh trunc
 _to_copy to type_as remainder fmod fix positive resolve_conj resolve_neg real imag
 rrelu special_erf bitwise_left_shift bitwise_right_shift
-deg2rad rad2deg arctanh arcsinh"""
+deg2rad rad2deg arctanh arcsinh conj_physical _conj_physical xlogy special_xlog1py poisson frexp
+__lshift__ __rshift__ __ilshift__ __irshift__ special_i1 special_i1e special_bessel_j1"""
 
 _LOSE_ZERO = """
 acos acosh cos cosh digamma eq exp exp2 ge gt hardsigmoid isfinite isinf isnan le lgamma
@@ -31,7 +32,16 @@ ne bitwise_not bitwise_or bitwise_xor reciprocal rsqrt sigmoid softplus threshol
 special_expit heaviside erfc full_like ones_like rand_like randn_like empty_like bernoulli
 normal_functional randint_like fill uniform normal exponential random igamma polar complex isposinf
 isneginf isreal signbit angle i0 special_i0 sinc alpha_dropout feature_alpha_dropout nextafter
-cauchy log_normal geometric special_ndtr"""
+cauchy log_normal geometric special_ndtr special_log_ndtr special_ndtri special_erfcx special_i0e
+special_airy_ai special_bessel_j0 special_bessel_y0 special_bessel_y1 special_zeta polygamma igammac binomial
+_standard_gamma"""
+
+# What a forward that takes gradients itself runs: zero where the gradient that comes in is.
+_GRADIENTS = """
+threshold_backward sigmoid_backward tanh_backward gelu_backward silu_backward softplus_backward elu_backward
+leaky_relu_backward hardtanh_backward mish_backward hardswish_backward hardsigmoid_backward softshrink_backward
+hardshrink_backward logit_backward rrelu_with_noise_backward native_dropout_backward mse_loss_backward
+smooth_l1_loss_backward huber_loss_backward"""
 
 
 def _names(listing: str) -> tuple[str, ...]:
@@ -105,6 +115,13 @@ def keeps_zero(op: Operation, *args: Any, **kwargs: Any) -> Any:
     return _answers(op, pointwise(op, _operands(args, kwargs), lambda zeros: zeros[0]))
 
 
+@rule(*_names(_GRADIENTS), "aten::log_sigmoid_backward")
+def gradient(op: Operation, *args: Any, **kwargs: Any) -> Any:
+    """The derivative of a pointwise function, times the gradient that comes in."""
+    tensors = [tensor for tensor in _operands(args, kwargs) if tensor.numel()]
+    return _answers(op, pointwise(op, tensors, lambda zeros: zeros[0]))
+
+
 @rule(*_names(_LOSE_ZERO))
 def loses_zero(op: Operation, *args: Any, **kwargs: Any) -> Any:
     """Functions with f(0) != 0, or of which it is not known."""
@@ -146,6 +163,9 @@ def mul(op: Operation, *args: Any, **kwargs: Any) -> Dims:
     "aten::minimum",
     "aten::fmax",
     "aten::fmin",
+    "aten::hypot",
+    "aten::gcd",
+    "aten::lcm",
     "aten::__or__",
 )
 def add(op: Operation, left: Any, right: Any, **kwargs: Any) -> Dims:

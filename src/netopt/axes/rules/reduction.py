@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -26,17 +27,12 @@ def reduce(op: Operation, tensor: Tensor, dim: Any, why: str | None) -> Any:
     """
     dims = op.dims(tensor)
     rank = len(dims)
-    chosen = [dim] if isinstance(dim, int) else dim
-    gone = {one % rank for one in chosen} if chosen and rank else set(range(rank))
+    gone = _gone(rank, dim)
     for index in gone:
-        reduced = dims[index]
-        if reduced.size > 1:
-            if why is not None:
-                op.inexact(reduced, why)
-            elif op.is_weight(tensor):
-                op.inexact(reduced, f"mixes weights: {op.short} is taken over it")
-            elif not reduced.zero:
-                op.inexact(reduced, f"is reduced by {op.short} where a masked neuron need not be zero")
+        if dims[index].size > 1 and why is None and op.is_weight(tensor):
+            op.inexact(dims[index], f"mixes weights: {op.short} is taken over it")
+        else:
+            reduced_over(op, dims[index], why)
     answers = []
     for out in tree_leaves(op.out):
         if isinstance(out, Tensor):
@@ -45,6 +41,19 @@ def reduce(op: Operation, tensor: Tensor, dim: Any, why: str | None) -> Any:
             else:
                 answers.append([one for index, one in enumerate(dims) if index not in gone])
     return tuple(answers)
+
+
+def _gone(rank: int, dim: Any) -> set[int]:
+    chosen = [dim] if isinstance(dim, int) else dim
+    return {one % rank for one in chosen} if chosen and rank else set(range(rank))
+
+
+def reduced_over(op: Operation, dim: Dim, why: str | None) -> None:
+    """States that a dimension is summed over or, where ``why`` says how, reduced by more than a sum."""
+    if dim.size > 1 and why is not None:
+        op.inexact(dim, why)
+    elif dim.size > 1 and not dim.zero:
+        op.inexact(dim, f"is reduced by {op.short} where a masked neuron need not be zero")
 
 
 def _summing(position: int) -> Callable[..., Any]:
@@ -75,11 +84,17 @@ rule("aten::norm", "aten::linalg_vector_norm")(_summing(1))
     "aten::argmax",
     "aten::argmin",
     "aten::median",
+    "aten::nanmedian",
     "aten::mode",
 )
 def whole(op: Operation, tensor: Tensor, dim: Any = None, *args: Any, **kwargs: Any) -> Any:
     """Reductions whose result depends on how many positions there are, or on more than their sum."""
-    answer = reduce(op, tensor, None if isinstance(dim, bool) else dim, f"is reduced by {op.short}")
+    dim = None if isinstance(dim, bool) else dim
+    answer = reduce(op, tensor, dim, f"is reduced by {op.short}")
+    for index, out in enumerate(tree_leaves(op.out)):
+        if out.dtype == torch.int64 and (index or op.short.startswith("arg")):
+            for gone in _gone(tensor.dim(), dim):
+                op.numbered(index, op.dims(tensor)[gone])
     return tuple([Dim(one.layout, False) for one in dims] for dims in answer)
 
 
@@ -97,6 +112,17 @@ def extremum(op: Operation, tensor: Tensor, other: Any = None, *args: Any, **kwa
 def softmax(op: Operation, tensor: Tensor, dim: int, *args: Any, **kwargs: Any) -> Dims:
     """Normalised over one dimension."""
     dims = op.dims(tensor)
+    if dims:
+        op.inexact(dims[dim], f"is normalised over by {op.short}")
+    return [Dim(one.layout, False) for one in dims]
+
+
+@rule("aten::_softmax_backward_data", "aten::_log_softmax_backward_data")
+def softmax_gradient(op: Operation, grad: Tensor, out: Tensor, dim: int, *args: Any) -> Dims:
+    """Every entry along the dimension depends on all."""
+    dims = op.dims(grad)
+    for one, other in zip(dims, op.dims(out), strict=True):
+        op.same(one, other)
     if dims:
         op.inexact(dims[dim], f"is normalised over by {op.short}")
     return [Dim(one.layout, False) for one in dims]
@@ -140,6 +166,7 @@ def ranked(op: Operation, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
     "aten::_unique2",
     "aten::nonzero",
     "aten::masked_select",
+    "aten::repeat_interleave",
 )
 def by_value(op: Operation, *tensors: Any, **kwargs: Any) -> Any:
     """The size of the result depends on values."""

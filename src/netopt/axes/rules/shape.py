@@ -83,7 +83,7 @@ def reshaped(op: Operation, dims: Dims, sizes: list[int]) -> Dims:
     sources = [dim for dim in dims if dim.size != 1]
     targets = [index for index, size in enumerate(sizes) if size != 1]
     if 0 in sizes:
-        return [op.frozen(size, "is empty") for size in sizes]
+        return _empty(dims, sizes)
     while targets:
         group, have = [targets.pop(0)], 0
         want = sizes[group[0]]
@@ -99,6 +99,15 @@ def reshaped(op: Operation, dims: Dims, sizes: list[int]) -> Dims:
         for index, dim in zip(group, _factors(op, merge(taken), [sizes[index] for index in group]), strict=True):
             result[index] = dim
     return [dim for dim in result if dim is not None]
+
+
+def _empty(dims: Dims, sizes: list[int]) -> Dims:
+    """Of a tensor without entries the last dimensions are followed as long as they stay, the others are new."""
+    passing = 0
+    while passing < min(len(dims), len(sizes)) and dims[-1 - passing].size == sizes[-1 - passing] != 0:
+        passing += 1
+    kept = dims[len(dims) - passing :]
+    return [*(Dim(Atom(size), True) for size in sizes[: len(sizes) - passing]), *kept]
 
 
 def _factors(op: Operation, dim: Dim, sizes: list[int]) -> Dims:
@@ -236,6 +245,36 @@ def slice_(op: Operation, tensor: Tensor, dim: int = 0, start: Any = None, end: 
     return dims
 
 
+@rule("aten::slice_scatter")
+def slice_scatter(
+    op: Operation, tensor: Tensor, source: Tensor, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
+) -> Dims:
+    """A part of a dimension replaced."""
+    dims, given = list(op.dims(tensor)), list(op.dims(source))
+    where = at(dim, len(dims))
+    first, last, _ = slice(start, end, step).indices(tensor.shape[where])
+    part = sliced(op, dims[where], first, last, step, source.shape[where])
+    for index, one in enumerate(given):
+        op.same(one, part if index == where else dims[index])
+        dims[index] = Dim(dims[index].layout, dims[index].zero and one.zero)
+    return dims
+
+
+@rule("aten::select_scatter")
+def select_scatter(op: Operation, tensor: Tensor, source: Tensor, dim: int, index: int) -> Dims:
+    """One position replaced, by its number."""
+    dims = list(op.dims(tensor))
+    where = at(dim, len(dims))
+    op.freeze(dims[where], "has a position taken by number")
+    rest = iter(op.dims(source))
+    for position, one in enumerate(dims):
+        if position != where:
+            other = next(rest)
+            op.same(one, other)
+            dims[position] = Dim(one.layout, one.zero and other.zero)
+    return dims
+
+
 def sliced(op: Operation, dim: Dim, first: int, last: int, step: int, size: int) -> Dim:
     """The positions ``first:last:step`` of a dimension, ``size`` in number."""
     if size == dim.size:
@@ -347,6 +386,30 @@ def diagonal(op: Operation, tensor: Tensor, offset: int = 0, dim1: int = 0, dim2
         op.freeze([matched, dims[second]], why)
         matched = op.frozen(op.out.shape[-1], why)
     return [*(dim for index, dim in enumerate(dims) if index not in (first, second)), matched]
+
+
+@rule("aten::diag_embed")
+def diag_embed(op: Operation, tensor: Tensor, offset: int = 0, dim1: int = -2, dim2: int = -1) -> Dims:
+    """The last dimension along rows and columns, zero elsewhere."""
+    *dims, last = op.dims(tensor)
+    rank = len(dims) + 2
+    if offset:
+        op.freeze(last, "is matched with another dimension by position")
+        last = op.frozen(op.out.shape[dim1], "is matched with another dimension by position")
+    for where in sorted((at(dim1, rank), at(dim2, rank))):
+        dims.insert(where, last)
+    return dims
+
+
+@rule("aten::trace")
+def trace(op: Operation, tensor: Tensor) -> Dims:
+    """The sum over rows and columns matched by position."""
+    first, second = op.dims(tensor)
+    if first.size == second.size:
+        op.summed(first, second)
+    else:
+        op.freeze([first, second], "is matched with another dimension by position")
+    return []
 
 
 @rule("aten::as_strided")

@@ -1,0 +1,133 @@
+"""Number literals that let sizes remember.
+
+``1.0 / n`` is answered by the float, which knows nothing of origins and hands back a plain number. While a model is
+traced, the float constants in the code of its classes, and of the functions beside them, are floats that ask the other
+operand first. Everything else about them is a float.
+"""
+
+from __future__ import annotations
+
+import dis
+import operator
+import sys
+import threading
+import types
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+from netopt.axes.places import Parts, is_library
+from netopt.axes.sizes import Scalar, Size, remember
+
+_ARITHMETIC = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")
+_COMPARISONS = {"lt": "gt", "le": "ge", "gt": "lt", "ge": "le", "eq": "eq", "ne": "ne"}
+_OPERATORS = frozenset(
+    code for name, code in dis.opmap.items() if name.startswith(("BINARY_", "COMPARE_OP")) and "SUBSCR" not in name
+)
+_lock = threading.RLock()
+_Lending: TypeAlias = "tuple[types.FunctionType, types.CodeType, types.CodeType]"
+_rewritten: weakref.WeakKeyDictionary[Any, list[_Lending]] = weakref.WeakKeyDictionary()
+
+
+class Literal(float):
+    """A float constant of the user's code; an operation with a size is the size's, any other a float's."""
+
+    __slots__ = ()
+
+    def __hash__(self) -> int:
+        return float.__hash__(self)
+
+
+def _arithmetic(operation: Callable[[Any, Any], Any], plain: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    def method(self: Any, other: Any) -> Any:
+        if isinstance(other, (Size, Scalar)):
+            return remember(operation, float(self), other, other)
+        return plain(self, other)
+
+    return method
+
+
+def _comparison(mirrored: str, plain: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    def method(self: Any, other: Any) -> Any:
+        if isinstance(other, (Size, Scalar)):
+            return getattr(other, mirrored)(float(self))
+        return plain(self, other)
+
+    return method
+
+
+for _name in _ARITHMETIC:
+    setattr(Literal, f"__{_name}__", _arithmetic(getattr(operator, _name), getattr(float, f"__{_name}__")))
+for _name, _mirrored in _COMPARISONS.items():
+    setattr(Literal, f"__{_name}__", _comparison(f"__{_mirrored}__", getattr(float, f"__{_name}__")))
+
+
+@contextmanager
+def remembering_literals(parts: Parts) -> Iterator[None]:
+    """Lends the code of a model's classes constants that ask sizes first, until left."""
+    with _lock:
+        swapped = []
+        try:
+            for function, plain, lent in _functions_of(parts):
+                if function.__code__ is plain:
+                    function.__code__ = lent
+                    swapped.append((function, plain))
+            yield
+        finally:
+            for function, plain in swapped:
+                function.__code__ = plain
+
+
+def _functions_of(parts: Parts) -> Iterator[_Lending]:
+    """Functions of the classes of a model, of their files, and kept in its attributes, that compute with constants."""
+    kinds: dict[type, None] = {}
+    for _, module in parts:
+        kinds.update(dict.fromkeys(type(module).__mro__))
+        for value in module.__dict__.values():
+            if type(value) is types.FunctionType:
+                yield from _functions_in(value)
+    for kind in kinds:
+        if kind.__module__ != "builtins" and not is_library(kind.__module__):
+            yield from _functions_in(kind)
+            yield from _functions_in(sys.modules.get(kind.__module__))
+
+
+def _functions_in(holder: Any) -> list[_Lending]:
+    """Those a class or a file holds, or a function itself; looked for once."""
+    if holder is None:
+        return []
+    if holder not in _rewritten:
+        values = [holder] if isinstance(holder, types.FunctionType) else list(vars(holder).values())
+        _rewritten[holder] = [
+            (function, function.__code__, lent)
+            for function in filter(None, map(_function, values))
+            if (lent := _with_literals(function.__code__)) is not function.__code__
+        ]
+    return _rewritten[holder]
+
+
+def _function(value: Any) -> types.FunctionType | None:
+    """The user's own function behind a method, a static method or a decorator that says what it wraps."""
+    for _ in range(4):
+        value = getattr(value, "__func__", None) or getattr(value, "__wrapped__", None) or value
+    if not isinstance(value, types.FunctionType):
+        return None
+    home = value.__module__
+    return None if home is None or is_library(home) else value
+
+
+def _with_literals(code: types.CodeType) -> types.CodeType:
+    """The code with its float constants lent, inner functions too; the very same where there is nothing to lend."""
+    computes = not _OPERATORS.isdisjoint(code.co_code[::2])
+    changed = False
+    constants = []
+    for value in code.co_consts:
+        lent = value
+        if isinstance(value, types.CodeType):
+            lent = _with_literals(value)
+        elif computes and type(value) is float:
+            lent = Literal(value)
+        changed = changed or lent is not value
+        constants.append(lent)
+    return code.replace(co_consts=tuple(constants)) if changed else code
