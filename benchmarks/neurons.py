@@ -385,10 +385,14 @@ def step(what: str, layers: int, folder: Path) -> None:
         plan = Plan.load(folder / "plan.json")
         run = lambda: plan.apply_to_checkpoint(folder / "source", folder / "target")  # noqa: E731
     Path("/proc/self/clear_refs").write_text("5")
-    before, start = resident(), time.perf_counter()
+    before, start, busy = resident(), time.perf_counter(), time.process_time()
     run()
-    took = time.perf_counter() - start
-    print(json.dumps({"seconds": took, "GB before": before, "GB more at most": resident(peak=True) - before}))
+    took, busy = time.perf_counter() - start, time.process_time() - busy
+    print(
+        json.dumps(
+            {"seconds": took, "of CPU": busy, "GB before": before, "GB more at most": resident(peak=True) - before}
+        )
+    )
 
 
 def checkpoint(layers: int, folder: Path) -> None:
@@ -408,9 +412,11 @@ def checkpoint(layers: int, folder: Path) -> None:
         "GB after": size["target"] / 1e9,
         "GB largest tensor": max(parameter.numel() * 2 for parameter in parameters) / 1e9,
         "seconds to plan": planned["seconds"],
+        "CPU to plan": planned["of CPU"],
         "GB of memory to plan": planned["GB more at most"],
         "GB of the whole process": planned["GB more at most"] + planned["GB before"],
         "seconds to write": written["seconds"],
+        "CPU to write": written["of CPU"],
         "GB of memory to write": written["GB more at most"],
         "kB of the plan": (folder / "plan.json").stat().st_size / 1e3,
     }

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from netopt.errors import PlanMismatchError, ShapeMismatchError
 from netopt.surgery.attributes import Assignment, Path, described, read
-from netopt.surgery.optimizers import as_optimizers, narrowed_states
+from netopt.surgery.optimizers import FORMER, as_optimizers, narrowed_states
 from netopt.surgery.tensors import Cuts, Exchange, companions, locate, named_tensors, retire, successor
 
 Result = TypeVar("Result")
@@ -55,9 +55,10 @@ class Operation:
             self._do()
             self._flatten()
             result = finish()
-            for change in self.changes:
-                if isinstance(change, Exchange):
-                    retire(change.new)
+            exchanged = [change for change in self.changes if isinstance(change, Exchange)]
+            FORMER.add(self._model, {id(change.tensor): change.new.shape for change in exchanged})
+            for change in exchanged:
+                retire(change.new)
             return result
 
         return self._undone_on_failure(work)

@@ -6,12 +6,14 @@ number stays, and what fits neither is refused before anything changes.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from netopt.errors import ArgumentTypeError, InvalidArgumentError, OptimizerStateError
 from netopt.surgery.tensors import Cuts, narrow
@@ -81,6 +83,49 @@ def narrowed_states(optimizers: Iterable[Optimizer], cuts: Mapping[int, Cut]) ->
             # LBFGS keeps the length of its flat vectors; the only such number in torch.optim.
             if flat.changes and vars(optimizer).get("_numel_cache") is not None:
                 yield StateEntry(vars(optimizer), "_numel_cache", None)
+
+
+class _Former:
+    """The shapes that parameters had, so that an optimizer that remembers those is not mistaken for a narrowed one.
+
+    Most optimizers fail by themselves on memory of another shape; a fused one reads it as if it were its own.
+    """
+
+    def __init__(self) -> None:
+        # By model and name: a weak reference to a parameter would keep torch from ever swapping it.
+        self._shapes: list[tuple[weakref.ref[nn.Module], dict[str, set[torch.Size]]]] = []
+        self._checked: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
+        self._times = 0
+
+    def add(self, model: nn.Module, shapes: Mapping[int, torch.Size]) -> None:
+        """Notes the shapes, by parameter's id, that parameters of ``model`` had until now."""
+        if not self._times:
+            register_optimizer_step_pre_hook(self._refuse)
+        self._times += 1
+        known = next((shapes for held, shapes in self._shapes if held() is model), {})
+        others = [(held, shapes) for held, shapes in self._shapes if held() is not None and held() is not model]
+        self._shapes = [*others, (weakref.ref(model), known)]
+        for name, parameter in model.named_parameters():
+            if id(parameter) in shapes and shapes[id(parameter)] != parameter.shape:
+                known.setdefault(name, set()).add(shapes[id(parameter)])
+
+    def _refuse(self, optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+        """Looks, once after each surgery, whether a step would use memory of what is gone."""
+        if self._checked.get(optimizer) == self._times:
+            return
+        for held, known in self._shapes:
+            for name, parameter in () if (model := held()) is None else model.named_parameters():
+                for key, value in optimizer.state.get(parameter, {}).items() if name in known else ():
+                    if isinstance(value, Tensor) and value.shape != parameter.shape and value.shape in known[name]:
+                        raise OptimizerStateError(
+                            f"state {key!r} of {type(optimizer).__name__} has shape {tuple(value.shape)}, and `{name}` "
+                            f"{tuple(parameter.shape)} since neurons were removed without it; pass optimizer=, or "
+                            f"{_ADVICE}"
+                        )
+        self._checked[optimizer] = self._times
+
+
+FORMER = _Former()
 
 
 class _Flat:
