@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dis
 import random
 import sys
 import weakref
@@ -516,6 +517,10 @@ def test_a_fault_at_any_step_leaves_everything_as_it_was():
     assert kinds == {"Exchange", "Assignment", "StateEntry"}
 
 
+# Python delivers no interruption at a return, and one there would come when all is done.
+RETURNS = {code for name, code in dis.opmap.items() if name.startswith("RETURN_")}
+
+
 class Interrupter:
     """Raises KeyboardInterrupt before the n-th line, or instruction, executed in the library."""
 
@@ -528,7 +533,8 @@ class Interrupter:
         if not frame.f_code.co_filename.startswith(ROOT):
             return None
         frame.f_trace_opcodes = self.event == "opcode"
-        if event == self.event and not self.fired:
+        returns = event == "opcode" and frame.f_code.co_code[frame.f_lasti] in RETURNS
+        if event == self.event and not self.fired and not returns:
             if self.left == 0:
                 self.fired = True
                 raise KeyboardInterrupt
