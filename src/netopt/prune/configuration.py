@@ -14,7 +14,8 @@ from fractions import Fraction
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from netopt.plan import Plan, shapes_of
 from netopt.prune.searching import UNSET, Hints, Search, distance, set_at
@@ -141,7 +142,7 @@ def _built_from_config(kind: type) -> bool:
 
 def _built(model: nn.Module, config: Any) -> dict[str, tuple[int, ...]] | None:
     """Shapes of the model this configuration builds, without memory; None if it builds none."""
-    with random_state_kept(), torch.device("meta"), warnings.catch_warnings():
+    with random_state_kept(), torch.device("meta"), _Unfilled(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             return shapes_of(type(model)(copy.deepcopy(config)))  # pyright: ignore[reportCallIssue]
@@ -156,3 +157,20 @@ def _built(model: nn.Module, config: Any) -> dict[str, tuple[int, ...]] | None:
             NotImplementedError,
         ):
             return None
+
+
+class _Unfilled(TorchFunctionMode):
+    """Leaves out what fills tensors that have no memory, which is most of what building them takes."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs every call but those that only write into their first argument."""
+        kwargs = kwargs or {}
+        filled = args[0] if args else kwargs.get("tensor")
+        name = getattr(func, "__name__", "")
+        writes = name.endswith("_") and not name.endswith("__") and name not in _SHAPED
+        if writes and isinstance(filled, Tensor) and filled.is_meta:
+            return filled
+        return func(*args, **kwargs)
+
+
+_SHAPED = frozenset(["requires_grad_", "resize_", "squeeze_", "unsqueeze_", "t_", "transpose_", "set_", "detach_"])
