@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from netopt.errors import InvalidArgumentError, PlanMismatchError
+from conftest import unchanged
+from netopt.errors import InvalidArgumentError, PlanMismatchError, ShapeMismatchError
 from netopt.plan import AxisCut, Plan, shapes_of
 from netopt.plan.codes import decode, encode, pack, unpack
 
@@ -195,6 +196,12 @@ def test_shifts_and_scales_follow_one_another():
     torch.testing.assert_close(whole.state_dict(), model.state_dict())
     with pytest.raises(PlanMismatchError, match=r"differ in shifts, tensor 0.bias"):
         first.merge(rescaled((0, 2, 3, 5), 6))
+
+
+def test_a_shift_of_another_shape_is_named_before_anything_changes():
+    model, plan = mlp(), mlp_plan(shifts={"0.bias": torch.zeros(2)})
+    with unchanged(model), pytest.raises(ShapeMismatchError, match=r"shift of shape \(2,\) to `0.bias`.*\(3,\)"):
+        plan.apply(model)
 
 
 def test_shown_as_text_and_as_html():

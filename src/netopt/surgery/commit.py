@@ -228,6 +228,10 @@ def _replacements(
             shared.setdefault(view, (new, own))
     for name, shift in shifts.items():
         tensor, new = _pending(model, name, built, named)
+        if new.shape != shift.shape:
+            raise ShapeMismatchError(
+                f"the plan adds a shift of shape {tuple(shift.shape)} to `{name}`; it will have {tuple(new.shape)}"
+            )
         new.detach().add_(shift.to(new))
         built[id(tensor)] = (tensor, new)
     for name, factor in scales.items():
