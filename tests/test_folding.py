@@ -164,6 +164,10 @@ CASES: dict[str, tuple[Callable[[], Net], tuple[int, ...]]] = {
         (4, 3, 5),
     ),
     "a gru": (lambda: by_hand(lambda own, x: own.a(x.relu())[0], a=nn.GRU(6, 3)), (4, 3, 5)),
+    "a vector is read": (
+        lambda: by_hand(lambda own, x: own.a(x.mean(0).relu()), a=nn.Linear(6, 3)),
+        FLAT,
+    ),
     "a gru cell": (lambda: by_hand(lambda own, x: own.a(x.relu()), a=nn.GRUCell(6, 3)), FLAT),
 }  # fmt: skip
 

@@ -23,7 +23,7 @@ from netopt.parameters import Place, places
 from netopt.plan import Plan
 from netopt.restore import given_back
 
-__all__ = ["Carried", "carried", "dead", "suspects"]
+__all__ = ["Carried", "carried", "dead", "operand", "suspects"]
 
 
 def suspects(model: nn.Module, plan: Plan) -> bool:
@@ -176,6 +176,14 @@ def _varied(inputs: Inputs) -> Inputs:
     return tree_map_only(Tensor, other, inputs)
 
 
+def operand(tap: Tap, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The activations that a call reads at a tap; None where, inside ``vmap``, they show fewer dimensions."""
+    operands = [*args, *kwargs.values()]
+    tensor = operands[tap.argument] if tap.argument < len(operands) else None
+    fits = isinstance(tensor, Tensor) and tap.dim < tensor.dim() and tensor.shape[tap.dim] == len(tap.positions)
+    return tensor if fits else None
+
+
 class _Ranges(CallNames):
     """Notes the least and the largest value of every index at taps."""
 
@@ -197,7 +205,10 @@ class _Ranges(CallNames):
     ) -> Any:
         """Notes what arrives at the taps of this call."""
         for name, tap in self._wanted.get(call, ()):
-            rows = [*args, *kwargs.values()][tap.argument].detach().movedim(tap.dim, 0).flatten(1)
+            tensor = operand(tap, args, kwargs)
+            if tensor is None:
+                continue
+            rows = tensor.detach().movedim(tap.dim, 0).reshape(tensor.shape[tap.dim], -1)
             if rows.is_complex():
                 # Without an order only zero is recognised as a constant.
                 largest = rows.abs().amax(1).cpu()

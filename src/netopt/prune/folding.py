@@ -25,7 +25,7 @@ from netopt.batches import Inputs
 from netopt.calls import Call, CallNames
 from netopt.plan import Plan
 from netopt.prune.candidates import names_of
-from netopt.prune.constants import Carried, carried, dead, suspects
+from netopt.prune.constants import Carried, carried, dead, operand, suspects
 from netopt.prune.lacking import RefusedError, Visit, equal, within
 from netopt.prune.verify import Promise, Tensors, masked_tensors, promise, zeroed
 from netopt.restore import given_back
@@ -223,7 +223,7 @@ class _Lacking(CallNames):
             return result
         made = {id(one) for one in results}
         self._uses.update({id(one) for one in given if id(one) in self._tensor_names} - made)
-        arriving = self._arriving(call, [*args, *kwargs.values()], given)
+        arriving = self._arriving(call, args, kwargs, given)
         if not arriving and all(map(self._is_fixed, given)) and not call.function.startswith("rand"):
             self._fixed |= {id(one): one for one in results}
         for key in made:
@@ -245,14 +245,19 @@ class _Lacking(CallNames):
             if lack is not None and bool((lack != 0).any()):
                 self._lacks.setdefault(id(one), (one, {}))[1][name] = lack
 
-    def _arriving(self, call: Call, operands: list[Any], given: list[Tensor]) -> dict[str, dict[int, Tensor]]:
+    def _arriving(
+        self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Tensor]
+    ) -> dict[str, dict[int, Tensor]]:
         """By axis, what each operand lacks: what it lacked before, and the constants that are read here."""
         arriving: dict[str, dict[int, Tensor]] = {}
         for one in given:
             for name, lack in self.of(one).items():
                 arriving.setdefault(name, {})[id(one)] = lack
         for name, tap, values in self._taps.get(call, ()):
-            one = operands[tap.argument]
+            one = operand(tap, args, kwargs)
+            if one is None:
+                self.refuse(name, "is read where its shape is not seen")
+                continue
             shape = [-1 if dim == tap.dim % one.dim() else 1 for dim in range(one.dim())]
             here = values.to(one).view(shape).expand(one.shape)
             own = arriving.setdefault(name, {})
