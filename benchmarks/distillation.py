@@ -1,7 +1,9 @@
 """Distillation: what it costs over a hand-written loop, what the cache and precision give, and what students learn.
 
 ``python benchmarks/distillation.py [overhead cache precision digits mnist plan] [--seeds N]`` prints one table and
-writes ``benchmarks/results/distillation.json``. Every ratio is of runs taken in turn in this process.
+writes ``benchmarks/results/distillation.json``. Every ratio is the median of ratios of runs taken in turn in this
+process, a run against the one beside it. The peers come with ``pip install 'netopt[bench]'``; one that is missing is
+left out.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from netopt.distillation import Cache, distill
 
@@ -44,28 +46,58 @@ def seconds(run: Callable[[], object]) -> float:
     return time.process_time() - began
 
 
-def in_turn(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Least seconds of each run; they take turns, so that what slows the machine down slows all of them."""
+def in_turn(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each run; they take turns, so that what slows the machine down slows all of them."""
     for run in runs.values():
         run()
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
             times[name].append(seconds(run))
-    return {name: min(one) for name, one in times.items()}
+    return times
+
+
+def ratio(ours: list[float], theirs: list[float]) -> float:
+    """The median of the ratios of runs beside each other."""
+    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
 
 
 # Overhead
 
 
 def adamw(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """The same for both."""
+    """The same for all, its implementation left to torch."""
     return torch.optim.AdamW(parameters, lr=1e-3)
 
 
-def hand_written(student: nn.Module, teacher: nn.Module, loader: DataLoader, epochs: int) -> None:
+def looped(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """The same for all, with the implementation that torch chooses in a loop written by hand."""
+    return torch.optim.AdamW(parameters, lr=1e-3, fused=False)
+
+
+def batched(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """The same for all, with the implementation that steps all parameters at once."""
+    return torch.optim.AdamW(parameters, lr=1e-3, fused=True)
+
+
+class Samples(Dataset):
+    """A dataset of one's own, asked for one sample at a time."""
+
+    def __init__(self, *tensors: Tensor) -> None:
+        self.tensors = tensors
+
+    def __len__(self) -> int:
+        return len(self.tensors[0])
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        return tuple(one[index] for one in self.tensors)
+
+
+def hand_written(
+    student: nn.Module, teacher: nn.Module, loader: DataLoader, epochs: int, optimizer: Callable = adamw
+) -> None:
     """The loop one would write: KL at T=4 on whatever the loader yields."""
-    optimizer = adamw(list(student.parameters()))
+    steps = optimizer(list(student.parameters()))
     teacher.eval()
     student.train()
     for _ in range(epochs):
@@ -74,44 +106,129 @@ def hand_written(student: nn.Module, teacher: nn.Module, loader: DataLoader, epo
                 theirs = teacher(x)
             ours = student(x)
             loss = 16 * F.kl_div((ours / 4).log_softmax(1), (theirs / 4).softmax(1), reduction="batchmean")
-            optimizer.zero_grad()
+            steps.zero_grad()
             loss.backward()
-            optimizer.step()
+            steps.step()
 
 
-def overhead(repeats: int = 12) -> list[dict[str, object]]:
-    """Time of a call over that of a hand-written loop; a step takes about 1.5 ms."""
+def with_accelerate(student: nn.Module, teacher: nn.Module, loader: DataLoader, epochs: int) -> None:
+    """The same loop, as Accelerate's pages write it."""
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    student, steps, loader = accelerator.prepare(student, adamw(list(student.parameters())), loader)
+    teacher.eval()
+    student.train()
+    for _ in range(epochs):
+        for x, _y in loader:
+            with accelerator.accumulate(student):
+                with torch.no_grad():
+                    theirs = teacher(x)
+                ours = student(x)
+                loss = 16 * F.kl_div((ours / 4).log_softmax(1), (theirs / 4).softmax(1), reduction="batchmean")
+                accelerator.backward(loss)
+                steps.step()
+                steps.zero_grad()
+
+
+def with_torchdistill(student: nn.Module, teacher: nn.Module, loader: DataLoader, epochs: int) -> None:
+    """The same loss and optimizer in torchdistill's box."""
+    from torchdistill.core.distillation import get_distillation_box
+    from torchdistill.losses import mid_level  # noqa: F401
+
+    proc = {"forward_proc": "forward_batch_only", "sequential": []}
+    kd = {"student_module_path": ".", "student_module_io": "output", "teacher_module_path": "."}
+    kd |= {"teacher_module_io": "output", "temperature": 4.0, "alpha": 0.0, "reduction": "batchmean"}
+    config = {
+        "num_epochs": epochs,
+        "teacher": {**proc, "requires_grad": False},
+        "student": proc,
+        "optimizer": {"key": "AdamW", "kwargs": {"lr": 1e-3}},
+        "criterion": {
+            "key": "WeightedSumLoss",
+            "kwargs": {"sub_terms": {"kd": {"criterion": {"key": "KDLoss", "kwargs": kd}, "weight": 16.0}}},
+        },
+    }
+    box = get_distillation_box(teacher, student, {}, config, torch.device("cpu"), None, False, 1)
+    for epoch in range(epochs):
+        box.pre_epoch_process(epoch=epoch)
+        for x, y in loader:
+            box.post_forward_process(box.forward_process(x, y))
+        box.post_epoch_process()
+    box.clean_modules()
+
+
+def peers() -> dict[str, Callable]:
+    """The peers that are installed."""
+    found: dict[str, Callable] = {}
+    if importlib.util.find_spec("accelerate") is not None:
+        found["Accelerate"] = with_accelerate
+    if importlib.util.find_spec("torchdistill") is not None:
+        import logging
+
+        if torch.version.cuda is None:
+            # torchvision of the package index is built for CUDA, and looks for these while it is imported.
+            library = torch.library.Library("torchvision", "DEF")
+            library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            LIBRARIES.append(library)
+        import torchdistill.core.distillation  # noqa: F401
+
+        logging.disable(logging.INFO)
+        found["torchdistill"] = with_torchdistill
+    return found
+
+
+LIBRARIES: list[torch.library.Library] = []
+
+
+def overhead(repeats: int = 15) -> list[dict[str, object]]:
+    """Time of a call over that of a hand-written loop with the same DataLoader, a tiny net and the same optimizer."""
     x, y = torch.randn(2048, 784), torch.randint(10, (2048,))
     student, teacher = mlp(784, 96, 10), mlp(784, 192, 10)
     loader = DataLoader(TensorDataset(x, y), 64, shuffle=True)
+    own = DataLoader(Samples(x, y), 64, shuffle=True)
     epochs = 8
 
-    def ours(data: object, optimizer: object = adamw) -> None:
-        settings = {"epochs": epochs, "batch_size": 64, "cache": False, "optimizer": optimizer, "progress": False}
+    def ours(data: object, optimizer: object = adamw, kept: object = False) -> None:
+        settings = {"epochs": epochs, "batch_size": 64, "cache": kept, "optimizer": optimizer, "progress": False}
         distill(copy.deepcopy(student), teacher, data, loss="kl", **settings)
 
-    times = in_turn(
-        {
-            "loop": lambda: hand_written(copy.deepcopy(student), teacher, loader, epochs),
-            "loader": lambda: ours(loader),
-            "tensors": lambda: ours((x, y)),
-            "default": lambda: ours((x, y), None),
-        },
-        repeats,
-    )
-    step = times["loop"] / (epochs * len(loader)) * 1e3
-    return [
-        row("overhead, same DataLoader", times["loader"] / times["loop"], "<= 1.10", f"{step:.2f} ms a step by hand"),
-        row(
-            "overhead, tensors directly",
-            times["tensors"] / times["loop"],
-            "<= 0.85",
-            "of the same loop, same optimizer",
-        ),
-        row(
-            "overhead, tensors, our optimizer", times["default"] / times["loop"], "<= 0.85", "fused AdamW, the default"
-        ),
+    def theirs(run: Callable, *more: object) -> Callable[[], object]:
+        return lambda: run(
+            copy.deepcopy(student), copy.deepcopy(teacher), more[0] if more else loader, epochs, *more[1:]
+        )
+
+    others = peers()
+    runs: dict[str, Callable[[], object]] = {
+        "loop": theirs(hand_written),
+        "loop, own": theirs(hand_written, own),
+        "loop, batched": theirs(hand_written, loader, batched),
+        "loader": lambda: ours(loader),
+        "loader, looped": lambda: ours(loader, looped),
+        "own": lambda: ours(own),
+        "own, looped": lambda: ours(own, looped),
+        "tensors": lambda: ours((x, y)),
+        "tensors, looped": lambda: ours((x, y), looped),
+        "tensors, batched": lambda: ours((x, y), batched),
+        "cached": lambda: ours((x, y), adamw, "auto"),
+        **{name: theirs(run) for name, run in others.items()},
+    }
+    times = in_turn(runs, repeats)
+    step = statistics.median(times["loop"]) / (epochs * len(loader)) * 1e3
+    same = "AdamW given to both, implementation left to torch"
+    rows = [
+        ("overhead, same DataLoader", "loader", "loop", "<= 1.10", f"{step:.2f} ms a step by hand; {same}"),
+        ("overhead, same DataLoader, fused=False", "loader, looped", "loop", "<= 1.10", "the same kernels"),
+        ("overhead, same DataLoader of a dataset of one's own", "own", "loop, own", "<= 1.10", same),
+        ("overhead, the same, fused=False", "own, looped", "loop, own", "<= 1.10", "the same kernels"),
+        ("overhead, tensors directly", "tensors", "loop", "<= 0.85", same),
+        ("overhead, tensors, fused=False", "tensors, looped", "loop", "<= 0.85", "the same kernels"),
+        ("overhead, tensors, both fused", "tensors, batched", "loop, batched", "<= 0.85", "the same kernels"),
+        ("overhead, tensors, cache as by default", "cached", "loop", "<= 0.85", "the teacher is asked once a sample"),
+        *((f"overhead, {name}, same DataLoader", name, "loop", "peer", "") for name in others),
     ]
+    return [row(name, ratio(times[a], times[b]), bar, note) for name, a, b, bar, note in rows]
 
 
 # Cache and precision
@@ -142,58 +259,94 @@ class Language(nn.Module):
         return self.head(self.body(self.embed(input_ids)))
 
 
-def cache(repeats: int = 2) -> list[dict[str, object]]:
-    """Time of an epoch without over one with the outputs kept."""
-    rows = []
-    images, ids = torch.randn(256, 3, 16, 16), torch.randint(8000, (64, 32))
-    cases = [
-        ("conv", Convolutions(8), Convolutions(56), images, {"dense": True}),
-        ("language model", Language(32, 1), Language(512, 4), ids, {"dense": True, "top-64": Cache(topk=64)}),
-    ]
-    for name, student, teacher, data, kinds in cases:
-        for kind, setting in kinds.items():
-            # The first epoch fills the cache; what later ones take is the difference.
-            def run(kept: object, epochs: int, student=student, teacher=teacher, data=data) -> None:
-                distill(
-                    copy.deepcopy(student),
-                    teacher,
-                    data,
-                    loss="kl",
-                    epochs=epochs,
-                    batch_size=16,
-                    cache=kept,
-                    seed=0,
-                    progress=False,
-                )
+def own_steps(student: nn.Module, data: Tensor, outputs: Tensor, epochs: int) -> None:
+    """What no cache can save: the student's steps by hand, its targets at hand."""
+    steps = torch.optim.AdamW(student.parameters(), lr=1e-3, fused=True)
+    student.train()
+    for _ in range(epochs):
+        for index in torch.randperm(len(data)).split(16):
+            ours, theirs = student(data[index]).flatten(0, -2), outputs[index].flatten(0, -2)
+            loss = 16 * F.kl_div((ours / 4).log_softmax(1), (theirs / 4).softmax(1), reduction="batchmean")
+            steps.zero_grad()
+            loss.backward()
+            steps.step()
 
-            runs = {f"{kept} {n}": (lambda kept=kept, n=n: run(kept, n)) for kept in (False, setting) for n in (1, 3)}
-            times = list(in_turn(runs, repeats).values())
-            ratio = (times[1] - times[0]) / (times[3] - times[2])
-            rows.append(row(f"cached step faster, {name}, {kind}", ratio, "> 1", "one without / one with"))
+
+@torch.no_grad()
+def forwards(model: nn.Module, data: Tensor) -> None:
+    for batch in data.split(16):
+        model(batch)
+
+
+def cache(repeats: int = 3) -> list[dict[str, object]]:
+    """Time of a step without the outputs kept over one with them."""
+    rows = []
+    images, ids = torch.randn(256, 3, 16, 16), torch.randint(8000, (32, 32))
+    cases = [
+        ("conv", Convolutions(8), Convolutions(56), images, 6, {"dense": True}),
+        ("conv, 10:1 in time", Convolutions(8), Convolutions(96), images, 4, {"dense": True}),
+        ("language model", Language(32, 1), Language(512, 4), ids, 2, {"dense": True, "top-64": Cache(topk=64)}),
+        ("language model, 10:1 in parameters", Language(64, 2), Language(360, 4), ids, 2,
+         {"dense": True, "top-64": Cache(topk=64)}),
+    ]  # fmt: skip
+    for name, student, teacher, data, more, kinds in cases:
+        teacher.eval()
+
+        # The first epoch fills the cache; what later ones take is the difference.
+        def run(kept: object, epochs: int, student=student, teacher=teacher, data=data) -> None:
+            settings = {"epochs": epochs, "batch_size": 16, "cache": kept, "seed": 0, "progress": False}
+            distill(copy.deepcopy(student), teacher, data, loss="kl", **settings)
+
+        with torch.no_grad():
+            outputs = teacher(data)
+        runs: dict[str, Callable[[], object]] = {
+            f"{kind} {n}": (lambda kept=kept, n=n: run(kept, n))
+            for kind, kept in {"asked": False, **kinds}.items()
+            for n in (1, 1 + more)
+        }
+        runs["own"] = lambda s=student, d=data, o=outputs, n=more: own_steps(copy.deepcopy(s), d, o, n)
+        for who, model in (("student", student), ("teacher", teacher)):
+            runs[who] = lambda model=model, data=data: forwards(model, data)
+        times = in_turn(runs, repeats)
+        steps = {
+            kind: [b - a for a, b in zip(times[f"{kind} 1"], times[f"{kind} {1 + more}"], strict=True)]
+            for kind in ("asked", *kinds)
+        }
+        sizes = [sum(p.numel() for p in one.parameters()) for one in (teacher, student)]
+        told = (
+            f"teacher {ratio(times['teacher'], times['student']):.0f}:1 in forward time, {sizes[0] / sizes[1]:.0f}:1 "
+            f"in size; {ratio(steps['asked'], times['own']):.1f} were the student's step by hand all that is left"
+        )
+        bars = {"conv": ">= 3.3", "language model": ">= 3.2"}
+        for kind in kinds:
+            bar = ">= 4.9" if kind == "top-64" and name in bars else bars.get(name, "shown")
+            rows.append(row(f"cached step faster, {name}, {kind}", ratio(steps["asked"], steps[kind]), bar, told))
     return rows
 
 
-def precision(repeats: int = 3) -> list[dict[str, object]]:
-    """Time of float32 over that of bf16 autocast and of channels_last, on this machine."""
+def precision(repeats: int = 5) -> list[dict[str, object]]:
+    """Time of float32 over that of bf16 autocast, of channels_last, and of the cache, on this machine."""
     data = torch.randn(128, 3, 32, 32)
     student, teacher = Convolutions(16), Convolutions(48)
     last = [copy.deepcopy(one).to(memory_format=torch.channels_last) for one in (student, teacher)]
     last_data = data.to(memory_format=torch.channels_last)
 
-    def run(student: nn.Module, teacher: nn.Module, data: Tensor, amp: str | None) -> None:
-        distill(copy.deepcopy(student), teacher, data, batch_size=32, amp=amp, progress=False)
+    def run(student: nn.Module, teacher: nn.Module, data: Tensor, amp: str | None, kept: object = False) -> None:
+        settings = {"epochs": 3, "batch_size": 32, "amp": amp, "cache": kept, "progress": False}
+        distill(copy.deepcopy(student), teacher, data, **settings)
 
     times = in_turn(
         {
             "float32": lambda: run(student, teacher, data, None),
             "bf16": lambda: run(student, teacher, data, "bf16"),
             "channels_last": lambda: run(*last, last_data, None),
+            "cache, of three epochs,": lambda: run(student, teacher, data, None, "auto"),
         },
         repeats,
     )
     return [
-        row(f"{name} faster than float32", times["float32"] / times[name], "shown", "> 1 helps")
-        for name in ("bf16", "channels_last")
+        row(f"{name} faster than float32", ratio(times["float32"], times[name]), "shown", "> 1 helps")
+        for name in ("bf16", "channels_last", "cache, of three epochs,")
     ]
 
 
@@ -309,7 +462,8 @@ def mnist(seeds: int) -> list[dict[str, object]]:
 
 
 def plan(seeds: int) -> list[dict[str, object]]:
-    """Accuracy after a few steps of recovery from pruning, with the plan's hints and without."""
+    """Accuracy after a few steps of recovery from pruning: without hints, with projected ones, with the plan's."""
+    from netopt.distillation import Hint
     from netopt.prune import prune_neurons
 
     x, y, test_x, test_y = mnist_images()
@@ -319,17 +473,21 @@ def plan(seeds: int) -> list[dict[str, object]]:
         teacher = trained(mlp(784, 128, 96, 64, 48, 10), x, y, 600)
         student = copy.deepcopy(teacher)
         report = prune_neurons(student, (x[:1],), amount=0.5, data=[x[:256]], progress=False)
-        for images, (kind, hints) in itertools.product((48, 512), {"without": None, "with": report.plan}.items()):
+        projected = {name: Hint(name, weight=0.1) for name in ("0", "2", "4", "6")}
+        kinds = {"none": None, "projections": projected, "plan": report.plan}
+        for images, (kind, hints) in itertools.product((48, 512), kinds.items()):
             one = copy.deepcopy(student)
             settings = {"hints": hints, "steps": 60, "lr": 3e-3, "seed": seed, "progress": False}
             distill(one, teacher, x[:images], loss="kl", **settings)
             scores.setdefault((images, kind), []).append(accuracy(one, test_x, test_y))
     rows = []
-    for images in (48, 512):
-        base, ours = scores[images, "without"], scores[images, "with"]
+    for images, other in itertools.product((48, 512), ("none", "projections")):
+        base, ours = scores[images, other], scores[images, "plan"]
         each = [a - b for a, b in zip(ours, base, strict=True)]
         note = f"{statistics.mean(base):.1f} -> {statistics.mean(ours):.1f} %, {seeds} seeds; worst {min(each):+.1f}"
-        rows.append(row(f"half pruned, plan as hints, {images} images: points", statistics.mean(each), "shown", note))
+        over = "no hints" if other == "none" else "projected hints"
+        name = f"half pruned, plan as hints, {images} images: points over {over}"
+        rows.append(row(name, statistics.mean(each), "shown", note))
     return rows
 
 

@@ -1,6 +1,7 @@
 """What removing neurons costs and gains: accuracy by criterion and normalisation, and time on real architectures.
 
     python benchmarks/neurons.py ranking         # criteria and normalisations on MNIST: accuracy at equal MACs
+    python benchmarks/neurons.py encoder         # the same on MiniLM: what is left of its embeddings
     python benchmarks/neurons.py speed           # ResNet-50, ViT-B, GPT-2 small at half the MACs, beside Torch-Pruning
     python benchmarks/neurons.py checkpoint      # a checkpoint of 7 billion parameters planned and pruned from files
 
@@ -15,8 +16,8 @@ import datetime as dt
 import json
 import os
 import platform
-import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -31,7 +32,9 @@ import torch
 from torch import Tensor, nn
 
 from netopt import measure, selection
-from netopt.plan import stored
+from netopt.axes import find_axes
+from netopt.importance.neurons import neuron_scores
+from netopt.plan import Plan, stored
 from netopt.prune import plan_neurons, prune_neurons
 
 HERE = Path(__file__).resolve().parent
@@ -154,6 +157,89 @@ def ranking(seeds: int, criteria: Sequence[str]) -> None:
     save("ranking" if len(criteria) > 1 else f"ranking-{criteria[0]}", rows)
 
 
+# Ranking, on a sentence encoder
+
+
+def articles() -> tuple[list[str], Tensor]:
+    """50 news articles, and how similar people find each pair of them."""
+    from weights_quality import inside
+
+    folder = inside("gensim", "test", "test_data")
+    ratings = (folder / "similarities0-1.txt").read_text(encoding="latin-1").splitlines()
+    rated = torch.tensor([[float(number) for number in line.split()] for line in ratings])
+    # Each pair is rated once, above the diagonal.
+    return (folder / "lee.cor").read_text(encoding="latin-1").splitlines(), torch.maximum(rated, rated.T)
+
+
+def encoder(criteria: Sequence[str]) -> None:
+    """Criteria and normalisations on MiniLM, judged by its embeddings of articles it was not calibrated on."""
+    from weights_quality import batched, embed, load, sentences
+
+    dense, tokenizer = load()
+    calibration = batched(sentences()[0][:64], tokenizer, 16)
+    texts, ratings = articles()
+    judged, pairs = batched(texts, tokenizer, 10), torch.triu_indices(50, 50, 1)
+    order = sorted(range(50), key=lambda place: len(tokenizer(texts[place])["input_ids"]))
+    rated = ratings[order][:, order][pairs[0], pairs[1]]
+    wanted = embed(dense, judged)
+
+    def pearson(found: Tensor) -> float:
+        return float(torch.corrcoef(torch.stack([(found @ found.T)[pairs[0], pairs[1]], rated]))[0, 1])
+
+    print(f"dense: Pearson {pearson(wanted):.3f}", flush=True)
+    asked = {"80 % of MACs": {"max_macs": 0.8}, "65 % of MACs": {"max_macs": 0.65}, "70 % of neurons": {"amount": 0.3}}
+    original, hows = selection.NORMALIZATION, (*selection.NORMALIZATIONS, "layer")
+    rows = []
+    for criterion in criteria:
+        for what, amount in asked.items():
+            row: dict[str, Any] = {"criterion": criterion, "what is left": what}
+            for how in hows:
+                # What one share leaves of all operations is not known before; the nearest in steps of a hundredth is.
+                choices = [amount | {"scope": "global"}]
+                if how == "layer":
+                    steps = [step / 100 for step in range(10, 95, 5)] if "max_macs" in amount else [amount["amount"]]
+                    choices = [{"amount": step, "scope": "layer"} for step in steps]
+                selection.NORMALIZATION = original if how == "layer" else how
+                for choice in choices:
+                    model = copy.deepcopy(dense)
+                    report = prune_neurons(
+                        model,
+                        calibration[0],
+                        importance=cached(criterion, dense, calibration),
+                        verify=False,
+                        progress=False,
+                        **choice,
+                    )
+                    share = report.macs_after / report.macs_before
+                    if share <= amount.get("max_macs", 1):
+                        break
+                found = embed(model, judged)
+                row |= {how: float((found * wanted).sum(-1).mean()), f"{how}, Pearson": pearson(found)}
+                row |= {f"{how}, MACs": share}
+            rows.append(row)
+            print(table(rows[-1:]), flush=True)
+    selection.NORMALIZATION = original
+    save("ranking-encoder", rows)
+
+
+SCORES: dict[str, dict[str, Tensor]] = {}
+
+
+def cached(criterion: str, dense: nn.Module, data: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The scores of a criterion, collected once for every normalisation."""
+    if criterion not in SCORES:
+        axes = find_axes(dense, data[0])
+        SCORES[criterion] = neuron_scores(
+            dense,
+            {axis.name: axes.members(axis) for axis in axes.free},
+            lambda name: axes.taps(axes[name]),
+            {axis.name: axis.size for axis in axes.free},
+            importance=criterion,
+            data=data,
+        ).scores
+    return SCORES[criterion]
+
+
 # Speed
 
 
@@ -244,44 +330,91 @@ def speed(repeats: int, only: str | None) -> None:
 # Checkpoint
 
 
-def checkpoint(layers: int, folder: Path) -> None:
+def llama(layers: int) -> tuple[nn.Module, dict[str, Tensor]]:
+    """Llama-7B (of as many layers), without memory."""
     import transformers
-    from safetensors.torch import save_file
 
     config = transformers.LlamaConfig(num_hidden_layers=layers, dtype="bfloat16")
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
-        inputs = {"input_ids": torch.zeros(1, 8, dtype=torch.int64)}
-    source, weight_map = folder / "source", {}
-    source.mkdir()
-    for place, (name, parameter) in enumerate(model.named_parameters()):
-        file = f"model-{place:05d}.safetensors"
-        save_file({name: torch.empty(parameter.shape, dtype=parameter.dtype).uniform_(-1, 1)}, source / file)
-        weight_map[name] = file
+        return model, {"input_ids": torch.zeros(1, 8, dtype=torch.int64)}
+
+
+def make(layers: int, source: Path, shard: int = 5_000_000_000) -> None:
+    """Writes random weights in shards of up to 5 GB, as such checkpoints are published."""
+    from safetensors.torch import save_file
+
+    source.mkdir(parents=True)
+    files: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, parameter in llama(layers)[0].named_parameters():
+        size += parameter.numel() * 2
+        if size > shard:
+            files.append({})
+            size = parameter.numel() * 2
+        files[-1][name] = parameter
+    weight_map = {}
+    for place, empty in enumerate(files):
+        file = f"model-{place + 1:05d}-of-{len(files):05d}.safetensors"
+        weight_map |= dict.fromkeys(empty, file)
+        save_file(
+            {name: torch.empty(one.shape, dtype=one.dtype).uniform_(-1, 1) for name, one in empty.items()},
+            source / file,
+        )
     (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    size = sum(file.stat().st_size for file in source.iterdir())
-    largest = max(file.stat().st_size for file in source.iterdir())
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    start = time.perf_counter()
-    plan = plan_neurons(model, inputs, 0.5, scope="layer", include="*mlp*", importance=stored(source), progress=False)
-    planned = time.perf_counter() - start
-    middle = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    start = time.perf_counter()
-    plan.apply_to_checkpoint(source, folder / "target")
-    written = time.perf_counter() - start
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def resident(peak: bool = False) -> float:
+    """GB of memory this process has, or has had at most since :func:`forget_peak`."""
+    field = "VmHWM:" if peak else "VmRSS:"
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024 / 1e9
+
+
+def step(what: str, layers: int, folder: Path) -> None:
+    """One step by itself, with its time and the memory it needs beyond what the process had before."""
+    if what == "make":
+        make(layers, folder / "source")
+        return
+    if what == "plan":
+        model, inputs = llama(layers)
+        run = lambda: plan_neurons(  # noqa: E731
+            model, inputs, 0.5, scope="layer", importance=stored(folder / "source"), progress=False
+        ).save(folder / "plan.json")
+    else:
+        plan = Plan.load(folder / "plan.json")
+        run = lambda: plan.apply_to_checkpoint(folder / "source", folder / "target")  # noqa: E731
+    Path("/proc/self/clear_refs").write_text("5")
+    before, start = resident(), time.perf_counter()
+    run()
+    took = time.perf_counter() - start
+    print(json.dumps({"seconds": took, "GB before": before, "GB more at most": resident(peak=True) - before}))
+
+
+def checkpoint(layers: int, folder: Path) -> None:
+    def alone(what: str) -> dict[str, float]:
+        command = [sys.executable, __file__, "step", "--step", what, "--layers", str(layers), "--folder", str(folder)]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        return json.loads(done.stdout.splitlines()[-1]) if done.stdout.strip() else {}
+
+    if not (folder / "source").exists():
+        alone("make")
+    planned, written = alone("plan"), alone("write")
+    parameters = list(llama(layers)[0].parameters())
+    size = {name: sum(file.stat().st_size for file in (folder / name).iterdir()) for name in ("source", "target")}
     row = {
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "GB before": size / 1e9,
-        "GB after": sum(file.stat().st_size for file in (folder / "target").iterdir()) / 1e9,
-        "seconds to plan": planned,
-        "seconds to write": written,
-        "GB resident before": before / 1e6,
-        "GB resident, planned": middle / 1e6,
-        "GB resident, written": after / 1e6,
-        "GB largest tensor": largest / 1e9,
+        "parameters": sum(parameter.numel() for parameter in parameters),
+        "GB before": size["source"] / 1e9,
+        "GB after": size["target"] / 1e9,
+        "GB largest tensor": max(parameter.numel() * 2 for parameter in parameters) / 1e9,
+        "seconds to plan": planned["seconds"],
+        "GB of memory to plan": planned["GB more at most"],
+        "GB of the whole process": planned["GB more at most"] + planned["GB before"],
+        "seconds to write": written["seconds"],
+        "GB of memory to write": written["GB more at most"],
+        "kB of the plan": (folder / "plan.json").stat().st_size / 1e3,
     }
-    print("\n".join(f"{name:>22}  {value}" for name, value in row.items()))
+    print("\n".join(f"{name:>24}  {value}" for name, value in row.items()))
     save("checkpoint", [row])
 
 
@@ -297,23 +430,29 @@ def declare() -> list[torch.library.Library]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("ranking", "speed", "checkpoint"))
+    parser.add_argument("what", choices=("ranking", "encoder", "speed", "checkpoint", "step"))
     parser.add_argument("--seeds", type=int, default=3, help="trained nets of the ranking")
     parser.add_argument("--repeats", type=int, default=10, help="timed calls of the speed")
     parser.add_argument("--criteria", nargs="*", help="those of the ranking; by default all")
     parser.add_argument("--only", help="one model of the speed")
     parser.add_argument("--layers", type=int, default=32, help="layers of the checkpoint; 32 are 7 billion parameters")
+    parser.add_argument("--folder", type=Path, help="where the checkpoint is written and stays, 20 GB of it")
+    parser.add_argument("--step", choices=("make", "plan", "write"), help="of the checkpoint, run by itself")
     asked = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    kept = declare()
+    kept = declare() if asked.what != "encoder" else []
     if asked.what == "ranking":
         ranking(asked.seeds, asked.criteria or CRITERIA)
+    elif asked.what == "encoder":
+        encoder(asked.criteria or ("saliency", "activation", "magnitude", "l2"))
     elif asked.what == "speed":
         speed(asked.repeats, asked.only)
+    elif asked.what == "step":
+        step(asked.step, asked.layers, asked.folder)
     else:
         with tempfile.TemporaryDirectory() as folder:
-            checkpoint(asked.layers, Path(folder))
+            checkpoint(asked.layers, asked.folder or Path(folder))
     del kept
 
 

@@ -1,10 +1,11 @@
 """What it costs to choose and to wear a mask, beside ``torch.nn.utils.prune`` and beside what any tool must do.
 
     python benchmarks/weights.py                # 25, 110 and 350 million weights; needs 20 GB for torch's side
-    python benchmarks/weights.py --sizes 25     # the small one, a minute
+    python benchmarks/weights.py table --sizes 25     # the small one, a minute
 
 The floor is reading every weight once and writing a boolean mask. Every measurement runs in a process of its own; the
-seconds are of the processor, the memory is the highest above what the model itself takes.
+seconds are of the processor, all threads together, the memory is the highest above what the model itself takes. What is
+printed is written to `results/`, and runs of parts add up: each line is of one run.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import itertools
 import json
 import os
 import platform
+import resource
 import subprocess
 import sys
 import time
@@ -30,15 +32,16 @@ from torch import nn
 from torch.nn.utils import prune
 
 import netopt
+from netopt import importance
 from netopt.masking import Scores, keep_best, keep_n_of_m
 from netopt.prune import prune_weights
-from netopt.reconstruction import SOLVERS, Demand
+from netopt.reconstruction import Demand, Problem
 
 RESULTS = Path(__file__).resolve().parent / "results" / "weights.json"
 SIZES = {"25": (512, 8, 0), "110": (768, 12, 30522), "350": (1024, 24, 30522)}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# Bytes of memory for each byte of weights, so that a machine that is too small is spared.
-NEEDED = {"global_unstructured": 20, "kthvalue": 7}
+SLOW = ("global_unstructured", "kthvalue", "two_of_four_sorted")
+REPEATS = 3
 
 
 def build(size: str, dtype: torch.dtype) -> nn.Module:
@@ -111,28 +114,66 @@ def memory(key: str) -> int:
 
 
 def measure(size: str, dtype: str, settings: list[tuple[str, float, int]]) -> list[dict[str, Any]]:
-    """Runs every setting (method, amount, threads) on the same model, each in a fork of this process."""
+    """Runs every setting (method, amount, threads) on the same model, each in forks of this process."""
     torch.set_num_threads(1)
     for method in METHODS.values():
         method(nn.Sequential(nn.Linear(64, 64, bias=False)).to(DTYPES[dtype]), 0.5)
     model = build(size, DTYPES[dtype])
-    return [in_fork(lambda setting=setting: once(model, *setting)) for setting in settings]
+    return [repeated(model, *setting) for setting in settings]
+
+
+def repeated(model: nn.Module, method: str, amount: float, threads: int) -> dict[str, Any]:
+    """The fastest of three runs, unless it takes long, and the memory of the hungriest."""
+    runs = [in_fork(lambda: once(model, method, amount, threads)) for _ in range(1 if method in SLOW else REPEATS)]
+    failed = next((run for run in runs if "failed" in run), None)
+    return failed or {key: (min if key == "seconds" else max)(run[key] for run in runs) for key in runs[0]}
 
 
 def once(model: nn.Module, method: str, amount: float, threads: int) -> dict[str, Any]:
-    """Runs one method; the fastest of three, unless it takes long, and the memory of the first."""
+    """Runs one method; the seconds of the processor, and the bytes beyond the model for each byte of it."""
     torch.set_num_threads(threads)
     held = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    repeats = 1 if method in NEEDED or method == "whole_call" else 3
-    seconds, extra = [], 0
-    for repeat in range(repeats):
-        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
-        before, start = memory("VmRSS"), time.process_time()
+    # Rather an error here than the end of another process.
+    limit = memory("VmData") + int(0.95 * available())
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+    before, start = memory("VmRSS"), time.process_time()
+    try:
         kept = METHODS[method](model, amount)
-        seconds.append(time.process_time() - start)
-        extra = extra if repeat else memory("VmHWM") - before
-        del kept
-    return {"seconds": min(seconds), "bytes": extra / held}
+    except (RuntimeError, MemoryError):
+        return {"failed": f"more than {(memory('VmHWM') - before) / held:.1f} B, of which there is no more"}
+    seconds = time.process_time() - start
+    extra = memory("VmHWM") - before
+    del kept
+    return {"seconds": seconds, "bytes": extra / held}
+
+
+def worst(_: str) -> dict[str, Any]:
+    """The choice on values that mislead a sample, in times the floor; 25 million float32 weights, one thread."""
+    torch.set_num_threads(1)
+    size = 25_000_000
+    normal = torch.randn(size, generator=torch.Generator().manual_seed(0))
+    cases = {
+        "normal": normal,
+        "sorted": normal.sort().values,
+        "periodic": torch.arange(size).remainder(63).float(),
+        "all equal": torch.full((size,), 0.5),
+        "60 % zeros": normal * (torch.rand(size, generator=torch.Generator().manual_seed(1)) > 0.6),
+    }
+    found: dict[str, Any] = {}
+    for (name, values), amount in itertools.product(cases.items(), (0.5, 0.9)):
+        tasks = {
+            "floor": lambda values=values, amount=amount: torch.gt(values, amount),
+            "selection": lambda values=values, amount=amount: keep_best([Scores(values, True)], round(amount * size)),
+        }
+        best = dict.fromkeys(tasks, float("inf"))
+        for _ in range(REPEATS):
+            for task, run in tasks.items():
+                start = time.process_time()
+                run()
+                best[task] = min(best[task], time.process_time() - start)
+        found[f"{name}, {amount}"] = best | {"times the floor": best["selection"] / best["floor"]}
+    return found
 
 
 def in_fork(task: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -145,7 +186,7 @@ def in_fork(task: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     with os.fdopen(receive) as pipe:
         answer = pipe.read()
     os.wait()
-    return json.loads(answer)
+    return json.loads(answer) if answer else {"failed": "killed, for memory most likely"}
 
 
 def inference(_: str) -> dict[str, Any]:
@@ -162,11 +203,13 @@ def inference(_: str) -> dict[str, Any]:
     x = torch.randn(1, 1024)
     best = dict.fromkeys(("dense", "torch", "netopt"), float("inf"))
     with torch.no_grad():
-        for _ in range(200):
+        for _ in range(100):
+            # Some calls of one after the other, so that none finds the weights of another in the cache.
             for name, one in (("dense", dense), ("torch", theirs), ("netopt", ours)):
-                start = time.perf_counter()
-                one(x)
-                best[name] = min(best[name], time.perf_counter() - start)
+                for _ in range(10):
+                    start = time.perf_counter()
+                    one(x)
+                    best[name] = min(best[name], time.perf_counter() - start)
     return {name: seconds / best["dense"] for name, seconds in best.items()}
 
 
@@ -176,17 +219,24 @@ def solving(width: str) -> dict[str, Any]:
     size = int(width)
     weight, x = torch.randn(size, size), torch.randn(2 * size, size)
     moment = x.T @ x
-    start = time.process_time()
-    target = weight @ moment
-    rate = 2 * size**3 / (time.process_time() - start)
-    # In cubes of the width: products with the moment of every step, inversions and factors.
-    cubes = {"admm": 2 * (20 + 24 + 1) + 2, "sparsegpt": 1 / 3 + 2 / 3 + 1 / 3 + 1 + 2 + 1 / 3}
-    result: dict[str, Any] = {"gigaflops": rate / 1e9}
-    for name, solver in SOLVERS.items():
+    times = []
+    for _ in range(REPEATS):
         start = time.process_time()
-        solver(weight, moment, target, Demand(size, size * size // 2))
-        seconds = time.process_time() - start
-        result[name] = {"seconds": seconds, "times the arithmetic": seconds * rate / (cubes[name] * size**3)}
+        target = weight @ moment
+        times.append(time.process_time() - start)
+    rate = 2 * size**3 / min(times)
+    # In cubes of the width. admm: a factor and an inverse from it, and a product with one of them for every round and
+    # step. sparsegpt: two factors, an inverse and a solution by the first, and the errors' way to what comes later.
+    cubes = {"admm": 1 / 3 + 2 / 3 + 2 * (20 + 24 + 1), "sparsegpt": 1 / 3 + 2 / 3 + 1 / 3 + 2 + 1}
+    result: dict[str, Any] = {"gigaflops": rate / 1e9}
+    for name in importance.names("layers"):
+        solver = importance.lookup(name, of="layers")
+        for asked, demand in (("50 %", Demand(size, size * size // 2)), ("2:4", Demand(size, group=(2, 4)))):
+            start = time.process_time()
+            solver(Problem(weight[None], moment[None], target[None], demand))
+            seconds = time.process_time() - start
+            times = seconds * rate / (cubes[name] * size**3)
+            result[f"{name} {asked}"] = {"seconds": seconds, "times the arithmetic": times}
     return result
 
 
@@ -203,47 +253,50 @@ def available() -> int:
     return 1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])
 
 
-def fits(method: str, size: str, dtype: str) -> bool:
-    """Whether the memory at hand is enough."""
-    width, blocks, words = SIZES[size]
-    weights = 12 * width * width * blocks + width * words
-    # Half of it is left to others.
-    return 1.5 * (1 + NEEDED.get(method, 3)) * weights * DTYPES[dtype].itemsize < available()
-
-
-def table(sizes: list[str], threads: list[int]) -> list[dict[str, Any]]:
-    """Measures and prints, one line a setting."""
+def table(size: str, dtype: str, threads: int) -> list[dict[str, Any]]:
+    """Measures and prints one size and dtype, one line an amount."""
+    settings = list(itertools.product(METHODS, (0.5, 0.9), [threads]))
+    results = dict(zip(settings, in_process("measure", size, dtype, json.dumps(settings)), strict=True))
     rows = []
-    print("times the floor (seconds of the processor), and bytes of memory for each byte of weights")
-    print(f"{'':28}" + "".join(f"{name:>24}" for name in METHODS if name != "floor"))
-    for size, dtype in itertools.product(sizes, DTYPES):
-        methods = [method for method in METHODS if fits(method, size, dtype)]
-        settings = list(itertools.product(methods, (0.5, 0.9), threads))
-        results = dict(zip(settings, in_process("measure", size, dtype, json.dumps(settings)), strict=True))
-        for amount, count in itertools.product((0.5, 0.9), threads):
-            found = {method: results[method, amount, count] for method in methods}
-            # The floor does not depend on the amount: the least disturbed measurement counts.
-            found["floor"] = min((results["floor", one, count] for one in (0.5, 0.9)), key=lambda run: run["seconds"])
-            line = f"{size:>4} M {dtype:9} {amount} {count} thread{'s' if count > 1 else ' '}"
-            for method in METHODS:
-                if method != "floor":
-                    line += cell(found.get(method), found["floor"])
-            print(line, flush=True)
-            rows.append({"millions": size, "dtype": dtype, "amount": amount, "threads": count} | found)
+    for amount in (0.5, 0.9):
+        found = {method: results[method, amount, threads] for method in METHODS}
+        # The floor does not depend on the amount: the least disturbed measurement counts.
+        found["floor"] = min((results["floor", one, threads] for one in (0.5, 0.9)), key=lambda run: run["seconds"])
+        line = f"{size:>4} M {dtype:9} {amount} {threads} thread{'s' if threads > 1 else ' '}"
+        print(
+            line + "".join(cell(found[method], found["floor"]) for method in METHODS if method != "floor"), flush=True
+        )
+        rows.append({"millions": size, "dtype": dtype, "amount": amount, "threads": threads} | found)
     return rows
 
 
-def cell(found: dict[str, Any] | None, least: dict[str, Any]) -> str:
+def cell(found: dict[str, Any], least: dict[str, Any]) -> str:
     """One entry of the table."""
-    if found is None:
+    if "failed" in found:
         return f"{'not enough memory':>24}"
     return f"{found['seconds'] / least['seconds']:14.1f} x {found['bytes']:6.2f} B"
 
 
+def add(part: str, value: Any, keys: tuple[str, ...] = ()) -> None:
+    """Writes results into the JSON, rows in place of those that agree in ``keys``."""
+    known = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    if keys:
+        old = [row for row in known.get(part, []) if all(any(row[key] != one[key] for key in keys) for one in value)]
+        value = sorted(old + value, key=lambda row: [str(row[key]) for key in keys])
+    machine = {"date": dt.date.today().isoformat(), "machine": platform.platform(), "processors": os.cpu_count()}
+    versions = {"torch": torch.__version__, "netopt": netopt.__version__}
+    RESULTS.parent.mkdir(exist_ok=True)
+    text = json.dumps(known | machine | versions | {part: value}, indent=1)
+    RESULTS.write_text(text + "\n", encoding="utf-8")
+
+
 def main() -> None:
-    """Runs everything and writes the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Runs everything, or a part, and writes the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = ("table", "worst", "inference", "solving")
+    parser.add_argument("parts", nargs="*", default=list(parts), help=f"what to run, of {', '.join(parts)}")
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
+    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--width", default="4096", help="of the layer that the solvers are timed on")
     parser.add_argument("--task", nargs="+", help=argparse.SUPPRESS)
@@ -253,17 +306,19 @@ def main() -> None:
         if task == "measure":
             print(json.dumps(measure(arguments[0], arguments[1], json.loads(arguments[2]))))
         else:
-            print(json.dumps({"inference": inference, "solving": solving}[task](arguments[0])))
+            tasks = {"inference": inference, "solving": solving, "worst": worst}
+            print(json.dumps(tasks[task](arguments[0])))
         return
-    found: dict[str, Any] = {"rows": table(options.sizes, options.threads)}
-    found["inference"] = in_process("inference", "-")
-    print("one forward at batch 1, times the dense model's:", found["inference"])
-    found["solving"] = in_process("solving", options.width)
-    print(f"a layer of {options.width} x {options.width}:", json.dumps(found["solving"]))
-    machine = {"date": dt.date.today().isoformat(), "machine": platform.platform(), "processors": os.cpu_count()}
-    versions = {"torch": torch.__version__, "netopt": getattr(netopt, "__version__", "")}
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(machine | versions | found, indent=1) + "\n", encoding="utf-8")
+    if "table" in options.parts:
+        print("times the floor (seconds of the processor), and bytes of memory for each byte of weights")
+        print(f"{'':28}" + "".join(f"{name:>24}" for name in METHODS if name != "floor"))
+        for size, dtype, threads in itertools.product(options.sizes, options.dtypes, options.threads):
+            add("rows", table(size, dtype, threads), ("millions", "dtype", "threads", "amount"))
+    for part in ("worst", "inference", "solving"):
+        if part in options.parts:
+            found = in_process(part, options.width)
+            print(part, json.dumps(found, indent=1), flush=True)
+            add(part, found)
 
 
 if __name__ == "__main__":

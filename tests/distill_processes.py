@@ -34,6 +34,39 @@ def models() -> tuple[nn.Module, nn.Module]:
     return student, teacher.requires_grad_(False)
 
 
+class Tokens(nn.Module):
+    """Token logits of integer inputs."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(11, dim, dtype=DOUBLE), nn.Linear(dim, 11, dtype=DOUBLE)
+
+    def forward(self, input_ids):
+        return {"logits": self.head(self.embed(input_ids).tanh())}
+
+
+def token_models() -> tuple[nn.Module, nn.Module]:
+    """A language model each, the same in every process."""
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        return Tokens(4), Tokens(12).requires_grad_(False)
+
+
+def tokens() -> dict[str, torch.Tensor]:
+    """Two rows a batch, of which 3 and 17 tokens count; two processes have one row each."""
+    ids = torch.randint(11, (8, 20), generator=torch.Generator().manual_seed(3))
+    labels = ids.clone()
+    labels[::2, 3:] = -100
+    labels[1::2, 17:] = -100
+    return {"input_ids": ids, "labels": labels}
+
+
+def rows(size: int) -> list[dict[str, torch.Tensor]]:
+    """The same as batches of so many rows."""
+    parts = {name: one.split(size) for name, one in tokens().items()}
+    return [dict(zip(parts, pair, strict=True)) for pair in zip(*parts.values(), strict=True)]
+
+
 def sgd(parameters):
     return torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
 
@@ -51,6 +84,17 @@ CASES = {
     "cached": {"data": loader, "cache": True},
     "uncached": {"data": loader, "cache": False},
     "hints": {"data": loader, "hints": {"1": "2"}, "clip": 0.5},
+    "tokens": {"data": lambda: rows(2), "models": token_models, "hard": 0.5},
+    "tokens accumulated": {"data": lambda: rows(4), "models": token_models, "accumulate": 2, "cache": True},
+    "all at once": {
+        "data": loader,
+        "accumulate": 3,
+        "cache": True,
+        "hints": {"1": "2"},
+        "clip": 0.5,
+        "validation": (X, Y),
+        "scheduler": "cosine",
+    },
     "validated": {"data": loader, "validation": (X, Y), "metric": "accuracy"},
 }
 
@@ -66,18 +110,17 @@ def shard(model: nn.Module) -> nn.Module:
 
 def run(case: str, sharded: tuple[str, ...] = (), **options) -> tuple[dict, dict]:
     """Distills one case; returns the student's weights and the report."""
-    student, teacher = models()
+    settings = {**CASES[case], **options}
+    student, teacher = settings.pop("models", models)()
     student, teacher = (
         shard(one) if name in sharded else one for name, one in (("student", student), ("teacher", teacher))
     )
-    settings = {**CASES[case], **options}
     data = settings.pop("data")()
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
     report = distill(
         student, teacher, data, **{"epochs": 3, "batch_size": 6, "loss": "kl", "hard": 0.3, "seed": 11, **settings},
         optimizer=sgd, progress=False,
     )  # fmt: skip
-    assert isinstance(teacher, nn.Sequential)
     assert all(torch.equal(whole(before[name]), whole(value)) for name, value in teacher.state_dict().items())
     state = {name: whole(value).clone() for name, value in student.state_dict().items()}
     return state, report.to_dict()

@@ -714,7 +714,7 @@ def test_the_cost_is_linear_in_the_number_of_layers():
 
 class Recorder(CallNames):
     def __init__(self, model: nn.Module) -> None:
-        super().__init__(model.named_modules())
+        super().__init__(model)
         self.calls: list[Call] = []
 
     def on_call(self, call, function, args, kwargs, result):

@@ -135,7 +135,7 @@ INEXACT = {
     "logsumexp": lambda m, h: h * h.logsumexp(-1, keepdim=True),
     "size over a literal": lambda m, h: h * (1.0 / h.shape[-1]),
     "literal to the size": lambda m, h: h * 1.5 ** h.shape[-1],
-    "literal compared": lambda m, h: h * (2.5 < h.shape[-1]) * (0.5 * h.shape[-1]),
+    "literal compared": lambda m, h: h * (h.shape[-1] > 2.5) * (0.5 * h.shape[-1]),
     "mean given away": lambda m, h: h * h.mean(-1).sum().item(),
     "mean by numpy": lambda m, h: h * float(h.detach().mean(-1).numpy().sum()),
     "mean in a list": lambda m, h: h * sum(h.detach().mean(-1).tolist()),

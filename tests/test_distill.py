@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import signal
 import weakref
 
@@ -372,6 +373,15 @@ def test_the_report_tells_all(x, tmp_path):
     assert set(plain["history"][0]["terms"]) == {"kl", "labels"}
     assert report.samples == 288
     assert 0 < report.teacher_share < 1
+    assert plain["teacher_share"] == report.teacher_share
+    assert 0 < report.teacher_seconds < report.seconds
+    assert sum(one.seconds for one in report.history) <= report.seconds
+    assert [row["steps"] for row in plain["history"]] == [2, 4, 6]
+    assert report.cache["cache hits"] == plain["cache"]["cache hits"] == 192
+    assert "cache hits 192" in str(report)
+    assert (plain["best"], plain["best_epoch"]) == (report.best, report.best_epoch)
+    assert report.best == min(row["validation"] for row in plain["history"])
+    assert json.loads(json.dumps(plain)) == plain
     first = report.history[0]
     assert first.loss == pytest.approx(0.5 * first.terms["kl"] + 0.5 * first.terms["labels"])
     assert "validation loss" in str(report)

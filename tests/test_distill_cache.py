@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset, WeightedRandomSampler
 
-from netopt.distillation import Cache, distill
+from netopt.distillation import Cache, distill, losses
 from netopt.distillation.fingerprints import sample_fingerprints
 from netopt.errors import InvalidArgumentError
 
@@ -150,6 +150,91 @@ def test_float16_is_left_where_a_value_exceeds_its_range(scale):
     assert report.loss == report.loss
 
 
+def test_float16_is_left_where_all_samples_are_nearly_alike():
+    """A constant far from zero takes all of float16's digits, and the differences that are learnt have none."""
+
+    class Apart(Counting):
+        def forward(self, x):
+            return super().forward(x) + 5000
+
+    kept = {}
+    for teacher in (Counting(2000), Apart(2000)):
+        report = distill(student(2000), teacher, X, epochs=2, loss="cosine", seed=0, progress=False)
+        kept[type(teacher)] = report.cache["bytes"]
+    assert kept == {Counting: 70 * 2000 * 2, Apart: 70 * 2000 * 4}
+
+
+def test_float16_is_used_where_the_exact_outputs_would_take_much_room(monkeypatch):
+    report = distill(student(), Counting(), X, epochs=2, progress=False)
+    assert report.cache["bytes"] == 70 * 5 * 4
+    monkeypatch.setattr("netopt.distillation.cache.EXACT", 70 * 5 * 4 - 1)
+    one, other, teacher = student(), student(), Counting()
+    other.load_state_dict(one.state_dict())
+    options = {"epochs": 3, "loss": "kl", "seed": 0, "progress": False}
+    report = distill(one, teacher, X, **options)
+    assert report.cache["bytes"] == 70 * 5 * 2
+    distill(other, teacher, X, cache=False, **options)
+    torch.testing.assert_close(weights(one), weights(other), rtol=1e-3, atol=1e-4)
+
+
+class Sure(Counting):
+    """Believes in a few words of its vocabulary, as language models do."""
+
+    def __init__(self, scale: float = 10.0) -> None:
+        super().__init__(1500)
+        torch.nn.init.normal_(self.body.weight, std=scale)
+
+
+def test_of_a_vocabulary_the_largest_logits_are_kept_where_they_say_it_all():
+    torch.manual_seed(0)
+    sure, unsure, one = Sure(), Sure(0.1), student(1500)
+    options = {"epochs": 8, "temperature": 2.0, "lr": 0.03, "seed": 0, "progress": False}
+    dense, few = 70 * 1500 * 2, 70 * (64 * (4 + 4) + 4)
+
+    def bytes_of(teacher, loss="kl", **cache):
+        settings = {"cache": Cache(**cache)} if cache else {}
+        return distill(copy.deepcopy(one), teacher, X, loss=loss, **options, **settings).cache["bytes"]
+
+    assert bytes_of(sure) == few
+    # Not where much would be lost, not for losses that need more, and not where it is not wanted.
+    assert bytes_of(unsure) == dense
+    assert bytes_of(sure, {"kl": 1.0, "mse": 1.0}) == dense
+    assert bytes_of(sure, losses.kl.using(standardize=True)) == dense
+    assert bytes_of(sure, topk=None) == dense
+    cached, asked = copy.deepcopy(one), copy.deepcopy(one)
+    first = distill(cached, sure, X, loss="kl", **options)
+    second = distill(asked, sure, X, loss="kl", cache=False, **options)
+    assert first.loss == pytest.approx(second.loss, rel=0.01)
+    before, after = ((losses.kl(z(X), sure.body(X), temperature=2.0).mean().item()) for z in (one, cached))
+    assert after == pytest.approx(losses.kl(asked(X), sure.body(X), temperature=2.0).mean().item(), rel=0.01)
+    assert after < 0.8 * before
+
+
+def test_a_folder_says_in_which_form_it_keeps_outputs(tmp_path):
+    """Whoever comes later, with a first batch that would suggest another form, reads what is there."""
+    steep = X.clone()
+    steep[60:] *= 1e6  # beyond the range of float16
+
+    teacher = Counting(2000)
+
+    def found(data):
+        teacher.asked = 0
+        report = distill(
+            student(2000), teacher, data, loss="cosine", cache=Cache(path=tmp_path), epochs=2, progress=False
+        )
+        return teacher.asked, report
+
+    def ordered(rows):
+        return DataLoader(TensorDataset(steep), 10, sampler=rows)
+
+    asked, first = found(ordered(list(range(60))))
+    again, second = found(ordered(list(range(60, 70)) + list(range(60))))
+    assert first.cache["bytes"] == second.cache["bytes"] == 70 * 2000 * 2
+    # What float16 cannot hold is asked for each time, and the rest is found.
+    assert (asked, again) == (60 + 10, 10 + 2 * 10)
+    assert second.loss == second.loss
+
+
 def test_top_k_keeps_the_probability_of_the_rest():
     teacher, one = Counting(200, 3.0), student(200)
     other = copy.deepcopy(one)
@@ -188,7 +273,10 @@ def test_fingerprints_tell_samples_apart():
 
 
 def test_wrong_settings_are_told():
-    with pytest.raises(InvalidArgumentError, match="topk must be at least 1"):
-        Cache(topk=0)
+    for topk in (0, True, "all", 2.5):
+        with pytest.raises(InvalidArgumentError, match="topk must be at least 1, None or 'auto'"):
+            Cache(topk=topk)
+    with pytest.raises(InvalidArgumentError, match="dtype must be a floating-point one"):
+        Cache(dtype=torch.int8)
     with pytest.raises(InvalidArgumentError, match="cache must be"):
         distill(student(), Counting(), X, cache=3, progress=False)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from transformers import BatchEncoding
 
 from conftest import unchanged
 from netopt.distillation import Hint, distill
@@ -91,6 +92,7 @@ DATA = {
     "list of lists": lambda: [[X, Y]],
     "function": lambda: lambda: iter([X]),
     "named": lambda: [{"x": X, "attention_mask": torch.ones(40)}],
+    "encoding": lambda: [BatchEncoding({"x": X, "attention_mask": torch.ones(40)})],
 }
 
 

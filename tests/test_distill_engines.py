@@ -61,6 +61,27 @@ def test_two_processes_equal_one(results, engine, case):
         assert told["best"] == report["best"]
 
 
+def test_a_token_weighs_the_same_in_every_process(results):
+    """Of a step with 3 and 17 tokens that count, one process has the 3: a mean of means would weigh them 5.7 times."""
+    student, teacher = distill_processes.token_models()
+    steps = torch.optim.SGD(student.parameters(), lr=0.05, momentum=0.9)
+    together = distill_processes.tokens()
+    for _ in range(3):
+        for first in range(0, 8, 2):
+            ids, labels = (together[name][first : first + 2] for name in ("input_ids", "labels"))
+            counts = labels != -100
+            ours, theirs = student(ids)["logits"][counts], teacher(ids)["logits"][counts]
+            assert counts.sum(1).tolist() == [3, 17]
+            steps.zero_grad()
+            soft = torch.nn.functional.kl_div((ours / 4).log_softmax(1), (theirs / 4).softmax(1), reduction="batchmean")
+            (0.5 * 16 * soft + 0.5 * torch.nn.functional.cross_entropy(ours, labels[counts])).backward()
+            steps.step()
+    for engine in ("plain", "accelerate", "fabric"):
+        for theirs, _ in (one[engine, "tokens"] for one in results):
+            for name, value in student.state_dict().items():
+                torch.testing.assert_close(theirs[name], value, rtol=1e-9, atol=1e-11)
+
+
 @pytest.mark.parametrize("engine", ["plain", "accelerate", "fabric"])
 def test_two_processes_take_up_where_they_stopped(results, engine):
     weights, report = distill_processes.run("hints")

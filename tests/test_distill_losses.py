@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from netopt.distillation import Hint, distill, losses
+from netopt.distillation.divergence import condense, condensed_divergence
 from netopt.distillation.hints import _KINDS
 from netopt.errors import InvalidArgumentError, NetoptError, ShapeMismatchError, UnknownNameError
 
@@ -113,6 +114,62 @@ def test_an_excluded_class_leaves_value_and_gradient_finite():
         assert torch.isfinite(gradient).all()
 
 
+@pytest.mark.parametrize("block", [1, 40, 10**6])
+def test_in_one_pass_or_in_many_the_divergence_and_its_gradient_are_the_same(block, monkeypatch):
+    """Of many classes value and gradient are computed together, block by block."""
+    monkeypatch.setattr("netopt.distillation.divergence.BLOCK", block)
+    s, t = torch.randn(2, 7, 9, dtype=DOUBLE), 3 * torch.randn(2, 7, 9, dtype=DOUBLE)
+    s[0, 0, 3] = t[0, 0, 3] = -torch.inf
+    scale = torch.randn(2, 7, dtype=DOUBLE)
+    found = []
+    for wide in (10**9, 0):
+        monkeypatch.setattr("netopt.distillation.losses.WIDE", wide)
+        ours = s.clone().requires_grad_()
+        value = losses.kl(ours, t, temperature=3.0)
+        found.append((value.detach(), *torch.autograd.grad((scale * value).sum(), ours)))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(losses.kl(s, t, temperature=3.0), found[0][0])
+    # A teacher that wants a gradient of its own gets one.
+    mutual = t.clone().requires_grad_()
+    assert torch.autograd.grad(losses.kl(s, mutual).sum(), mutual)[0].abs().sum() > 0
+
+
+@pytest.mark.parametrize("block", [1, 10**6])
+def test_a_condensed_teacher_says_what_it_says_spread_out(block, monkeypatch):
+    monkeypatch.setattr("netopt.distillation.divergence.BLOCK", block)
+    s, t = torch.randn(4, 30, dtype=DOUBLE), 4 * torch.randn(4, 30, dtype=DOUBLE)
+    t[0, 5:] = -torch.inf  # nothing is left for the rest
+    s[0, 29] = -torch.inf
+    kept = condense(t, 6, temperature=2.0)
+    assert kept.shape == t.shape
+    results = []
+    for of in (
+        lambda z: condensed_divergence(z, kept, temperature=2.0),
+        lambda z: losses.kl(z, kept.dense(), temperature=2.0),
+    ):
+        ours = s.clone().requires_grad_()
+        value = of(ours)
+        results.append((value.detach(), *torch.autograd.grad(value.sum(), ours)))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-6, atol=1e-7)
+    assert all(torch.isfinite(one).all() for one in results[0])
+    # The kept probabilities are right, and so is their sum.
+    p, q = softmax(t, 2.0), softmax(kept.dense(), 2.0)
+    torch.testing.assert_close(q.gather(1, kept.which.long()), p.gather(1, kept.which.long()), rtol=1e-6, atol=1e-8)
+
+
+def test_losses_that_need_every_logit_get_them():
+    """A loss without a condensed form, or with options that form lacks, is given all classes."""
+    from netopt.distillation.objective import Items, Kept, Objective, Target
+
+    s, t = torch.randn(4, 30), 4 * torch.randn(4, 30)
+    kept = condense(t, 6, temperature=4.0)
+    for loss in ("kl", "reverse_kl", "mse", losses.kl.using(standardize=True), lambda a, b: (a - b).abs().sum(1)):
+        objective = Objective(loss, temperature=4.0, hard=0.0, teachers=[1.0])
+        assert objective.condensable is (loss == "kl")
+        both = [objective.sums(s, {}, Target(Items((4,)), [Kept(one, {})], None)) for one in (kept, kept.dense())]
+        torch.testing.assert_close(*both, rtol=1e-4, atol=1e-5)
+
+
 def test_kl_does_not_shrink_with_the_number_of_classes():
     """Classes nobody believes in change nothing; torch's mean reduction would divide by them."""
     s, t = torch.randn(4, 3, dtype=DOUBLE), torch.randn(4, 3, dtype=DOUBLE)
@@ -158,7 +215,7 @@ def test_losses_that_cannot_be_meant_are_told():
         distill(student, teacher, x, loss=lambda s, t: torch.zeros(3), progress=False)
     with pytest.raises(NetoptError, match="returned a int"):
         distill(student, teacher, x, loss=lambda s, t: 0, progress=False)
-    for loss in ({}, {"mse": -1.0}, {"mse": True}, 3):
+    for loss in ({}, {"mse": -1.0}, {"mse": True}, {"mse": 0}, 3):
         with pytest.raises(NetoptError, match="loss"):
             distill(student, teacher, x, loss=loss, progress=False)
 

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 import distill_killed
+import distill_killed_ranks
 from conftest import unchanged
-from netopt.distillation import distill
+from netopt.distillation import distill, shards
 from netopt.errors import InvalidArgumentError, PlanMismatchError
 
 X = torch.randn(40, 6, generator=torch.Generator().manual_seed(1))
@@ -38,6 +39,40 @@ def test_killed_runs_end_where_the_whole_one_does(tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert done.stdout.count("differing: []") == len(distill_killed.SCENARIOS)
+
+
+def test_killed_processes_end_where_the_whole_ones_do(tmp_path):
+    """Two processes: replicas, with Accelerate, with Fabric, with a sharded student, with data that comes divided."""
+    script = Path(distill_killed_ranks.__file__)
+    path = os.pathsep.join(filter(None, sys.path))
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(script), str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert done.stdout.count("differing: []") == len(distill_killed_ranks.KINDS)
+
+
+def test_what_is_taken_apart_is_put_together():
+    """Marks stand where sharded tensors were, at whatever depth, and plain values stay."""
+
+    class Sharded(torch.Tensor):
+        device_mesh = None
+
+    tensor = torch.ones(2).as_subclass(Sharded)
+    value = {"a": [1, {"b/c": tensor}], "d": (tensor, None), 3: "plain", "e": torch.zeros(2)}
+    rest, parts = shards.take_apart(value)
+    assert list(parts) == ["/a/1/b/c", "/d/0"] == shards.marks(rest)
+    assert rest["a"][0] == 1
+    assert rest[3] == "plain"
+    assert rest["e"] is value["e"]
+    again = shards.put_together(rest, parts)
+    assert again["a"][1]["b/c"] is tensor
+    assert again["d"][0] is tensor
 
 
 def test_an_interrupted_run_is_taken_up_after_the_step_it_finished(tmp_path):

@@ -153,9 +153,64 @@ def test_a_dense_checkpoint_into_a_masked_model():
         ours.load_state_dict({"0.bias": torch.zeros(8)})
 
 
-def test_zeros_after_a_step_with_momentum():
+def test_a_masked_checkpoint_into_a_dense_model():
+    theirs, ours, x = net(), masked(), torch.randn(3, 6)
+    prune.l1_unstructured(theirs[0], "weight", amount=0.5)
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        net().load_state_dict(theirs.state_dict())
+    for source in (theirs, ours):
+        for state in (source.state_dict(), masking.state_dict(source), masking.state_dict(source, bits=True)):
+            dense = net()
+            masking.load_state_dict(dense, state)
+            assert torch.equal(dense(x), source(x))
+
+
+def test_a_checkpoint_does_not_double():
+    """Torch saves a mask as large as the weight."""
+
+    def size(state):
+        return sum(value.numel() * value.element_size() for value in state.values())
+
+    plain = nn.Linear(64, 64, bias=False)
+    theirs, ours = copy.deepcopy(plain), masked(copy.deepcopy(plain), ["weight"])
+    prune.l1_unstructured(theirs, "weight", amount=0.5)
+    dense = size(plain.state_dict())
+    assert size(theirs.state_dict()) == 2 * dense
+    assert size(masking.state_dict(ours)) == dense
+    assert size(masking.state_dict(ours, bits=True)) == dense * (1 + 1 / 32)
+
+
+def test_taking_masks_off_a_second_time_and_off_whole_models():
+    theirs, ours = net(), masked(names=["0.weight", "2.weight"])
+    for layer in (theirs[0], theirs[2]):
+        prune.l1_unstructured(layer, "weight", amount=0.5)
+    with pytest.raises(ValueError, match="has to be pruned before"):
+        prune.remove(theirs, "weight")
+    prune.remove(theirs[0], "weight")
+    with pytest.raises(ValueError, match="has to be pruned before"):
+        prune.remove(theirs[0], "weight")
+    assert sorted(masking.bake(ours)) == ["0.weight", "2.weight"]
+    assert masking.bake(ours) == masking.strip(ours) == {}
+
+
+def test_what_is_read_between_a_step_and_the_next_forward():
+    theirs, ours = net(), masked()
+    prune.l1_unstructured(theirs[0], "weight", amount=0.5)
+    for model in (theirs, ours):
+        with torch.no_grad():
+            model[0].weight_orig.mul_(2)
+    assert not torch.equal(theirs[0].weight, theirs[0].weight_orig * theirs[0].weight_mask)
+    assert torch.equal(ours[0].weight, ours[0].weight_orig * ours[0].weight_mask)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), lambda p: torch.optim.Adam(p, lr=0.1)],
+    ids=["momentum", "adam"],
+)
+def test_zeros_after_a_step_with_a_memory(make):
     theirs, ours = net(), net()
-    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9) for model in (theirs, ours)]
+    optimizers = [make(model.parameters()) for model in (theirs, ours)]
     for model, optimizer in zip((theirs, ours), optimizers, strict=True):
         model(torch.randn(4, 6)).square().sum().backward()
         optimizer.step()
@@ -276,7 +331,9 @@ def test_frozen_weights_take_part_in_training():
 
 
 def test_masks_survive_a_change_of_dtype():
-    model = masked()
+    theirs, model = net(), masked()
+    prune.l1_unstructured(theirs[0], "weight", amount=0.5)
+    assert theirs.to(torch.bfloat16)[0].weight.dtype == torch.float32  # stale until the next forward
     mask = model[0].weight_mask.clone()
     for dtype in (torch.bfloat16, torch.float64):
         model.to(dtype)
@@ -286,7 +343,9 @@ def test_masks_survive_a_change_of_dtype():
 
 
 def test_masks_survive_a_change_of_device():
-    model = masked().to("meta")
+    theirs, model = net(), masked().to("meta")
+    prune.l1_unstructured(theirs[0], "weight", amount=0.5)
+    assert theirs.to("meta")[0].weight.device.type == "cpu"
     assert model[0].weight.device.type == "meta"
     assert model[0].weight_mask.dtype == torch.bool
     model.to_empty(device="cpu")
@@ -303,6 +362,17 @@ def test_masks_under_autocast():
     assert torch.equal(out, expected)
     out.float().sum().backward()
     assert not model[0].weight_orig.grad[~model[0].weight_mask].any()
+
+
+def test_what_a_functional_call_leaves_behind():
+    theirs, ours, x = net(), masked(), torch.randn(2, 6)
+    prune.l1_unstructured(theirs[0], "weight", amount=0.5)
+    own = {}
+    for model in (theirs, ours):
+        twice = {name: value.detach() * 2 for name, value in model.named_parameters()}
+        torch.func.functional_call(model, twice, (x,))
+        own[model] = torch.equal(model[0].weight, model[0].weight_orig * model[0].weight_mask)
+    assert own == {theirs: False, ours: True}
 
 
 def test_masks_under_functional_call():

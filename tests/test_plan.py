@@ -36,6 +36,7 @@ FULL = mlp_plan(
     values={"order": torch.tensor([[1, 0]])},
     scales={"0.weight": 1.5},
     predicted={"params_before": 44, "params_after": 23},
+    shifts={"2.bias": torch.tensor([0.5, 0.25])},
 )
 
 
@@ -176,6 +177,24 @@ def test_one_after_the_other_is_one_plan():
     assert both.axes[0].kept.tolist() == [2, 5]
     with pytest.raises(PlanMismatchError, match=r"`0.bias` has shape \(4,\) after the first"):
         first.then(first)
+
+
+def test_shifts_and_scales_follow_one_another():
+    model = mlp().double()
+    whole = copy.deepcopy(model)
+
+    def rescaled(kept, width):
+        shift, scale = torch.rand(len(kept)).double(), 1 + torch.rand(len(kept)).double()
+        plan = mlp_plan(kept, width, shifts={"0.bias": shift}, scales={"0.bias": scale, "0.weight": 2.0})
+        return Plan.from_dict(plan.to_dict())
+
+    first, second = rescaled((0, 2, 3, 5), 6), rescaled((1, 3), 4)
+    first.apply(model)
+    second.apply(model)
+    first.then(second).apply(whole)
+    torch.testing.assert_close(whole.state_dict(), model.state_dict())
+    with pytest.raises(PlanMismatchError, match=r"differ in shifts, tensor 0.bias"):
+        first.merge(rescaled((0, 2, 3, 5), 6))
 
 
 def test_shown_as_text_and_as_html():

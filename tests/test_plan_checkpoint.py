@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -106,6 +109,78 @@ def test_scales_and_values_are_written(tmp_path):
     assert found["num_batches_tracked"] == 7
 
 
+def test_shifts_are_added_before_scales_in_files_as_in_models(tmp_path):
+    model = nn.BatchNorm1d(4)
+    source = saved(model, tmp_path / "source")
+    shift, scale = torch.tensor([0.5, -1.0]), torch.tensor([2.0, 4.0])
+    plan = Plan({"weight": {0: [1, 2]}}, shifts={"weight": shift}, scales={"weight": scale})
+    plan = Plan.from_dict(plan.to_dict())
+    plan.apply_to_checkpoint(source, tmp_path / "target")
+    plan.apply(model)
+    assert loaded(tmp_path / "target")["weight"].tolist() == model.weight.tolist() == [3, 0]
+
+
+SHAPES = [(), (0,), (5,), (300_001,), (7, 3), (2, 40_000), (3, 2, 70_000), (300_000, 2), (64, 3, 7, 7), (2, 3, 300_000)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float8_e4m3fn, torch.complex64, torch.bool])
+def test_every_shape_and_type_is_narrowed_in_blocks_as_in_memory(shape, dtype, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    tensor = torch.rand(shape, generator=generator).to(dtype)
+    safetensors.save_file({"weight": tensor}, tmp_path / "source.safetensors")
+    kept = {}
+    for dim, size in enumerate(shape):
+        stays = torch.nonzero(torch.rand(size, generator=generator) < 0.6).flatten()
+        if len(stays) and dim != 1:
+            kept[dim] = stays
+    Plan({"weight": kept}).apply_to_checkpoint(tmp_path / "source.safetensors", tmp_path / "target.safetensors")
+    expected = tensor.view(torch.uint8) if dtype == torch.float8_e4m3fn else tensor
+    for dim, stays in kept.items():
+        expected = expected.index_select(dim, stays)
+    found = safetensors.load_file(tmp_path / "target.safetensors")["weight"]
+    assert found.dtype == dtype
+    assert torch.equal(found.view(torch.uint8) if dtype == torch.float8_e4m3fn else found, expected)
+
+
+MEASURE = """
+import sys
+from pathlib import Path
+from netopt.plan import Plan, stored
+from netopt.importance import Evidence
+import torch
+
+def most():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(sys.argv[3]))
+
+source, target = sys.argv[1:3]
+plan = Plan.load(source + ".json")
+Path("/proc/self/clear_refs").write_text("5")
+sys.argv[3] = "VmRSS:"
+before = most()
+plan.apply_to_checkpoint(source, target)
+for part in stored(source).parts(Evidence("weight", torch.empty(0), {})):
+    pass
+sys.argv[3] = "VmHWM:"
+print(most() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs to know what was resident at most")
+def test_a_tensor_is_never_in_memory_whole(tmp_path):
+    size = 4096
+    source = tmp_path / "large.safetensors"
+    safetensors.save_file({"weight": torch.zeros(size, size)}, source)
+    kept = torch.arange(size - 1)
+    plan = Plan({"weight": {0: kept, 1: kept}}, scales={"weight": torch.ones(size - 1, 1)})
+    plan.save(f"{source}.json")
+    command = [sys.executable, "-c", MEASURE, str(source), str(tmp_path / "small.safetensors"), "VmRSS:"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    # The promise is twice the largest tensor; a few blocks are a fraction of it.
+    assert int(done.stdout) < 4 * size * size / 2
+
+
 @pytest.mark.parametrize("shards", [1, 3])
 def test_a_full_disk_leaves_no_half_file_and_the_next_call_goes_on(shards, tmp_path, monkeypatch):
     model, x = built("mlp")
@@ -132,6 +207,41 @@ def test_a_full_disk_leaves_no_half_file_and_the_next_call_goes_on(shards, tmp_p
     assert {name: tuple(one.shape) for name, one in loaded(tmp_path / "target").items()} == {
         name: tuple(one.shape) for name, one in model.state_dict().items()
     }
+
+
+@pytest.mark.parametrize("what", ["mkdir", "open", "write_text", "replace"])
+def test_a_disk_that_fails_anywhere_is_named(what, tmp_path, monkeypatch):
+    model, x = built("mlp")
+    source = saved(model, tmp_path / "source", 2)
+    plan = plan_neurons(model, x, 0.5, progress=False)
+    real = getattr(Path, what)
+
+    def fail(self, *args, **kwargs):
+        if "target" in str(self):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(self, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, what, fail)
+        with pytest.raises(CheckpointError, match=r"target could not be written.*the same call goes on from there"):
+            plan.apply_to_checkpoint(source, tmp_path / "target")
+    assert not list(tmp_path.glob("target/*.partial"))
+    plan.apply_to_checkpoint(source, tmp_path / "target")
+    plan.apply(model)
+    assert {name: one.shape for name, one in loaded(tmp_path / "target").items()} == {
+        name: one.shape for name, one in model.state_dict().items()
+    }
+
+
+def test_a_source_that_shrinks_meanwhile_is_named(tmp_path):
+    safetensors.save_file({"weight": torch.zeros(300_000)}, tmp_path / "source.safetensors")
+    shard = open_checkpoint(tmp_path / "source.safetensors").shards[0]
+    (tmp_path / "source.safetensors").write_bytes((tmp_path / "source.safetensors").read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="is truncated: `weight` ends too early"):
+        shard.read("weight")
+    (tmp_path / "source.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="cannot be read: "):
+        shard.read("weight")
 
 
 def test_another_plan_does_not_go_on_from_files_of_the_first(tmp_path):
@@ -162,6 +272,23 @@ def test_what_is_missing_or_broken_is_named_before_anything_is_written(tmp_path)
     shard.unlink()
     with pytest.raises(CheckpointError, match=r"lacks model-2.safetensors"):
         Plan({"0.weight": {0: [0]}}).apply_to_checkpoint(source, target)
+    source = saved(model, tmp_path / "listed", 2)
+    index = json.loads((source / checkpoint.INDEX).read_text())
+    index["weight_map"]["9.weight"] = "model-1.safetensors"
+    (source / checkpoint.INDEX).write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"model-1.safetensors lacks `9.weight`, which the index lists there"):
+        Plan({"0.weight": {0: [0]}}).apply_to_checkpoint(source, target)
+    header = json.dumps({"weight": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}).encode()
+    (tmp_path / "broken.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    with pytest.raises(CheckpointError, match=r"broken: `weight` \(3,\) of F32 has 8 bytes"):
+        open_checkpoint(tmp_path / "broken.safetensors")
+    header = json.dumps({"weight": {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}}).encode()
+    (tmp_path / "odd.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(1))
+    with pytest.raises(CheckpointError, match="has the type F4, which is not known"):
+        Plan({"weight": {0: [0]}}).apply_to_checkpoint(tmp_path / "odd.safetensors", target)
+    (tmp_path / "long.safetensors").write_bytes((1 << 40).to_bytes(8, "little"))
+    with pytest.raises(CheckpointError, match="a header of 1099511627776 bytes in a file of 8"):
+        open_checkpoint(tmp_path / "long.safetensors")
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="no safetensors file"):
         open_checkpoint(tmp_path / "empty")

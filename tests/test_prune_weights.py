@@ -23,7 +23,8 @@ from netopt.errors import (
 )
 from netopt.parameters import Orientation, places
 from netopt.prune import prune_weights
-from netopt.reconstruction import SOLVERS
+
+SOLVERS = importance.names("layers")
 
 
 class Net(nn.Module):

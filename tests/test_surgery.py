@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
+import random
 import sys
 import weakref
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import netopt
-from netopt import surgery
+from netopt import restore, surgery
 from netopt.errors import ArgumentTypeError, InvalidArgumentError, OptimizerStateError, PlanMismatchError
 from netopt.plan import Plan
 
@@ -74,7 +76,15 @@ def snapshot(model: nn.Module, *optimizers: torch.optim.Optimizer) -> dict:
         grad = None if tensor.grad is None else tensor.grad.numpy().tobytes()
         state[name] = (id(tensor), tuple(tensor.shape), tensor.requires_grad, tensor.detach().numpy().tobytes(), grad)
     for place, optimizer in enumerate(optimizers):
-        state[f"optimizer {place}"] = repr(optimizer.state_dict())
+        state[f"optimizer {place}"] = repr(optimizer.param_groups), repr(optimizer.state_dict())
+        tensors = {id(one): [] for group in optimizer.param_groups for one in group["params"]}
+        for parameter, own in optimizer.state.items():
+            tensors[id(parameter)] = [
+                (key, value.numpy().tobytes() if isinstance(value, torch.Tensor) else repr(value))
+                for key, value in own.items()
+            ]
+        state[f"state {place}"] = tensors
+    state["random"] = torch.get_rng_state().tolist(), random.getstate(), repr(np.random.get_state())
     return state
 
 
@@ -316,63 +326,130 @@ OPTIMIZERS = {
     "RMSprop": lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.9, centered=True),
     "Rprop": lambda p: torch.optim.Rprop(p, lr=0.01),
     "LBFGS": lambda p: torch.optim.LBFGS(p, lr=0.01, max_iter=3),
+    "Muon": lambda p: torch.optim.Muon(p, lr=0.01),
+    "SparseAdam": lambda p: torch.optim.SparseAdam(p, lr=0.01),
+    "AdamW, fused": lambda p: torch.optim.AdamW(p, lr=0.01, fused=True),
+    "Adam, one by one": lambda p: torch.optim.Adam(p, lr=0.01, foreach=False, weight_decay=0.1, maximize=True),
+    "SGD, plain": lambda p: torch.optim.SGD(p, lr=0.01, weight_decay=0.1),
+    "Adagrad, rate as a tensor": lambda p: torch.optim.Adagrad(p, lr=torch.tensor(0.01)),
 }
 
 
-def narrowed_by_hand(state, shape, cuts):
+def test_every_optimizer_of_torch_is_tried():
+    known = {
+        name
+        for name, one in vars(torch.optim).items()
+        if isinstance(one, type) and issubclass(one, torch.optim.Optimizer) and one is not torch.optim.Optimizer
+    }
+    assert {name.partition(",")[0] for name in OPTIMIZERS} == known
+
+
+class Bags(nn.Module):
+    """Gradients of its one parameter are sparse, as ``SparseAdam`` wants them."""
+
+    def __init__(self, width: int = 6) -> None:
+        super().__init__()
+        self.words = nn.Embedding(9, width, sparse=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.words(x[:, :2].abs().mul(3).long() % 9)
+
+
+def matrices() -> nn.Module:
+    """Parameters of two dimensions alone, as ``Muon`` wants them."""
+    return nn.Sequential(nn.Linear(4, 6, bias=False), nn.ReLU(), nn.Linear(6, 2, bias=False))
+
+
+SUBJECTS = {
+    "Muon": (matrices, lambda: Plan({"0.weight": {0: KEPT}, "2.weight": {1: KEPT}})),
+    "SparseAdam": (Bags, lambda: Plan({"words.weight": {1: KEPT}})),
+}
+
+
+def narrowed_by_hand(state, shape, cuts, flat):
     """The state a small parameter would have, cut independently of the library's rules for shapes."""
-    if not isinstance(state, torch.Tensor) or state.numel() <= 1 or state.dim() != len(shape):
+    if isinstance(state, list):
+        return [narrowed_by_hand(one, shape, cuts, flat) for one in state]
+    if not isinstance(state, torch.Tensor) or state.numel() <= 1:
         return copy.deepcopy(state)
+    if state.shape == flat.shape:
+        return state[flat]
     for dim, kept in cuts.items():
         state = state if state.shape[dim] == 1 else state[(slice(None),) * dim + (kept,)]
     return state.clone()
 
 
-@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "LBFGS"])
+def stepped(model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor) -> None:
+    def closure():
+        optimizer.zero_grad()
+        loss = model(x).square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_one_step_after_pruning_is_one_step_of_the_small_model(name):
     torch.manual_seed(0)
-    model = Net().double()
+    build, planned = SUBJECTS.get(name, (Net, net_plan))
+    model, plan = build().double(), planned()
     optimizer = OPTIMIZERS[name](model.parameters())
     x = torch.randn(8, 4, dtype=torch.float64)
     for _ in range(3):
-        optimizer.zero_grad()
-        model(x).square().sum().backward()
-        optimizer.step()
-    plan = net_plan()
-    small = Net().double()
+        stepped(model, optimizer, x)
+    small = build().double()
     plan.apply(small)
     fresh = OPTIMIZERS[name](small.parameters())
+    stays = []
+    for label, parameter in model.named_parameters():
+        here = torch.ones(parameter.shape, dtype=torch.bool)
+        for dim, kept in plan.tensors.get(label, {}).items():
+            here &= torch.zeros_like(here).index_fill_(dim, kept, True)
+        stays.append(here.flatten())
     for (label, old), new in zip(model.named_parameters(), small.parameters(), strict=True):
         cuts = plan.tensors.get(label, {})
-        fresh.state[new] = {
-            key: narrowed_by_hand(value, old.shape, cuts) for key, value in optimizer.state[old].items()
+        state = {
+            key: narrowed_by_hand(value, old.shape, cuts, torch.cat(stays))
+            for key, value in optimizer.state.get(old, {}).items()
         }
+        if state:
+            fresh.state[new] = state
     plan.apply(model, optimizer)
     small.load_state_dict(model.state_dict())
     for one, its in ((model, optimizer), (small, fresh)):
-        its.zero_grad()
-        one(x).square().sum().backward()
-        its.step()
+        stepped(one, its, x)
     for (label, mine), theirs in zip(model.named_parameters(), small.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, msg=label)
 
 
-def test_muon_goes_on_as_well():
-    def small(width):
-        return nn.Sequential(nn.Linear(4, width, bias=False), nn.ReLU(), nn.Linear(width, 2, bias=False))
+SCHEDULERS = {
+    "steps": lambda o: torch.optim.lr_scheduler.StepLR(o, 2),
+    "cosine": lambda o: torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(o, 3),
+    "one cycle": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.1, total_steps=9),
+    "cyclic": lambda o: torch.optim.lr_scheduler.CyclicLR(o, 0.01, 0.1, 2),
+    "in sequence": lambda o: torch.optim.lr_scheduler.SequentialLR(
+        o, [torch.optim.lr_scheduler.LinearLR(o), torch.optim.lr_scheduler.ExponentialLR(o, 0.9)], [3]
+    ),
+}
 
-    torch.manual_seed(0)
-    model, fresh = small(6), small(3)
-    optimizer, other = (torch.optim.Muon(one.parameters(), lr=0.01) for one in (model, fresh))
-    trained(model, optimizer)
-    buffers = [optimizer.state[one]["momentum_buffer"] for one in model.parameters()]
-    Plan({"0.weight": {0: KEPT}, "2.weight": {1: KEPT}}).apply(model, optimizer)
-    fresh.load_state_dict(model.state_dict())
-    for one, buffer, dim in zip(fresh.parameters(), buffers, (0, 1), strict=True):
-        other.state[one] = {"momentum_buffer": buffer.index_select(dim, KEPT)}
-    trained(model, optimizer, 1)
-    trained(fresh, other, 1)
-    torch.testing.assert_close(model.state_dict(), fresh.state_dict())
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_schedules_go_on(name):
+    models = [Net(), Net()]
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9) for model in models]
+    schedules = [SCHEDULERS[name](optimizer) for optimizer in optimizers]
+    rates: list[list[tuple[float, float]]] = [[], []]
+    for step in range(7):
+        if step == 3:
+            net_plan().apply(models[0], optimizers[0])
+        for model, optimizer, schedule, seen in zip(models, optimizers, schedules, rates, strict=True):
+            trained(model, optimizer, 1)
+            schedule.step()
+            group = optimizer.param_groups[0]
+            seen.append((group["lr"], group["momentum"]))
+    assert rates[0] == rates[1]
+    assert optimizers[0].state[models[0].inner.weight]["momentum_buffer"].shape == (3, 4)
 
 
 def test_lbfgs_history_is_cut_where_its_flat_vectors_are():
@@ -426,17 +503,52 @@ def test_a_forgotten_optimizer_fails_loudly(name):
         trained(model, optimizer)
 
 
-class Interrupter:
-    """Raises KeyboardInterrupt before the n-th line executed in the library."""
+def subject() -> tuple[nn.Module, torch.optim.Optimizer]:
+    """A model with a mask, gradients and attributes, and an optimizer that remembers it."""
+    torch.manual_seed(0)
+    model = Net()
+    optimizer = OPTIMIZERS["Adam"](model.parameters())
+    trained(model, optimizer, 1)
+    prune.random_unstructured(model.inner, "weight", 0.5)
+    return model, optimizer
 
-    def __init__(self, line: int) -> None:
+
+def test_a_fault_at_any_step_leaves_everything_as_it_was():
+    model, optimizer = subject()
+    before = snapshot(model, optimizer)
+    kinds = set()
+    for place, change in enumerate(net_plan().prepare(model, optimizer).changes):
+        for late in (False, True):
+            operation = net_plan().prepare(model, optimizer)
+            kinds.add(type(change).__name__)
+            real = operation.changes[place].do
+
+            def faulty(real=real, late=late):
+                if late:
+                    real()
+                torch.rand(1)
+                raise ZeroDivisionError
+
+            operation.changes[place].do = faulty
+            with pytest.raises(ZeroDivisionError), restore.random_state_kept():
+                operation.run(lambda: None)
+            assert snapshot(model, optimizer) == before, f"step {place}, {type(change).__name__}"
+    assert kinds == {"Exchange", "Assignment", "StateEntry"}
+
+
+class Interrupter:
+    """Raises KeyboardInterrupt before the n-th line, or instruction, executed in the library."""
+
+    def __init__(self, line: int, event: str = "line") -> None:
         self.left = line
+        self.event = event
         self.fired = False
 
     def __call__(self, frame, event, arg):
         if not frame.f_code.co_filename.startswith(ROOT):
             return None
-        if event == "line" and not self.fired:
+        frame.f_trace_opcodes = self.event == "opcode"
+        if event == self.event and not self.fired:
             if self.left == 0:
                 self.fired = True
                 raise KeyboardInterrupt
@@ -444,11 +556,11 @@ class Interrupter:
         return self
 
 
-def interrupted_everywhere(call, check, stride: int = 1) -> int:
+def interrupted_everywhere(call, check, stride: int = 1, event: str = "line") -> int:
     """Interrupts ``call`` before its first line, its second, ... until it finishes; ``check`` runs after each."""
     previous, line = sys.gettrace(), 0
     while True:
-        sys.settrace(Interrupter(line))
+        sys.settrace(Interrupter(line, event))
         try:
             call()
         except KeyboardInterrupt:
@@ -461,26 +573,23 @@ def interrupted_everywhere(call, check, stride: int = 1) -> int:
         line += stride
 
 
-def test_an_interruption_between_any_two_lines_leaves_everything_as_it_was():
-    torch.manual_seed(0)
-    model = Net()
-    optimizer = OPTIMIZERS["Adam"](model.parameters())
-    trained(model, optimizer, 1)
-    prune.random_unstructured(model.inner, "weight", 0.5)
+@pytest.mark.parametrize(("event", "stride"), [("line", 1), pytest.param("opcode", 3, marks=pytest.mark.slow)])
+def test_an_interruption_anywhere_leaves_everything_as_it_was(event, stride):
+    model, optimizer = subject()
     before = snapshot(model, optimizer)
 
     def check(line):
-        assert snapshot(model, optimizer) == before, f"changed by an interruption at line {line}"
+        assert snapshot(model, optimizer) == before, f"changed by an interruption at {event} {line}"
 
     def checked_and_undone():
         operation = net_plan().prepare(model, optimizer)
         with pytest.raises(ZeroDivisionError):
             operation.run(lambda: 1 / 0)
 
-    interrupted_everywhere(checked_and_undone, check, stride=41)
+    interrupted_everywhere(checked_and_undone, check, stride=41 * stride, event=event)
     operation = net_plan().prepare(model, optimizer)
-    lines = interrupted_everywhere(lambda: operation.run(lambda: None), check)
-    assert lines > 100
+    steps = interrupted_everywhere(lambda: operation.run(lambda: None), check, stride=stride, event=event)
+    assert steps > 100 * stride
     assert model.inner.weight.shape == (3, 4)
 
 

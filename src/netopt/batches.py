@@ -115,8 +115,6 @@ def split(batch: Batch) -> tuple[Inputs, Any]:
     """
     if isinstance(batch, Tensor):
         return batch, None
-    if isinstance(batch, Mapping):
-        return batch, batch.get("labels")
     if isinstance(batch, (tuple, list)):
         if len(batch) == 1:
             return _positional(batch[0]), None
@@ -125,6 +123,8 @@ def split(batch: Batch) -> tuple[Inputs, Any]:
         raise ArgumentTypeError(
             f"a batch of {len(batch)} entries is ambiguous; yield ((input, input, ...), targets), or a dict."
         )
+    if isinstance(batch, Mapping):
+        return batch, batch.get("labels")
     raise ArgumentTypeError(
         f"a batch must be a tensor, (inputs, targets) or a dict, not {type(batch).__name__}; "
         "let the data yield one of these."
@@ -163,23 +163,26 @@ class Feeder:
 
     def __call__(self, batch: Batch) -> Any:
         """Runs the model on the inputs of ``batch`` and returns its result; raises what :func:`feed` raises."""
-        inputs, _ = split(batch)
-        if isinstance(inputs, Mapping):
-            names = tuple(inputs)
-            if names not in self._accepted:
-                wanted = {name: value for name, value in inputs.items() if name not in self.without}
-                self._accepted[names] = tuple(_accepted(self.model, wanted))
-            inputs = {name: inputs[name] for name in self._accepted[names]}
+        inputs = split(batch)[0]
         if isinstance(inputs, Tensor):
             args, kwargs = (inputs if self.device is None else inputs.to(self.device),), {}
         else:
-            args, kwargs = normalize(inputs if self.device is None else move(inputs, self.device))
+            args, kwargs = self._arguments(inputs)
         try:
             return self.model(*args, **kwargs)
         except NetoptError:
             raise
         except Exception as error:
             raise _forward_error(self.model, args, kwargs, error) from error
+
+    def _arguments(self, inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if isinstance(inputs, Mapping):
+            names = tuple(inputs)
+            if names not in self._accepted:
+                wanted = {name: value for name, value in inputs.items() if name not in self.without}
+                self._accepted[names] = tuple(_accepted(self.model, wanted))
+            inputs = {name: inputs[name] for name in self._accepted[names]}
+        return normalize(inputs if self.device is None else move(inputs, self.device))
 
 
 def device_of(model: nn.Module) -> torch.device | None:
@@ -198,7 +201,7 @@ def move(value: Any, device: torch.device | str) -> Any:
     if isinstance(value, tuple) and getattr(value, "_fields", None):
         return type(value)(*(move(one, device) for one in value))
     if isinstance(value, (tuple, list)):
-        return type(value)(move(one, device) for one in value)
+        return type(value)([move(one, device) for one in value])
     if isinstance(value, Mapping):
         return {key: move(one, device) for key, one in value.items()}
     return value

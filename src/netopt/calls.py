@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -68,9 +68,6 @@ def transparent_wrappers() -> Iterator[None]:
 class CallNames(TorchFunctionMode):
     """Runs a model with a name for every torch call; subclasses override :meth:`on_call`.
 
-    Args:
-        parts: The modules of the model with their dotted names, as ``named_modules()`` gives them.
-
     Example:
         >>> class Seen(CallNames):
         ...     def on_call(self, call, function, args, kwargs, result):
@@ -78,15 +75,15 @@ class CallNames(TorchFunctionMode):
         ...             print(call)
         ...         return result
         >>> net = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
-        >>> with Seen(net.named_modules()):
+        >>> with Seen(net):
         ...     _ = net(torch.zeros(1, 2))
         Call(module='0', visit=0, function='linear', number=0)
         Call(module='1', visit=0, function='linear', number=0)
     """
 
-    def __init__(self, parts: Iterable[tuple[str, nn.Module]]) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self._names = {id(module): name for name, module in parts}
+        self._names = {id(module): name for name, module in model.named_modules()}
         self._visits: Counter[str] = Counter()
         self._stack: list[tuple[str, int, Counter[str]]] = [("", 0, Counter())]
         self._open: ExitStack | None = None

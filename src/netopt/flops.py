@@ -28,6 +28,10 @@ def _added_matrix_vector(_: Shape, matrix: Shape, *__: Any, **___: Any) -> int:
     return 2 * prod(matrix)
 
 
+def _added_matrix_product(_: Shape, left: Shape, right: Shape, *__: Any, **___: Any) -> int:
+    return 2 * prod(left) * right[-1]
+
+
 def _bilinear(left: Shape, weight: Shape, *_: Any, **__: Any) -> int:
     return 2 * prod(left[:-1]) * prod(weight)
 
@@ -49,6 +53,7 @@ EXTRA: dict[Any, Callable[..., int]] = {
     aten.mv: _matrix_vector,
     aten.addmv: _added_matrix_vector,
     aten.dot: _matrix_vector,
+    aten.addmm: _added_matrix_product,  # as torch's, which asks another formula in turn
     aten._trilinear: _bilinear,
     aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     aten.mkldnn_rnn_layer: _recurrent_layer,

@@ -277,7 +277,7 @@ class Trace(TorchDispatchMode):
         if kwargs:
             _tensors_in(kwargs.values(), tensors)
         if self.complete and traits.name != "aten::lift_fresh":  # which takes in a tensor made of plain numbers
-            self.complete = all([self._note in tensor.__dict__ for tensor in tensors])
+            self.complete = all(self._note in tensor.__dict__ for tensor in tensors)
         known = [self._met(tensor) for tensor in tensors]
         if self._writes:
             known += [self._writes[key] for key in map(_storage, tensors) if key in self._writes]

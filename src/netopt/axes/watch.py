@@ -15,13 +15,12 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_iter
 
 from netopt.axes.layout import Layout, freeze, mark_inexact, split_concat, split_product
 from netopt.axes.modes import Modes
 from netopt.axes.operation import Mark
-from netopt.axes.places import Parts
 from netopt.axes.sizes import Condition, Extent, Scalar, Shape, Size, caller
 from netopt.axes.trace import Trace
 from netopt.calls import Call, CallNames
@@ -41,9 +40,9 @@ class Reading(NamedTuple):
 class Watch(CallNames):
     """Sees every torch call of one traced forward."""
 
-    def __init__(self, parts: Parts, trace: Trace, modes: Modes) -> None:
-        super().__init__(parts)
-        self.parts = parts
+    def __init__(self, model: nn.Module, trace: Trace, modes: Modes) -> None:
+        super().__init__(model)
+        self.model = model
         self.trace = trace
         self.modes = modes
         self.readings: list[Reading] = []
@@ -410,7 +409,7 @@ def _attention(watch: Watch, args: Any, kwargs: Any, result: Any) -> None:
         if halves is not None:
             # No integer of the call says how many query heads share one of the keys' heads; one of the module may.
             name = watch.name_of("").module
-            watch.trace.unsaid.append((halves[1], name, dict(watch.parts)[name]))
+            watch.trace.unsaid.append((halves[1], name, watch.model.get_submodule(name)))
     if _argument(args, kwargs, 6, "scale") is None:
         why = f"sets the default scale of attention, at {watch.trace.where()}"
         watch.trace.mark(result, [Mark(mark_inexact, query[-1].layout, why)])

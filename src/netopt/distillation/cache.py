@@ -10,24 +10,30 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from netopt.distillation.divergence import Condensed, condense
 from netopt.distillation.fingerprints import sample_fingerprints, signature
-from netopt.distillation.objective import Record
+from netopt.distillation.objective import Kept, Record
 from netopt.errors import InvalidArgumentError
 
 __all__ = ["Cache", "TeacherCache"]
 
 SMALL = 1024
-HALF_MAX = 65504.0
+EXACT = 2**24
+UNTOLD = 2**13
+CHOICES = (64, 256)
+LOST = 0.01
+FAINT = 1e-3
 
 
 @dataclass(frozen=True)
@@ -35,9 +41,12 @@ class Cache:
     """How the teacher's outputs are kept.
 
     Args:
-        dtype: Of what is kept. By default outputs of up to 1024 entries a sample are kept exactly and larger ones in
-            float16, or in their own dtype if a value exceeds float16's range.
-        topk: Keep only the largest logits of each position, and how much probability the others share.
+        dtype: Of what is kept. By default outputs are kept exactly where that takes no more than 1024 numbers a sample
+            and 16 MiB in all, and in float16 beyond, or exactly even so where float16 cannot hold them: where values
+            exceed its range, or vary less than it can tell apart.
+        topk: Keep only that many of the largest logits of each position, and how much probability the others share;
+            ``None`` keeps all. By default 64 of a vocabulary of more than 1024, where the loss needs no more (``"kl"``)
+            and they hold all but a hundredth of what the teacher says, or else 256, or else all.
         limit: Bytes to keep in memory; what would need more is kept in a memory-mapped file.
         path: A folder to keep the outputs in and to find them again; by default nothing outlives the call.
 
@@ -47,13 +56,14 @@ class Cache:
     """
 
     dtype: torch.dtype | None = None
-    topk: int | None = None
+    topk: int | Literal["auto"] | None = "auto"
     limit: int = 2**30
     path: str | Path | None = None
 
     def __post_init__(self) -> None:
-        if self.topk is not None and (isinstance(self.topk, bool) or self.topk < 1):
-            raise InvalidArgumentError(f"topk must be at least 1, not {self.topk}.")
+        number = isinstance(self.topk, int) and not isinstance(self.topk, bool) and self.topk >= 1
+        if not (number or self.topk in (None, "auto")):
+            raise InvalidArgumentError(f"topk must be at least 1, None or 'auto', not {self.topk!r}.")
         if self.dtype is not None and not self.dtype.is_floating_point:
             raise InvalidArgumentError(f"the cache's dtype must be a floating-point one, not {self.dtype}.")
 
@@ -67,6 +77,7 @@ class TeacherCache:
         samples: Size of the dataset whose indices are the identities; 0 where identities are hashes.
         fixed: Whether samples cannot change, so that none needs to be compared with its first time.
         temperature: At which the probabilities that ``topk`` drops keep their sum.
+        condensable: Whether the losses need no more than the largest logits and that sum.
         folder: Where processes that share it keep everything; their own affair to remove.
     """
 
@@ -78,10 +89,11 @@ class TeacherCache:
         samples: int,
         fixed: bool,
         temperature: float,
+        condensable: bool,
         folder: Path | None = None,
     ) -> None:
         self.settings, self.samples, self.fixed = settings, samples, fixed
-        self.temperature = temperature
+        self.temperature, self.condensable = temperature, condensable
         self.hits = self.misses = 0
         self.reason: str | None = None
         self._banks: dict[tuple[Any, ...], _Bank] = {}
@@ -95,7 +107,9 @@ class TeacherCache:
         """Whether anything is kept, or may be."""
         return self.reason is None
 
-    def records(self, identities: Tensor | None, batch: Any, ask: Callable[[], list[Record]]) -> list[Record]:
+    def records(
+        self, identities: Tensor | None, batch: Any, ask: Callable[[], list[Record]]
+    ) -> Sequence[Record | Kept]:
         """Returns what the teachers say of ``batch``, by ``ask`` if any sample of it is new."""
         kind = signature(batch)
         if kind is None:
@@ -112,7 +126,7 @@ class TeacherCache:
             if bank.changed(rows, known, prints):
                 self.drop("a sample came back with other content, as random augmentation makes it")
                 return ask()
-            if bool(known.all()):
+            if bool(known.numpy().all()):
                 self.hits += len(rows)
                 return self._unpack(bank, bank.read(rows))
         records = ask()
@@ -125,23 +139,24 @@ class TeacherCache:
 
     def _kept(
         self, kind: tuple[Any, ...], identities: Tensor | None, prints: Tensor | None, records: list[Record]
-    ) -> list[Record]:
+    ) -> Sequence[Record | Kept]:
         """Keeps what is new of ``records``, and returns them as they are kept."""
-        packed = [self._pack(record) for record in records]
         bank = self._banks.get(kind)
         if bank is None:
-            bank = self._banks[kind] = self._open(kind, records, packed)
-        if [one.shape[1:] for entry in packed for one in entry] != [shape for shape, _ in bank.specs]:
+            bank = self._banks[kind] = self._open(kind, records)
+        exact = [one for record, top in zip(records, bank.form.tops, strict=True) for one in self._pack(record, top)]
+        if [one.shape[1:] for one in exact] != [shape for shape, _ in bank.specs]:
             self.drop("the teacher's output has another shape for inputs of the same shape")
             return records
+        values = [self._narrow(one, dtype == "float16") for one, dtype in zip(exact, bank.form.dtypes, strict=True)]
         rows, known = bank.find(identities, prints)
         if bank.changed(rows, known, prints):
             self.drop("a sample came back with other content, as random augmentation makes it")
             return records
-        if not bank.write(rows, ~known, prints, [one for entry in packed for one in entry]):
+        if not bank.write(rows, ~known, prints, values):
             return records
         rows, known = bank.find(identities, prints)
-        return self._unpack(bank, bank.read(rows)) if bool(known.all()) else records
+        return self._unpack(bank, bank.read(rows)) if bool(known.numpy().all()) else records
 
     def state(self) -> tuple[str | None, int, int]:
         """Returns what a run that is taken up again has to know."""
@@ -188,6 +203,7 @@ class TeacherCache:
             "teachers": teachers,
             "samples": self.samples,
             "topk": settings.topk,
+            "condensable": self.condensable,
             "dtype": str(settings.dtype),
             "temperature": self.temperature if settings.topk else None,
         }
@@ -198,60 +214,121 @@ class TeacherCache:
                 old.unlink()
         about.write_text(json.dumps(ours))
 
-    def _open(self, kind: tuple[Any, ...], records: Sequence[Record], packed: Sequence[Sequence[Tensor]]) -> _Bank:
-        flat = [one for entry in packed for one in entry]
+    def _open(self, kind: tuple[Any, ...], records: Sequence[Record]) -> _Bank:
+        tops = tuple(self._top(record.output) for record in records)
+        exact = [one for record, top in zip(records, tops, strict=True) for one in self._pack(record, top)]
         rows = self.samples or 1024
+        flat = [self._narrow(one, half) for one, half in zip(exact, self._halves(exact), strict=True)]
         size = rows * sum(math.prod(one.shape[1:]) * one.element_size() for one in flat)
         folder = self._folder
         if folder is None and size + sum(bank.bytes for bank in self._banks.values()) > self.settings.limit:
             folder = self._spill()
+        form = Form(tops, tuple(str(one.dtype).removeprefix("torch.") for one in flat))
+        name = f"{hash_of(kind):016x}"
+        if folder is not None:
+            form = form.settled(folder / f"{name}.form.bank")
+            flat = [one for record, top in zip(records, form.tops, strict=True) for one in self._pack(record, top)]
         return _Bank(
-            [(one.shape[1:], one.dtype) for one in flat],
+            [(one.shape[1:], getattr(torch, dtype)) for one, dtype in zip(flat, form.dtypes, strict=True)],
             rows,
             folder=folder,
-            name=f"{hash_of(kind):016x}",
+            name=name,
             owner=self,
-            layout=_layout(records, packed),
+            form=form,
+            layout=_layout(records, form.tops),
         )
+
+    def _halves(self, exact: Sequence[Tensor]) -> list[bool]:
+        """Returns which tensors are to be kept in float16."""
+        size = (self.samples or UNTOLD) * sum(math.prod(one.shape[1:]) * one.element_size() for one in exact)
+        return [
+            one.is_floating_point() and (size > EXACT or math.prod(one.shape[1:]) > SMALL) and not _blurred(one)
+            for one in exact
+        ]
 
     def _spill(self) -> Path:
         if self._temporary is None:
             self._temporary = Path(tempfile.mkdtemp(prefix="netopt-cache-"))
         return self._temporary
 
-    def _pack(self, record: Record) -> list[Tensor]:
-        """Returns the tensors to keep for one teacher, samples first."""
-        features = [self._narrow(one) for one in record.features.values()]
-        topk, output = self.settings.topk, record.output
-        if topk is None or topk >= output.shape[-1] or output.dim() > 3:
-            return [self._narrow(output), *features]
-        top, index = output.topk(topk, dim=-1)
-        scaled = (output.float() / self.temperature).scatter(-1, index, -math.inf)
-        rest = self.temperature * (scaled.logsumexp(-1, keepdim=True) - math.log(output.shape[-1] - topk))
-        return [self._narrow(top), index.int().cpu(), rest.float().cpu(), *features]
+    def _top(self, output: Tensor) -> int | None:
+        """Returns how many logits of each position are kept, or ``None`` for all."""
+        wanted, classes = self.settings.topk, output.shape[-1]
+        if wanted is None or output.dim() > 3:
+            return None
+        if wanted != "auto":
+            return wanted if wanted < classes else None
+        if not self.condensable or classes <= SMALL:
+            return None
+        whole = (output.reshape(-1, classes)[:256].float() / self.temperature).log_softmax(-1)
+        chances = whole.exp()
+        said = (chances * (whole + math.log(classes))).sum()
+        for few in CHOICES:
+            kept = condense(whole * self.temperature, few, self.temperature).dense()
+            lost = (chances * (whole - (kept / self.temperature).log_softmax(-1))).sum()
+            if bool(lost <= LOST * said):
+                return few
+        return None
 
-    def _unpack(self, bank: _Bank, tensors: list[Tensor]) -> list[Record]:
+    def _pack(self, record: Record, top: int | None) -> list[Tensor]:
+        """Returns the tensors to keep for one teacher, samples first."""
+        features = [one.detach().cpu() for one in record.features.values()]
+        if top is None:
+            return [record.output.detach().cpu(), *features]
+        largest, which, rest, _ = condense(record.output.detach(), top, self.temperature)
+        return [largest.cpu(), which.cpu(), rest.cpu(), *features]
+
+    def _unpack(self, bank: _Bank, tensors: list[Tensor]) -> list[Kept]:
         records, left = [], iter(tensors)
         for shape, dtype, home, topped, names in bank.layout:
+            output: Tensor | Condensed
             if topped:
-                top, index, rest = (next(left).to(home, non_blocking=True) for _ in range(3))
-                output = rest.to(dtype).expand(*rest.shape[:-1], shape[-1]).scatter(-1, index.long(), top.to(dtype))
+                top, which, rest = (next(left).to(home, non_blocking=True) for _ in range(3))
+                output = Condensed(top.to(dtype), which, rest, shape[-1])
             else:
                 output = next(left).to(home, non_blocking=True).to(dtype)
-            records.append(Record(output, {name: next(left).to(home).to(one) for name, one in names}))
+            records.append(Kept(output, {name: next(left).to(home).to(one) for name, one in names}))
         return records
 
-    def _narrow(self, value: Tensor) -> Tensor:
-        value = value.detach().cpu()
-        wanted = self.settings.dtype
-        if wanted is None:
-            large = math.prod(value.shape[1:]) > SMALL and value.element_size() > 2
-            wanted = torch.float16 if large else value.dtype
-        if wanted is torch.float16 and value.dtype is not torch.float16:
-            finite = value[value.isfinite()]
-            if finite.numel() and finite.abs().max() > HALF_MAX:
-                return value
-        return value.to(wanted)
+    def _narrow(self, value: Tensor, half: bool) -> Tensor:
+        wanted = self.settings.dtype or (torch.float16 if half and value.element_size() > 2 else value.dtype)
+        if not value.is_floating_point() or wanted is not torch.float16 or value.dtype is torch.float16:
+            return value.to(wanted) if value.is_floating_point() else value
+        narrow = value.to(torch.float16)
+        return value if bool((narrow.isinf() != value.isinf()).any()) else narrow
+
+
+def _blurred(value: Tensor) -> bool:
+    """Whether float16 rounds away a thousandth or more of what sets one sample, or position, apart from another."""
+    rows = value.flatten(0, -2) if value.dim() in (2, 3) else value.reshape(len(value), -1)
+    rows = torch.where(rows.isfinite(), rows, 0).double()
+    error = rows.half().double() - rows
+    return not bool(error.square().mean().sqrt() <= FAINT * rows.var(0, correction=0).mean().sqrt())
+
+
+class Form(NamedTuple):
+    """In which form a bank keeps outputs.
+
+    Args:
+        tops: How many logits of each teacher, ``None`` for all.
+        dtypes: The dtype of each tensor kept.
+    """
+
+    tops: tuple[int | None, ...]
+    dtypes: tuple[str, ...]
+
+    def settled(self, path: Path) -> Form:
+        """Returns the form written at ``path``, this one if there is none: the first process to come decides."""
+        beside = path.with_name(f"{path.name}.{os.getpid()}")
+        beside.write_text(json.dumps(self))
+        try:
+            path.hardlink_to(beside)
+        except FileExistsError:
+            pass
+        finally:
+            beside.unlink()
+        tops, dtypes = json.loads(path.read_text())
+        return Form(tuple(tops), tuple(dtypes))
 
 
 def hash_of(kind: tuple[Any, ...]) -> int:
@@ -265,16 +342,16 @@ def hash_of(kind: tuple[Any, ...]) -> int:
 _Layout = list[tuple[torch.Size, torch.dtype, torch.device, bool, list[tuple[str, torch.dtype]]]]
 
 
-def _layout(records: Sequence[Record], packed: Sequence[Sequence[Tensor]]) -> _Layout:
+def _layout(records: Sequence[Record], tops: Sequence[int | None]) -> _Layout:
     return [
         (
             record.output.shape[1:],
             record.output.dtype,
             record.output.device,
-            len(entry) - len(record.features) == 3,
+            top is not None,
             [(name, one.dtype) for name, one in record.features.items()],
         )
-        for record, entry in zip(records, packed, strict=True)
+        for record, top in zip(records, tops, strict=True)
     ]
 
 
@@ -289,16 +366,11 @@ class _Bank:
         folder: Path | None,
         name: str,
         owner: TeacherCache,
+        form: Form,
         layout: _Layout,
     ) -> None:
-        self.specs, self.rows, self.folder, self.name, self.owner, self.layout = (
-            specs,
-            rows,
-            folder,
-            name,
-            owner,
-            layout,
-        )
+        self.specs, self.rows, self.folder, self.name, self.owner = specs, rows, folder, name, owner
+        self.form, self.layout = form, layout
         self.by_index = owner.samples > 0
         if folder is not None and not self.by_index:
             found = folder / f"{name}.valid.bank"

@@ -20,7 +20,7 @@ from netopt.distillation.hints import Hints, hint_terms
 from netopt.distillation.interrupts import graceful
 from netopt.distillation.loop import Loop, Settings
 from netopt.distillation.objective import Objective, SoftLoss
-from netopt.distillation.optimizing import OptimizerLike, SchedulerLike, optimizers_for, scheduler_for
+from netopt.distillation.optimizing import OptimizerLike, SchedulerLike, fused, optimizers_for, scheduler_for
 from netopt.distillation.outputs import Picker, is_causal
 from netopt.distillation.rehearsal import check_finite, check_numbers, check_student, rehearse
 from netopt.distillation.report import DistillationReport
@@ -173,7 +173,7 @@ def distill(
         once = epochs == 1 if steps is None else True
         drawn_from = source(data, shuffle=True, once=once, tagged=kept is not None, **common)
         again = not once if steps is None else not 0 < steps <= len(drawn_from)
-        held = _held(kept, teachers, drawn_from, machine, temperature) if kept and (again or cache != "auto") else None
+        held = _held(kept, teachers, drawn_from, machine, objective) if kept and (again or cache != "auto") else None
         if held is not None:
             stack.callback(held.close, machine.rank == 0)
         targets = Targets(
@@ -194,7 +194,7 @@ def distill(
         states, drawn = _begin(drawn_from, saved, machine)
         first = next(drawn, None)
         if first is not None:
-            trainee = rehearse(student, runs[0], pickers[0], first, targets, objective, base)
+            trainee = rehearse(student, runs[0], pickers[0], first, targets, objective, base, drawn_from.whole)
         else:
             trainee = Trainee(student, terms, runs[0], pickers[0])
         stack.enter_context(trainee.listening())
@@ -202,6 +202,7 @@ def distill(
         if checked is not None:
             checked.rehearse(trainee)
         optimizers = optimizers_for(optimizer, lr, trainee, teachers)
+        stack.enter_context(fused(optimizers))
         loop = Loop(
             trainee,
             targets,
@@ -255,7 +256,7 @@ def _begin(drawn_from: Source, saved: Checkpoint | None, machine: Engine) -> tup
 
 
 def _held(
-    kept: Cache, teachers: Sequence[nn.Module], drawn_from: Source, machine: Engine, temperature: float
+    kept: Cache, teachers: Sequence[nn.Module], drawn_from: Source, machine: Engine, objective: Objective
 ) -> TeacherCache:
     """Returns the cache; processes on one machine share it, where samples have indices."""
     folder = machine.shared_folder() if drawn_from.samples and kept.path is None else None
@@ -266,7 +267,8 @@ def _held(
             teachers=model_fingerprint(teachers) if kept.path is not None else "",
             samples=drawn_from.samples,
             fixed=drawn_from.fixed,
-            temperature=temperature,
+            temperature=objective.temperature,
+            condensable=objective.condensable,
             folder=folder,
         )
 

@@ -24,6 +24,8 @@ from netopt.errors import ArgumentTypeError, InvalidArgumentError
 
 __all__ = ["Engine", "engine_for", "precision"]
 
+NOTHING = nullcontext()
+
 
 class Engine:
     """One process on the student's device.
@@ -48,16 +50,19 @@ class Engine:
     def autocast(self) -> AbstractContextManager[Any]:
         """The context the forwards run in."""
         if self.amp is None:
-            return nullcontext()
+            return NOTHING
         return torch.autocast(self.device.type, dtype=self.amp)
 
     def holding(self, model: nn.Module, last: bool) -> AbstractContextManager[Any]:  # noqa: ARG002
         """The context of one micro-batch; only the ``last`` of a step exchanges gradients."""
-        return nullcontext()
+        return NOTHING
 
-    def backward(self, loss: Tensor) -> None:
-        """Adds the gradients of ``loss``, this process's part of the step's."""
-        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+    def backward(self, parts: Sequence[Tensor], shares: Sequence[float | Tensor]) -> None:
+        """Adds the gradients of the sum of ``parts`` times their ``shares``, this process's part of the step's."""
+        # The shares are where backpropagation starts from, and no multiplication of their own.
+        seeds = [_seed(one, share) for one, share in zip(parts, shares, strict=True)]
+        seeds = seeds if self.scaler is None else [self.scaler.scale(one) for one in seeds]
+        torch.autograd.backward(parts, seeds)
 
     def step(self, model: nn.Module, optimizers: Sequence[Any], clip: float | None) -> None:
         """Clips the gradients to norm ``clip``, steps and forgets the gradients."""
@@ -146,9 +151,9 @@ class Processes(Engine):
                 setter: Any = getattr(part, "set_requires_gradient_sync", None)
                 if setter is not None:
                     setter(last)
-            return nullcontext()
+            return NOTHING
         parallel = self.student if self.wrapped else model
-        return parallel.no_sync() if isinstance(parallel, DistributedDataParallel) and not last else nullcontext()
+        return parallel.no_sync() if isinstance(parallel, DistributedDataParallel) and not last else NOTHING
 
     def step(self, model: nn.Module, optimizers: Sequence[Any], clip: float | None) -> None:
         """Steps; projections beside a student that is wrapped already are in nobody's care but ours."""
@@ -250,9 +255,9 @@ class Accelerated(Processes):
         """The accelerator's autocast."""
         return self.accelerator.autocast()
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, parts: Sequence[Tensor], shares: Sequence[float | Tensor]) -> None:
         """Adds the gradients, undivided: the accelerator would divide by its own number of micro-batches."""
-        self.accelerator.backward(loss * self.accelerator.gradient_accumulation_steps)
+        self.accelerator.backward(_weighed(parts, shares) * self.accelerator.gradient_accumulation_steps)
 
     def clip(self, model: nn.Module, optimizers: Sequence[Any], clip: float) -> None:  # noqa: ARG002
         """Clips with the accelerator, which undoes its scaling first."""
@@ -288,11 +293,11 @@ class Fabricated(Processes):
 
     def holding(self, model: nn.Module, last: bool) -> AbstractContextManager[Any]:
         """Exchanges gradients only in the last micro-batch of a step."""
-        return self.fabric.no_backward_sync(model, enabled=not last) if self.world > 1 else nullcontext()
+        return self.fabric.no_backward_sync(model, enabled=not last) if self.world > 1 else NOTHING
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, parts: Sequence[Tensor], shares: Sequence[float | Tensor]) -> None:
         """Adds the gradients."""
-        self.fabric.backward(loss)
+        self.fabric.backward(_weighed(parts, shares))
 
     def clip(self, model: nn.Module, optimizers: Sequence[Any], clip: float) -> None:
         """Clips with the fabric, which undoes its scaling first."""
@@ -342,6 +347,14 @@ def engine_for(engine: Any, student: nn.Module, amp: torch.dtype | None) -> Engi
     if amp is not None:
         raise InvalidArgumentError("both amp and engine are given; set the engine's own precision.")
     return kind(engine, student)
+
+
+def _seed(part: Tensor, share: float | Tensor) -> Tensor:
+    return share.to(part.dtype) if isinstance(share, Tensor) else part.new_full((), share)
+
+
+def _weighed(parts: Sequence[Tensor], shares: Sequence[float | Tensor]) -> Tensor:
+    return torch.stack([one * share for one, share in zip(parts, shares, strict=True)]).sum()
 
 
 def _is_sharded(model: nn.Module) -> bool:

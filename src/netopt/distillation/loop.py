@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from netopt.distillation.checkpoint import Checkpoint
 from netopt.distillation.engines import Engine
 from netopt.distillation.interrupts import Interruption
-from netopt.distillation.objective import Objective, Record, Target
+from netopt.distillation.objective import Objective, Target
 from netopt.distillation.report import DistillationReport, Epoch
 from netopt.distillation.sources import Drawn, Source
 from netopt.distillation.student import Snapshot, Trainee
@@ -203,16 +203,28 @@ class Loop:
 
     def _step(self, group: Sequence[Drawn]) -> None:
         """One optimizer step on all micro-batches of ``group``."""
-        # Several micro-batches are counted before any teacher is asked, if that can be told from the batches alone, so
-        # that one answer is held at a time.
-        ahead = [self.targets.foresee(one) for one in group] if len(group) > 1 else []
-        counted = [one for one in ahead if one is not None]
+        if len(group) == 1:
+            batch, target = self.targets.prepare(group[0])
+            counts = self.objective.counts(target.items, target.labels)
+            self._learn(batch, target, self._shares(self.engine.totals(counts)), counts)
+        else:
+            self._learn_all(group)
+        self.engine.step(self.model, self.optimizers, self.settings.clip)
+        for scheduler in self.schedulers:
+            scheduler.step()
+        self.state.step += 1
+
+    def _learn_all(self, group: Sequence[Drawn]) -> None:
+        """Adds up the gradients of all micro-batches of a step."""
+        # They are counted before any teacher is asked, if that can be told from the batches alone, so that one answer
+        # is held at a time.
+        counted = [one for one in map(self.targets.foresee, group) if one is not None]
         prepared: Iterable[tuple[Any, Target]] = (self.targets.prepare(one) for one in group)
         if len(counted) < len(group):
             prepared = list(prepared)
             counted = [(target.items, target.labels) for _, target in prepared]
         counts = [self.objective.counts(items, labels) for items, labels in counted]
-        totals = self.engine.totals([sum(column) for column in zip(*counts, strict=True)])
+        shares = self._shares(self.engine.totals([sum(column) for column in zip(*counts, strict=True)]))
         for place, (batch, target) in enumerate(prepared):
             if target.items.positions != counted[place][0].positions:
                 raise ShapeMismatchError(
@@ -220,23 +232,25 @@ class Loop:
                     f"{counted[place][0].positions}, unlike the first one's; set accumulate=1."
                 )
             with self.engine.holding(self.model, place == len(group) - 1):
-                self.engine.backward(self._loss(batch, target, totals, counts[place]))
-        self.engine.step(self.model, self.optimizers, self.settings.clip)
-        for scheduler in self.schedulers:
-            scheduler.step()
-        self.state.step += 1
+                self._learn(batch, target, shares, counts[place])
 
-    def _loss(self, batch: Any, target: Target, totals: Sequence[float | Tensor], counts: Sequence[int]) -> Tensor:
+    def _shares(self, totals: Sequence[float | Tensor]) -> list[float | Tensor]:
+        """Returns by what each term's sum is multiplied, so that processes that average their gradients add up."""
+        world = self.engine.world
+        return [weight * world / total for weight, total in zip(self.objective.weights, totals, strict=True)]
+
+    def _learn(self, batch: Any, target: Target, shares: Sequence[float | Tensor], counts: Sequence[int]) -> None:
+        """Adds the gradients of one micro-batch."""
         with self.engine.autocast():
             output, features = self.model(batch)
-        sums = self.objective.sums(Record(output, features), target)
-        world = self.engine.world
-        shares = (weight * world / total for weight, total in zip(self.objective.weights, totals, strict=True))
-        parts = [one * share for one, share in zip(sums, shares, strict=True)]
-        loss = parts[0] if len(parts) == 1 else torch.stack(parts).sum()
-        self.watch.add(loss, sums, counts, self.state.step)
+        sums = self.objective.sums(output, features, target)
+        self.watch.add(sums, shares, counts, self.state.step)
         self.state.samples += target.items.positions[0]
-        return loss
+        if len(sums) > 1:
+            # A term of weight zero is nobody's function.
+            pairs = [(one, share) for one, share in zip(sums, shares, strict=True) if one.requires_grad]
+            sums, shares = [one for one, _ in pairs], [share for _, share in pairs]
+        self.engine.backward(sums, shares)
 
     def _close_epoch(self, began: float) -> None:
         """Ends an epoch, be it a partial one: its means, its validation, its line in the history."""
@@ -295,30 +309,39 @@ class _Watch:
         self.sums = torch.zeros(len(objective.names), dtype=self.dtype, device=device)
         self.held = [0.0] * len(objective.names)
         self.counts = [0] * len(objective.names)
-        self.pending: deque[tuple[int, Any, Tensor, list[Tensor]]] = deque()
-        self.last: Tensor | None = None
+        self.landed = torch.zeros(len(objective.names), dtype=torch.float64)
+        self.read = self.landed.numpy()
+        self.pending: deque[tuple[int, Any, Tensor]] = deque()
+        self.last: tuple[Tensor, Sequence[float | Tensor]] | None = None
 
-    def add(self, loss: Tensor, sums: Sequence[Tensor], counts: Sequence[int], step: int) -> None:
-        terms = [one.detach() for one in sums]
-        self.last = loss.detach()
+    def add(self, sums: Sequence[Tensor], shares: Sequence[float | Tensor], counts: Sequence[int], step: int) -> None:
+        terms = sums[0].detach() if len(sums) == 1 else torch.stack([one.detach() for one in sums])
+        self.last = terms, shares
         self.counts = [have + more for have, more in zip(self.counts, counts, strict=True)]
         if self.host:
-            # Nothing is waited for here: the numbers are in host memory.
-            values = [float(one) for one in terms]
+            # Nothing is waited for here: the numbers are in host memory, and read where they are.
+            self.landed.copy_(terms)
+            values = self.read.tolist()
             if not all(map(math.isfinite, values)):
-                self._complain(step, terms)
-            for place, value in enumerate(values):
-                self.held[place] += value
+                self._complain(step, values)
+            self.held = [have + more for have, more in zip(self.held, values, strict=True)]
             return
-        self.sums += terms[0] if len(terms) == 1 else torch.stack(terms)
+        self.sums += terms
         # Copied to the host in passing and read once it has arrived, so no step waits for the device.
-        arrived = torch.empty((), dtype=loss.dtype, pin_memory=loss.device.type == "cuda")
-        arrived.copy_(self.last, non_blocking=True)
-        event = torch.Event(loss.device.type)
+        arrived = torch.empty(len(sums), dtype=terms.dtype, pin_memory=terms.device.type == "cuda")
+        arrived.copy_(terms, non_blocking=True)
+        event = torch.Event(terms.device.type)
         event.record()
-        self.pending.append((step, event, arrived, terms))
+        self.pending.append((step, event, arrived))
         while self.pending and (self.pending[0][1].query() or len(self.pending) > 32):
             self._read()
+
+    def loss(self) -> float:
+        """Returns the objective of the last micro-batch; this waits for it."""
+        if self.last is None:
+            return math.nan
+        terms, shares = self.last
+        return math.fsum(one * float(share) for one, share in zip(terms.reshape(-1).tolist(), shares, strict=True))
 
     def restore(self, sums: Tensor, counts: list[int]) -> None:
         """Goes on from the sums of an epoch begun earlier."""
@@ -346,13 +369,14 @@ class _Watch:
         }
 
     def _read(self) -> None:
-        step, event, arrived, terms = self.pending.popleft()
+        step, event, arrived = self.pending.popleft()
         event.synchronize()
-        if not torch.isfinite(arrived):
-            self._complain(step, terms)
+        values = arrived.tolist()
+        if not all(map(math.isfinite, values)):
+            self._complain(step, values)
 
-    def _complain(self, step: int, terms: Sequence[Tensor]) -> None:
-        values = ", ".join(f"{name} {one.item():.4g}" for name, one in zip(self.objective.names, terms, strict=True))
+    def _complain(self, step: int, terms: Sequence[float]) -> None:
+        values = ", ".join(f"{name} {one:.4g}" for name, one in zip(self.objective.names, terms, strict=True))
         raise NonFiniteError(
             f"the loss is not finite at step {step + 1} (sums over the batch: {values}); look for NaN in the data, "
             "or lower lr, set clip=1.0, or choose amp='bf16'. Student and optimizer are as they were before the call."
@@ -383,7 +407,7 @@ class _Bar:
             return
         self.ticks += 1
         now = time.perf_counter()
-        if now >= self.next and watch.last is not None:
-            self.bar.set_postfix(loss=f"{watch.last.item():.4g}", refresh=False)
+        if now >= self.next:
+            self.bar.set_postfix(loss=f"{watch.loss():.4g}", refresh=False)
             self.bar.update(self.ticks)
             self.ticks, self.next = 0, now + 0.5

@@ -17,11 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from netopt.distillation.divergence import condensed_divergence, divergence
 from netopt.errors import InvalidArgumentError, UnknownNameError
 
 __all__ = ["Loss", "cosine", "dist", "dkd", "get", "js", "kl", "loss", "mse", "names", "reverse_kl"]
 
 _REGISTRY: dict[str, Loss] = {}
+WIDE = 2**15
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class Loss:
         batchwise: Whether an item's value depends on the other items of the batch.
         paper: Where the formula comes from.
         options: Keyword options bound by :meth:`using`.
+        condensed: The same of a student's output and a :class:`~netopt.distillation.divergence.Condensed` teacher's,
+            where that need not be spread out again.
 
     Example:
         >>> student, teacher = torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 4.0]])
@@ -51,6 +55,7 @@ class Loss:
     batchwise: bool = False
     paper: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
+    condensed: Callable[..., Tensor] | None = None
 
     def __call__(self, student: Tensor, teacher: Tensor, **options: Any) -> Tensor:
         """Returns one value an item; ``options`` override those bound by :meth:`using`."""
@@ -72,17 +77,23 @@ class Loss:
     @property
     def accepts(self) -> tuple[str, ...]:
         """The names of the function's keyword options."""
-        return _keywords(self.function)
+        return keywords(self.function)
 
 
 @functools.cache
-def _keywords(function: Callable[..., Tensor]) -> tuple[str, ...]:
+def keywords(function: Callable[..., Tensor]) -> tuple[str, ...]:
+    """Returns the names of a function's keyword options."""
     parameters = inspect.signature(function).parameters.values()
     return tuple(one.name for one in parameters if one.kind is one.KEYWORD_ONLY)
 
 
 def loss(
-    name: str, *, per: Literal["sample", "position"], batchwise: bool = False, paper: str = ""
+    name: str,
+    *,
+    per: Literal["sample", "position"],
+    batchwise: bool = False,
+    paper: str = "",
+    condensed: Callable[..., Tensor] | None = None,
 ) -> Callable[[Callable[..., Tensor]], Loss]:
     """Registers a function as the loss ``name``, so that ``distill(..., loss=name)`` finds it.
 
@@ -92,6 +103,8 @@ def loss(
             ``(items, classes)``. Either way it returns one value an item, in float32.
         batchwise: Say so if an item's value depends on the others.
         paper: Where the formula comes from.
+        condensed: The same of ``(student, condensed_teacher)``, of which a cache keeps the largest logits alone;
+            without it those are spread out to all classes first.
 
     Raises:
         InvalidArgumentError: The name is taken.
@@ -107,7 +120,7 @@ def loss(
     def register(function: Callable[..., Tensor]) -> Loss:
         if name in _REGISTRY:
             raise InvalidArgumentError(f"a loss named {name!r} is registered already; choose another name.")
-        made = Loss(name, function, per, batchwise, paper)
+        made = Loss(name, function, per, batchwise, paper, condensed=condensed)
         object.__setattr__(made, "__doc__", function.__doc__)
         _REGISTRY[name] = made
         return made
@@ -145,7 +158,7 @@ def mse(student: Tensor, teacher: Tensor) -> Tensor:
     return (student - teacher).square().flatten(1).sum(1) if student.dim() > 1 else (student - teacher).square()
 
 
-@loss("kl", per="position", paper="https://arxiv.org/abs/1503.02531")
+@loss("kl", per="position", paper="https://arxiv.org/abs/1503.02531", condensed=condensed_divergence)
 def kl(student: Tensor, teacher: Tensor, *, temperature: float = 4.0, standardize: bool = False) -> Tensor:
     r"""Hinton's softened divergence, :math:`T^2 \sum_c p^t_c (\log p^t_c - \log p^s_c)` with :math:`p = softmax(z/T)`.
 
@@ -155,8 +168,10 @@ def kl(student: Tensor, teacher: Tensor, *, temperature: float = 4.0, standardiz
     """
     if standardize:
         student, teacher = _standardized(student), _standardized(teacher)
+    if not teacher.requires_grad and student.numel() > WIDE:
+        return divergence(student, teacher, temperature=temperature)
     log_t = _log_softmax(teacher, temperature)
-    # T^2 goes to the teacher's side, of which no gradient is asked.
+    # T^2 goes to the teacher's side, of which no gradient is asked, and so does every step that can.
     return (temperature**2 * log_t.exp() * (log_t - _log_softmax(student, temperature))).sum(dim=-1)
 
 

@@ -10,44 +10,54 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal, NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from netopt.distillation import losses
+from netopt.distillation.divergence import Condensed
 from netopt.distillation.hints import HintTerm
 from netopt.distillation.losses import Loss
 from netopt.distillation.outputs import UNLABELLED, classes_last
 from netopt.errors import ArgumentTypeError, InvalidArgumentError, MissingDataError, ShapeMismatchError
 
-__all__ = ["Items", "Objective", "Record", "SoftLoss", "Target", "loss_terms"]
+__all__ = ["Items", "Kept", "Objective", "Record", "SoftLoss", "Target", "loss_terms"]
 
 SoftLoss: TypeAlias = str | Loss | Callable[..., Tensor] | Mapping[Any, float]
 Kind: TypeAlias = Literal["sample", "position", "hard"]
 
 
-@dataclass(frozen=True)
-class Record:
+class Record(NamedTuple):
     """What one model said about a batch: its output, and the activations of the layers asked for, by name."""
 
     output: Tensor
     features: Mapping[str, Tensor]
 
 
-@dataclass(frozen=True)
-class Items:
+class Kept(NamedTuple):
+    """A record as a cache gives it back: of a vocabulary maybe the largest logits alone."""
+
+    output: Tensor | Condensed
+    features: Mapping[str, Tensor]
+
+
+class Items(NamedTuple):
     """Which samples and positions of a batch count.
 
     Args:
         positions: The shape of the output's positions, samples first.
         mask: True where a position, or a whole sample, counts; ``None`` if all do.
+        labelled: Whether it is known beforehand that all of them have a class for a label.
     """
 
     positions: tuple[int, ...]
     mask: Tensor | None = None
+    labelled: bool = False
 
     @property
     def _whole_samples(self) -> bool:
@@ -57,14 +67,14 @@ class Items:
         """How many samples count: those with any position that does."""
         if self.mask is None:
             return self.positions[0]
-        return int(self.mask.flatten(1).any(1).sum() if self.mask.dim() > 1 else self.mask.sum())
+        return count(self.mask.flatten(1).any(1) if self.mask.dim() > 1 else self.mask)
 
     def places(self) -> int:
         """How many positions count."""
         if self.mask is None:
             return math.prod(self.positions)
         each = math.prod(self.positions[1:]) if self._whole_samples else 1
-        return int(self.mask.sum()) * each
+        return count(self.mask) * each
 
     def whole(self, output: Tensor) -> Tensor:
         """Returns the samples that count, ``(n, ...)``, their masked positions set to zero."""
@@ -100,35 +110,38 @@ def _rows(mask: Tensor, like: Tensor) -> Tensor:
     return mask.flatten().nonzero().squeeze(1).to(like.device)
 
 
-@dataclass(frozen=True)
-class Target:
+class Target(NamedTuple):
     """What the student should say to one micro-batch."""
 
     items: Items
-    records: Sequence[Record]
+    records: Sequence[Record | Kept]
     labels: Tensor | None
 
 
-@dataclass(frozen=True)
 class _Soft:
-    """One term against the teachers' outputs."""
+    """One term against the teachers' outputs; what its function is handed is settled once."""
 
-    name: str
-    loss: Loss
-    weight: float
-    kind: Kind
+    def __init__(self, loss: Loss, weight: float, temperature: float) -> None:
+        self.name, self.weight = loss.name, weight
+        self.kind: Kind = "position" if loss.per == "position" else "sample"
+        options = {"temperature": temperature, **loss.options} if "temperature" in loss.accepts else loss.options
+        self._call = partial(loss.function, **options)
+        self._labelled = "labels" in loss.accepts and "labels" not in loss.options
+        # What only the whole of the logits can be asked, such as to be standardised, asks for the whole.
+        known = loss.condensed is not None and set(loss.options) <= set(losses.keywords(loss.condensed))
+        self.condensed = partial(loss.condensed, **options) if known and loss.condensed is not None else None
 
-    def total(
-        self, student: Tensor, teacher: Tensor, labels: Tensor | None, items: Items, temperature: float
-    ) -> Tensor:
-        options: dict[str, Any] = {}
-        if "temperature" in self.loss.accepts:
-            options["temperature"] = temperature
-        if self.loss.per == "position":
-            if "labels" in self.loss.accepts and labels is not None:
-                options["labels"] = items.spread(labels)
-            return self.loss(items.flat(student), items.flat(teacher), **options).sum()
-        return self.loss(items.whole(student), items.whole(teacher), **options).sum()
+    def total(self, student: Tensor, teacher: Tensor | Condensed, labels: Tensor | None, items: Items) -> Tensor:
+        if isinstance(teacher, Condensed):
+            if self.condensed is not None:
+                top, which, rest, classes = teacher
+                flat = Condensed(items.flat(top), items.flat(which), items.flat(rest), classes)
+                return self.condensed(items.flat(student), flat).sum()
+            teacher = _spread(teacher)
+        if self.kind == "sample":
+            return self._call(items.whole(student), items.whole(teacher)).sum()
+        more = {"labels": items.spread(labels)} if self._labelled and labels is not None else {}
+        return self._call(items.flat(student), items.flat(teacher), **more).sum()
 
 
 @dataclass(frozen=True)
@@ -138,13 +151,12 @@ class _Custom:
     name: str
     function: Callable[..., Tensor]
     weight: float
+    temperature: float
     kind: Kind = "sample"
 
-    def total(
-        self, student: Tensor, teacher: Tensor, labels: Tensor | None, items: Items, temperature: float
-    ) -> Tensor:
-        wanted = _named(self.function)
-        options = {"labels": labels, "temperature": temperature}
+    def total(self, student: Tensor, teacher: Tensor | Condensed, labels: Tensor | None, items: Items) -> Tensor:
+        wanted, teacher = _named(self.function), _spread(teacher)
+        options = {"labels": labels, "temperature": self.temperature}
         value = self.function(student, teacher, **{name: options[name] for name in options if name in wanted})
         if not isinstance(value, Tensor):
             raise ArgumentTypeError(f"the loss {self.name!r} returned a {type(value).__name__}; return a tensor.")
@@ -225,10 +237,9 @@ class Objective:
         for name, function, weight in loss_terms(loss):
             share = weight * (1 - hard)
             if isinstance(function, Loss):
-                kind: Kind = "position" if function.per == "position" else "sample"
-                self.soft.append(_Soft(name, function, share, kind))
+                self.soft.append(_Soft(function, share, temperature))
             else:
-                self.soft.append(_Custom(name, function, share))
+                self.soft.append(_Custom(name, function, share, temperature))
         self.probabilistic = any(one.kind == "position" for one in self.soft)
         self.names = [one.name for one in self.soft]
         self.weights = [one.weight for one in self.soft]
@@ -238,10 +249,12 @@ class Objective:
         for hint in self.hints:
             self.names.append(hint.name)
             self.weights.append(hint.weight)
+        if not any(self.weights):
+            raise InvalidArgumentError("every loss has weight 0, so there is nothing to learn; give one a weight.")
 
     def learn(self, target: Target) -> None:
         """Finds out on the first batch what the caller's own functions average over, and checks the others' shapes."""
-        output = _precise(target.records[0].output)
+        output = _precise(_spread(target.records[0].output))
         for place, term in enumerate(self.soft):
             if (
                 isinstance(term, _Soft)
@@ -259,7 +272,7 @@ class Objective:
                     value = term.function(output, output, **options)
                 per_position = isinstance(value, Tensor) and tuple(value.shape) == target.items.positions
                 kind: Kind = "position" if per_position else "sample"
-                self.soft[place] = _Custom(term.name, term.function, term.weight, kind)
+                self.soft[place] = replace(term, kind=kind)
 
     def counts(self, items: Items, labels: Tensor | None) -> list[int]:
         """Returns how many items of this micro-batch each term runs over."""
@@ -270,23 +283,29 @@ class Objective:
             counts.append(self._labelled(items, labels))
         return counts + [one.count(items, samples) for one in self.hints]
 
-    def sums(self, student: Record, target: Target) -> list[Tensor]:
+    @property
+    def condensable(self) -> bool:
+        """Whether all that is asked of the outputs is known from the largest logits and the sum of the others."""
+        return all(isinstance(one, _Soft) and one.condensed is not None for one in self.soft)
+
+    def sums(self, output: Tensor, features: Mapping[str, Tensor], target: Target) -> list[Tensor]:
         """Returns each term's sum over the items of one micro-batch, in float32 at least."""
-        output = _precise(student.output)
+        output = _precise(output)
+        wanted = [one if isinstance(one, Condensed) else _precise(one) for one, _ in target.records]
+        # Labels are counted where they are, in host memory as a rule, and go to the device only now.
+        labels = None if target.labels is None else target.labels.to(output.device, non_blocking=True)
         found = []
         for term in self.soft:
             if term.weight == 0:
                 found.append(output.new_zeros(()))
                 continue
-            parts = [
-                weight * term.total(output, _precise(record.output), target.labels, target.items, self.temperature)
-                for weight, record in zip(self.teachers, target.records, strict=True)
-            ]
-            found.append(parts[0] if len(parts) == 1 else torch.stack(parts).sum())
+            parts = [term.total(output, one, labels, target.items) for one in wanted]
+            # The one teacher there is as a rule weighs 1.
+            found.append(parts[0] if len(parts) == 1 else self._averaged(parts))
         if self.hard > 0:
-            found.append(self._labels_total(output, target))
+            found.append(self._labels_total(output, labels, target.items))
         for hint in self.hints:
-            ours, theirs = hint.pair(student.features, target.records[0].features)
+            ours, theirs = hint.pair(features, target.records[0].features)
             found.append(hint.total(_precise(ours), _precise(theirs), target.items))
         return found
 
@@ -303,12 +322,13 @@ class Objective:
                 f"the labels have shape {tuple(labels.shape)} and the output's positions {items.positions}; give one "
                 "class index a position."
             )
-        return int((items.spread(labels) > UNLABELLED).sum())
+        return items.places() if items.labelled else count(items.spread(labels) > UNLABELLED)
 
-    def _labels_total(self, output: Tensor, target: Target) -> Tensor:
-        labels, items = target.labels, target.items
+    def _averaged(self, parts: Sequence[Tensor]) -> Tensor:
+        return torch.stack([weight * one for weight, one in zip(self.teachers, parts, strict=True)]).sum()
+
+    def _labels_total(self, output: Tensor, labels: Tensor | None, items: Items) -> Tensor:
         assert labels is not None, "counting comes first, and complains"
-        labels = labels.to(output.device)
         if labels.is_floating_point():
             if labels.numel() != output.numel():
                 raise ShapeMismatchError(
@@ -319,7 +339,19 @@ class Objective:
                 return -(items.flat(labels) * items.flat(output).log_softmax(-1)).sum()
             return losses.mse(items.whole(output), items.whole(labels)).sum()
         chosen = items.spread(labels)
-        return F.cross_entropy(items.flat(output), chosen.long().clamp_min(0), reduction="none")[chosen >= 0].sum()
+        if items.labelled:
+            return F.cross_entropy(items.flat(output), chosen.long(), reduction="sum")
+        values = F.cross_entropy(items.flat(output), chosen.long().clamp_min(0), reduction="none")
+        return torch.where(chosen > UNLABELLED, values, 0).sum()
+
+
+def count(mask: Tensor) -> int:
+    """Returns how many entries are true; in host memory, as a rule, where nobody has to be waited for."""
+    return int(np.count_nonzero(mask.numpy())) if mask.device.type == "cpu" else int(mask.sum())
+
+
+def _spread(output: Tensor | Condensed) -> Tensor:
+    return output.dense() if isinstance(output, Condensed) else output
 
 
 def _precise(value: Tensor) -> Tensor:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
+import torch
 from torch import nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from netopt.distillation.student import Trainee
 from netopt.errors import ArgumentTypeError, InvalidArgumentError
 
-__all__ = ["OptimizerLike", "SchedulerLike", "optimizers_for", "scheduler_for"]
+__all__ = ["OptimizerLike", "SchedulerLike", "fused", "optimizers_for", "scheduler_for"]
 
 OptimizerLike: TypeAlias = Optimizer | Callable[[list[nn.Parameter]], Optimizer] | None
 SchedulerLike: TypeAlias = Any
@@ -64,6 +66,37 @@ def optimizers_for(
 def _adamw(parameters: list[nn.Parameter], lr: float) -> AdamW:
     known = all(one.device.type in ("cpu", "cuda") and one.is_floating_point() for one in parameters)
     return AdamW(parameters, lr=lr, fused=known or None)
+
+
+@contextmanager
+def fused(optimizers: Sequence[Optimizer]) -> Iterator[None]:
+    """Lets Adam and AdamW step all parameters at once, where they are on the CPU and the choice is left to torch.
+
+    Torch chooses one parameter at a time there, several times as slow on a small net. What was chosen by the caller
+    stays, and afterwards everything is as it was.
+    """
+    chosen: list[tuple[Optimizer, int]] = []
+    for one in optimizers:
+        for place, group in enumerate(one.param_groups):
+            if type(one) in (Adam, AdamW) and _left_open(group) and all(map(_plain, group["params"])):
+                group["fused"] = True
+                chosen.append((one, place))
+    try:
+        yield
+    finally:
+        for one, place in chosen:
+            one.param_groups[place]["fused"] = None
+
+
+def _left_open(group: dict[str, Any]) -> bool:
+    decided = (group["fused"], group["foreach"])
+    return decided == (None, None) and not (group["capturable"] or group["differentiable"])
+
+
+def _plain(parameter: nn.Parameter) -> bool:
+    """Whether a parameter is dense, whole, real and in host memory."""
+    dense = parameter.layout is torch.strided and not hasattr(parameter, "device_mesh")
+    return dense and parameter.device.type == "cpu" and parameter.is_floating_point()
 
 
 def scheduler_for(scheduler: SchedulerLike, optimizers: list[Optimizer], steps: int) -> list[Any]:

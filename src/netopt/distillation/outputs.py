@@ -118,9 +118,9 @@ def valid_positions(batch: Any, labels: Any, positions: tuple[int, ...], ignore_
     rules out padding.
     """
     if isinstance(labels, Tensor) and not labels.is_floating_point() and labels.dtype != torch.bool:
-        if tuple(labels.shape) in (positions, positions[:1]):
+        if labels.shape == positions or labels.shape == positions[:1]:
             # In host memory a look is cheap, and most batches have nothing to rule out.
-            if labels.device.type == "cpu" and ignore_index < 0 <= (int(labels.min()) if labels.numel() else 0):
+            if labels.device.type == "cpu" and ignore_index < 0 <= (labels.numpy().min() if labels.numel() else 0):
                 return None
             return labels != ignore_index
         return None

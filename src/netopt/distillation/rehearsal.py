@@ -29,6 +29,7 @@ def rehearse(
     targets: Targets,
     objective: Objective,
     seed: int,
+    whole: Any = None,
 ) -> Trainee:
     """Runs all models on the first batch, and returns the student ready to be trained.
 
@@ -40,16 +41,17 @@ def rehearse(
     """
     terms = objective.hints
     with random_state_kept(), torch.no_grad(), evaluating(student):
-        batch, target = targets.prepare(first, cached=False)
+        batch, target = targets.prepare(first, train=False)
         probe = Trainee(student, terms, forward, picker)
         with probe.listening(), targets.engine.autocast():
             record = probe.record(batch)
         for place, theirs in enumerate(target.records):
+            assert isinstance(theirs.output, torch.Tensor), "nothing comes from the cache yet"
             check_shapes(
                 record.output, theirs.output, "the teacher" if len(target.records) == 1 else f"teacher {place}"
             )
         objective.learn(target)
-        targets.learn(first, target)
+        targets.learn(first, target, whole)
         generator = torch.Generator().manual_seed(seed)
         for term in terms:
             term.learn(*term.pair(record.features, target.records[0].features), generator)

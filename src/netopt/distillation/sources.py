@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from netopt import batches
-from netopt.distillation.loaders import indexed_loader
+from netopt.distillation.loaders import gathers, indexed_loader
 from netopt.errors import ArgumentTypeError, EmptyDataError, InvalidArgumentError, ShapeMismatchError
 from netopt.restore import random_state_kept
 
@@ -56,6 +57,8 @@ class Source:
     """How many samples the dataset has whose indices are identities; 0 without them."""
     fixed = False
     """Whether a sample is the same every time it is drawn."""
+    whole: Any = None
+    """All samples at once, where they are at hand, in the form of a batch."""
     seed = 0
     """What processes that share batches draw them by."""
 
@@ -151,20 +154,31 @@ class Tensors(Source):
         self.samples = lengths.pop()
         if self.samples == 0:
             raise EmptyDataError(f"{what} has no sample; its tensors have length 0.")
+        self.whole = data
 
     def __len__(self) -> int:
         """How many batches an epoch has."""
         return math.ceil(self.samples / self.batch_size)
 
-    def epoch(self, number: int) -> Iterator[Drawn]:  # noqa: ARG002
+    def epoch(self, number: int) -> Iterator[Drawn]:
         """Yields one epoch in a new order, the last batch as small as it may be."""
         rank, world = self.share
-        order = torch.randperm(self.samples) if self.shuffle else torch.arange(self.samples)
+        # The same order as of the global generator, which need not be put back then.
+        generator = torch.Generator().manual_seed(self.seed + number)
+        order = torch.randperm(self.samples, generator=generator) if self.shuffle else torch.arange(self.samples)
+        take = _taker(self.data)
         for whole in order.split(self.batch_size):
-            index = whole[rank::world] if world > 1 else whole
+            if world == 1:
+                yield Drawn(whole, take(whole))
+                continue
+            index = whole[rank::world]
             idle = not len(index)
             index = whole[:1] if idle else index
-            yield Drawn(index, _taken(self.data, index, self.samples), idle)
+            yield Drawn(index, take(index), idle)
+
+    def begin(self, number: int, skip: int = 0) -> Iterator[Drawn]:
+        """Yields an epoch without its first ``skip`` batches."""
+        return islice(self.epoch(number), skip, None)
 
 
 class Loaded(Source):
@@ -181,7 +195,8 @@ class Loaded(Source):
         super().__init__(data, what, share)
         self.divided = share[1] > 1 and _is_divided(data)
         divide = share[1] > 1 and not self.divided
-        self.indexed = indexed_loader(data, share if divide else (0, 1)) if tagged or divide else None
+        wanted = tagged or divide or gathers(data)
+        self.indexed = indexed_loader(data, share if divide else (0, 1)) if wanted else None
         if self.indexed is not None:
             self.samples = len(self.data.dataset) if hasattr(self.data.dataset, "__len__") else 0
 
@@ -275,7 +290,11 @@ def seed_all(seed: int) -> None:
     """Seeds torch, Python and numpy."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+    if torch.accelerator.is_available():
+        torch.manual_seed(seed)
+    else:
+        # What the above does as well, for devices that are not there, takes longer than a step of a small net.
+        torch.default_generator.manual_seed(seed)
 
 
 def batch_length(batch: Any) -> int:
@@ -319,6 +338,21 @@ def _tell(data: Any, number: int) -> None:
         if tell is not None:
             tell(number)
             return
+
+
+def _taker(data: Any) -> Callable[[Tensor], Any]:
+    """Returns what takes samples out of tensors given directly; how they are nested is looked at once."""
+    if isinstance(data, Tensor):
+        if data.device.type == "cpu":
+            return partial(data.index_select, 0)
+        return lambda index: data.index_select(0, index.to(data.device))
+    if isinstance(data, Mapping):
+        named = {key: _taker(one) for key, one in data.items()}
+        return lambda index: {key: take(index) for key, take in named.items()}
+    parts = [_taker(one) for one in data]
+    if hasattr(data, "_fields"):
+        return lambda index: type(data)(*[take(index) for take in parts])
+    return lambda index: type(data)([take(index) for take in parts])
 
 
 def _taken(data: Any, index: Tensor, length: int) -> Any:

@@ -40,6 +40,7 @@ class Trainee(nn.Module):
             {str(place): hint.projection for place, hint in enumerate(hints) if hint.projection is not None}
         )
         self._hints, self._asked = tuple(hints), Asked(student, forward, picker)
+        self._projected = {self._hints[int(place)].student: place for place in self.projections}
         self._seen: dict[str, Tensor] = {}
 
     @contextmanager
@@ -48,14 +49,15 @@ class Trainee(nn.Module):
         with captured(self.student, [hint.student for hint in self._hints]) as self._seen:
             yield
 
-    def forward(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, batch: Any) -> tuple[Tensor, Mapping[str, Tensor]]:
         """Returns the student's output and its hints' activations, projected."""
-        record = self._asked(batch, self._seen)
-        features = dict(record.features)
-        for place, projection in self.projections.items():
-            name = self._hints[int(place)].student
-            features[name] = projection(features[name])
-        return record.output, features
+        output, seen = self._asked(batch, self._seen)
+        if not self._projected:
+            return output, seen
+        features = dict(seen)
+        for name, place in self._projected.items():
+            features[name] = self.projections[place](seen[name])
+        return output, features
 
     def record(self, batch: Any) -> Record:
         """Returns what the student says to ``batch``, unprojected."""

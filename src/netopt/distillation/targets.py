@@ -15,7 +15,7 @@ from netopt.distillation.cache import TeacherCache
 from netopt.distillation.engines import Engine
 from netopt.distillation.hints import captured
 from netopt.distillation.objective import Items, Record, Target
-from netopt.distillation.outputs import Picker, positions_of, shifted, valid_positions
+from netopt.distillation.outputs import UNLABELLED, Picker, positions_of, shifted, valid_positions
 from netopt.distillation.sources import Drawn, batch_length
 from netopt.distillation.teachers import Asked, Forward, all_eval
 from netopt.errors import ArgumentTypeError, InvalidArgumentError
@@ -61,6 +61,7 @@ class Targets:
         self._seen: dict[str, Tensor] = {}
         self._clock = _Clock(engine.device)
         self._shape: Callable[[Targets, Any], tuple[int, ...] | None] | None = None
+        self._all_count = self._all_labelled = False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -70,22 +71,35 @@ class Targets:
             self._seen = stack.enter_context(captured(self.teachers[0], list(self.layers)))
             yield
 
-    def prepare(self, drawn: Drawn, *, cached: bool = True) -> tuple[Any, Target]:
-        """Returns the batch on the student's device, and its target."""
+    def prepare(self, drawn: Drawn, *, train: bool = True) -> tuple[Any, Target]:
+        """Returns the batch on the student's device, and its target; the cache is for data to ``train`` on."""
         batch = drawn.batch
         with self._clock:
-            if cached and self.cache is not None and self.cache.active:
+            if train and self.cache is not None and self.cache.active:
                 records = self.cache.records(drawn.identities, batch, lambda: self._ask_all(batch))
             else:
                 records = self._ask_all(batch)
-        items, labels = self._items(drawn, positions_of(records[0].output.shape))
-        if labels is not None:
-            labels = labels.to(self.engine.device, non_blocking=True)
+        items, labels = self._items(drawn, positions_of(records[0].output.shape), train and self._all_count)
         return batches.move(batch, self.engine.device), Target(items, records, labels)
 
-    def learn(self, drawn: Drawn, target: Target) -> None:
-        """Finds out on the first batch what, in a batch, has the shape of the output's positions."""
+    def learn(self, drawn: Drawn, target: Target, whole: Any) -> None:
+        """Finds out on the first batch what, in a batch, has the shape of the output's positions.
+
+        Where the ``whole`` of the samples is at hand, it is looked at once whether all of them count.
+        """
         positions = target.items.positions
+        if whole is not None and not callable(self.labels):
+            everywhere = (batch_length(whole), *positions[1:])
+            labels = self.labels_of(whole, everywhere)
+            mask = valid_positions(whole, labels, everywhere, self.ignore_index)
+            self._all_count = mask is None or bool(mask.all())
+            self._all_labelled = (
+                self._all_count
+                and isinstance(labels, Tensor)
+                and not labels.is_floating_point()
+                and tuple(labels.shape) == everywhere
+                and bool((labels > UNLABELLED).all())
+            )
         for shape in (_samples, _labels, _attention):
             if shape(self, drawn.batch) == positions:
                 self._shape = shape
@@ -94,12 +108,14 @@ class Targets:
     def foresee(self, drawn: Drawn) -> tuple[Items, Tensor | None] | None:
         """Returns what counts of a batch and its labels before a teacher is asked; ``None`` if it cannot be told."""
         positions = None if self._shape is None else self._shape(self, drawn.batch)
-        return None if positions is None else self._items(drawn, positions)
+        return None if positions is None else self._items(drawn, positions, self._all_count)
 
-    def _items(self, drawn: Drawn, positions: tuple[int, ...]) -> tuple[Items, Tensor | None]:
+    def _items(self, drawn: Drawn, positions: tuple[int, ...], all_count: bool) -> tuple[Items, Tensor | None]:
         labels = self.labels_of(drawn.batch, positions)
         if drawn.idle:
             return Items(positions, torch.zeros(positions[0], dtype=torch.bool)), labels
+        if all_count:
+            return Items(positions, labelled=self._all_labelled), labels
         return Items(positions, valid_positions(drawn.batch, labels, positions, self.ignore_index)), labels
 
     def seconds(self) -> float:
@@ -123,6 +139,8 @@ class Targets:
         with torch.no_grad(), self.engine.autocast():
             record = asked(batch, self._seen)
         home = self.engine.device
+        if record.output.device == home and not record.features:
+            return record
         return Record(record.output.to(home), {name: one.to(home) for name, one in record.features.items()})
 
     def labels_of(self, batch: Any, positions: tuple[int, ...]) -> Tensor | None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from netopt import batches
-from netopt.distillation.objective import Objective, Record
+from netopt.distillation.objective import Objective
 from netopt.distillation.outputs import classes_last, positions_of
 from netopt.distillation.sources import Drawn, Source
 from netopt.distillation.student import Trainee, evaluating
@@ -95,11 +95,11 @@ class Validation:
         return total / max(1, count)
 
     def _add_loss(self, trainee: Trainee, drawn: Drawn, losses: list[list[float]]) -> None:
-        moved, target = self.targets.prepare(drawn, cached=False)
+        moved, target = self.targets.prepare(drawn, train=False)
         with self.targets.engine.autocast():
             output, features = trainee(moved)
         counts = self.objective.counts(target.items, target.labels)
-        sums = self.objective.sums(Record(output, features), target)
+        sums = self.objective.sums(output, features, target)
         for held, one, more in zip(losses, sums, counts, strict=True):
             held[0] += float(one)
             held[1] += more

@@ -5,7 +5,17 @@ from __future__ import annotations
 from netopt.importance import criteria as _criteria  # noqa: F401  (registers the criteria)
 from netopt.importance import neurons as _neurons  # noqa: F401  (registers those of neurons)
 from netopt.importance.evidence import Evidence, collect
-from netopt.importance.registry import Criterion, Importance, criterion, lookup, names
+from netopt.importance.registry import Criterion, Importance, criterion, lookup, names, updates_layers
 from netopt.importance.scores import scores
 
-__all__ = ["Criterion", "Evidence", "Importance", "collect", "criterion", "lookup", "names", "scores"]
+__all__ = [
+    "Criterion",
+    "Evidence",
+    "Importance",
+    "collect",
+    "criterion",
+    "lookup",
+    "names",
+    "scores",
+    "updates_layers",
+]

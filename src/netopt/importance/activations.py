@@ -183,7 +183,7 @@ class _Readings(CallNames):
     """Notes the tensors, or their places in the graph, that arrive at taps during one forward."""
 
     def __init__(self, model: nn.Module, taps: Taps, *, gradients: bool) -> None:
-        super().__init__(model.named_modules())
+        super().__init__(model)
         self._wanted: dict[Call, list[tuple[str, Tap]]] = defaultdict(list)
         for name, several in taps.items():
             for tap in several:

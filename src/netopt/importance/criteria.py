@@ -14,7 +14,9 @@ __all__: list[str] = []
 
 
 @criterion(
-    "magnitude", paper="https://proceedings.neurips.cc/paper/1989/hash/6c9882bbac1c7093bd25041881277658-Abstract.html"
+    "magnitude",
+    paper="https://proceedings.neurips.cc/paper/1989/hash/6c9882bbac1c7093bd25041881277658-Abstract.html",
+    entrywise=True,
 )
 def magnitude(seen: Evidence) -> Tensor:
     r"""The absolute value, :math:`|w|`."""

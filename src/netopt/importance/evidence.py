@@ -17,7 +17,7 @@ from tqdm import tqdm
 from netopt import batches
 from netopt.batches import Batch
 from netopt.errors import InvalidArgumentError, MissingDataError, NonFiniteError, UnknownNameError
-from netopt.importance.inputs import InputWatch, Reading, every_contraction
+from netopt.importance.inputs import InputWatch, Matrix, Reading, every_contraction
 from netopt.parameters import Place, places
 from netopt.restore import given_back
 
@@ -90,9 +90,12 @@ def collect(
         if data is None:
             raise MissingDataError(f"this importance needs {', '.join(sorted(needs))}; pass data=, a list of batches.")
         with given_back(model), _ready(model, wanted, needs):
-            count = _Pass(model, wanted, frozenset(needs), loss_fn, sums).run(data, progress)
+            seen = _Pass(model, wanted, frozenset(needs), loss_fn, sums)
+            count = seen.run(data, progress)
         for name, place in wanted.items():
-            sums[name] = _finished(name, place, sums[name], frozenset(needs), count)
+            if "input_norm" in needs:
+                sums[name]["input_norm"] = _norms(place, seen.squares[name])
+            sums[name] = _finished(place, sums[name], frozenset(needs), count)
     return {name: Evidence(name, place.value, sums[name]) for name, place in wanted.items()}
 
 
@@ -144,6 +147,7 @@ class _Pass:
         self.parameters = [place.parameter for place in wanted.values()]
         self.device = batches.device_of(model)
         self.generator = torch.Generator().manual_seed(0)
+        self.squares: dict[str, dict[Matrix, Tensor]] = {name: {} for name in wanted}
 
     def run(self, data: Iterable[Batch], progress: bool) -> int:
         """Returns the number of samples seen."""
@@ -215,32 +219,34 @@ class _Pass:
                 yield name, grad.to(torch.promote_types(grad.dtype, torch.float32))
 
     def _add_reading(self, reading: Reading) -> None:
+        squares = self.squares[reading.name]
         with torch.no_grad():
-            sums = reading.square_sums()
-            if reading.dim is not None and reading.rows is not None:
-                other = reading.shape[1 - reading.dim]
-                if reading.rows != slice(0, other):
-                    full = sums.new_zeros(reading.shape)
-                    full.narrow(1 - reading.dim, reading.rows.start, reading.rows.stop - reading.rows.start).add_(sums)
-                    sums = full
-            self._add(reading.name, "input_norm", sums)
+            found = reading.square_sums()
+            squares[reading.matrix] = squares[reading.matrix] + found if reading.matrix in squares else found
 
     def _add(self, name: str, need: str, value: Tensor) -> None:
         known = self.sums[name].get(need)
         self.sums[name][need] = value.detach() if known is None else known + value.detach()
 
 
-def _finished(name: str, place: Place, sums: dict[str, Tensor], needs: frozenset[str], count: int) -> dict[str, Tensor]:
-    shape = place.parameter.shape
+def _norms(place: Place, squares: Mapping[Matrix, Tensor]) -> Tensor:
+    """Returns the norm of what each entry of a weight was multiplied with, in whatever matrices it was."""
+    if not squares:
+        raise InvalidArgumentError(
+            f"{place.name!r} met no inputs in a matrix product, convolution or embedding on this data, "
+            "so its input norm is unknown; exclude it or choose another importance."
+        )
+    like = place.parameter.detach()
+    if len(squares) == 1:
+        return next(matrix.spread(values.sqrt(), like) for matrix, values in squares.items())
+    return torch.stack([matrix.spread(values, like) for matrix, values in squares.items()]).sum(0).sqrt()
+
+
+def _finished(place: Place, sums: dict[str, Tensor], needs: frozenset[str], count: int) -> dict[str, Tensor]:
     finished: dict[str, Tensor] = {}
     for need in needs:
         if need == "input_norm":
-            if need not in sums:
-                raise InvalidArgumentError(
-                    f"{name!r} met no inputs in a matrix product, convolution or embedding on this data, "
-                    "so its input norm is unknown; exclude it or choose another importance."
-                )
-            finished[need] = sums[need].sqrt().expand(shape)
+            finished[need] = sums[need]
         elif need in sums:
             finished[need] = sums[need] / count
         else:

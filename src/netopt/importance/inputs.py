@@ -7,20 +7,100 @@ weights, recurrent cells and attention need no module of a known kind. What is s
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from netopt.parameters import Orientation, Place
+from netopt.parameters import Place
 
-__all__ = ["InputWatch", "Reading", "every_contraction"]
+__all__ = ["Convolution", "InputWatch", "Matrix", "Reading", "every_contraction"]
 
 aten = torch.ops.aten
+CHUNK = 1 << 24
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Which entries of a weight were multiplied as a matrix, one row an output, told by the operation that read them.
+
+    Several matrices side by side, each with inputs of its own, are groups: of a convolution, or a batched product.
+
+    Attributes:
+        size: ``(groups, outputs, *inputs)``; of a convolution the inputs are its kernel and, innermost, the channels.
+        stride: How far apart neighbours along each of these are, in entries of the weight as it lies in memory.
+        offset: How far the first entry is from the weight's first.
+    """
+
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int = 0
+
+    @property
+    def columns(self) -> int:
+        """The number of inputs of a group."""
+        return math.prod(self.size[2:])
+
+    @property
+    def count(self) -> int:
+        """The number of entries."""
+        return math.prod(self.size)
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        """Returns these entries of a tensor that lies in memory as the weight does, ``(groups, outputs, inputs)``."""
+        return self._view(tensor).flatten(2)
+
+    def write(self, tensor: Tensor, rows: Tensor) -> None:
+        """Writes what :meth:`rows` returns back into ``tensor``."""
+        self._view(tensor).copy_(rows.reshape(self.size))
+
+    def spread(self, values: Tensor, like: Tensor) -> Tensor:
+        """Returns a value for each input, ``(groups, inputs)``, in the shape of the weight ``like``; zero elsewhere."""
+        spread = values.view(self.size[0], 1, *self.size[2:]).expand(self.size)
+        if self.size[0] == 1 and like.is_contiguous():
+            # In the weight's own order of dimensions, without a tensor of its size.
+            order = sorted(range(1, len(self.size)), key=lambda dim: -self.stride[dim])
+            ordered = spread[0].permute([dim - 1 for dim in order])
+            if ordered.shape == like.shape:
+                return ordered
+        full = torch.zeros_like(like, dtype=values.dtype)
+        self._view(full).copy_(spread)
+        return full
+
+    def _view(self, tensor: Tensor) -> Tensor:
+        return tensor.as_strided(self.size, self.stride, tensor.storage_offset() + self.offset)
+
+
+class Convolution(NamedTuple):
+    """How a convolution walks over its inputs, one number a spatial dimension."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    transposed: bool
+    output_padding: tuple[int, ...]
+
+    def windows(self, x: Tensor, kernel: tuple[int, ...]) -> Tensor:
+        """Returns ``(batch, channels, *positions, *kernel)``: what each entry of the kernel meets at each output."""
+        stride, padding = self.stride, [(one, one) for one in self.padding]
+        if self.transposed:
+            # A transposed convolution is one of step 1, its kernel turned round, over inputs set apart by its stride.
+            x = _set_apart(x, stride)
+            reach = [gap * (size - 1) for size, gap in zip(kernel, self.dilation, strict=True)]
+            padding = [
+                (far - one, far - one + more)
+                for far, one, more in zip(reach, self.padding, self.output_padding, strict=True)
+            ]
+            stride = (1,) * len(kernel)
+        x = F.pad(x, [amount for one in reversed(padding) for amount in one])
+        for dim, (size, step, gap) in enumerate(zip(kernel, stride, self.dilation, strict=True)):
+            x = x.unfold(2 + dim, gap * (size - 1) + 1, step)[..., ::gap]
+        return x.flip(list(range(-len(kernel), 0))) if self.transposed else x
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,60 +109,50 @@ class Reading:
 
     Attributes:
         name: The weight's name.
-        orientation: How the weight, and so the inputs, read as a matrix.
-        inputs: The other operand: ``(..., inputs)`` of a product, of a batched one ``(batch, samples, inputs)``,
+        matrix: What of the weight took part, as a matrix.
+        inputs: The other operand: ``(..., inputs)`` of a product, of a batched one ``(groups, samples, inputs)``,
             ``(batch, channels, ...)`` of a convolution, integer rows of an embedding.
-        dim: The dimension of the weight that was contracted, or ``None`` for a convolution or an embedding.
-        rows: Which entries of the other dimension took part, of a product.
-        convolution: Stride, padding, dilation, groups, and whether transposed.
-        shape: The weight's shape.
+        convolution: How a convolution walks, or ``None``.
     """
 
     name: str
-    orientation: Orientation
+    matrix: Matrix
     inputs: Tensor
-    shape: torch.Size
-    dim: int | None = None
-    rows: slice | None = None
-    convolution: tuple[Any, ...] | None = None
+    convolution: Convolution | None = None
+
+    @property
+    def counts(self) -> bool:
+        """Whether the weight was looked up, which is a product with rows of a single one each."""
+        return not self.inputs.is_floating_point()
 
     def square_sums(self) -> Tensor:
-        """Returns the sum of squares of what each entry was multiplied with, of a shape that expands to the weight."""
-        if self.dim is not None:
-            squares = self.inputs.to(_wide(self.inputs)).square()
-            if len(self.shape) == 3:
-                return squares.sum(1, keepdim=True) if self.dim == 2 else squares.sum(1)[..., None]
-            sums = squares.flatten(0, -2).sum(0)
-            return sums.view(*[-1 if dim == self.dim else 1 for dim in range(len(self.shape))])
-        if self.convolution is None:
-            counts = torch.bincount(self.inputs.flatten(), minlength=self.shape[0])
-            return counts.float().view(-1, *[1] * (len(self.shape) - 1))
-        stride, padding, dilation, groups, transposed = self.convolution
+        """Returns the sum of squares of what each input was, ``(groups, inputs)``."""
+        groups, columns = self.matrix.size[0], self.matrix.columns
+        if self.counts:
+            return torch.bincount(self.inputs.flatten(), minlength=columns).float()[None]
         squares = self.inputs.to(_wide(self.inputs)).square()
-        if transposed:
-            sums = squares.sum([0, *range(2, squares.dim())])
-            return sums.view(-1, *[1] * (len(self.shape) - 1))
-        windows = _windows(squares, self.shape[2:], stride, padding, dilation)
-        spatial = len(self.shape) - 2
-        sums = windows.sum([0, *range(2, 2 + spatial)])
-        grouped = sums.view(groups, self.shape[1], *self.shape[2:])
-        return grouped.repeat_interleave(self.shape[0] // groups, dim=0)
+        if self.convolution is None:
+            return squares.view(groups, -1, columns).sum(1) if groups > 1 else squares.flatten(0, -2).sum(0)[None]
+        kernel = self.matrix.size[2:-1]
+        windows = self.convolution.windows(squares, kernel)
+        sums = windows.sum([0, *range(2, 2 + len(kernel))])
+        return sums.unflatten(0, (groups, -1)).movedim(1, -1).flatten(1)
 
-    def matrices(self) -> Tensor | None:
-        """Returns ``(groups, samples, columns)``, columns as in the weight's rows; ``None`` if there is no such matrix.
+    def samples(self) -> Iterator[Tensor]:
+        """Yields what the matrix was multiplied with, in parts of bounded size, ``(groups, samples, inputs)``."""
+        groups = self.matrix.size[0]
+        if self.convolution is None:
+            yield self.inputs if groups > 1 else self.inputs.flatten(0, -2)[None]
+            return
+        kernel = self.matrix.size[2:-1]
+        for part in self._batches(kernel):
+            windows = self.convolution.windows(part, kernel).unflatten(1, (groups, -1)).movedim(2, -1)
+            yield windows.movedim(1, 0).flatten(1, 1 + len(kernel)).flatten(2)
 
-        Of a transposed convolution the inputs meet the kernel's positions separately, and of an embedding not at all.
-        """
-        if self.dim is not None:
-            along = self.orientation.inputs if self.orientation.inputs is not None else len(self.shape) - 1
-            return self.inputs.flatten(0, -2)[None] if self.dim == along and len(self.shape) == 2 else None
-        if self.convolution is None or self.convolution[4]:
-            return None
-        stride, padding, dilation, groups, _ = self.convolution
-        windows = _windows(self.inputs, self.shape[2:], stride, padding, dilation)
-        spatial = len(self.shape) - 2
-        split = windows.unflatten(1, (groups, -1)).movedim(2, -1)
-        return split.movedim(1, 0).flatten(1, 1 + spatial).flatten(2)
+    def _batches(self, kernel: tuple[int, ...]) -> Iterator[Tensor]:
+        assert self.convolution is not None, "products have no windows"
+        one = self.convolution.windows(self.inputs[:1], kernel).numel()
+        return iter(self.inputs.split(max(CHUNK // max(one, 1), 1)))
 
 
 class InputWatch(TorchDispatchMode):
@@ -112,7 +182,8 @@ class InputWatch(TorchDispatchMode):
             return None
         for known, place in self._known.get(tensor.untyped_storage().data_ptr(), ()):
             offset = tensor.storage_offset() - known.storage_offset()
-            if 0 <= offset < max(known.numel(), 1):
+            # What lies in memory in another order than the parameter cannot be told by its strides.
+            if 0 <= offset < max(known.numel(), 1) and known.stride() == place.parameter.stride():
                 return known, place
         return None
 
@@ -131,40 +202,51 @@ class InputWatch(TorchDispatchMode):
             del self._known[old.untyped_storage().data_ptr()]
 
     def _product(self, left: Tensor, right: Tensor) -> None:
-        found = self._find(right)
-        if found:
-            self._contracted(*found, right, left, contracted=right.dim() - 2)
-            return
-        found = self._find(left)
-        if found:
-            self._contracted(*found, left, right.transpose(-1, -2), contracted=left.dim() - 1)
+        """Sees a product of two matrices, either of which may be the weight."""
+        if self._find(right):
+            self._contracted(right.mT[None], left)
+        elif self._find(left):
+            self._contracted(left[None], right.mT)
 
     def _batched(self, left: Tensor, right: Tensor) -> None:
-        for used, inputs, axis in ((right, left, 1), (left, right.transpose(1, 2), 2)):
-            found = self._find(used)
-            if found and found[0].dim() == 2 and (used.stride(0) == 0 or used.shape[0] == 1):
-                # A matrix repeated for the whole batch.
-                self._contracted(*found, used[0], inputs, contracted=axis - 1)
-                return
-            if found and found[0].dim() == 3 and used.numel() == found[0].numel():
-                flipped = used.stride() != found[0].stride()
-                self._report(found[1], inputs, dim=3 - axis if flipped else axis)
+        for used, inputs in ((right.mT, left), (left, right.mT)):
+            if self._find(used):
+                # A matrix repeated for the whole batch is one.
+                repeated = used.stride(0) == 0 or used.shape[0] == 1
+                self._contracted(used[:1] if repeated else used, inputs)
                 return
 
-    def _contracted(self, known: Tensor, place: Place, used: Tensor, inputs: Tensor, contracted: int) -> None:
-        """Finds by the strides which dimension of the weight was contracted, and by the offset which rows took part."""
-        if used.dim() != known.dim() or used.dim() != 2:
-            return
-        flipped = used.stride() != known.stride() or used.shape[1] > known.shape[1] or used.shape[0] > known.shape[0]
-        dim = 1 - contracted if flipped else contracted
-        if used.shape[contracted] != known.shape[dim]:
-            return
-        count = used.shape[1 - contracted]
-        start = int(used.storage_offset() - known.storage_offset()) // max(known.stride(1 - dim), 1)
-        self._report(place, inputs, dim=dim, rows=slice(start, start + count))
+    def _contracted(self, used: Tensor, inputs: Tensor) -> None:
+        """Reports ``used``, a view of a weight as ``(groups, outputs, inputs)``."""
+        found = self._find(used)
+        assert found is not None, "the caller has found it"
+        known, place = found
+        offset = int(used.storage_offset() - known.storage_offset())
+        # Along a dimension of one entry any stride would do; one and the same makes equal matrices equal.
+        stride = tuple(step if size > 1 else 0 for size, step in zip(used.shape, used.stride(), strict=True))
+        self._see(Reading(place.name, Matrix(tuple(used.shape), stride, offset), inputs))
 
-    def _report(self, place: Place, inputs: Tensor, **rest: Any) -> None:
-        self._see(Reading(place.name, place.orientation, inputs, place.parameter.shape, **rest))
+    def _convolution(self, inputs: Tensor, weight: Tensor, walk: Convolution, groups: int) -> None:
+        found = self._find(weight)
+        if found is None or weight.shape != found[0].shape:
+            return
+        strides, sizes = weight.stride(), weight.shape
+        kernel, steps = tuple(sizes[2:]), tuple(strides[2:])
+        if walk.transposed:
+            channels = sizes[0] // groups
+            size = (groups, sizes[1], *kernel, channels)
+            stride = (channels * strides[0], strides[1], *steps, strides[0])
+        else:
+            outputs = sizes[0] // groups
+            size = (groups, outputs, *kernel, sizes[1])
+            stride = (outputs * strides[0], strides[0], *steps, strides[1])
+        self._see(Reading(found[1].name, Matrix(size, stride), inputs, walk))
+
+    def _lookup(self, weight: Tensor, rows: Tensor) -> None:
+        found = self._find(weight)
+        if found is not None and weight.shape == found[0].shape:
+            size, stride = weight.shape, weight.stride()
+            self._see(Reading(found[1].name, Matrix((1, size[1], size[0]), (0, stride[1], stride[0])), rows))
 
 
 @contextlib.contextmanager
@@ -185,40 +267,38 @@ def every_contraction(model: nn.Module) -> Iterator[None]:
 
 def _look_convolution(watch: InputWatch, args: tuple[Any, ...], out: Tensor) -> None:
     del out
-    inputs, weight, _, stride, padding, dilation, transposed, _, groups = args
-    found = watch._find(weight)
-    if found:
-        spatial = weight.dim() - 2
-        full = [tuple(one) * (spatial // len(one)) for one in (stride, padding, dilation)]
-        watch._report(found[1], inputs, convolution=(*full, groups, transposed))
+    inputs, weight, _, stride, padding, dilation, transposed, output_padding, groups = args
+    spatial = weight.dim() - 2
 
+    def full(one: list[int]) -> tuple[int, ...]:
+        return tuple(one) * (spatial // len(one))
 
-def _look_embedding(watch: InputWatch, args: tuple[Any, ...], out: Tensor) -> None:
-    del out
-    found = watch._find(args[0])
-    if found:
-        watch._report(found[1], args[1])
+    walk = Convolution(full(stride), full(padding), full(dilation), transposed, full(output_padding))
+    watch._convolution(inputs, weight, walk, groups)
 
 
 _LOOK: dict[Any, Callable[[InputWatch, Any, Any], None]] = {
     aten.mm.default: lambda watch, args, _: watch._product(args[0], args[1]),
     aten.addmm.default: lambda watch, args, _: watch._product(args[1], args[2]),
+    aten.mv.default: lambda watch, args, _: watch._product(args[0], args[1][:, None]),
+    aten.addmv.default: lambda watch, args, _: watch._product(args[1], args[2][:, None]),
     aten.bmm.default: lambda watch, args, _: watch._batched(args[0], args[1]),
     aten.baddbmm.default: lambda watch, args, _: watch._batched(args[1], args[2]),
-    aten.linear.default: lambda watch, args, _: watch._product(args[0], args[1].transpose(-1, -2)),
+    aten.linear.default: lambda watch, args, _: watch._product(args[0], args[1].mT),
     aten.convolution.default: _look_convolution,
-    aten.embedding.default: _look_embedding,
+    aten.embedding.default: lambda watch, args, _: watch._lookup(args[0], args[1]),
     aten.mul.Tensor: lambda watch, args, out: watch._derive(args[:2], out),
     aten._to_copy.default: lambda watch, args, out: watch._derive(args[:1], out),
 }
 
 
-def _windows(x: Tensor, kernel: torch.Size, stride: Any, padding: Any, dilation: Any) -> Tensor:
-    """Returns ``(batch, channels, *positions, *kernel)``, a view of the padded input."""
-    x = F.pad(x, [amount for one in reversed(padding) for amount in (one, one)])
-    for dim, (size, step, gap) in enumerate(zip(kernel, stride, dilation, strict=True)):
-        x = x.unfold(2 + dim, gap * (size - 1) + 1, step)[..., ::gap]
-    return x
+def _set_apart(x: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """Puts ``stride - 1`` zeros between neighbours along each spatial dimension."""
+    if all(step == 1 for step in stride):
+        return x
+    spread = x.new_zeros(*x.shape[:2], *[(size - 1) * step + 1 for size, step in zip(x.shape[2:], stride, strict=True)])
+    spread[(..., *[slice(None, None, step) for step in stride])] = x
+    return spread
 
 
 def _wide(x: Tensor) -> torch.dtype:

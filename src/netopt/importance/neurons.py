@@ -163,7 +163,7 @@ def _streamed(
     *,
     progress: bool,
 ) -> dict[str, Tensor]:
-    """Scores of a criterion that judges each weight by itself: one tensor of scores exists at a time."""
+    """Scores of a criterion that judges each weight by itself: one tensor of scores exists at a time, or a part."""
     totals = {name: torch.zeros(size, dtype=torch.float64) for name, size in sizes.items()}
     readers: dict[str, list[tuple[str, int, Tensor | None]]] = {}
     for axis, size in sizes.items():
@@ -173,19 +173,27 @@ def _streamed(
                 whole[id(positions)] = None if torch.equal(positions, torch.arange(size)) else positions
             readers.setdefault(_bare(tensor), []).append((axis, dim, whole[id(positions)]))
     for name, value in tqdm(values.items(), desc="importance", disable=not progress, leave=False):
-        score = chosen(Evidence(name, value, {}))
-        if not isinstance(score, Tensor):
-            raise ArgumentTypeError(f"the score of {name!r} must be a tensor, not {type(score).__name__}.")
-        if score.shape != value.shape:
-            raise ShapeMismatchError(
-                f"the score of {name!r} has shape {tuple(score.shape)} and the weight {tuple(value.shape)}."
-            )
-        for axis, dim, positions in readers.get(name, ()):
-            sums = over_others(score, dim)
-            totals[axis] += sums.cpu() if positions is None else gather(sums, positions, sizes[axis])
+        own = readers.get(name, [])
+        sums = _sums(chosen, name, value, {dim for _, dim, _ in own})
+        for axis, dim, positions in own:
+            totals[axis] += sums[dim] if positions is None else gather(sums[dim], positions, sizes[axis])
     if totals and not bool(torch.isfinite(torch.cat([*totals.values()]).sum())):
         _check_finite(values)
     return {name: _checked(one, name, sizes[name]) for name, one in totals.items()}
+
+
+def _sums(chosen: Criterion, name: str, value: Tensor, dims: set[int]) -> dict[int, Tensor]:
+    """A weight's scores summed over every dimension but one, for each of ``dims``; float64."""
+    sums = {dim: torch.zeros(value.shape[dim], dtype=torch.float64) for dim in dims}
+    for rows, score in chosen.parts(Evidence(name, value, {})):
+        if not isinstance(score, Tensor):
+            raise ArgumentTypeError(f"the score of {name!r} must be a tensor, not {type(score).__name__}.")
+        part = (len(value[rows]), *value.shape[1:])
+        if score.shape != part:
+            raise ShapeMismatchError(f"the score of {name!r} has shape {tuple(score.shape)} and the weight {part}.")
+        for dim, total in sums.items():
+            (total[rows] if dim == 0 else total).add_(over_others(score, dim).cpu())
+    return sums
 
 
 def reduce(elementwise: Mapping[str, Tensor], members: Sequence[Member], size: int) -> Tensor:

@@ -1,22 +1,25 @@
 """Criteria by name.
 
 A criterion is a pure function from evidence about a tensor to a score for each of its entries; higher means keep.
-Modules, dimensions and axes are not its business.
+Modules, dimensions and axes are not its business. A criterion of layers does more: from a layer's weight and the second
+moments of its inputs it decides what is kept, and returns new values for that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias, TypeVar
 
 from torch import Tensor
 
 from netopt.errors import ArgumentTypeError, InvalidArgumentError, UnknownNameError
 
-__all__ = ["Criterion", "Importance", "criterion", "lookup", "names"]
+__all__ = ["Criterion", "Importance", "criterion", "lookup", "names", "updates_layers"]
 
-KINDS = ("weights", "neurons")
+KINDS = ("weights", "neurons", "layers")
+PART = 1 << 17
+"""Entries judged at a time where each is judged by itself: what fits in a cache is not written to memory and back."""
 
 
 @dataclass(frozen=True)
@@ -25,39 +28,55 @@ class Criterion:
 
     Attributes:
         name: The name it is registered under.
-        function: Takes the evidence about one tensor, returns a score of the tensor's shape; higher means keep.
+        function: Takes the evidence about one tensor, returns a score of the tensor's shape; higher means keep. One of
+            ``"layers"`` takes a :class:`netopt.reconstruction.Problem`, returns new weights and what is kept of them.
         needs: What is to be collected for it; see :class:`netopt.importance.Evidence`.
-        of: ``"weights"`` if it scores entries of weights, ``"neurons"`` if it scores activations.
+        of: ``"weights"`` if it scores entries of weights, ``"neurons"`` if it scores activations, ``"layers"`` if it
+            decides and updates whole weights, layer after layer.
         paper: Where it was proposed.
+        entrywise: Whether each entry's score depends on that entry alone, so that a weight may be judged in parts.
     """
 
     name: str
-    function: Callable[[Any], Tensor]
+    function: Callable[[Any], Any]
     needs: frozenset[str] = frozenset()
     of: str = "weights"
     paper: str = ""
+    entrywise: bool = False
 
-    def __call__(self, evidence: Any) -> Tensor:
-        """Returns the scores of one tensor."""
+    def __call__(self, evidence: Any) -> Any:
+        """Returns the scores of one tensor, or what a criterion of layers decides."""
         return self.function(evidence)
+
+    def parts(self, evidence: Any) -> Iterator[tuple[slice, Tensor]]:
+        """Yields the scores of one tensor, some of its rows at a time where that is possible."""
+        weight = evidence.weight
+        step = len(weight)
+        if self.entrywise and weight.numel() > PART:
+            step = max(1, PART * step // weight.numel())
+        for start in range(0, len(weight), step):
+            rows = slice(start, start + step)
+            yield rows, self(replace(evidence, weight=weight[rows]))
 
 
 Importance: TypeAlias = str | Criterion | Callable[[Any], Tensor]
 """A criterion's name, a criterion, or a function of evidence."""
 
+_Function = TypeVar("_Function", bound=Callable[[Any], Any])
 _REGISTERED: dict[tuple[str, str], Criterion] = {}
 
 
 def criterion(
-    name: str, *, needs: Iterable[str] = (), of: str = "weights", paper: str = ""
-) -> Callable[[Callable[[Any], Tensor]], Callable[[Any], Tensor]]:
+    name: str, *, needs: Iterable[str] = (), of: str = "weights", paper: str = "", entrywise: bool = False
+) -> Callable[[_Function], _Function]:
     """Registers a function as the criterion ``name``.
 
     Args:
         name: A new name; the same name may stand once for weights and once for neurons.
         needs: The evidence it reads, besides the weight; see :class:`netopt.importance.Evidence`.
-        of: ``"weights"`` or ``"neurons"``.
+        of: ``"weights"``, ``"neurons"`` or ``"layers"``; see :class:`Criterion`.
         paper: Where it was proposed.
+        entrywise: Whether each entry's score depends on that entry alone.
 
     Raises:
         InvalidArgumentError: the name is taken.
@@ -74,33 +93,58 @@ def criterion(
     if (name, of) in _REGISTERED:
         raise InvalidArgumentError(f"the criterion {name!r} of {of} exists already; choose another name.")
 
-    def register(function: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
-        _REGISTERED[name, of] = Criterion(name, function, frozenset(needs), of, paper)
+    def register(function: _Function) -> _Function:
+        _REGISTERED[name, of] = Criterion(name, function, frozenset(needs), of, paper, entrywise)
         return function
 
     return register
 
 
 def names(of: str | None = None) -> tuple[str, ...]:
-    """Lists the names of the registered criteria, of ``"weights"``, of ``"neurons"`` or of both, sorted."""
+    """Lists the names of the registered criteria, sorted: of ``"weights"``, of ``"neurons"``, of ``"layers"``, or all.
+
+    Example:
+        >>> names("layers")
+        ('admm', 'sparsegpt')
+    """
     return tuple(sorted({name for name, kind in _REGISTERED if of in (None, kind)}))
 
 
 def lookup(importance: Importance, *, of: str = "weights") -> Criterion:
-    """Returns the criterion meant; for neurons one of neurons comes first, and one of weights serves otherwise.
+    """Returns the criterion meant, such that it scores weights or, with ``of="neurons"``, activations or weights.
 
     A function that is no criterion becomes one, with the needs in its attribute ``needs`` if it has that.
 
     Raises:
         UnknownNameError: no criterion of that name; the message suggests near ones.
+        InvalidArgumentError: a criterion of layers, which scores nothing, where one that does is needed.
         ArgumentTypeError: neither a name nor callable.
     """
+    found = _found(importance, of)
+    if found.of == "layers" and of != "layers":
+        raise InvalidArgumentError(
+            f"importance {found.name!r} decides and updates the weights of whole layers, one after the other, and "
+            f"scores no single {'neuron' if of == 'neurons' else 'weight'}; it is for prune_weights. "
+            f"What scores is {', '.join(sorted({*names(of), *names('weights')}))}."
+        )
+    return found
+
+
+def updates_layers(importance: Any) -> bool:
+    """Whether a criterion of layers is meant: one that decides masks and new values of whole weights."""
+    if isinstance(importance, str):
+        return (importance, "layers") in _REGISTERED
+    return isinstance(importance, Criterion) and importance.of == "layers"
+
+
+def _found(importance: Importance, of: str) -> Criterion:
     if isinstance(importance, Criterion):
         return importance
     if isinstance(importance, str):
-        found = _REGISTERED.get((importance, of)) or _REGISTERED.get((importance, "weights"))
+        kinds = [of, "weights", "layers"]
+        found = next((_REGISTERED[importance, kind] for kind in kinds if (importance, kind) in _REGISTERED), None)
         if found is None:
-            raise UnknownNameError.of("importance", importance, {*names(of), *names("weights")})
+            raise UnknownNameError.of("importance", importance, {name for kind in kinds for name in names(kind)})
         return found
     if callable(importance):
         needs = frozenset(getattr(importance, "needs", ()))

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
@@ -159,8 +160,10 @@ def _rebuild(make: Callable[..., nn.Module], arguments: tuple[Any, ...], names: 
 
 
 def _property(name: str) -> property:
+    stored, masked = f"{name}_orig", f"{name}_mask"
+
     def read(module: nn.Module) -> Tensor:
-        return _product(module, name)
+        return _product(module, name, stored, masked)
 
     # Torch's own methods, put on top of ours, store the product: it is ignored, as it is computed when read.
     return property(read, _ignore, _ignore)
@@ -176,20 +179,42 @@ def _flat_weights(module: Any) -> list[Tensor | None]:
 
 @dataclass(frozen=True)
 class _Product:
-    """A product computed before, with what it was computed from."""
+    """A product computed before, with what it was computed from.
+
+    Attributes:
+        value: The product.
+        source: The weight.
+        mask: The mask.
+        state: What tells that neither has been changed.
+        seen: Some entries of the weight where they lie, or ``None`` where looking there would cost.
+        sample: What they were.
+    """
 
     value: Tensor
     source: Tensor
     mask: Tensor
     state: tuple[Any, ...]
-    sample: Tensor | None
+    seen: np.ndarray | None
+    sample: bytes
+
+    def holds(self, weight: Tensor, mask: Tensor) -> bool:
+        """Whether it still is the product of ``weight`` and ``mask``."""
+        if self.source is not weight or self.mask is not mask or self.state != _state(weight, mask):
+            return False
+        # Writing through `.data` leaves no trace in the version. Where looking costs no synchronization, a few entries
+        # are compared, which finds the exchange of a whole tensor (averaged weights swapped in, for example).
+        return self.seen is None or self.seen.tobytes() == self.sample
 
 
-def _product(module: nn.Module, name: str) -> Tensor:
+def _product(module: nn.Module, name: str, stored: str, masked: str) -> Tensor:
     parameters = module._parameters
-    if name in parameters:
-        return parameters[name]  # type: ignore[return-value]
-    weight, mask = getattr(module, f"{name}_orig"), getattr(module, f"{name}_mask")
+    weight = parameters.get(stored)
+    mask = module._buffers.get(masked)
+    if weight is None or mask is None:
+        # By whatever else stands for them: a parametrization, or a plain weight where no mask is.
+        if name in parameters:
+            return parameters[name]  # type: ignore[return-value]
+        weight, mask = getattr(module, stored), getattr(module, masked)
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or not _may_keep(weight):  # type: ignore[attr-defined]
         return effective(weight, mask)
     products = module.__dict__.setdefault(PRODUCTS, {})
@@ -197,7 +222,7 @@ def _product(module: nn.Module, name: str) -> Tensor:
         products.pop(name, None)
         return effective(weight, mask)
     known = products.get(name)
-    if known is None or not _unchanged(known, weight, mask):
+    if known is None or not known.holds(weight, mask):
         known = products[name] = _compute(weight, mask)
     return known.value
 
@@ -211,16 +236,8 @@ def _may_keep(weight: Tensor) -> bool:
 
 def _compute(weight: Tensor, mask: Tensor) -> _Product:
     with torch.inference_mode(False), torch.no_grad():
-        value = effective(weight, mask)
-        return _Product(value, weight, mask, _state(weight, mask), _sampled(weight))
-
-
-def _unchanged(known: _Product, weight: Tensor, mask: Tensor) -> bool:
-    if known.source is not weight or known.mask is not mask or known.state != _state(weight, mask):
-        return False
-    # Writing through `.data` leaves no trace in the version. Where looking costs no synchronization, a few entries
-    # are compared, which finds the exchange of a whole tensor (averaged weights swapped in, for example).
-    return known.sample is None or torch.equal(known.sample, _sampled(weight, copy=False))
+        value, seen = effective(weight, mask), _some(weight)
+    return _Product(value, weight, mask, _state(weight, mask), seen, b"" if seen is None else seen.tobytes())
 
 
 def _state(weight: Tensor, mask: Tensor) -> tuple[Any, ...]:
@@ -228,10 +245,9 @@ def _state(weight: Tensor, mask: Tensor) -> tuple[Any, ...]:
     return weight._version, version, weight.data_ptr(), weight.dtype, weight.device
 
 
-def _sampled(weight: Tensor, copy: bool = True) -> Any:
-    if weight.device.type != "cpu" or not weight.is_contiguous():
+def _some(weight: Tensor) -> np.ndarray | None:
+    """Returns a few entries of ``weight`` where they lie in memory, evenly apart."""
+    if weight.device.type != "cpu" or not weight.is_contiguous() or weight.numel() == 0:
         return None
-    count = min(SAMPLE, weight.numel())
-    step = weight.numel() // count if count else 1
-    view = weight.detach().as_strided((count,), (step,), weight.storage_offset())
-    return view.clone() if copy else view
+    flat = weight.detach().view(-1).view(torch.uint8).view(-1, weight.element_size())
+    return flat[:: max(len(flat) // SAMPLE, 1)].numpy()

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from netopt.errors import ArgumentTypeError, InvalidArgumentError, NonFiniteError
+from netopt.masking.quantile import convert
 
 __all__ = ["Pattern", "Shape", "expand_blocks", "keep_n_of_m", "keep_per_row", "mean_of_blocks", "parse"]
 
@@ -119,11 +120,17 @@ def _ranked(groups: Tensor, n: int, magnitude: bool) -> Tensor:
     dtype = torch.float64 if groups.dtype == torch.float64 else torch.float32
     planes = np.empty((m, min(size, count)), np.float64 if dtype == torch.float64 else np.float32)
     lost, kept = np.empty(planes.shape, np.uint8), np.empty(planes.shape, np.bool_)
-    wins = np.empty(planes.shape[1], np.bool_)
+    wins, converted = np.empty(planes.shape[1], np.bool_), np.empty(planes.size, planes.dtype)
     # Who comes first wins a draw. Each loses to those after it, unless it is seen to win.
     at_worst = np.arange(m - 1, -1, -1, dtype=np.uint8)[:, None]
     for start in range(0, count, size):
-        part = groups[start : start + size].to("cpu", dtype).numpy().T
+        chunk = groups[start : start + size]
+        if chunk.device.type == "cpu" and chunk.dtype != dtype:
+            wide = converted[: chunk.numel()]
+            convert(chunk.reshape(-1), wide)
+            part = wide.reshape(-1, m).T
+        else:
+            part = chunk.to("cpu", dtype).numpy().T
         width = part.shape[1]
         rank = planes[:, :width]
         if magnitude:

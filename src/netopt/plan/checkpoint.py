@@ -1,29 +1,28 @@
-"""A plan carried out on files: tensor by tensor, in the memory of one.
+"""A plan carried out on files, in the memory of a few blocks of a tensor.
 
 The safetensors format is a header (names, types, shapes, places) before the bytes, so every new size is known and
-checked before anything is written, and each tensor is read, narrowed and written by itself. A file appears under its
-name only when it is whole; files that are there already from an interrupted run are kept.
+checked before anything is written, and each tensor is read, narrowed and written some rows at a time. A file appears
+under its name only when it is whole; files that are there already from an interrupted run are kept.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-import mmap
 import os
 import shutil
 import struct
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from netopt import surgery
 from netopt.errors import CheckpointError, PlanMismatchError
 
 __all__ = ["Stored", "open_checkpoint", "rewrite"]
@@ -44,6 +43,9 @@ TYPES = {
     "BOOL": torch.bool,
 }
 INDEX = "model.safetensors.index.json"
+BLOCK = 1 << 18
+"""Bytes read at a time: what fits in a cache is judged and narrowed without being written to memory in between."""
+_PLAIN = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Decision(Protocol):
@@ -53,6 +55,8 @@ class Decision(Protocol):
     def tensors(self) -> Mapping[str, Mapping[int, Tensor]]: ...
     @property
     def values(self) -> Mapping[str, Tensor]: ...
+    @property
+    def shifts(self) -> Mapping[str, Tensor]: ...
     @property
     def scales(self) -> Mapping[str, float | Tensor]: ...
     @property
@@ -93,39 +97,76 @@ class Shard:
             size = path.stat().st_size
             with path.open("rb") as file:
                 (length,) = struct.unpack("<Q", file.read(8))
+                if length > size:
+                    raise ValueError(f"a header of {length} bytes in a file of {size}")
                 header = json.loads(file.read(length))
-        except (OSError, ValueError, struct.error) as error:
+            metadata = header.pop("__metadata__", {})
+            entries = {
+                name: Entry(one["dtype"], tuple(one["shape"]), *one["data_offsets"]) for name, one in header.items()
+            }
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
             raise CheckpointError(f"{path} cannot be read as a safetensors file: {error}") from error
-        metadata = header.pop("__metadata__", {})
-        entries = {name: Entry(one["dtype"], tuple(one["shape"]), *one["data_offsets"]) for name, one in header.items()}
         end = max((entry.stop for entry in entries.values()), default=0)
         if size != 8 + length + end:
             raise CheckpointError(
                 f"{path} is truncated: it has {size} bytes and its header asks for {8 + length + end}"
             )
+        for name, entry in entries.items():
+            dtype = TYPES.get(entry.kind)
+            if dtype is not None and entry.stop - entry.start != math.prod(entry.shape) * dtype.itemsize:
+                raise CheckpointError(
+                    f"{path} is broken: `{name}` {entry.shape} of {entry.kind} has {entry.stop - entry.start} bytes"
+                )
         return cls(path, entries, metadata, 8 + length)
 
-    @contextmanager
-    def read(self, name: str) -> Iterator[Tensor]:
-        """The tensor called ``name``, mapped from the file and gone afterwards."""
-        entry = self.entries[name]
-        if entry.kind not in TYPES:
-            raise CheckpointError(f"`{name}` in {self.path} has the type {entry.kind}, which is not known")
-        if entry.start == entry.stop:
-            yield torch.empty(entry.shape, dtype=TYPES[entry.kind])
+    def dtype(self, name: str) -> torch.dtype:
+        """The type of the tensor called ``name``.
+
+        Raises:
+            CheckpointError: It is not known.
+        """
+        kind = self.entries[name].kind
+        if kind not in TYPES:
+            raise CheckpointError(f"`{name}` in {self.path} has the type {kind}, which is not known")
+        return TYPES[kind]
+
+    def read(self, name: str, start: int = 0, shape: tuple[int, ...] | None = None) -> Tensor:
+        """The tensor called ``name``, or a part of it that lies in one piece.
+
+        Args:
+            name: Of an entry.
+            start: How many numbers come before the part.
+            shape: Of the part; of the whole tensor by default.
+
+        Raises:
+            CheckpointError: The file cannot be read, or holds less than its header says.
+        """
+        entry, dtype = self.entries[name], self.dtype(name)
+        part = torch.empty(entry.shape if shape is None else shape, dtype=dtype)
+        wanted = memoryview(_bytes(part))
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                file.seek(self.offset + entry.start + start * dtype.itemsize)
+                while wanted:
+                    count = file.readinto(wanted)
+                    if not count:
+                        raise CheckpointError(f"{self.path} is truncated: `{name}` ends too early")
+                    wanted = wanted[count:]
+        except OSError as error:
+            raise CheckpointError(f"{self.path} cannot be read: {error}") from error
+        return part
+
+    def blocks(self, name: str) -> Iterator[tuple[slice, Tensor]]:
+        """The tensor called ``name``, some rows at a time."""
+        shape = self.entries[name].shape
+        if not shape:
+            yield slice(None), self.read(name)
             return
-        start = self.offset + entry.start
-        page = start - start % mmap.ALLOCATIONGRANULARITY
-        with self.path.open("rb") as file, warnings.catch_warnings():
-            # The mapping is read-only, and so is what is done with it.
-            warnings.filterwarnings("ignore", "The given buffer is not writable")
-            mapped = mmap.mmap(file.fileno(), self.offset + entry.stop - page, access=mmap.ACCESS_READ, offset=page)
-            count = math.prod(entry.shape)
-            yield (
-                torch.frombuffer(mapped, dtype=torch.uint8, offset=start - page, count=entry.stop - entry.start)
-                .view(TYPES[entry.kind])[:count]
-                .view(entry.shape)
-            )
+        row = math.prod(shape[1:])
+        step = max(1, BLOCK // max(row * self.dtype(name).itemsize, 1))
+        for start in range(0, shape[0], step):
+            count = min(step, shape[0] - start)
+            yield slice(start, start + count), self.read(name, start * row, (count, *shape[1:]))
 
 
 @dataclass(frozen=True)
@@ -145,22 +186,25 @@ def open_checkpoint(source: str | os.PathLike[str]) -> Stored:
     """Reads the headers of a safetensors file, or of all in a folder (those its index lists, if it has one).
 
     Raises:
-        CheckpointError: There is none, or one is missing or truncated.
+        CheckpointError: There is none, or one is missing, truncated or without a tensor that the index lists.
     """
     path = Path(source)
     if path.is_file():
         return Stored((Shard.open(path),), None)
-    index = path / INDEX
+    index, listed = path / INDEX, {}
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        names = sorted(file.name for file in path.glob("*.safetensors"))
+        listed = json.loads(index.read_text())["weight_map"]
+    names = sorted(set(listed.values()) or {file.name for file in path.glob("*.safetensors")})
     if not names:
         raise CheckpointError(f"{path} is no safetensors file, and no folder with one")
     missing = next((name for name in names if not (path / name).is_file()), None)
     if missing is not None:
         raise CheckpointError(f"{path} lacks {missing}, which its index lists")
-    return Stored(tuple(Shard.open(path / name) for name in names), path)
+    shards = {name: Shard.open(path / name) for name in names}
+    absent = next((name for name, file in listed.items() if name not in shards[file].entries), None)
+    if absent is not None:
+        raise CheckpointError(f"{path / listed[absent]} lacks `{absent}`, which the index lists there")
+    return Stored(tuple(shards.values()), path)
 
 
 def rewrite(plan: Decision, fingerprint: str, source: str | os.PathLike[str], target: str | os.PathLike[str]) -> Path:
@@ -169,10 +213,21 @@ def rewrite(plan: Decision, fingerprint: str, source: str | os.PathLike[str], ta
     if goal.resolve() == Path(source).resolve():
         raise CheckpointError(f"the target {goal} is the source; write to another place")
     _check(plan, stored)
+    try:
+        _write_all(plan, fingerprint, stored, goal)
+    except OSError as error:
+        raise CheckpointError(
+            f"{goal} could not be written: {error}; what was finished stays, and the same call goes on from there"
+        ) from error
+    return goal
+
+
+def _write_all(plan: Decision, fingerprint: str, stored: Stored, goal: Path) -> None:
+    """Writes every file of ``stored`` that is not there yet."""
     if stored.folder is None:
         goal.parent.mkdir(parents=True, exist_ok=True)
         _write(plan, fingerprint, stored.shards[0], goal)
-        return goal
+        return
     goal.mkdir(parents=True, exist_ok=True)
     total, weight_map = 0, {}
     for shard in stored.shards:
@@ -183,7 +238,6 @@ def rewrite(plan: Decision, fingerprint: str, source: str | os.PathLike[str], ta
     if (stored.folder / INDEX).is_file():
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         _replace_text(goal / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
-    return goal
 
 
 def _check(plan: Decision, stored: Stored) -> None:
@@ -222,22 +276,13 @@ def _write(plan: Decision, fingerprint: str, shard: Shard, target: Path) -> dict
     metadata = {**shard.metadata, "netopt.plan": fingerprint, "netopt.source_bytes": str(shard.path.stat().st_size)}
     if target.is_file() and _is_whole(target, entries, metadata):
         return entries
-    partial = target.with_name(f"{target.name}.partial")
-    try:
-        with partial.open("wb") as file:
-            _write_header(file, entries, metadata)
-            for name in entries:
-                with shard.read(name) as tensor:
-                    file.write(_bytes(_narrowed(plan, name, tensor)))
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(target)
-    except OSError as error:
-        raise CheckpointError(
-            f"{target} could not be written: {error}; what was finished stays, and the same call goes on from there"
-        ) from error
-    finally:
-        partial.unlink(missing_ok=True)
+    with _partial(target) as partial, partial.open("wb") as file:
+        _write_header(file, entries, metadata)
+        for name in entries:
+            for part in _parts(plan, shard, name):
+                file.write(_bytes(part))
+        file.flush()
+        os.fsync(file.fileno())
     return entries
 
 
@@ -259,22 +304,65 @@ def _write_header(file: IO[bytes], entries: Mapping[str, Entry], metadata: Mappi
     file.write(struct.pack("<Q", len(text)) + text)
 
 
-def _narrowed(plan: Decision, name: str, tensor: Tensor) -> Tensor:
-    cuts = plan.tensors.get(name)
-    if cuts:
-        # As bytes where index_select does not know the type.
-        small = surgery.narrow(tensor, cuts) if tensor.dtype.itemsize > 1 else _narrow_bytes(tensor, cuts)
-    else:
-        small = tensor
-    if name in plan.scales:
-        small = (small * plan.scales[name]).to(small.dtype)
+def _parts(plan: Decision, shard: Shard, name: str) -> Iterator[Tensor]:
+    """The new tensor called ``name``, part by part as it lies in memory."""
+    dtype = shard.dtype(name)
     if name in plan.values:
-        small = plan.values[name].to(small.dtype)
-    return small.contiguous()
+        yield plan.values[name].to(dtype).contiguous()
+        return
+    cuts, entry = plan.tensors.get(name, {}), shard.entries[name]
+    shape = tuple(len(cuts[dim]) if dim in cuts else size for dim, size in enumerate(entry.shape))
+    shift, factor = (_spread(values.get(name), shape) for values in (plan.shifts, plan.scales))
+    for place, part in _narrowed(shard, name, cuts):
+        shifted = part if shift is None else (part + shift[place]).to(dtype)
+        scaled = shifted if factor is None else (shifted * factor[place]).to(dtype)
+        yield scaled.contiguous()
 
 
-def _narrow_bytes(tensor: Tensor, cuts: Mapping[int, Tensor]) -> Tensor:
-    return surgery.narrow(tensor.view(torch.uint8), cuts).view(tensor.dtype)
+def _spread(value: float | Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
+    return None if value is None else torch.as_tensor(value).expand(shape)
+
+
+def _narrowed(shard: Shard, name: str, cuts: Mapping[int, Tensor]) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
+    """What stays of a tensor, part by part, each with its place in the new tensor."""
+    shape, width = shard.entries[name].shape, shard.dtype(name).itemsize
+    if not shape:
+        yield (), shard.read(name)
+        return
+    # The rows are of the first dimension of which one index is no more than a block; those before go one by one.
+    rows = 0
+    while rows < len(shape) - 1 and math.prod(shape[rows + 1 :]) * width > BLOCK:
+        rows += 1
+    kept = [cuts.get(dim, torch.arange(size)) for dim, size in enumerate(shape[: rows + 1])]
+    length = math.prod(shape[rows + 1 :])
+    inner = {dim - rows: indices for dim, indices in cuts.items() if dim > rows}
+    for outer in itertools.product(*(range(len(one)) for one in kept[:rows])):
+        start = 0
+        for dim, place in enumerate(outer):
+            start = start * shape[dim] + int(kept[dim][place])
+        done = 0
+        for chosen in _near(kept[rows], max(1, BLOCK // max(length * width, 1))):
+            first, count = int(chosen[0]), int(chosen[-1] - chosen[0]) + 1
+            block = shard.read(name, (start * shape[rows] + first) * length, (count, *shape[rows + 1 :]))
+            own = inner if len(chosen) == count else {0: chosen - first, **inner}
+            yield (*outer, slice(done, done + len(chosen))), _narrow(block, own)
+            done += len(chosen)
+
+
+def _near(kept: Tensor, span: int) -> Iterator[Tensor]:
+    """Ascending indices in groups, each within ``span`` of its first."""
+    while len(kept):
+        count = int(torch.searchsorted(kept, kept[0] + span))
+        yield kept[:count]
+        kept = kept[count:]
+
+
+def _narrow(tensor: Tensor, cuts: Mapping[int, Tensor]) -> Tensor:
+    # As integers of the same width, which numpy knows whatever the type, and takes faster than torch selects.
+    numbers = tensor.view(_PLAIN[tensor.dtype.itemsize]).numpy()
+    for dim, kept in cuts.items():
+        numbers = np.take(numbers, kept.numpy(), axis=dim)
+    return torch.from_numpy(numbers).view(tensor.dtype)
 
 
 def _bytes(tensor: Tensor) -> memoryview:
@@ -294,7 +382,8 @@ def _copy_rest(plan: Decision, source: Path, target: Path) -> None:
                 _set(config, path, value)
             _replace_text(target / file.name, json.dumps(config, indent=2, sort_keys=True) + "\n")
         else:
-            shutil.copyfile(file, target / file.name)
+            with _partial(target / file.name) as partial:
+                shutil.copyfile(file, partial)
 
 
 def _set(config: dict[str, Any], path: tuple[Any, ...], value: Any) -> None:
@@ -304,9 +393,16 @@ def _set(config: dict[str, Any], path: tuple[Any, ...], value: Any) -> None:
 
 
 def _replace_text(path: Path, text: str) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    try:
+    with _partial(path) as partial:
         partial.write_text(text)
-        partial.replace(path)
+
+
+@contextmanager
+def _partial(target: Path) -> Iterator[Path]:
+    """A file beside ``target`` that takes its place once it is whole, and is gone otherwise."""
+    partial = target.with_name(f"{target.name}.partial")
+    try:
+        yield partial
+        partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)

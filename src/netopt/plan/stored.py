@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from netopt.errors import InvalidArgumentError, PlanMismatchError
 from netopt.importance import Evidence, Importance, lookup
-from netopt.plan.checkpoint import open_checkpoint
+from netopt.importance.registry import Criterion
+from netopt.plan.checkpoint import Shard, open_checkpoint
 
 __all__ = ["stored"]
 
 
-def stored(source: str | os.PathLike[str], importance: Importance = "magnitude") -> Callable[[Evidence], Tensor]:
-    """A criterion that judges the weights in a checkpoint instead of the model's own, one at a time.
+def stored(source: str | os.PathLike[str], importance: Importance = "magnitude") -> Criterion:
+    """A criterion that judges the weights in a checkpoint instead of the model's own, one at a time or in parts.
 
     The model may then be on the meta device, and :meth:`netopt.Plan.apply_to_checkpoint` carries the plan out.
 
@@ -25,7 +28,7 @@ def stored(source: str | os.PathLike[str], importance: Importance = "magnitude")
         importance: A criterion of weights that needs no data.
 
     Returns:
-        A function to pass as ``importance`` to :func:`netopt.plan_neurons`.
+        What to pass as ``importance`` to :func:`netopt.plan_neurons`.
 
     Raises:
         CheckpointError: There is no checkpoint.
@@ -34,13 +37,33 @@ def stored(source: str | os.PathLike[str], importance: Importance = "magnitude")
     criterion = lookup(importance)
     if criterion.needs:
         raise InvalidArgumentError(f"importance {criterion.name!r} needs data, and a checkpoint has only weights.")
-    places = open_checkpoint(source).places
+    known = {field: getattr(criterion, field) for field in ("name", "needs", "of", "paper", "entrywise")}
+    return _Stored(function=criterion, **known, places=open_checkpoint(source).places)
 
-    def judge(seen: Evidence) -> Tensor:
-        if seen.name not in places:
-            raise PlanMismatchError(f"the checkpoint has no tensor `{seen.name}`, which the model has.")
-        with places[seen.name].read(seen.name) as weight:
-            wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-            return criterion(Evidence(seen.name, wide, {}))
 
-    return judge
+@dataclass(frozen=True)
+class _Stored(Criterion):
+    """A criterion with the file of each weight."""
+
+    places: Mapping[str, Shard] = field(default_factory=dict)
+
+    def __call__(self, evidence: Any) -> Tensor:
+        """Returns the scores of one tensor, whatever values the evidence holds."""
+        return self.function(_with(evidence, self._shard(evidence).read(evidence.name)))
+
+    def parts(self, evidence: Any) -> Iterator[tuple[slice, Tensor]]:
+        """Yields the scores of one tensor, block by block of its file where that is possible."""
+        if not self.entrywise:
+            yield slice(None), self(evidence)
+            return
+        for rows, weight in self._shard(evidence).blocks(evidence.name):
+            yield rows, self.function(_with(evidence, weight))
+
+    def _shard(self, evidence: Evidence) -> Shard:
+        if evidence.name not in self.places:
+            raise PlanMismatchError(f"the checkpoint has no tensor `{evidence.name}`, which the model has.")
+        return self.places[evidence.name]
+
+
+def _with(evidence: Evidence, weight: Tensor) -> Evidence:
+    return replace(evidence, weight=weight.to(torch.promote_types(weight.dtype, torch.float32)))

@@ -58,8 +58,9 @@ class Plan:
         attributes: New values of integers that modules and configurations hold. A path is a module's dotted name (the
             model's own is ""), an attribute, and the items below it: ``(("blocks.0.attn", "num_heads"), 5)``.
         values: New contents of integer buffers whose entries point into something narrowed.
-        scales: Factors that compensate for what a smaller size would change, by tensor name: numbers, or tensors that
-            broadcast to the narrowed tensor.
+        shifts: What is added to narrowed tensors, by name: constants of removed neurons, folded into what reads them.
+        scales: Factors, applied last, that compensate for what a smaller size would change, by tensor name: numbers, or
+            tensors that broadcast to the narrowed tensor.
         axes: The axes behind the tensors, one row each.
         shapes: Shapes of the parameters, and of the buffers narrowed, of the model the plan was made for; a plan with
             none fits every model that has its tensors.
@@ -82,6 +83,7 @@ class Plan:
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     predicted: Mapping[str, int] = field(default_factory=dict)
     unsaved: tuple[str, ...] = ()
+    shifts: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         seen: dict[int, tuple[Any, Tensor]] = {}
@@ -101,6 +103,7 @@ class Plan:
             "shapes": MappingProxyType({name: tuple(shape) for name, shape in self.shapes.items()}),
             "predicted": MappingProxyType(dict(self.predicted)),
             "unsaved": tuple(sorted(self.unsaved)),
+            "shifts": MappingProxyType(dict(self.shifts)),
         }
         for name, value in normal.items():
             object.__setattr__(self, name, value)
@@ -151,16 +154,18 @@ class Plan:
             self.tensors,
             attributes=self.attributes,
             values=self.values,
+            shifts=self.shifts,
             scales=self.scales,
             optimizer=optimizer,
         )
 
     def apply_to_checkpoint(self, source: str | os.PathLike[str], target: str | os.PathLike[str]) -> FilePath:
-        """Writes a checkpoint of safetensors files as the plan leaves it, tensor by tensor.
+        """Writes a checkpoint of safetensors files as the plan leaves it, some rows of a tensor at a time.
 
-        No more than twice the largest tensor is in memory. Names, shapes and files are checked before anything is
-        written; each file appears whole or not at all, and after an interruption the same call goes on from the files
-        that are there. Other files of the folder are copied, sizes in ``config.json`` follow.
+        A few blocks of a quarter of a MiB are in memory, whatever the size of a tensor. Names, shapes and files are
+        checked before anything is written; each file appears whole or not at all, and after an interruption the same
+        call goes on from the files that are there. Other files of the folder are copied, and sizes in ``config.json``
+        follow.
 
         Args:
             source: A safetensors file, or a folder with one or several and, if several, their index.
@@ -225,8 +230,9 @@ class Plan:
             _unite(tensors.setdefault(name, {}), dims, f"`{name}`", "dimension")
         attributes = dict(self.attributes)
         _unite(attributes, dict(other.attributes), "attributes", "path")
-        values, scales = dict(self.values), dict(self.scales)
+        values, scales, shifts = dict(self.values), dict(self.scales), dict(self.shifts)
         _unite(values, other.values, "values", "tensor")
+        _unite(shifts, other.shifts, "shifts", "tensor")
         _unite(scales, other.scales, "scales", "tensor")
         known = {axis.name for axis in self.axes}
         return Plan(
@@ -237,6 +243,7 @@ class Plan:
             (*self.axes, *(axis for axis in other.axes if axis.name not in known)),
             dict(self.shapes) | dict(other.shapes),
             unsaved=tuple({*self.unsaved, *other.unsaved}),
+            shifts=shifts,
         )
 
     def then(self, later: Plan) -> Plan:
@@ -263,6 +270,12 @@ class Plan:
         scales: dict[str, Any] = {
             name: _cut_factor(factor, later.tensors.get(name, {})) for name, factor in self.scales.items()
         }
+        shifts: dict[str, Any] = {
+            name: _cut_factor(shift, later.tensors.get(name, {})) for name, shift in self.shifts.items()
+        }
+        for name, shift in later.shifts.items():
+            # What is added after the first factor is added before it here.
+            shifts[name] = shifts.get(name, 0.0) + shift / scales.get(name, 1.0)
         for name, factor in later.scales.items():
             scales[name] = scales.get(name, 1.0) * factor
         axes = {axis.name: axis for axis in self.axes}
@@ -272,7 +285,7 @@ class Plan:
         shapes = dict(self.shapes) | {name: s for name, s in later.shapes.items() if name not in self.shapes}
         attributes = tuple((dict(self.attributes) | dict(later.attributes)).items())
         unsaved = tuple({*self.unsaved, *later.unsaved})
-        return Plan(tensors, attributes, values, scales, tuple(axes.values()), shapes, unsaved=unsaved)
+        return Plan(tensors, attributes, values, scales, tuple(axes.values()), shapes, unsaved=unsaved, shifts=shifts)
 
     def with_prediction(self, predicted: Mapping[str, int]) -> Plan:
         """The same plan with sizes before and after."""
@@ -307,6 +320,7 @@ class Plan:
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
             "predicted": dict(self.predicted),
             "unsaved": list(self.unsaved),
+            "shifts": {name: pack(shift) for name, shift in self.shifts.items()},
             "indices": pool.entries,
         }
 
@@ -336,6 +350,7 @@ class Plan:
             shapes=data["shapes"],
             predicted=data["predicted"],
             unsaved=tuple(data["unsaved"]),
+            shifts={name: unpack(one) for name, one in data["shifts"].items()},
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -48,7 +48,6 @@ class _Subject:
     kept: Mapping[str, Tensor]
     plan: Plan
     make_plan: MakePlan
-    masks_of: Callable[[Plan], Mapping[str, Tensor]]
     inputs: Inputs
     counted: Callable[[Any], list[Tensor]]
 
@@ -61,7 +60,7 @@ class _Subject:
             return False
         plan = _with(self.make_plan(chosen), proposals)
         try:
-            promised: Promise = promise(self.model, self.inputs, self.counted, self.masks_of(plan))
+            promised: Promise = promise(self.model, self.inputs, self.counted, plan.tensors)
             return plan.prepare(self.model).rehearse(lambda: promised.is_kept(self.model, self.inputs, self.counted))
         except NetoptError:
             return False
@@ -74,7 +73,6 @@ def compensated(
     plan: Plan,
     *,
     make_plan: MakePlan,
-    masks_of: Callable[[Plan], Mapping[str, Tensor]],
     inputs: Inputs,
     counted: Callable[[Any], list[Tensor]],
 ) -> Plan:
@@ -86,13 +84,12 @@ def compensated(
         kept: Positions that stay, by axis name.
         plan: Made of these.
         make_plan: From kept positions to a plan.
-        masks_of: From a plan to what it keeps of each tensor.
         inputs: Of one forward call.
         counted: From a result to the outputs that count.
     """
     if plan.exact or any(tensor.is_meta for tensor in model.parameters()):
         return plan
-    subject = _Subject(model, axes, kept, plan, make_plan, masks_of, inputs, counted)
+    subject = _Subject(model, axes, kept, plan, make_plan, inputs, counted)
     cut = [axes[row.name] for row in plan.axes if not row.exact]
     for inner in (False, True):
         proposals = dict(_proposals(subject, cut, inner=inner))

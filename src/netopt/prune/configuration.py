@@ -8,26 +8,23 @@ from __future__ import annotations
 
 import copy
 import inspect
-import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any
 
 import torch
 from torch import nn
 
 from netopt.plan import Plan, shapes_of
+from netopt.prune.searching import UNSET, Hints, Search, distance, set_at
 from netopt.restore import random_state_kept
 from netopt.surgery import Path, read
 
 __all__ = ["configured"]
 
-_ROUNDS = 12
 _SIZES = 6
 """With more different sizes in place of one, layers differ, and a configuration has one size for all of them."""
-
-_UNSET = ("dim", "inner", "size")
-Shapes = Mapping[str, tuple[int, ...]]
 
 
 def configured(model: nn.Module, plan: Plan) -> tuple[tuple[tuple[Path, float], ...], str | None]:
@@ -46,12 +43,12 @@ def configured(model: nn.Module, plan: Plan) -> tuple[tuple[tuple[Path, float], 
         return (), None
     wanted = {name: plan.shapes_after[name] for name in shapes_of(model)}
     dense = _built(model, config)
-    if dense is None or _distance(dense, shapes_of(model)) > 0:
+    if dense is None or distance(dense, shapes_of(model)) > 0:
         return (), "the configuration does not build this model, so it was left as it is"
     trial = copy.deepcopy(config)
     for path, value in plan.attributes:
         if path[:2] == ("", "config"):
-            _set(trial, path[2:], value)
+            set_at(trial, path[2:], value)
     replacements = _replacements(plan)
     varied = next((old for old, news in replacements.items() if len(news) > _SIZES), None)
     if varied is not None:
@@ -60,75 +57,32 @@ def configured(model: nn.Module, plan: Plan) -> tuple[tuple[tuple[Path, float], 
             (),
             f"the configuration cannot express it: what had {varied} neurons has {many} different sizes; {_ADVICE}",
         )
-    found = _search(model, trial, wanted, replacements)
-    if isinstance(found, dict):
-        found |= _decimals(model, plan, config)
-        derived = _derived(model, plan, {**{path[2:]: value for path, value in plan.attributes}, **found}, config)
-        found = derived or found
-    if not isinstance(found, dict):
-        return (), found
+    given = {path[2:]: value for path, value in plan.attributes if path[:2] == ("", "config")}
+    decimals = _decimals(model, plan, config)
+    search = Search(
+        lambda one: _built(model, one), wanted, lambda found: _derived(model, plan, given | found | decimals, config)
+    )
+    found = search.run(trial, _hints(model, plan, replacements))
+    if isinstance(found, str):
+        return (), f"{found}; {_ADVICE}"
+    found |= decimals
     return tuple((("", "config", *path), value) for path, value in found.items()), None
 
 
-def _search(
-    model: nn.Module, trial: Any, wanted: Shapes, replacements: Mapping[int, set[int]]
-) -> dict[tuple[str, ...], float] | str:
-    """Changes the integer that brings the shapes nearest, until they are right; else the first that is wrong."""
-    changed: dict[tuple[str, ...], float] = {}
-    distance = _distance(_built(model, trial), wanted)
-    for _ in range(_ROUNDS):
-        nearer = _nearer(model, trial, wanted, replacements, distance) if distance else None
-        if nearer is None:
-            break
-        distance, paths, new = nearer
-        for path in paths:
-            _set(trial, path, new)
-            changed[path] = new
-    if distance == 0:
-        return changed
-    built = _built(model, trial) or {}
-    name = next((name for name in wanted if built.get(name) != wanted[name]), "")
-    return (
-        f"the configuration cannot express it: `{name}` has shape {wanted.get(name)}, and the nearest configuration "
-        f"gives {built.get(name)}; {_ADVICE}"
-    )
-
-
-def _nearer(
-    model: nn.Module, trial: Any, wanted: Shapes, replacements: Mapping[int, set[int]], distance: float
-) -> tuple[float, tuple[tuple[str, ...], ...], int] | None:
-    """The move that brings the shapes nearest, and how near; None if no move brings them nearer."""
-    best: tuple[float, tuple[tuple[str, ...], ...], int] | None = None
-    for moves in _moves(trial, replacements):
-        for paths, new in moves:
-            other = copy.deepcopy(trial)
-            for path in paths:
-                _set(other, path, new)
-            reached = _distance(_built(model, other), wanted)
-            if reached < (best[0] if best else distance):
-                best = (reached, paths, new)
-        if best is not None:
-            break
-    return best
-
-
-def _moves(
-    config: Any, replacements: Mapping[int, set[int]]
-) -> Iterator[list[tuple[tuple[tuple[str, ...], ...], int]]]:
-    """First every integer alone set to a size that replaces it, then all that are equal together."""
-    known = list(_integers(config))
-    every = set().union(*replacements.values())
-    yield [
-        ((path,), new)
-        for path, value in known
-        for new in sorted(every if value is None else replacements.get(value, set()))
-    ]
-    together = []
-    for old, news in replacements.items():
-        equal = tuple(path for path, value in known if value == old)
-        if len(equal) > 1:
-            together += [(equal, new) for new in sorted(news)]
-    yield together
+def _hints(model: nn.Module, plan: Plan, replacements: Mapping[int, set[int]]) -> Hints:
+    """What the plan tells of the values to try."""
+    ratios: dict[str, set[Fraction]] = {}
+    for cut in plan.axes:
+        # Neurons of one layer multiply: heads are groups times heads of a group.
+        known = ratios.setdefault(cut.name.partition("/")[0], set())
+        known |= {Fraction(len(cut.kept), cut.size)} | {one * Fraction(len(cut.kept), cut.size) for one in known}
+    sizes: dict[str, set[int]] = {}
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if type(value) is int and any(word in name for word in UNSET):
+                sizes.setdefault(name, set()).add(value)
+    alike = {name: next(iter(values)) for name, values in sizes.items() if len(values) == 1}
+    return Hints(replacements, set().union(*ratios.values()), alike)
 
 
 def _decimals(model: nn.Module, plan: Plan, config: Any) -> dict[tuple[str, ...], float]:
@@ -149,11 +103,10 @@ def _derived(model: nn.Module, plan: Plan, changes: Mapping[Any, Any], config: A
     persistent = model.state_dict(keep_vars=True).keys()
     lost = next((name for name, _ in model.named_buffers() if name in plan.tensors and name not in persistent), None)
     if lost is not None:
-        return f"the configuration cannot express it: `{lost}` is computed from it, and has lost entries; {_ADVICE}"
+        return f"the configuration cannot express it: `{lost}` is computed from it, and has lost entries"
     trial = copy.deepcopy(config)
     for path, value in changes.items():
-        if path and hasattr(trial, str(path[0])):
-            _set(trial, path, value)
+        set_at(trial, path, value)
     with random_state_kept(), torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         fresh = dict(type(model)(trial).named_modules())  # pyright: ignore[reportCallIssue]
@@ -162,9 +115,7 @@ def _derived(model: nn.Module, plan: Plan, changes: Mapping[Any, Any], config: A
         for name, value in vars(module).items():
             wanted = planned.get((prefix, name), value)
             if type(value) is float and getattr(fresh.get(prefix), name, wanted) != wanted:
-                return (
-                    f"the configuration cannot express it: `{prefix}.{name}` is computed from it, and stays; {_ADVICE}"
-                )
+                return f"the configuration cannot express it: `{prefix}.{name}` is computed from it, and stays"
     return None
 
 
@@ -200,41 +151,8 @@ def _built(model: nn.Module, config: Any) -> dict[str, tuple[int, ...]] | None:
             RuntimeError,
             AttributeError,
             AssertionError,
+            LookupError,
             ZeroDivisionError,
             NotImplementedError,
         ):
             return None
-
-
-def _distance(built: Shapes | None, wanted: Shapes) -> float:
-    """How far shapes are from those wanted: 0 if equal, infinite if other tensors are built."""
-    if built is None or built.keys() != wanted.keys():
-        return math.inf
-    total = 0.0
-    for name, shape in wanted.items():
-        if len(built[name]) != len(shape):
-            return math.inf
-        total += sum(abs(math.log(one / other)) for one, other in zip(built[name], shape, strict=True) if one and other)
-    return total
-
-
-def _integers(config: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], int | None]]:
-    """The integers of a configuration and of those inside it; None where a size is left to a default."""
-    for name, value in vars(config).items():
-        if name.startswith("_"):
-            continue
-        if type(value) is int and value > 1:
-            yield (*path, name), value
-        elif value is None and any(word in name for word in _UNSET):
-            yield (*path, name), None
-        elif hasattr(value, "to_dict") and len(path) < 2:
-            yield from _integers(value, (*path, name))
-
-
-def _set(config: Any, path: tuple[Any, ...], value: float) -> None:
-    for name in path[:-1]:
-        config = config[name] if isinstance(config, (Mapping, list)) else getattr(config, name)
-    if isinstance(config, (dict, list)):
-        config[path[-1]] = value
-    else:
-        setattr(config, path[-1], value)

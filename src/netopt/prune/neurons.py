@@ -25,7 +25,8 @@ from netopt.plan import AxisCut, Plan, shapes_of
 from netopt.prune.candidates import AxisSelector, candidates
 from netopt.prune.compensation import compensated
 from netopt.prune.configuration import configured
-from netopt.prune.verify import plain_tensors_kept, promise
+from netopt.prune.folding import fold_removed
+from netopt.prune.verify import Tensors, plain_tensors_kept, promise
 from netopt.report import PruningReport, Row
 from netopt.selection import Amount, Limits, Scope, check_amount, check_scope, check_threshold, select, select_within
 
@@ -60,7 +61,8 @@ def prune_neurons(
     r"""Removes the least important neurons of ``model``, in place, and everything coupled to them.
 
     Either the whole plan is carried out or ``model`` and ``optimizer`` are left as they were. At least one neuron stays
-    on every axis.
+    on every axis. A removed neuron that is a constant (all weights that make it are zero) is folded into what reads it;
+    any other is as good as masked.
 
     Args:
         model: Any module; its forward is run, never parsed. Its train/eval mode is kept.
@@ -75,8 +77,8 @@ def prune_neurons(
         data: Batches for criteria that need gradients or activations; what needs no labels falls back to
             ``example_inputs``.
         loss_fn: Of the model's result and a batch's targets, for criteria that need the loss.
-        scope: ``"global"`` ranks the neurons of all axes together, each against the average of its axis; ``"layer"``
-            removes the amount of every axis.
+        scope: ``"global"`` ranks the neurons of all axes together, each score as its share of those of its axis that
+            are not below it; ``"layer"`` removes the amount of every axis.
         include: Names, patterns, types, modules, or predicates of an :class:`~netopt.axes.Axis`, whose neurons may go.
         exclude: The same, whose neurons all stay.
         outputs: Which results must keep their shape; see :func:`netopt.find_axes`.
@@ -114,7 +116,8 @@ def prune_neurons(
     # A budget of operations is one of those counted in a run; elsewhere those of the traced forward are counted.
     before = measure.cost(model, None if max_macs is None else example_inputs)
     selectors = {"include": include, "exclude": exclude, "outputs": outputs}
-    decision = _decide(model, example_inputs, before, request, sources, **selectors)
+    # A mask can be taken off; what is folded into a bias could not.
+    decision = _decide(model, example_inputs, before, request, sources, **selectors, fold=mode == "remove")
     plan, counted = decision.plan, decision.counted
     if before.macs is None:
         before = dataclasses.replace(before, macs=decision.axes.macs())
@@ -147,7 +150,7 @@ def prune_neurons(
     operation = plan.prepare(model, optimizers)
     if not verify:
         return operation.run(report)
-    promised = promise(model, example_inputs, counted, decision.masks(model) if plan.exact else None)
+    promised = promise(model, example_inputs, counted, decision.computing() if plan.exact else None)
 
     def finish() -> PruningReport:
         promised.check(model, example_inputs, counted)
@@ -244,6 +247,10 @@ class _Decision:
     counted: Callable[[Any], list[Tensor]]
     unsaid: str | None
     """Why the model's configuration cannot express the smaller model."""
+    folded: Mapping[str, Tensor]
+    """Positions removed whose constants are folded into what reads them, by axis."""
+    notes: Mapping[str, str]
+    """What is to be said of axes with dead neurons."""
 
     def rows(self) -> tuple[Row, ...]:
         """One row an axis that could lose neurons."""
@@ -253,39 +260,30 @@ class _Decision:
             scores = self.scores.scores[axis.name]
             low, high = float(scores.min()), float(scores.max())
             equal, reason = exact.get(axis.name, (True, None))
-            notes = [f"scores {low:.2g} to {high:.2g}"] + ([] if reason is None else [reason])
+            notes = [f"scores {low:.2g} to {high:.2g}", *filter(None, (reason, self.notes.get(axis.name)))]
             rows.append(Row(axis.name, axis.size, len(self.kept[axis.name]), equal, "; ".join(notes)))
         return tuple(rows)
 
-    def masks(self, model: nn.Module) -> dict[str, Tensor]:
-        """For each tensor of the plan, ``True`` where nothing removed is met."""
-        return masks_of(self.plan, surgery.named_tensors(model))
-
-
-def masks_of(plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The plan as masks: ``True`` where an entry stays."""
-    masks = {}
-    for name, cuts in plan.tensors.items():
-        if name not in tensors:
-            continue
-        shape = tensors[name].shape
-        mask = torch.ones([1] * len(shape), dtype=torch.bool)
-        for dim, kept in cuts.items():
-            stays = torch.zeros(shape[dim], dtype=torch.bool)
-            stays[kept] = True
-            mask = mask & stays.view([-1 if index == dim else 1 for index in range(len(shape))])
-        masks[name] = mask.expand(shape)  # no memory for the dimensions that stay whole
-    return masks
+    def computing(self) -> Tensors:
+        """What computes after the plan: what is kept of each tensor, and what is folded instead of masked."""
+        if not self.folded:
+            return self.plan.tensors
+        others = {name: torch.cat([self.kept[name], at]).sort().values for name, at in self.folded.items()}
+        return self.axes.tensor_indices({**self.kept, **others})
 
 
 def _parameter_masks(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
-    parameters = {
-        name: parameter
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-        if parameter.is_floating_point()
-    }
-    masks = masks_of(plan, parameters)
-    return {name.removesuffix("_orig"): mask.contiguous() for name, mask in masks.items()}
+    """The plan as masks of parameters: ``True`` where an entry stays."""
+    masks = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name in plan.tensors and parameter.is_floating_point():
+            mask = torch.ones(parameter.shape, dtype=torch.bool)
+            for dim, kept in plan.tensors[name].items():
+                stays = torch.zeros(mask.shape[dim], dtype=torch.bool)
+                stays[kept] = True
+                mask &= stays.view([-1 if index == dim else 1 for index in range(mask.dim())])
+            masks[name.removesuffix("_orig")] = mask
+    return masks
 
 
 def _decide(
@@ -298,6 +296,7 @@ def _decide(
     include: AxisSelector,
     exclude: AxisSelector,
     outputs: Outputs,
+    fold: bool = True,
 ) -> _Decision:
     # In inference mode some operations hide from a trace, and none has a gradient.
     with torch.inference_mode(False):
@@ -332,14 +331,17 @@ def _decide(
         kept,
         make_plan(model, axes, kept),
         make_plan=lambda some: make_plan(model, axes, some),
-        masks_of=lambda plan: masks_of(plan, surgery.named_tensors(model)),
         inputs=example_inputs,
         counted=counted,
     )
     more, unsaid = configured(model, plan)
     if more:
         plan = dataclasses.replace(plan, attributes=(*plan.attributes, *more))
-    return _Decision(axes, chosen, kept_out, scored, kept, plan, counted, unsaid)
+    folded: dict[str, Tensor] = {}
+    notes: dict[str, str] = {}
+    if fold:
+        plan, folded, notes = fold_removed(model, axes, kept, plan, inputs=example_inputs, counted=counted)
+    return _Decision(axes, chosen, kept_out, scored, kept, plan, counted, unsaid, folded, notes)
 
 
 def make_plan(model: nn.Module, axes: Axes, kept: Mapping[str, Tensor]) -> Plan:

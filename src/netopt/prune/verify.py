@@ -16,9 +16,12 @@ from netopt.errors import ForwardError, VerificationError
 from netopt.restore import given_back, random_state_kept
 from netopt.surgery import Exchange, Operation, find_tensor
 
-__all__ = ["Promise", "masked_tensors", "promise", "run"]
+__all__ = ["Promise", "masked_tensors", "promise", "run", "zeroed"]
 
 Counted = Callable[[Any], list[Tensor]]
+
+Tensors = Mapping[str, Mapping[int, Tensor]]
+"""Kept indices by tensor name and dimension, of what is narrowed."""
 
 TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.2}
 """Largest difference allowed, as a share of the largest output: rounding grows with depth, errors are of size 1."""
@@ -78,35 +81,44 @@ class Promise:
 
 
 def promise(
-    model: nn.Module, inputs: Inputs, counted: Counted, masks: Mapping[str, Tensor] | None, *, equal: bool = False
+    model: nn.Module, inputs: Inputs, counted: Counted, kept: Tensors | None, *, equal: bool = False
 ) -> Promise:
-    """Runs the model as it is, or with ``masks`` on, and notes what the smaller one has to return.
+    """Runs the model as it is, or with everything but ``kept`` masked, and notes what the smaller one has to return.
 
     Args:
         model: Before the surgery; given back as it was.
         inputs: Of one forward call.
         counted: From a result to the outputs that count.
-        masks: For each tensor by name, ``True`` where it stays, if the masked model's outputs are promised; else None.
-        equal: Without ``masks``: whether the model's own outputs are promised, or only their shapes.
+        kept: Kept indices by tensor name and dimension, if the masked model's outputs are promised; else None.
+        equal: Without ``kept``: whether the model's own outputs are promised, or only their shapes.
     """
-    if masks is None:
+    if kept is None:
         return Promise(run(model, inputs, counted), equal=equal)
-    operation = Operation(model, masked_tensors(model, masks))
+    operation = Operation(model, masked_tensors(model, kept))
     return Promise(operation.rehearse(lambda: run(model, inputs, counted)), equal=True)
 
 
-def masked_tensors(model: nn.Module, masks: Mapping[str, Tensor]) -> list[Exchange]:
-    """Exchanges each tensor for a copy that is zero where its mask is ``False``."""
-    changes = []
+def masked_tensors(model: nn.Module, kept: Tensors) -> list[Exchange]:
+    """Exchanges each tensor for a copy that is zero wherever an index is not kept."""
+    changes, seen = [], set()
     with torch.inference_mode(False), torch.no_grad():
-        for name, mask in masks.items():
+        for name, cuts in kept.items():
             tensor = find_tensor(model, name)
-            if tensor is not None and (tensor.is_floating_point() or tensor.is_complex()):
-                # No product: what is not a number must not survive in what is masked.
-                zero = torch.zeros((), dtype=tensor.dtype, device=tensor.device)
-                masked = torch.where(mask.to(tensor.device), tensor.detach(), zero)
-                changes.append(Exchange(tensor, masked.requires_grad_(tensor.requires_grad and tensor.is_leaf)))
+            if tensor is None or id(tensor) in seen or not (tensor.is_floating_point() or tensor.is_complex()):
+                continue
+            seen.add(id(tensor))
+            masked = zeroed(tensor.detach().clone(), cuts)
+            changes.append(Exchange(tensor, masked.requires_grad_(tensor.requires_grad and tensor.is_leaf)))
     return changes
+
+
+def zeroed(tensor: Tensor, cuts: Mapping[int, Tensor]) -> Tensor:
+    """Writes zeros to all indices of ``tensor`` that are not kept; what is not a number does not survive there."""
+    for dim, kept in cuts.items():
+        gone = torch.ones(tensor.shape[dim], dtype=torch.bool)
+        gone[kept] = False
+        tensor.index_fill_(dim, torch.nonzero(gone).flatten().to(tensor.device), 0)
+    return tensor
 
 
 def run(model: nn.Module, inputs: Inputs, counted: Counted) -> list[Tensor]:

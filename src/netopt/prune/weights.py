@@ -5,21 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 
 from netopt.batches import Batch
 from netopt.errors import ArgumentTypeError, InvalidArgumentError, NothingToPruneError, UnknownNameError
-from netopt.importance import Importance, lookup, names, scores
+from netopt.importance import Importance, lookup, scores, updates_layers
 from netopt.masking.decide import Request, decide
 from netopt.masking.lifecycle import adopt
 from netopt.masking.patterns import Pattern, Shape, parse
 from netopt.masking.quantile import Scores
 from netopt.measure import Cost, count_parameters, size_bytes
 from netopt.parameters import Place, places
-from netopt.reconstruction import SOLVERS, reconstruct
+from netopt.reconstruction import reconstruct
 from netopt.report import PruningReport, Row
 from netopt.selectors import Selector, chosen, matches
 
@@ -57,9 +57,8 @@ def prune_weights(
             For ``scope`` ``"layer"`` and ``"row"`` it holds for each weight, each row; of blocks it counts blocks.
         threshold: Instead of ``amount``: mask what scores below.
         importance: A criterion's name (:func:`netopt.importance.names`), a criterion, a function of evidence, or the
-            scores, a tensor for each name. ``"sparsegpt"`` and ``"admm"`` also update what is kept of linear and
-            convolutional layers, one after the other, to make up for what is removed; of ``amount`` each layer then
-            gives its share.
+            scores, a tensor for each name. Criteria of ``"layers"``, ``"sparsegpt"`` and ``"admm"``, also update what
+            is kept, layer after layer, to make up for what is removed; of ``amount`` each layer then gives its share.
         data: Batches, for a criterion that needs gradients or inputs; read once, in eval mode.
         loss_fn: Of the model's result and a batch's targets, for a criterion that needs the loss; by default the
             ``loss`` the model returns.
@@ -106,9 +105,9 @@ def prune_weights(
     before = _cost(model, nonzero)
     requests = [(group, Request(shape, scope, part, threshold)) for group, part in _groups(wanted, amount)]
     masks: dict[str, Tensor] = {}
-    if isinstance(importance, str) and importance in SOLVERS:
+    if updates_layers(importance):
         parts = [(list(group), request) for group, request in requests]
-        masks = reconstruct(model, wanted, data, importance, parts, progress=progress)
+        masks = reconstruct(model, wanted, data, cast("Importance", importance), parts, progress=progress)
     else:
         score = _scorer(model, wanted, importance=importance, data=data, loss_fn=loss_fn, progress=progress)
         for group, request in requests:
@@ -276,8 +275,6 @@ def _scorer(
     if isinstance(importance, str) and importance == "magnitude":
         # Read from the weights themselves: no second tensor of their size.
         return lambda place: Scores(place.parameter.detach(), True, _alive(place), place.name)
-    if isinstance(importance, str) and importance not in names("weights"):
-        raise UnknownNameError.of("importance", importance, {*names("weights"), *SOLVERS})
     found = scores(model, data, importance, loss_fn=loss_fn, wanted=wanted, progress=progress)
 
     def score(place: Place) -> Scores:
@@ -302,4 +299,4 @@ def _cost(model: nn.Module, nonzero: Mapping[str, int]) -> Cost:
 def _name(importance: Any) -> str:
     if isinstance(importance, Mapping):
         return "scores"
-    return importance if isinstance(importance, str) else lookup(importance).name
+    return importance if isinstance(importance, str) else lookup(importance, of="layers").name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +12,13 @@ from tqdm import tqdm
 
 from netopt import batches
 from netopt.batches import Batch
-from netopt.errors import InvalidArgumentError, MissingDataError, NonFiniteError
-from netopt.importance.inputs import every_contraction
+from netopt.errors import InvalidArgumentError, MissingDataError, NonFiniteError, ShapeMismatchError
+from netopt.importance import Criterion, Importance, lookup
+from netopt.importance.inputs import Matrix, every_contraction
 from netopt.masking.decide import Request
 from netopt.parameters import Place
 from netopt.reconstruction.replay import Runner, container_of
-from netopt.reconstruction.solvers import SOLVERS, Demand, Solver
+from netopt.reconstruction.solvers import Demand, Problem
 from netopt.reconstruction.stages import Moments, moments, stages
 from netopt.restore import given_back
 
@@ -27,7 +29,7 @@ def reconstruct(
     model: nn.Module,
     wanted: Mapping[str, Place],
     data: Iterable[Batch] | None,
-    solver: str,
+    importance: Importance,
     requests: Sequence[tuple[Sequence[str], Request]],
     *,
     progress: bool = False,
@@ -38,7 +40,7 @@ def reconstruct(
         model: Run in eval mode, and given back as it was, except for the values of ``wanted``.
         wanted: The weights.
         data: Calibration batches; inputs are kept, activations are not.
-        solver: A name in :data:`netopt.reconstruction.SOLVERS`.
+        importance: A criterion of layers, or its name; see :func:`netopt.importance.names`.
         requests: For groups of names, how much and in what pattern. A global amount is shared out in proportion.
         progress: Whether to show a progress bar.
 
@@ -47,11 +49,14 @@ def reconstruct(
 
     Raises:
         MissingDataError: there is no ``data``.
-        InvalidArgumentError: a block pattern, a threshold, or a weight that is no matrix of a layer.
+        InvalidArgumentError: a block pattern, a threshold, or a weight whose layer's outputs do not say what its
+            entries should be: it is looked up, or used in several ways that share entries.
+        ShapeMismatchError: the criterion returns something of another shape than the weight.
     """
+    solver = lookup(importance, of="layers")
     if data is None:
-        raise MissingDataError(f"importance {solver!r} needs the layers' inputs; pass data=, a list of batches.")
-    demands = _demands(wanted, requests)
+        raise MissingDataError(f"importance {solver.name!r} needs the layers' inputs; pass data=, a list of batches.")
+    shares = _shares(wanted, requests)
     held = list(batches.iterate(data))
     before = {name: place.parameter.detach().clone() for name, place in wanted.items()}
     masks: dict[str, Tensor] = {}
@@ -59,11 +64,12 @@ def reconstruct(
         with given_back(model), every_contraction(model):
             model.eval()
             container = container_of(model, wanted)
-            order, chain = stages(model, held[0], wanted, container)
+            order, chain = stages(model, held, wanted, container)
             runner = Runner(model, held, container, chain, unpruned=lambda: _exchanged(wanted, before))
-            for stage in tqdm(order, desc=solver, disable=not progress, leave=False):
-                for name, moment in moments(runner, stage, wanted).items():
-                    masks[name] = _solve(wanted[name], moment, demands[name], SOLVERS[solver])
+            for stage in tqdm(order, desc=solver.name, disable=not progress, leave=False):
+                for name, found in moments(runner, stage, wanted).items():
+                    parts = list(zip(stage.matrices[name], found, strict=True))
+                    masks[name] = _solve(wanted[name], parts, shares[name], solver)
     except BaseException:
         with torch.no_grad():
             for name, place in wanted.items():
@@ -85,53 +91,77 @@ def _exchanged(wanted: Mapping[str, Place], values: Mapping[str, Tensor]) -> Ite
             place.parameter.data = own[name]
 
 
-def _solve(place: Place, moments: Moments, demands: Sequence[Demand], solver: Solver) -> Tensor:
-    """Updates one parameter, group by group, and returns its mask."""
-    orientation, parameter = place.orientation, place.parameter
-    moment = moments.own
-    rows = orientation.rows(place.value).to(moment.dtype)
-    if not torch.isfinite(rows).all():
+def _solve(place: Place, parts: Sequence[tuple[Matrix, Moments]], share: Share, solver: Criterion) -> Tensor:
+    """Updates one parameter, matrix by matrix, and returns its mask."""
+    parameter = place.parameter.detach()
+    if not torch.isfinite(parameter).all():
         raise NonFiniteError(f"the weight {place.name!r} holds NaN or infinity; repair it, or exclude it.")
-    if not torch.isfinite(moment).all():
-        raise NonFiniteError(f"the inputs of {place.name!r} are not finite on this data; check data and weights.")
-    parts = rows.chunk(len(moment))
-    cross = moments.cross
-    solved = [
-        solver(part, own, part @ other, demand)
-        for part, own, other, demand in zip(parts, moment, cross, demands, strict=True)
-    ]
-    weight = orientation.back(torch.cat([one for one, _ in solved]), parameter)
-    mask = orientation.back(torch.cat([kept for _, kept in solved]), parameter).contiguous()
+    # In memory as the parameter is, so that a matrix is the same entries of each.
+    weight = torch.empty_like(parameter).copy_(place.value)
+    alive = None if place.mask is None else torch.empty_like(parameter, dtype=torch.bool).copy_(place.mask)
+    mask = torch.ones_like(parameter, dtype=torch.bool)
+    counts = _in_proportion(share.count, [matrix.count for matrix, _ in parts])
+    for (matrix, moment), count in zip(parts, counts, strict=True):
+        if not (torch.isfinite(moment.own).all() and torch.isfinite(moment.cross).all()):
+            raise NonFiniteError(f"the inputs of {place.name!r} are not finite on this data; check data and weights.")
+        rows = matrix.rows(weight).to(moment.own.dtype)
+        demand = share.demand(matrix, count, place.name, None if alive is None else matrix.rows(alive))
+        solved, kept = solver(Problem(rows, moment.own, rows @ moment.cross, demand))
+        if solved.shape != rows.shape or kept.shape != rows.shape:
+            raise ShapeMismatchError(
+                f"importance {solver.name!r} was given {tuple(rows.shape)} entries of {place.name!r} and returned "
+                f"weights of shape {tuple(solved.shape)} and a mask of shape {tuple(kept.shape)}; both must be alike."
+            )
+        matrix.write(weight, solved.to(weight.dtype))
+        matrix.write(mask, kept)
     if not torch.isfinite(weight).all():
         raise NonFiniteError(f"the weights of {place.name!r} could not be reconstructed; give more or other data.")
-    with torch.no_grad():
-        # What a mask hides keeps its value.
-        parameter.copy_(torch.where(mask, weight.to(parameter.dtype), parameter))
-        if place.mask is None:
-            # Until the masks are put, zeros stand for them, so that later layers see pruned inputs.
-            parameter.masked_fill_(~mask, 0)
-    return mask
+    # What a mask hides keeps its value.
+    parameter.copy_(torch.where(mask, weight, parameter))
+    if place.mask is None:
+        # Until the masks are put, zeros stand for them, so that later layers see pruned inputs.
+        parameter.masked_fill_(~mask, 0)
+    return mask.contiguous()
 
 
-def _demands(wanted: Mapping[str, Place], requests: Sequence[tuple[Sequence[str], Request]]) -> dict[str, list[Demand]]:
-    found: dict[str, list[Demand]] = {}
+@dataclass(frozen=True)
+class Share:
+    """What one weight is to lose.
+
+    Attributes:
+        request: The pattern, and what the amount is counted over.
+        count: How many entries in all, where that is not counted by rows.
+    """
+
+    request: Request
+    count: int = 0
+
+    def demand(self, matrix: Matrix, count: int, name: str, alive: Tensor | None) -> Demand:
+        """Returns which zeros are wanted in one matrix of the weight, which is to lose ``count`` entries."""
+        shape = self.request.shape
+        if shape.kind == "n:m":
+            return Demand(matrix.columns, group=(shape.first, shape.second), alive=alive)
+        if self.request.scope == "row":
+            remove = self.request.count(matrix.columns, f"a row of {name!r}")
+            return Demand(matrix.columns, remove, per_row=True, alive=alive)
+        return Demand(matrix.columns, count, alive=alive)
+
+
+def _shares(wanted: Mapping[str, Place], requests: Sequence[tuple[Sequence[str], Request]]) -> dict[str, Share]:
+    found: dict[str, Share] = {}
     for names, request in requests:
         if request.shape.kind == "block" or request.threshold is not None:
             what = "a block pattern" if request.shape.kind == "block" else "a threshold"
             raise InvalidArgumentError(f"layer-wise reconstruction takes no {what}; use 'unstructured' or 'n:m'.")
         sizes = [wanted[name].parameter.numel() for name in names]
-        counts = _shares(request, names, sizes)
-        for name, count in zip(names, counts, strict=True):
-            found[name] = _by_group(wanted[name], request, count)
+        if request.shape.kind == "n:m" or request.scope == "row":
+            counts = [0] * len(names)
+        elif request.scope == "layer":
+            counts = [request.count(size, repr(name)) for name, size in zip(names, sizes, strict=True)]
+        else:
+            counts = _in_proportion(request.count(sum(sizes), "the weights chosen"), sizes)
+        found |= {name: Share(request, count) for name, count in zip(names, counts, strict=True)}
     return found
-
-
-def _shares(request: Request, names: Sequence[str], sizes: Sequence[int]) -> list[int]:
-    if request.shape.kind == "n:m" or request.scope == "row":
-        return [0] * len(names)
-    if request.scope == "layer":
-        return [request.count(size, repr(name)) for name, size in zip(names, sizes, strict=True)]
-    return _in_proportion(request.count(sum(sizes), "the weights chosen"), sizes)
 
 
 def _in_proportion(count: int, sizes: Sequence[int]) -> list[int]:
@@ -141,19 +171,3 @@ def _in_proportion(count: int, sizes: Sequence[int]) -> list[int]:
         shares.append(round(count * (passed + size) / total) - round(count * passed / total))
         passed += size
     return shares
-
-
-def _by_group(place: Place, request: Request, count: int) -> list[Demand]:
-    module, _ = place.owners[0]
-    groups = int(getattr(module, "groups", 1)) if place.orientation.inputs == 1 else 1
-    rows = place.orientation.rows(place.parameter.detach())
-    columns = rows.shape[1]
-    alive = [None] * groups if place.mask is None else place.orientation.rows(place.mask.bool()).chunk(groups)
-    if request.shape.kind == "n:m":
-        group = (request.shape.first, request.shape.second)
-        return [Demand(columns, group=group, alive=one) for one in alive]
-    if request.scope == "row":
-        remove = request.count(columns, f"a row of {place.name!r}")
-        return [Demand(columns, remove, per_row=True, alive=one) for one in alive]
-    shares = _in_proportion(count, [rows.numel() // groups] * groups)
-    return [Demand(columns, share, alive=one) for share, one in zip(shares, alive, strict=True)]

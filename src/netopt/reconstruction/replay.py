@@ -245,11 +245,15 @@ class Runner:
             chain = notes.chain()
             if not chain.runs_like(self.chain):
                 return None
-            streams.append(_Stream(chain, {dense: self._first(chain, batch, dense) for dense in (True, False)}))
+            given = {dense: self._first(chain, batch, dense) for dense in (True, False)}
+            if not all(given.values()):
+                # What is before has been pruned, and leads elsewhere now.
+                return None
+            streams.append(_Stream(chain, given))
         return streams
 
     def _first(self, chain: Chain, batch: Any, dense: bool) -> list[Any]:
-        """Returns the flat arguments of the chain's first block."""
+        """Returns the flat arguments of the chain's first block; none if it is not reached."""
         caught: list[Any] = []
 
         def hook(block: nn.Module, args: Any, kwargs: Any) -> None:

@@ -3,32 +3,32 @@ r"""A pruned matrix that still does to its inputs what the dense one did, as nea
 Both solvers minimise :math:`\lVert W X - \hat W \hat X \rVert^2` over matrices :math:`\hat W` with zeros in a wanted
 number and pattern, where :math:`X` are the inputs in the unpruned model and :math:`\hat X` those in the model pruned so
 far. All they know of the inputs are the moments :math:`H = \hat X \hat X^\top` and :math:`T = W X \hat X^\top`.
+
+Matrices side by side with inputs of their own (the groups of a convolution) are solved at once, and compete for what is
+kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from netopt.importance import criterion
 from netopt.masking.patterns import keep_n_of_m, keep_per_row
 from netopt.masking.quantile import Scores, keep_best
 
-__all__ = ["SOLVERS", "Demand", "Solver", "admm", "sparsegpt"]
+__all__ = ["Demand", "Problem", "admm", "sparsegpt"]
 
-DAMPENING = 0.1
 BLOCK = 128
-ROUNDS = 20
-ITERATIONS = 20
-POLISH = 24
+STRIP = 16
 
 
 @dataclass(frozen=True)
 class Demand:
-    """Which zeros are wanted in one matrix.
+    """Which zeros are wanted in one matrix, or in several side by side.
 
     Attributes:
         columns: The matrix's columns.
@@ -44,10 +44,15 @@ class Demand:
     group: tuple[int, int] | None = None
     alive: Tensor | None = None
 
+    def whole_groups(self, columns: int) -> int:
+        """Returns about ``columns``, such that no group of ``n:m`` is cut in two."""
+        size = 1 if self.group is None else self.group[1]
+        return max(columns // size, 1) * size
+
     def keep(self, scores: Tensor, start: int = 0, part: float = 1.0) -> Tensor:
         """Chooses what to keep of the columns from ``start``, given their scores; ``part`` of the zeros is demanded."""
-        stop = start + scores.shape[1]
-        alive = None if self.alive is None else self.alive[:, start:stop]
+        stop = start + scores.shape[-1]
+        alive = None if self.alive is None else self.alive[..., start:stop]
         if alive is not None:
             scores = scores.masked_fill(~alive, -torch.inf)
         if self.group is not None:
@@ -57,127 +62,150 @@ class Demand:
             share = part * self.remove / self.columns
             remove = round(share * stop) - round(share * start)
             if self.per_row:
-                keep = keep_per_row(scores, remove)
+                keep = keep_per_row(scores.flatten(0, -2), remove).view(scores.shape)
             else:
                 dead = 0 if alive is None else int((~alive).sum())
                 keep = keep_best([Scores(scores)], max(remove, dead))[0]
         return keep if alive is None else keep & alive
 
 
-def sparsegpt(weight: Tensor, moment: Tensor, target: Tensor, demand: Demand) -> tuple[Tensor, Tensor]:
+class Problem(NamedTuple):
+    """What a solver is given; a criterion of ``"layers"`` is a function of it.
+
+    Attributes:
+        weight: ``(groups, rows, columns)``.
+        moment: :math:`H`, ``(groups, columns, columns)``.
+        target: :math:`T`, ``(groups, rows, columns)``; ``weight @ moment`` where the inputs have not changed.
+        demand: Which zeros.
+    """
+
+    weight: Tensor
+    moment: Tensor
+    target: Tensor
+    demand: Demand
+
+
+@criterion("sparsegpt", of="layers", paper="https://arxiv.org/abs/2301.00774")
+def sparsegpt(problem: Problem, *, dampening: float = 0.1, block: int = BLOCK) -> tuple[Tensor, Tensor]:
     r"""Removes weights column by column, and lets the columns to come make up for each error.
 
     Args:
-        weight: ``(rows, columns)``.
-        moment: :math:`H`, ``(columns, columns)``; a tenth of its mean diagonal is added to the diagonal.
-        target: :math:`T`, ``(rows, columns)``; ``weight @ moment`` where the inputs have not changed.
-        demand: Which zeros; decided for 128 columns at a time, or for one group of ``n:m``.
+        problem: The matrices, their moments and what is to be removed.
+        dampening: This fraction of the moment's mean diagonal is added to the diagonal, and pulls towards the old
+            weights.
+        block: Zeros are decided for so many columns at a time; for ``n:m``, for one group at a time.
 
     Returns:
-        The new matrix and what is kept of it.
+        The new matrices and what is kept of them.
 
     References:
         SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot (Frantar & Alistarh, 2023),
         https://arxiv.org/abs/2301.00774
     """
-    damp = DAMPENING * moment.diagonal().mean()
-    weight = torch.linalg.solve(_dampened(moment, DAMPENING), target + weight * damp, left=False)
-    factor = _inverse_factor(_dampened(moment, DAMPENING))
-    kept = torch.ones_like(weight, dtype=torch.bool)
-    columns = weight.shape[1]
-    for start in range(0, columns, BLOCK):
-        stop = min(start + BLOCK, columns)
-        inner = factor[start:stop, start:stop]
-        part = weight[:, start:stop]
-        if demand.group is None:
-            kept[:, start:stop] = demand.keep((part / inner.diagonal()).square(), start)
-        errors = torch.zeros_like(part)
-        for column in range(stop - start):
+    weight, moment, target, demand = problem
+    damp = dampening * _diagonal(moment).mean(-1)[..., None, None]
+    lower = torch.linalg.cholesky(_dampened(moment, dampening))
+    # One row an input from here on: what is worked on column by column then lies together in memory.
+    columns = torch.cholesky_solve((target + weight * damp).mT, lower).contiguous()
+    factor = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
+    kept = torch.ones_like(columns, dtype=torch.bool)
+    block = demand.whole_groups(block)
+    for start in range(0, demand.columns, block):
+        stop = min(start + block, demand.columns)
+        inner = factor[:, start:stop, start:stop]
+        errors = _removed(columns[:, start:stop], inner, kept[:, start:stop], demand, start)
+        columns[:, stop:].baddbmm_(factor[:, start:stop, stop:].mT, errors, alpha=-1)
+    return columns.masked_fill_(~kept, 0).mT, kept.mT
+
+
+def _removed(part: Tensor, inner: Tensor, kept: Tensor, demand: Demand, start: int) -> Tensor:
+    """Removes entries of the columns from ``start``, makes up for it within them, and returns their errors.
+
+    ``part``, ``kept``, and the errors are ``(groups, columns, rows)``; the first two are written to.
+    """
+    scale = _diagonal(inner)[..., None]
+    if demand.group is None:
+        kept.copy_(demand.keep((part / scale).square_().mT, start).mT)
+    errors = torch.zeros_like(part)
+    size, strip = part.shape[1], demand.whole_groups(STRIP)
+    for first in range(0, size, strip):
+        # Within a strip every error is made up for at once, beyond it those of a strip together.
+        last = min(first + strip, size)
+        for column in range(first, last):
             if demand.group is not None and (start + column) % demand.group[1] == 0:
-                _choose_group(demand, part, inner, kept, start, column)
-            error = part[:, column].masked_fill(kept[:, start + column], 0) / inner[column, column]
-            part[:, column:] -= torch.outer(error, inner[column, column:])
+                group = slice(column, min(column + demand.group[1], size))
+                scores = (part[:, group] / scale[:, group]).square_()
+                kept[:, group] = demand.keep(scores.mT, start + column).mT
+            error = part[:, column].masked_fill(kept[:, column], 0) / scale[:, column]
             errors[:, column] = error
-        weight[:, stop:] -= errors @ factor[start:stop, stop:]
-    return weight.masked_fill(~kept, 0), kept
+            part[:, column:last].baddbmm_(inner[:, column, column:last, None], error[:, None], alpha=-1)
+        part[:, last:].baddbmm_(inner[:, first:last, last:].mT, errors[:, first:last], alpha=-1)
+    return errors
 
 
-def _choose_group(demand: Demand, part: Tensor, inner: Tensor, kept: Tensor, start: int, column: int) -> None:
-    size = demand.group[1] if demand.group else 1
-    stop = min(column + size, part.shape[1])
-    scores = (part[:, column:stop] / inner.diagonal()[column:stop]).square()
-    kept[:, start + column : start + stop] = demand.keep(scores, start + column)
-
-
-def admm(weight: Tensor, moment: Tensor, target: Tensor, demand: Demand) -> tuple[Tensor, Tensor]:
+@criterion("admm", of="layers", paper="https://arxiv.org/abs/2401.02938")
+def admm(problem: Problem, *, dampening: float = 0.1, rounds: int = 20, polish: int = 24) -> tuple[Tensor, Tensor]:
     r"""Alternates between the best matrix near one with zeros, and the nearest matrix with zeros.
 
-    The zeros grow in number over the first rounds; then the pattern stays, and what is kept is fitted to it by
-    conjugate gradients.
-
     Args:
-        weight: ``(rows, columns)``.
-        moment: :math:`H`, ``(columns, columns)``; brought to a unit diagonal, to which a tenth is added.
-        target: :math:`T`, ``(rows, columns)``; ``weight @ moment`` where the inputs have not changed.
-        demand: Which zeros.
+        problem: The matrices, their moments and what is to be removed.
+        dampening: The moment is brought to a unit diagonal, to which this is added; it pulls towards the old weights.
+        rounds: How many alternations, over which the zeros grow in number along a cubic.
+        polish: Then the pattern stays, and what is kept is fitted to it by so many steps of conjugate gradients.
 
     Returns:
-        The new matrix and what is kept of it.
+        The new matrices and what is kept of them.
 
     References:
         Fast and Effective Weight Update for Pruned Large Language Models (Boža, 2024),
         https://arxiv.org/abs/2401.02938
     """
-    norm = moment.diagonal().sqrt().clamp(min=1e-8 * float(moment.diagonal().max().sqrt()) + 1e-30)
-    moment = moment / norm / norm[:, None]
-    dense = weight * norm
-    target = target / norm + dense * (DAMPENING * moment.diagonal().mean())
-    moment = _dampened(moment, DAMPENING)
+    weight, moment, target, demand = problem
+    norm = _diagonal(moment).sqrt()
+    norm = torch.maximum(norm, 1e-8 * norm.amax(-1, keepdim=True) + 1e-30)
+    moment = moment / norm[..., None, :] / norm[..., None]
+    dense = weight * norm[..., None, :]
+    target = target / norm[..., None, :] + dense * (dampening * _diagonal(moment).mean(-1)[..., None, None])
+    moment = _dampened(moment, dampening)
     penalty = 1.0
-    inverse = torch.linalg.inv(moment + penalty * torch.eye(len(moment), dtype=moment.dtype, device=moment.device))
+    one = torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(moment + penalty * one))
     free, dual = dense.clone(), torch.zeros_like(dense)
     kept = torch.ones_like(dense, dtype=torch.bool)
-    for step in range(ITERATIONS):
+    for step in range(rounds):
         summed = free + dual
-        if step < ROUNDS:
-            part = 1 - (1 - (step + 1) / ROUNDS) ** 3
-            kept = demand.keep(summed.abs(), part=part)
+        kept = demand.keep(summed.abs(), part=1 - (1 - (step + 1) / rounds) ** 3)
         sparse = summed.masked_fill(~kept, 0)
         dual = summed - sparse
         free = (target + penalty * (sparse - dual)) @ inverse
     sparse = (free + dual).masked_fill(~kept, 0)
-    return _polished(sparse, target, moment, kept) / norm, kept
+    return _polished(sparse, target, moment, kept, polish) / norm[..., None, :], kept
 
 
-def _polished(sparse: Tensor, target: Tensor, moment: Tensor, kept: Tensor, steps: int = POLISH) -> Tensor:
+def _polished(sparse: Tensor, target: Tensor, moment: Tensor, kept: Tensor, steps: int) -> Tensor:
     """Fits what is kept by least squares: conjugate gradients, every row by itself."""
     residual = (target - sparse @ moment) * kept
     direction = residual.clone()
-    energy = residual.square().sum(1, keepdim=True)
+    energy = residual.square().sum(-1, keepdim=True)
     for _ in range(steps):
         image = (direction @ moment) * kept
-        curvature = (direction * image).sum(1, keepdim=True)
+        curvature = (direction * image).sum(-1, keepdim=True)
         length = torch.where(curvature > 0, energy / curvature, 0.0)
         sparse = sparse + length * direction
         residual = residual - length * image
-        renewed = residual.square().sum(1, keepdim=True)
+        renewed = residual.square().sum(-1, keepdim=True)
         direction = residual + torch.where(energy > 0, renewed / energy, 0.0) * direction
         energy = renewed
     return sparse
 
 
 def _dampened(moment: Tensor, fraction: float) -> Tensor:
-    diagonal = moment.diagonal()
-    added = fraction * diagonal.mean()
+    diagonal = _diagonal(moment)
+    mean = diagonal.mean(-1, keepdim=True)
     # An input that was never there constrains nothing; it must not make the matrix singular.
-    added = torch.where(diagonal > 0, added, diagonal.mean().clamp(min=1e-12))
-    return moment + torch.diag(added.expand(len(moment)))
+    added = torch.where(diagonal > 0, fraction * mean, mean.clamp(min=1e-12))
+    return moment + torch.diag_embed(added)
 
 
-def _inverse_factor(moment: Tensor) -> Tensor:
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(moment))
-    return torch.linalg.cholesky(inverse, upper=True)
-
-
-Solver: TypeAlias = Callable[[Tensor, Tensor, Tensor, Demand], tuple[Tensor, Tensor]]
-SOLVERS: dict[str, Solver] = {"admm": admm, "sparsegpt": sparsegpt}
+def _diagonal(matrices: Tensor) -> Tensor:
+    return matrices.diagonal(dim1=-2, dim2=-1)

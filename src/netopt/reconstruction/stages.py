@@ -6,9 +6,9 @@ soon as they have been seen, and only second moments are kept of what they read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from netopt import batches
 from netopt.errors import InvalidArgumentError
-from netopt.importance.inputs import InputWatch, Reading
+from netopt.importance.inputs import InputWatch, Matrix, Reading
 from netopt.parameters import Place
 from netopt.reconstruction.replay import Chain, Runner, noting
 
-__all__ = ["Stage", "moments", "stages", "watched_forward"]
+__all__ = ["Moments", "Stage", "moments", "stages", "watched_forward"]
 
 
 @dataclass
@@ -29,10 +29,12 @@ class Stage:
 
     Attributes:
         readings: How often each is read in one forward.
+        matrices: As which matrices each is read.
         block: The block of the chain that alone reads them, or ``None``.
     """
 
     readings: dict[str, int] = field(default_factory=dict)
+    matrices: dict[str, list[Matrix]] = field(default_factory=dict)
     block: nn.Module | None = None
 
 
@@ -56,7 +58,7 @@ def watched_forward(run: Callable[[], Any], wanted: Mapping[str, Place], see: Ca
 
 
 def stages(
-    model: nn.Module, batch: Any, wanted: Mapping[str, Place], container: nn.Module | None = None
+    model: nn.Module, held: Iterable[Any], wanted: Mapping[str, Place], container: nn.Module | None = None
 ) -> tuple[list[Stage], Chain]:
     """Orders the weights by when they are first read, those that read the same inputs together.
 
@@ -64,56 +66,96 @@ def stages(
         The stages, and the chain of blocks that some of them are in.
 
     Args:
-        model: Run once.
-        batch: On this.
+        model: Run on one batch after the other until every weight has been seen, which is on the first one mostly.
+        held: The batches.
         wanted: The weights.
         container: Whose children are the blocks.
 
     Raises:
         InvalidArgumentError: a weight is read in no way whose inputs have a second moment.
     """
-    order: list[Stage] = []
-    found: dict[str, Stage] = {}
-    blocks: dict[str, list[nn.Module | None]] = {}
-    latest: Tensor | None = None
-
-    def see(reading: Reading) -> bool:
-        nonlocal latest
-        blocks.setdefault(reading.name, []).append(notes.active)
-        if reading.name in found:
-            found[reading.name].readings[reading.name] += 1
-            return False
-        if reading.matrices() is None:
-            raise InvalidArgumentError(
-                f"{reading.name!r} is not the weight of a linear layer or a convolution, so its inputs have no second "
-                "moment to reconstruct from; exclude it, or choose another importance."
-            )
-        if latest is None or not _same(latest, reading.inputs):
-            order.append(Stage())
-        order[-1].readings[reading.name] = 1
-        found[reading.name] = order[-1]
-        latest = reading.inputs
-        return False
-
-    with noting(container) as notes:
-        watched_forward(lambda: batches.feed(model, batch), wanted, see)
-    missing = [name for name in wanted if name not in found]
-    if missing:
-        raise InvalidArgumentError(
-            f"{missing[0]!r} met no inputs in a matrix product or convolution on this data, so nothing can be "
-            "reconstructed; exclude it, or choose another importance."
-        )
-    chain = notes.chain()
-    for stage in order:
-        inside = [block for name in stage.readings for block in blocks[name]]
+    survey, chain = _Survey(), None
+    for batch in held:
+        with noting(container) as notes:
+            survey.begin(lambda notes=notes: notes.active)
+            watched_forward(lambda batch=batch: batches.feed(model, batch), wanted, survey.see)
+        chain = notes.chain() if chain is None else chain
+        if all(survey.lacks(place) is None for place in wanted.values()):
+            break
+    for place in wanted.values():
+        lack = survey.lacks(place)
+        if lack is not None:
+            raise InvalidArgumentError(f"{lack}; exclude it, or choose another importance.")
+    assert chain is not None, "there is a batch"
+    for stage in survey.order:
+        inside = [block for name in stage.readings for block in survey.blocks[name]]
         alone = all(block is inside[0] for block in inside) and chain.index(inside[0]) is not None
         stage.block = inside[0] if alone else None
-    return order, chain
+    return survey.order, chain
+
+
+class _Survey:
+    """Which weights are read together, in what order, as which matrices, and in which blocks."""
+
+    def __init__(self) -> None:
+        self.order: list[Stage] = []
+        self.found: dict[str, Stage] = {}
+        self.blocks: dict[str, list[nn.Module | None]] = {}
+
+    def begin(self, active: Callable[[], nn.Module | None]) -> None:
+        """Awaits the readings of a forward; ``active`` says which block runs."""
+        self.active = active
+        self.latest: _Seal | None = None
+        self.before = set(self.found)
+
+    def see(self, reading: Reading) -> bool:
+        """Notes a reading, and never wants the forward to stop."""
+        name = reading.name
+        self.blocks.setdefault(name, []).append(self.active())
+        if reading.counts:
+            raise InvalidArgumentError(
+                f"{name!r} is not the weight of a linear layer or a convolution but is looked up, so its inputs have "
+                "no second moment to reconstruct from; exclude it, or choose another importance."
+            )
+        if name not in self.found:
+            if self.latest is None or not self.latest.fits(reading.inputs):
+                self.order.append(Stage())
+            self.found[name] = self.order[-1]
+            self.latest = _Seal(reading.inputs)
+        stage = self.found[name]
+        if name not in self.before:
+            stage.readings[name] = stage.readings.get(name, 0) + 1
+        known = stage.matrices.setdefault(name, [])
+        if reading.matrix not in known:
+            known.append(reading.matrix)
+        return False
+
+    def lacks(self, place: Place) -> str | None:
+        """Says why a weight cannot be reconstructed from what has been seen, or ``None`` if it can."""
+        name, parameter = place.name, place.parameter.detach()
+        if name not in self.found:
+            return (
+                f"{name!r} met no inputs in a matrix product or convolution on this data, so nothing can be "
+                "reconstructed"
+            )
+        matrices = self.found[name].matrices[name]
+        covered = torch.zeros_like(parameter, dtype=torch.bool)
+        for matrix in matrices:
+            matrix.write(covered, torch.ones((), dtype=torch.bool).expand(matrix.size))
+        count = int(torch.count_nonzero(covered))
+        if count < sum(matrix.count for matrix in matrices):
+            return (
+                f"{name!r} is multiplied with inputs in several ways that share entries (as it is and transposed, "
+                "perhaps), so that no layer's outputs alone say what its entries should be"
+            )
+        if count < parameter.numel():
+            return f"only {count} of the {parameter.numel()} entries of {name!r} met inputs on this data"
+        return None
 
 
 @dataclass
 class Moments:
-    """Second moments of what a weight reads, each ``(groups, columns, columns)``.
+    """Second moments of what a matrix is multiplied with, each ``(groups, columns, columns)``.
 
     Attributes:
         own: Of its inputs in the model as it is pruned so far, with themselves.
@@ -124,8 +166,8 @@ class Moments:
     cross: Tensor
 
 
-def moments(runner: Runner, stage: Stage, wanted: Mapping[str, Place]) -> dict[str, Moments]:
-    """Returns the second moments of what the weights of ``stage`` read."""
+def moments(runner: Runner, stage: Stage, wanted: Mapping[str, Place]) -> dict[str, list[Moments]]:
+    """Returns the second moments of what the weights of ``stage`` are multiplied with, matrix by matrix."""
     tally = _Tally(stage)
     watched = {name: wanted[name] for name in stage.readings}
     for runs in runner.runs(stage.block):
@@ -133,7 +175,21 @@ def moments(runner: Runner, stage: Stage, wanted: Mapping[str, Place]) -> dict[s
             tally.begin(dense)
             with runner.unpruned() if dense else nullcontext():
                 watched_forward(run, watched, tally.see)
-    return {name: tally.sums[tally.shared.get(name, name)] for name in stage.readings}
+    return {name: tally.of(name) for name in stage.readings}
+
+
+class _Seal:
+    """Recognises a tensor that is read again, by its memory, while that has not been written to."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        # Held, so that its memory is not used for another.
+        self.tensor, self.version = tensor, _version(tensor)
+
+    def fits(self, other: Tensor) -> bool:
+        """Whether ``other`` is the same tensor, or a view of all of it, with the same values."""
+        one = self.tensor
+        same = one.data_ptr() == other.data_ptr() and one.shape == other.shape and one.stride() == other.stride()
+        return same and self.version == _version(other)
 
 
 class _Tally:
@@ -141,40 +197,70 @@ class _Tally:
 
     def __init__(self, stage: Stage) -> None:
         self.stage = stage
-        self.sums: dict[str, Moments] = {}
+        self.sums: dict[str, dict[Matrix, Moments]] = {name: {} for name in stage.readings}
         self.shared: dict[str, str] = {}
 
     def begin(self, dense: bool) -> None:
         """Awaits the readings of a forward, first of the unpruned model and then, on the same batch, of this one."""
         self.dense = dense
         self.left = dict(self.stage.readings)
-        self.latest: tuple[Tensor, str] | None = None
+        self.latest: tuple[_Seal, Reading] | None = None
         if dense:
-            self.seen: dict[str, list[Tensor]] = {}
+            self.seen: dict[tuple[str, Matrix], list[Reading]] = {}
+
+    def of(self, name: str) -> list[Moments]:
+        """Returns what has been added up for a weight, matrix by matrix."""
+        if name in self.shared:
+            return list(self.sums[self.shared[name]].values())
+        return [self.sums[name][matrix] for matrix in self.stage.matrices[name]]
 
     def see(self, reading: Reading) -> bool:
         """Adds a reading; returns whether it was the last."""
         name = reading.name
+        if reading.matrix not in self.stage.matrices[name]:
+            raise InvalidArgumentError(
+                f"{name!r} is multiplied with its inputs in other ways on some batches than on others, so that nothing "
+                "can be reconstructed; exclude it, or choose another importance."
+            )
         self.left[name] -= 1
-        if self.latest and _same(self.latest[0], reading.inputs) and self.stage.readings[name] == 1:
-            self.shared[name] = self.latest[1]
+        other = self._same_inputs(reading)
+        if other is not None:
+            self.shared[name] = other
         else:
-            inputs = reading.matrices()
-            assert inputs is not None, "stages() refuses weights whose inputs are no matrix"
-            self._add(name, inputs.to(torch.promote_types(inputs.dtype, torch.float32)))
-            self.latest = (reading.inputs, name)
-        return not any(self.left.values())
+            self._add(reading)
+            self.latest = (_Seal(reading.inputs), reading)
+        return all(count <= 0 for count in self.left.values())
 
-    def _add(self, name: str, inputs: Tensor) -> None:
+    def _same_inputs(self, reading: Reading) -> str | None:
+        """Returns the name of the weight read just before, if its moments are those of this one too."""
+        if self.latest is None:
+            return None
+        seal, latest = self.latest
+        once = all(self.stage.readings[one.name] == 1 for one in (reading, latest))
+        forms = [(one.convolution, one.matrix.size[0], one.matrix.size[2:]) for one in (reading, latest)]
+        return latest.name if once and forms[0] == forms[1] and seal.fits(reading.inputs) else None
+
+    def _add(self, reading: Reading) -> None:
+        key = reading.name, reading.matrix
         if self.dense:
-            self.seen.setdefault(name, []).append(inputs)
+            # What the forward goes on with may be written to before it is used.
+            ends = all(count <= 0 for count in self.left.values())
+            kept = reading if ends else replace(reading, inputs=reading.inputs.clone())
+            self.seen.setdefault(key, []).append(kept)
             return
-        if name not in self.sums:
-            groups, _, columns = inputs.shape
-            self.sums[name] = Moments(*inputs.new_zeros(2, groups, columns, columns))
-        self.sums[name].own.baddbmm_(inputs.mT, inputs)
-        self.sums[name].cross.baddbmm_(self.seen[name].pop(0).mT, inputs)
+        before = self.seen[key].pop(0) if self.seen.get(key) else reading
+        if before.inputs.shape != reading.inputs.shape:
+            # Another number of inputs found its way here than in the unpruned model: to an expert, for example.
+            before = reading
+        sums = self.sums[reading.name]
+        for ours, theirs in zip(reading.samples(), before.samples(), strict=True):
+            inputs = ours.to(torch.promote_types(ours.dtype, torch.float32))
+            if reading.matrix not in sums:
+                groups, _, columns = inputs.shape
+                sums[reading.matrix] = Moments(*inputs.new_zeros(2, groups, columns, columns))
+            sums[reading.matrix].own.baddbmm_(inputs.mT, inputs)
+            sums[reading.matrix].cross.baddbmm_(theirs.to(inputs.dtype).mT, inputs)
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
-    return one.data_ptr() == other.data_ptr() and one.shape == other.shape and one.stride() == other.stride()
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version

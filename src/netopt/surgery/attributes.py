@@ -31,7 +31,7 @@ def show(path: Path) -> str:
 
 
 def read(model: nn.Module, path: Path, modules: Mapping[str, nn.Module] | None = None) -> Any:
-    """The value at ``path``.
+    """The value at ``path``; None for an entry that a configuration does not have yet and may be given.
 
     Args:
         model: To be looked through.
@@ -41,13 +41,19 @@ def read(model: nn.Module, path: Path, modules: Mapping[str, nn.Module] | None =
     Raises:
         PlanMismatchError: The model has nothing there.
     """
+    holder: Any = None
     try:
-        holder: Any = model.get_submodule(path[0]) if modules is None else modules[path[0]]
-        for step in path[1:]:
+        holder = model.get_submodule(path[0]) if modules is None else modules[path[0]]
+        for step in path[1:-1]:
             holder = step_into(holder, step)
+        return step_into(holder, path[-1]) if not _may_be_given(holder, path[-1]) else None
     except (AttributeError, KeyError, IndexError, StopIteration, TypeError) as error:
         raise PlanMismatchError(f"the plan sets `{show(path)}`, which this {type(model).__name__} lacks") from error
-    return holder
+
+
+def _may_be_given(holder: Any, step: Any) -> bool:
+    """Whether this is an entry that a configuration, which takes any, lacks."""
+    return hasattr(holder, "to_dict") and isinstance(step, str) and not hasattr(holder, step)
 
 
 class Assignment:
@@ -85,6 +91,9 @@ class Assignment:
             del vars(holder)[step]
 
     def _remember(self, holder: Any, step: Any) -> None:
+        if _may_be_given(holder, step):
+            self._was_own, self._place = False, (holder, step)
+            return
         self._old = step_into(holder, step)
         if not isinstance(holder, (Mapping, list)):
             # A default on the class is only shadowed: undoing takes the shadow away. Properties and slots are set back.

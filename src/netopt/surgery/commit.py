@@ -50,18 +50,17 @@ class Operation:
         Returns:
             What ``finish`` returned.
         """
-        try:
-            for change in self.changes:
-                change.do()
+
+        def work() -> Result:
+            self._do()
             self._flatten()
             result = finish()
             for change in self.changes:
                 if isinstance(change, Exchange):
                     retire(change.new)
             return result
-        except BaseException:
-            self._restore()
-            raise
+
+        return self._undone_on_failure(work)
 
     def rehearse(self, look: Callable[[], Result]) -> Result:
         """Does all changes, looks, and undoes them whatever happens.
@@ -72,16 +71,30 @@ class Operation:
         Returns:
             What ``look`` returned.
         """
-        try:
-            for change in self.changes:
-                change.do()
+
+        def work() -> Result:
+            self._do()
             result = look()
             self._restore()
             return result
+
+        return self._undone_on_failure(work)
+
+    def _undone_on_failure(self, work: Callable[[], Result]) -> Result:
+        try:
+            try:
+                return work()
+            except BaseException:
+                self._restore()
+                raise
         except BaseException:
-            # Not in a finally: an interruption just before the undo must not skip it.
+            # Twice, which costs nothing: an interruption on the very line before the undo must not skip it.
             self._restore()
             raise
+
+    def _do(self) -> None:
+        for change in self.changes:
+            change.do()
 
     def _restore(self) -> None:
         try:
@@ -108,6 +121,7 @@ def prepare(
     *,
     attributes: Iterable[tuple[Path, Any]] = (),
     values: Mapping[str, Tensor] | None = None,
+    shifts: Mapping[str, Tensor] | None = None,
     scales: Mapping[str, float | Tensor] | None = None,
     optimizer: Optimizer | Iterable[Optimizer] | None = None,
 ) -> Operation:
@@ -118,7 +132,8 @@ def prepare(
         tensors: Kept indices by tensor name and dimension.
         attributes: Path and new value of modules' and configurations' integers.
         values: New contents of integer buffers, by name.
-        scales: Factors on narrowed tensors, by name.
+        shifts: What is added to narrowed tensors, by name.
+        scales: Factors on narrowed tensors, by name, applied after the shifts.
         optimizer: Whose state follows; one, several or none.
 
     Raises:
@@ -130,7 +145,7 @@ def prepare(
     with torch.inference_mode(False), torch.no_grad():
         named = named_tensors(model)
         cuts, shapes = _collect(model, tensors, named)
-        replacements = _replacements(cuts, values or {}, scales or {}, model, named)
+        replacements = _replacements(cuts, values or {}, shifts or {}, scales or {}, model, named)
         modules = dict(model.named_modules(remove_duplicate=False))
         assignments = list(attributes)
         for path, _ in assignments:
@@ -195,6 +210,7 @@ def _check(name: str, tensor: Tensor, cuts: Cuts, last: dict[int, int]) -> None:
 def _replacements(
     cuts: list[tuple[Tensor, Cuts]],
     values: Mapping[str, Tensor],
+    shifts: Mapping[str, Tensor],
     scales: Mapping[str, float | Tensor],
     model: nn.Module,
     named: Mapping[str, Tensor],
@@ -209,6 +225,10 @@ def _replacements(
         built[id(tensor)] = (tensor, new)
         if view is not None:
             shared.setdefault(view, (new, own))
+    for name, shift in shifts.items():
+        tensor, new = _pending(model, name, built, named)
+        new.detach().add_(shift.to(new))
+        built[id(tensor)] = (tensor, new)
     for name, factor in scales.items():
         tensor, new = _pending(model, name, built, named)
         new.detach().mul_(factor.to(new.device) if isinstance(factor, Tensor) else factor)
@@ -239,5 +259,5 @@ def _memory(tensor: Tensor) -> Any:
     """What two tensors that are the same view of the same memory have in common; None where memory is not real."""
     if tensor.layout is not torch.strided or tensor.is_meta or isinstance(tensor, FakeTensor):
         return None
-    storage = tensor.untyped_storage().data_ptr()
-    return (storage, tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype) if storage else None
+    start = tensor.data_ptr()
+    return (start, tensor.shape, tensor.stride(), tensor.dtype, tensor.device) if start else None

@@ -150,7 +150,7 @@ def _beside(indices: Tensor, tensor: Tensor) -> Tensor:
 
 def like_layout(tensor: Tensor, original: Tensor) -> Tensor:
     """``tensor`` with its dimensions in memory in the order of ``original`` (channels_last stays channels_last)."""
-    if tensor.layout is not torch.strided or original.is_contiguous() or 0 in original.stride():
+    if original.is_contiguous() or tensor.layout is not torch.strided or 0 in original.stride():
         return tensor
     order = sorted(range(original.dim()), key=lambda dim: (-original.stride(dim), dim))
     back = [order.index(dim) for dim in range(len(order))]
@@ -168,7 +168,8 @@ def successor(tensor: Tensor, cuts: Cuts, alias: Tensor | None = None) -> Tensor
     new = narrow(tensor, cuts) if alias is None else alias.detach()
     if not tensor.is_leaf:
         return new
-    new.requires_grad_(tensor.requires_grad)
+    if tensor.requires_grad:
+        new.requires_grad_(True)
     if tensor.grad is not None:
         new.grad = narrow(tensor.grad, cuts)
     for hooks in ("_backward_hooks", "_post_accumulate_grad_hooks"):

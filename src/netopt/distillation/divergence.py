@@ -1,0 +1,128 @@
+"""Hinton's divergence in one pass over the classes, with its gradient.
+
+Its derivative by the student's logits, :math:`T (p^s - p^t)`, needs what its value needs, so both are computed
+together, a block of positions at a time that stays in the processor's cache: of a vocabulary's logits each further pass
+would cost as much as a layer. Of a teacher whose largest logits alone are kept only those are looked at.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Condensed", "condense", "condensed_divergence", "divergence"]
+
+BLOCK = 2**18
+LEAST = -1e30
+"""A log-probability for classes excluded by a logit of -inf: zero times it is zero, and no NaN."""
+
+
+class Condensed(NamedTuple):
+    """A teacher's output, of which the largest logits are kept and the others have their sum of probability.
+
+    Args:
+        top: The largest logits, ``(..., k)``.
+        which: Their classes, ``(..., k)``.
+        rest: One logit for each of the other classes, ``(..., 1)``, at the temperature it was made for.
+        classes: How many classes there are.
+    """
+
+    top: Tensor
+    which: Tensor
+    rest: Tensor
+    classes: int
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape of all of it."""
+        return torch.Size((*self.top.shape[:-1], self.classes))
+
+    def dense(self) -> Tensor:
+        """Returns it spread out to all classes."""
+        rest = self.rest.to(self.top.dtype).expand(*self.rest.shape[:-1], self.classes)
+        return rest.scatter(-1, self.which.long(), self.top)
+
+
+def condense(output: Tensor, k: int, temperature: float) -> Condensed:
+    """Keeps the ``k`` largest logits, and at ``temperature`` the probability of the others together.
+
+    Example:
+        >>> kept = condense(torch.tensor([[3.0, 1.0, 1.0, 2.0]]), 2, temperature=1.0)
+        >>> kept.which.tolist(), kept.dense().tolist()
+        ([[0, 3]], [[3.0, 1.0, 1.0, 2.0]])
+    """
+    classes = output.shape[-1]
+    top, index = output.topk(k, dim=-1)
+    others = (output.float() / temperature).scatter(-1, index, -math.inf)
+    rest = temperature * (others.logsumexp(-1, keepdim=True) - math.log(classes - k))
+    return Condensed(top, index.int(), rest, classes)
+
+
+def divergence(student: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:
+    r"""Returns :math:`T^2 KL(p^t \| p^s)` of every position; only ``student`` gets a gradient."""
+    return _Divergence.apply(student, (teacher,), temperature, 0)
+
+
+def condensed_divergence(student: Tensor, teacher: Condensed, *, temperature: float = 4.0) -> Tensor:
+    """:func:`divergence` from a condensed teacher."""
+    top, which, rest, classes = teacher
+    return _Divergence.apply(student, (top, which, rest), temperature, classes - top.shape[-1])
+
+
+class _Divergence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: tuple[Tensor, ...], temperature: float, others: int) -> Tensor:
+        rows = student.reshape(-1, student.shape[-1])
+        theirs = [one.reshape(len(rows), one.shape[-1]) for one in teacher]
+        values = rows.new_empty(len(rows))
+        slopes = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
+        size = len(rows) if rows.device.type != "cpu" else max(1, BLOCK // max(1, rows.shape[1]))
+        for first in range(0, len(rows), max(1, size)):
+            block = slice(first, first + size)
+            ours = (rows[block] / temperature).log_softmax(-1).clamp_min_(LEAST)
+            parts = [one[block] for one in theirs]
+            into = None if slopes is None else slopes[block]
+            if others:
+                found = _largest(ours, into, temperature, others, *parts)
+            else:
+                found = _whole(ours, into, temperature, *parts)
+            torch.mul(found, temperature**2, out=values[block])
+        if slopes is not None:
+            ctx.slopes, ctx.shape = slopes, student.shape
+        return values.reshape(student.shape[:-1])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        return ctx.slopes.reshape(ctx.shape) * upstream.unsqueeze(-1), None, None, None
+
+
+def _whole(ours: Tensor, slopes: Tensor | None, temperature: float, teacher: Tensor) -> Tensor:
+    """Returns the divergence of a block from all logits of the teacher, and writes its gradient into ``slopes``."""
+    logs = (teacher / temperature).log_softmax(-1).clamp_min_(LEAST)
+    chances = logs.exp()
+    if slopes is None:
+        return logs.sub_(ours).mul_(chances).sum(-1)
+    torch.exp(ours, out=slopes)
+    slopes.sub_(chances).mul_(temperature)
+    return logs.sub_(ours).mul_(chances).sum(-1)
+
+
+def _largest(
+    ours: Tensor, slopes: Tensor | None, temperature: float, others: int, top: Tensor, which: Tensor, rest: Tensor
+) -> Tensor:
+    """The same from the largest logits, all ``others`` sharing the rest of the probability equally."""
+    which, top, rest = which.long(), top.to(ours.dtype) / temperature, rest.to(ours.dtype) / temperature
+    whole = torch.cat([top, rest + math.log(others)], dim=1).logsumexp(1, keepdim=True)
+    logs, chances = (top - whole).clamp_min_(LEAST), (top - whole).exp()
+    each_log, each = (rest - whole).clamp_min_(LEAST), (rest - whole).exp()
+    hit = ours.gather(1, which)
+    elsewhere = ours.sum(1, keepdim=True) - hit.sum(1, keepdim=True)
+    values = ((logs - hit) * chances).sum(1, keepdim=True) + each * (others * each_log - elsewhere)
+    if slopes is not None:
+        torch.exp(ours, out=slopes)
+        slopes.sub_(each).scatter_add_(1, which, each - chances).mul_(temperature)
+    return values.squeeze(1)
