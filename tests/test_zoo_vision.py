@@ -8,7 +8,6 @@ from tests.zoo.vision import CASES
 
 from netopt.axes import find_axes
 
-
 # Of each way channels are mixed one network; the small ones of transformers do it all.
 ORDER = frozenset(
     {

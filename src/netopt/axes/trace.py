@@ -328,18 +328,22 @@ class Trace(TorchDispatchMode):
             if written is not None and traits.writes:
                 self._note_write(tensor, tensors, written.dims, dims)
             now = self._made(tensor, dims, known, written)
+            self._share(now, traits, known, written)
             now.marks = [*op.marks, *op.when_read.get(index, ())] if op.when_read else op.marks
-            if written is not None:
-                now.memory = written.memory
-            elif traits.shares and known:
-                now.memory = known[0].memory
-            if written is not None and traits.writes:
-                now.memory[:] = [now]
-                if written.source is not None:  # kept for the next forward
-                    self._alive.append(now)
         self._marks += op.marks
         for marks in op.when_read.values():
             self._marks += marks
+
+    def _share(self, now: _Known, traits: _Traits, known: Sequence[_Known], written: _Known | None) -> None:
+        """Lets a result and what it is a view of know of one another's writes."""
+        if written is not None:
+            now.memory = written.memory
+            if traits.writes:
+                now.memory[:] = [now]
+                if written.source is not None:  # kept for the next forward
+                    self._alive.append(now)
+        elif traits.shares and known:
+            now.memory = known[0].memory
 
     def _made(self, tensor: Tensor, dims: Dims, known: Sequence[_Known], written: _Known | None) -> _Known:
         """Learns a result of what is known; one that was ``written`` to keeps whose it was."""
