@@ -161,6 +161,18 @@ def test_the_nearest_is_not_the_nearest_of_the_first_axis():
         assert distance(counts.nearest(wanted), wanted, full) == nearest
 
 
+def test_an_attribute_taken_apart_evenly_stays_a_multiple():
+    """``out_features // heads`` is an entry's size: 7 // 2 would be 3 as well, and no layer is that wide."""
+    system = System([3], [6])
+    system.equate(system.attributes[0] // 2, system.atoms[0])
+    counts = system.counts()
+    assert not counts.stuck()
+    for wanted in (1, 2):
+        found = counts.nearest({0: wanted})
+        assert found[0] == wanted
+        assert counts.assignments(found) == [(system.places[0], 2 * wanted)]
+
+
 def test_a_large_component_is_not_searched_for_long():
     """Many axes tied to one another: the first counts found are kept, by a bounded number of steps."""
     sizes = [64] * 40

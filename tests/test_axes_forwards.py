@@ -53,6 +53,12 @@ def written(m, h):
     return out
 
 
+def mean_written(m, h):
+    out = torch.zeros(len(h), 1).to(h)
+    out[:, 0] = h.mean(-1)
+    return h * out
+
+
 def slope(m, h):
     with torch.enable_grad():
         h = h.detach().requires_grad_()
@@ -130,6 +136,10 @@ INEXACT = {
     "size over a literal": lambda m, h: h * (1.0 / h.shape[-1]),
     "literal to the size": lambda m, h: h * 1.5 ** h.shape[-1],
     "literal compared": lambda m, h: h * (h.shape[-1] > 2.5) * (0.5 * h.shape[-1]),
+    "mean given away": lambda m, h: h * h.mean(-1).sum().item(),
+    "mean by numpy": lambda m, h: h * float(h.detach().mean(-1).numpy().sum()),
+    "mean in a list": lambda m, h: h * sum(h.detach().mean(-1).tolist()),
+    "mean written and read": mean_written,
     "entries of a shape": lambda m, h: h * h.shape[1:].numel(),
     "literal over entries": lambda m, h: h * (1.0 / (h.shape[1:] * 2).numel()),
     "mean squared distance": lambda m, h: h * F.mse_loss(h, 2 * h),

@@ -19,12 +19,14 @@ from torch import nn
 
 from netopt.axes import find_axes
 from netopt.axes.layout import Atom
+from netopt.axes.literals import Literal, remembering_literals
 from netopt.axes.places import remembered
 from netopt.axes.sizes import (
     Extent,
     Ledger,
     Place,
     Scalar,
+    Shape,
     Size,
     evaluate,
     leaves,
@@ -429,3 +431,74 @@ def test_values_kept_outside_the_model_are_plain_when_used():
     assert all(type(one + 0) is int for one in kept)
     assert all(type(pickle.loads(pickle.dumps(one))) is int for one in kept)
     assert all(type(copy.deepcopy([one])[0]) is int for one in kept)
+
+
+# Floats of the user's code, and shapes.
+
+
+def average(n):
+    return 1.0 / n, [0.5 * n for _ in range(2)], 2.0 < n, 2.0 - n, 1.5 + 2.5  # noqa: SIM300 - the literal is asked first
+
+
+class Averaging(nn.Module):
+    def forward(self, x):
+        self.seen = (average(x.shape[1]), x.shape[1:].numel(), x.shape)
+        return x
+
+
+def test_float_constants_ask_sizes_first_and_are_put_back():
+    model, ledger = Averaging(), Ledger()
+    codes = average.__code__, Averaging.forward.__code__
+    n = Size(8, Place(("", "n")), ledger)
+    with remembering_literals([("", model)]):
+        assert average.__code__ is not codes[0]
+        over, (half, _), less, rest, plain = average(n)
+    assert (average.__code__, Averaging.forward.__code__) == codes
+    (condition,) = ledger.conditions
+    assert condition.outcome is less is True
+    assert list(map(float.__float__, (over, half, rest, plain))) == [0.125, 4.0, -6.0, 4.0]
+    assert [type(one) for one in (over, half, rest)] == [Scalar] * 3
+    assert type(plain) in (float, Literal)
+    smaller = {Place(("", "n")): 4}
+    assert [evaluate(one, {}, smaller) for one in (over, half, rest)] == [0.25, 2.0, -2.0]
+    assert average(8)[0] == 0.125
+    assert type(average(8)[0]) is float
+
+
+def test_float_constants_are_put_back_after_an_error():
+    codes = average.__code__, Averaging.forward.__code__
+    with pytest.raises(RuntimeError, match="inside"), remembering_literals([("", Averaging())]):
+        raise RuntimeError("inside")
+    assert (average.__code__, Averaging.forward.__code__) == codes
+
+
+@pytest.mark.parametrize("operation", [operator.add, operator.sub, operator.mul, operator.truediv, operator.lt])
+@pytest.mark.parametrize("other", [2, 0.5, -3.5, True])
+def test_a_literal_is_a_float_to_everything_else(operation, other):
+    assert operation(Literal(1.5), other) == operation(1.5, other)
+    assert operation(other, Literal(1.5)) == operation(other, 1.5)
+    assert torch.equal(operation(torch.ones(2), Literal(1.5)), operation(torch.ones(2), 1.5))
+    assert hash(Literal(1.5)) == hash(1.5)
+    assert {1.5: "found"}[Literal(1.5)] == "found"
+
+
+def test_a_shape_is_a_torch_size_that_remembers():
+    ledger = Ledger()
+    n = Size(3, Place(("", "n")), ledger)
+    shape = Shape((2, n, 4))
+    assert isinstance(shape, torch.Size)
+    assert shape == torch.Size([2, 3, 4])
+    assert repr(shape) == "torch.Size([2, 3, 4])"
+    for part, entries in (
+        (shape[1:], 12),
+        (shape[:2] + shape[2:], 24),
+        (operator.add((2, 5), shape[1:]), 120),
+        (shape[1:2] * 2, 9),
+    ):
+        assert type(part) is Shape
+        assert part.numel() == entries
+        later = evaluate(part.numel(), {}, {Place(("", "n")): 6})
+        assert later == (36 if entries == 9 else 2 * entries)
+    assert torch.zeros(shape).shape == torch.zeros(24).view(shape).shape == torch.Size([2, 3, 4])
+    assert type(copy.deepcopy(shape)) is torch.Size
+    assert type(pickle.loads(pickle.dumps(shape))) is torch.Size

@@ -247,6 +247,40 @@ def test_inference_mode_outside_makes_no_untrainable_parameters():
     assert model.inner.weight.grad is not None
 
 
+class Heads(nn.Module):
+    """Says how wide it is and never asks: the width of what it makes is ``num_heads`` times ``head_dim``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed_dim, self.num_heads, self.head_dim = 12, 4, 3
+        self.qkv = nn.Linear(5, 12)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.qkv(x).view(len(x), self.num_heads, self.head_dim).sum(1)
+
+
+def test_a_quotient_follows_its_dividend_and_nothing_else():
+    heads = Heads()
+    Plan({"qkv.weight": {0: torch.arange(6)}, "qkv.bias": {0: torch.arange(6)}}, ((("", "num_heads"), 2),)).apply(heads)
+    assert (heads.num_heads, heads.head_dim) == (2, 3)
+    assert heads(torch.ones(1, 5)).shape == (1, 3)
+    attention = nn.MultiheadAttention(12, 4)
+    rows = torch.cat([torch.arange(part * 12, part * 12 + 6) for part in range(3)])
+    six = torch.arange(6)
+    Plan(
+        {
+            "in_proj_weight": {0: rows, 1: six},
+            "in_proj_bias": {0: rows},
+            "out_proj.weight": {0: six, 1: six},
+            "out_proj.bias": {0: six},
+        },
+        ((("", "embed_dim"), 6), (("", "kdim"), 6), (("", "vdim"), 6), (("", "num_heads"), 3)),
+    ).apply(attention)
+    assert attention.head_dim == 2
+    x = torch.ones(1, 1, 6)
+    assert attention(x, x, x)[0].shape == (1, 1, 6)
+
+
 def test_class_defaults_are_shadowed_and_uncovered():
     class Sized(nn.Linear):
         width = 6

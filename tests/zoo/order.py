@@ -69,7 +69,7 @@ def check_reordered(case: Case, dense: nn.Module, moved_about: nn.Module, axes: 
         if model is moved_about:
             reorder(model, axes, seed=3)
         results.append(tensors(seeded(lambda model=model: call(model, inputs), 4)))
-    # Sums run in another order, so rounding differs; a neuron in the wrong place differs by orders more.
-    tolerance = max(case.tolerance, 1e-7)
+    # Sums run in another order, in float32 where the model asks for it; a neuron in the wrong place differs by more.
+    tolerance = max(case.tolerance, 1e-5)
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(other, one, rtol=tolerance, atol=tolerance)

@@ -427,6 +427,7 @@ class _Search:
                     if (
                         one.compare is operator.eq
                         and one.outcome
+                        and len(one.variables) > 1  # alone, it narrows the choice and makes none
                         and all(k in chosen for k in one.variables if k != key)
                     ):
                         return key, self._solutions(key, one, chosen)

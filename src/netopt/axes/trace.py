@@ -51,6 +51,7 @@ class _Traits(NamedTuple):
     name: str
     writes: bool
     is_question: bool
+    shares: bool
     formula: Callable[..., Any] | None
 
 
@@ -60,7 +61,13 @@ _traits: dict[Any, _Traits] = {}
 def _describe(function: Any) -> _Traits:
     schema = function._schema
     cost = formula(function._overloadpacket)
-    found = _traits[function] = _Traits(schema.name, schema.is_mutable, schema.name in _QUESTIONS, cost)
+    found = _traits[function] = _Traits(
+        schema.name,
+        schema.is_mutable,
+        schema.name in _QUESTIONS,
+        any(result.alias_info is not None for result in schema.returns),
+        cost,
+    )
     return found
 
 
@@ -83,7 +90,7 @@ class _Known:
     Together these make a graph: what a tensor was computed from, and what holds should it reach a result.
     """
 
-    __slots__ = ("data", "dims", "marks", "parents", "source")
+    __slots__ = ("data", "dims", "marks", "memory", "parents", "source")
 
     def __init__(self, dims: Dims, *, data: bool, source: str | None) -> None:
         self.dims = dims
@@ -91,6 +98,7 @@ class _Known:
         self.source = source
         self.parents: Sequence[_Known] = ()
         self.marks: Sequence[Mark] = ()
+        self.memory: list[_Known] = []  # shared by a tensor and its views: the last write, if there was one
 
 
 class Trace(TorchDispatchMode):
@@ -147,7 +155,6 @@ class Trace(TorchDispatchMode):
         self.complete = True
         self._alive: list[_Known] = []
         self._marks: list[Mark] = []
-        self._writes: dict[int, _Known] = {}
         self._marked: list[Tensor] = []
         self._dirty: dict[int, Any] = {}
         self._stored: dict[int, Tensor] | None = None
@@ -228,9 +235,8 @@ class Trace(TorchDispatchMode):
     def reach(self, tensors: Iterable[Tensor]) -> None:
         """Notes that the values of these tensors count: they are results, or the code looks at them."""
         for tensor in tensors:
-            self._alive.append(self._met(tensor))
-            if self._writes and _storage(tensor) in self._writes:
-                self._alive.append(self._writes[_storage(tensor)])
+            known = self._met(tensor)
+            self._alive += [known, *known.memory]
 
     def settle(self) -> None:
         """Marks layouts by what reaches a result; where a tensor came from is not always known, then by everything."""
@@ -279,8 +285,7 @@ class Trace(TorchDispatchMode):
         if self.complete and traits.name != "aten::lift_fresh":  # which takes in a tensor made of plain numbers
             self.complete = all(self._note in tensor.__dict__ for tensor in tensors)
         known = [self._met(tensor) for tensor in tensors]
-        if self._writes:
-            known += [self._writes[key] for key in map(_storage, tensors) if key in self._writes]
+        known += [write for one in known for write in one.memory]
         if traits.writes:
             self._save(tensors)
         out = function(*args, **kwargs)
@@ -323,14 +328,22 @@ class Trace(TorchDispatchMode):
             if written is not None and traits.writes:
                 self._note_write(tensor, tensors, written.dims, dims)
             now = self._made(tensor, dims, known, written)
+            self._share(now, traits, known, written)
             now.marks = [*op.marks, *op.when_read.get(index, ())] if op.when_read else op.marks
-            if written is not None and traits.writes:
-                self._writes[_storage(tensor)] = now
-                if written.source is not None:  # kept for the next forward
-                    self._alive.append(now)
         self._marks += op.marks
         for marks in op.when_read.values():
             self._marks += marks
+
+    def _share(self, now: _Known, traits: _Traits, known: Sequence[_Known], written: _Known | None) -> None:
+        """Lets a result and what it is a view of know of one another's writes."""
+        if written is not None:
+            now.memory = written.memory
+            if traits.writes:
+                now.memory[:] = [now]
+                if written.source is not None:  # kept for the next forward
+                    self._alive.append(now)
+        elif traits.shares and known:
+            now.memory = known[0].memory
 
     def _made(self, tensor: Tensor, dims: Dims, known: Sequence[_Known], written: _Known | None) -> _Known:
         """Learns a result of what is known; one that was ``written`` to keeps whose it was."""
