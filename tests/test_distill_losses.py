@@ -202,6 +202,7 @@ def test_any_callable_is_a_loss_whatever_it_averages_over():
     x = torch.randn(36, 4)
     assert same_training("mse", lambda s, t: (s - t).square().sum(1), x)
     assert same_training("mse", lambda s, t: (s - t).square().sum(1).mean(), x)
+    assert same_training({"mse": 1.0, "kl": 0.0}, "mse", x)
     assert same_training({"mse": 3.0}, nn.MSELoss(reduction="sum"), x) is False
     assert same_training("kl", lambda s, t, temperature: losses.kl(s, t, temperature=temperature), x)
     assert same_training({"kl": 0.5, "mse": 0.5}, lambda s, t: 0.5 * losses.kl(s, t) + 0.5 * losses.mse(s, t), x)
