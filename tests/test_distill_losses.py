@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from netopt.distillation import Hint, distill, losses
+from netopt.distillation import Hint, distill, divergence, losses
 from netopt.distillation.divergence import condense, condensed_divergence
 from netopt.distillation.hints import _KINDS
 from netopt.errors import InvalidArgumentError, NetoptError, ShapeMismatchError, UnknownNameError
@@ -117,13 +117,13 @@ def test_an_excluded_class_leaves_value_and_gradient_finite():
 @pytest.mark.parametrize("block", [1, 40, 10**6])
 def test_in_one_pass_or_in_many_the_divergence_and_its_gradient_are_the_same(block, monkeypatch):
     """Of many classes value and gradient are computed together, block by block."""
-    monkeypatch.setattr("netopt.distillation.divergence.BLOCK", block)
+    monkeypatch.setattr(divergence, "BLOCK", block)
     s, t = torch.randn(2, 7, 9, dtype=DOUBLE), 3 * torch.randn(2, 7, 9, dtype=DOUBLE)
     s[0, 0, 3] = t[0, 0, 3] = -torch.inf
     scale = torch.randn(2, 7, dtype=DOUBLE)
     found = []
     for wide in (10**9, 0):
-        monkeypatch.setattr("netopt.distillation.losses.WIDE", wide)
+        monkeypatch.setattr(losses, "WIDE", wide)
         ours = s.clone().requires_grad_()
         value = losses.kl(ours, t, temperature=3.0)
         found.append((value.detach(), *torch.autograd.grad((scale * value).sum(), ours)))
@@ -136,7 +136,7 @@ def test_in_one_pass_or_in_many_the_divergence_and_its_gradient_are_the_same(blo
 
 @pytest.mark.parametrize("block", [1, 10**6])
 def test_a_condensed_teacher_says_what_it_says_spread_out(block, monkeypatch):
-    monkeypatch.setattr("netopt.distillation.divergence.BLOCK", block)
+    monkeypatch.setattr(divergence, "BLOCK", block)
     s, t = torch.randn(4, 30, dtype=DOUBLE), 4 * torch.randn(4, 30, dtype=DOUBLE)
     t[0, 5:] = -torch.inf  # nothing is left for the rest
     s[0, 29] = -torch.inf
