@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from netopt.distillation import Hint, distill, divergence, losses
+from netopt.distillation import Hint, distill, losses
+from netopt.distillation import divergence as divergence_module
 from netopt.distillation.divergence import condense, condensed_divergence
 from netopt.distillation.hints import _KINDS
 from netopt.errors import InvalidArgumentError, NetoptError, ShapeMismatchError, UnknownNameError
@@ -117,7 +118,7 @@ def test_an_excluded_class_leaves_value_and_gradient_finite():
 @pytest.mark.parametrize("block", [1, 40, 10**6])
 def test_in_one_pass_or_in_many_the_divergence_and_its_gradient_are_the_same(block, monkeypatch):
     """Of many classes value and gradient are computed together, block by block."""
-    monkeypatch.setattr(divergence, "BLOCK", block)
+    monkeypatch.setattr(divergence_module, "BLOCK", block)
     s, t = torch.randn(2, 7, 9, dtype=DOUBLE), 3 * torch.randn(2, 7, 9, dtype=DOUBLE)
     s[0, 0, 3] = t[0, 0, 3] = -torch.inf
     scale = torch.randn(2, 7, dtype=DOUBLE)
@@ -136,7 +137,7 @@ def test_in_one_pass_or_in_many_the_divergence_and_its_gradient_are_the_same(blo
 
 @pytest.mark.parametrize("block", [1, 10**6])
 def test_a_condensed_teacher_says_what_it_says_spread_out(block, monkeypatch):
-    monkeypatch.setattr(divergence, "BLOCK", block)
+    monkeypatch.setattr(divergence_module, "BLOCK", block)
     s, t = torch.randn(4, 30, dtype=DOUBLE), 4 * torch.randn(4, 30, dtype=DOUBLE)
     t[0, 5:] = -torch.inf  # nothing is left for the rest
     s[0, 29] = -torch.inf
