@@ -287,7 +287,7 @@ def cache(repeats: int = 5) -> list[dict[str, object]]:
     return cached(
         [
             ("conv, teacher 37:1 in size", Convolutions(8), Convolutions(56), images, 6, dense),
-            ("conv, teacher 10:1", Convolutions(8), Convolutions(96), images, 4, dense),
+            ("conv, teacher 10:1 in time", Convolutions(8), Convolutions(96), images, 4, dense),
         ],
         repeats,
     )
