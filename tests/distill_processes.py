@@ -93,6 +93,7 @@ CASES = {
         "hints": {"1": "2"},
         "clip": 0.5,
         "validation": (X, Y),
+        "metric": "accuracy",
         "scheduler": "cosine",
     },
     "validated": {"data": loader, "validation": (X, Y), "metric": "accuracy"},

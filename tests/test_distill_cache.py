@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset, WeightedRandomSampler
 
 from netopt.distillation import Cache, distill, losses
+from netopt.distillation import cache as cache_module
 from netopt.distillation.fingerprints import sample_fingerprints
 from netopt.errors import InvalidArgumentError
 
@@ -167,7 +168,7 @@ def test_float16_is_left_where_all_samples_are_nearly_alike():
 def test_float16_is_used_where_the_exact_outputs_would_take_much_room(monkeypatch):
     report = distill(student(), Counting(), X, epochs=2, progress=False)
     assert report.cache["bytes"] == 70 * 5 * 4
-    monkeypatch.setattr("netopt.distillation.cache.EXACT", 70 * 5 * 4 - 1)
+    monkeypatch.setattr(cache_module, "EXACT", 70 * 5 * 4 - 1)
     one, other, teacher = student(), student(), Counting()
     other.load_state_dict(one.state_dict())
     options = {"epochs": 3, "loss": "kl", "seed": 0, "progress": False}

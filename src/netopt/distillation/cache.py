@@ -323,10 +323,11 @@ class Form(NamedTuple):
         beside.write_text(json.dumps(self))
         try:
             path.hardlink_to(beside)
-        except FileExistsError:
-            pass
-        finally:
-            beside.unlink()
+        except OSError:
+            # It is there already, or this file system has no links.
+            if not path.exists():
+                beside.replace(path)
+        beside.unlink(missing_ok=True)
         tops, dtypes = json.loads(path.read_text())
         return Form(tuple(tops), tuple(dtypes))
 

@@ -8,6 +8,7 @@ would cost as much as a layer. Of a teacher whose largest logits alone are kept 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -75,54 +76,50 @@ def condensed_divergence(student: Tensor, teacher: Condensed, *, temperature: fl
 class _Divergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: tuple[Tensor, ...], temperature: float, others: int) -> Tensor:
+        ctx.temperature = temperature
+        if student.numel() <= BLOCK or student.device.type != "cpu":
+            values, ctx.slopes = _block(student, teacher, temperature, others)
+            return values
         rows = student.reshape(-1, student.shape[-1])
         theirs = [one.reshape(len(rows), one.shape[-1]) for one in teacher]
-        values = rows.new_empty(len(rows))
-        slopes = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
-        size = len(rows) if rows.device.type != "cpu" else max(1, BLOCK // max(1, rows.shape[1]))
-        for first in range(0, len(rows), max(1, size)):
+        values, slopes = rows.new_empty(len(rows)), torch.empty_like(rows)
+        size = max(1, BLOCK // rows.shape[1])
+        for first in range(0, len(rows), size):
             block = slice(first, first + size)
-            ours = (rows[block] / temperature).log_softmax(-1).clamp_min_(LEAST)
-            parts = [one[block] for one in theirs]
-            into = None if slopes is None else slopes[block]
-            if others:
-                found = _largest(ours, into, temperature, others, *parts)
-            else:
-                found = _whole(ours, into, temperature, *parts)
-            torch.mul(found, temperature**2, out=values[block])
-        if slopes is not None:
-            ctx.slopes, ctx.shape = slopes, student.shape
+            values[block], _ = _block(rows[block], [one[block] for one in theirs], temperature, others, slopes[block])
+        ctx.slopes = slopes.reshape(student.shape)
         return values.reshape(student.shape[:-1])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
-        return ctx.slopes.reshape(ctx.shape) * upstream.unsqueeze(-1), None, None, None
+        return ctx.slopes * (upstream * ctx.temperature).unsqueeze(-1), None, None, None
 
 
-def _whole(ours: Tensor, slopes: Tensor | None, temperature: float, teacher: Tensor) -> Tensor:
-    """Returns the divergence of a block from all logits of the teacher, and writes its gradient into ``slopes``."""
-    logs = (teacher / temperature).log_softmax(-1).clamp_min_(LEAST)
-    chances = logs.exp()
-    if slopes is None:
-        return logs.sub_(ours).mul_(chances).sum(-1)
-    torch.exp(ours, out=slopes)
-    slopes.sub_(chances).mul_(temperature)
-    return logs.sub_(ours).mul_(chances).sum(-1)
+def _block(
+    student: Tensor, teacher: Sequence[Tensor], temperature: float, others: int, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Returns the divergences of some positions, and their gradients over the temperature, put into ``out``."""
+    ours = (student / temperature).log_softmax(-1).clamp_min_(LEAST)
+    slopes = torch.exp(ours, out=out)
+    if others:
+        return _largest(ours, slopes, temperature, others, *teacher), slopes
+    theirs = (teacher[0] / temperature).log_softmax(-1).clamp_min_(LEAST)
+    chances = theirs.exp()
+    slopes.sub_(chances)
+    return theirs.sub_(ours).mul_(chances).sum(-1).mul_(temperature**2), slopes
 
 
 def _largest(
-    ours: Tensor, slopes: Tensor | None, temperature: float, others: int, top: Tensor, which: Tensor, rest: Tensor
+    ours: Tensor, slopes: Tensor, temperature: float, others: int, top: Tensor, which: Tensor, rest: Tensor
 ) -> Tensor:
     """The same from the largest logits, all ``others`` sharing the rest of the probability equally."""
     which, top, rest = which.long(), top.to(ours.dtype) / temperature, rest.to(ours.dtype) / temperature
-    whole = torch.cat([top, rest + math.log(others)], dim=1).logsumexp(1, keepdim=True)
+    whole = torch.cat([top, rest + math.log(others)], dim=-1).logsumexp(-1, keepdim=True)
     logs, chances = (top - whole).clamp_min_(LEAST), (top - whole).exp()
     each_log, each = (rest - whole).clamp_min_(LEAST), (rest - whole).exp()
-    hit = ours.gather(1, which)
-    elsewhere = ours.sum(1, keepdim=True) - hit.sum(1, keepdim=True)
-    values = ((logs - hit) * chances).sum(1, keepdim=True) + each * (others * each_log - elsewhere)
-    if slopes is not None:
-        torch.exp(ours, out=slopes)
-        slopes.sub_(each).scatter_add_(1, which, each - chances).mul_(temperature)
-    return values.squeeze(1)
+    hit = ours.gather(-1, which)
+    elsewhere = ours.sum(-1, keepdim=True) - hit.sum(-1, keepdim=True)
+    values = ((logs - hit) * chances).sum(-1, keepdim=True) + each * (others * each_log - elsewhere)
+    slopes.sub_(each).scatter_add_(-1, which, each - chances)
+    return values.squeeze(-1).mul_(temperature**2)
