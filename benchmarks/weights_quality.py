@@ -56,8 +56,6 @@ GRID: dict[str, list[dict[str, Any]]] = {
         *({"dampening": dampening} for dampening in (0.01, 0.03, 0.1, 0.3)),
         {"rounds": 10},
         {"rounds": 40},
-        {"polish": 0},
-        {"polish": 48},
     ],
 }
 # Of reference algorithms on MiniLM, in an earlier trial, on sentences that were not noted down.
@@ -232,7 +230,7 @@ class Table:
         RESULTS.write_text(json.dumps(self.found, indent=1) + "\n", encoding="utf-8")
 
 
-def tune(ways: list[str], _: list[str]) -> None:
+def tune(ways: list[str]) -> None:
     """Judges settings of the solvers on sentences that no reported figure is of."""
     subject, table = minilm("tuning"), Table()
     for way in (way for way in ways if way in GRID):
@@ -246,31 +244,31 @@ def tune(ways: list[str], _: list[str]) -> None:
                 print(f"{way:10} {settings!s:22} {asked:5} {row['cosine']:.4f} {row['seconds']:4.0f} s", flush=True)
 
 
-def compare(name: str, subject: Subject, ways: list[str], referred: list[str], facts: dict[str, Any]) -> None:
+def compare(
+    name: str, subject: Subject, cells: list[tuple[str, str]], referred: list[str], facts: dict[str, Any]
+) -> None:
     """Prunes in every way, by netopt and by the reference."""
     table = Table()
     dense = subject.judge(subject.model)
     table.found[name] = table.found.get(name, {}) | facts | {"dense": dense}
     print(f"{name}: {next(iter(dense))} of the unpruned model {next(iter(dense.values())):.3f}")
     print("netopt (reference implementation), CPU seconds of each")
-    for way in ways:
-        for index, (asked, amount) in enumerate(ASKED.items()):
-            if (way == "magnitude, global" and amount is None) or table.has(name, way=way, asked=asked):
-                continue
-            row: dict[str, Any] = {"way": way, "asked": asked}
-            row["netopt"] = timed(functools.partial(ours, subject, way, amount), subject.judge)
-            if asked in referred:
-                row["reference"] = timed(functools.partial(refer, subject, way, amount), subject.judge)
-            if name == "minilm" and TRIAL[way][index]:
-                row["trial"] = TRIAL[way][index]
-            table.add(name, row)
-            measure = next(iter(dense))
-            cells = [
-                f"{row[who][measure]:8.3f} {row[who]['seconds']:5.0f} s"
-                for who in ("netopt", "reference")
-                if who in row
-            ]
-            print(f"{way:20} {asked:5} " + "  (".join(cells) + (")" if len(cells) > 1 else ""), flush=True)
+    for way, asked in cells:
+        amount, trial = ASKED[asked], TRIAL[way][list(ASKED).index(asked)]
+        if (way == "magnitude, global" and amount is None) or table.has(name, way=way, asked=asked):
+            continue
+        row: dict[str, Any] = {"way": way, "asked": asked}
+        row["netopt"] = timed(functools.partial(ours, subject, way, amount), subject.judge)
+        if asked in referred:
+            row["reference"] = timed(functools.partial(refer, subject, way, amount), subject.judge)
+        if name == "minilm" and trial:
+            row["trial"] = trial
+        table.add(name, row)
+        measure = next(iter(dense))
+        shown = [
+            f"{row[who][measure]:8.3f} {row[who]['seconds']:5.0f} s" for who in ("netopt", "reference") if who in row
+        ]
+        print(f"{way:20} {asked:5} " + "  (".join(shown) + (")" if len(shown) > 1 else ""), flush=True)
 
 
 def main() -> None:
@@ -279,16 +277,18 @@ def main() -> None:
     parser.add_argument("part", choices=["tune", "minilm", "smollm2"])
     parser.add_argument("--only", nargs="+", default=list(WAYS), choices=list(WAYS), help="ways to run")
     parser.add_argument("--tokens", type=int, default=4096, help="to calibrate and to judge SmolLM2 on, of each")
+    parser.add_argument("--asked", nargs="+", default=list(ASKED), choices=list(ASKED), help="how sparse")
     parser.add_argument("--refer", nargs="*", default=list(ASKED), choices=list(ASKED), help="where to run references")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    cells = [(way, asked) for asked in options.asked for way in options.only]
     if options.part == "tune":
-        tune(options.only, options.refer)
+        tune(options.only)
     elif options.part == "minilm":
-        compare("minilm", minilm("report"), options.only, options.refer, {"calibration": 192, "judged": 200})
+        compare("minilm", minilm("report"), cells, options.refer, {"calibration": 192, "judged": 200})
     else:
         facts = {"calibration tokens": options.tokens, "judged tokens": options.tokens}
-        compare("smollm2", smollm2(options.tokens), options.only, options.refer, facts)
+        compare("smollm2", smollm2(options.tokens), cells, options.refer, facts)
 
 
 if __name__ == "__main__":

@@ -68,7 +68,9 @@ def sparsegpt(amount: float | None, dampening: float = 0.01, block: int = 128) -
         gram[unused, unused] = 1
         weight[:, unused] = 0
         gram.diagonal().add_(dampening * gram.diagonal().mean())
-        factor = torch.linalg.cholesky(torch.linalg.inv(gram), upper=True)
+        # In double precision: with so little dampening the inverse is not definite otherwise, on some layers.
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram.double()))
+        factor = torch.linalg.cholesky(inverse, upper=True).float()
         columns = weight.shape[1]
         for start in range(0, columns, block):
             stop = min(start + block, columns)
