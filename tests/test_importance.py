@@ -389,3 +389,10 @@ def test_nan_weights_and_unseen_weights_are_named():
     with pytest.raises(InvalidArgumentError, match=r"unused\.weight.*exclude"):
         importance.scores(Unused(), [torch.randn(2, 4)], "wanda")
     assert not importance.scores(Unused(), [torch.randn(2, 4)], "saliency")["unused.weight"].any()
+
+
+@pytest.mark.parametrize("of", ["weights", "neurons", "layers"])
+def test_every_criterion_cites_its_source(of):
+    ours = [importance.lookup(name, of=of) for name in importance.names(of)]
+    assert ours
+    assert not [one.name for one in ours if one.function.__module__.startswith("netopt") and not one.paper]

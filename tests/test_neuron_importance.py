@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import nn
 
+import netopt
+from netopt import importance
 from netopt.axes import find_axes
-from netopt.errors import MissingDataError, NonFiniteError, ShapeMismatchError, UnknownNameError
+from netopt.errors import InvalidArgumentError, MissingDataError, NonFiniteError, ShapeMismatchError, UnknownNameError
 from netopt.importance import activations as activations_module
 from netopt.importance import names
 from netopt.importance.activations import saliency
@@ -119,6 +121,22 @@ def test_random_signs_converge_to_the_exact_sum():
         error = (many.scores[name] - one).norm() / one.norm()
         assert float(error) < 4 * many.error
         assert float(error) < 0.03
+
+
+def test_the_error_of_an_estimate_can_be_asked_for():
+    model, x = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 500)), torch.randn(3, 6)
+    errors = []
+    for wanted in (0.2, 0.02):
+        report = netopt.prune_neurons(
+            copy.deepcopy(model), x, 0.5, importance=importance.saliency_within(wanted), progress=False
+        )
+        said = report.settings["saliency"]
+        assert "random signs" in said
+        errors.append(float(said.partition("relative error ")[2].partition("%")[0]) / 100)
+        assert errors[-1] <= wanted
+    assert errors[1] < errors[0]
+    with pytest.raises(InvalidArgumentError, match="relative_error must be above 0"):
+        importance.saliency_within(0)
 
 
 def test_batches_of_any_size_give_the_same():

@@ -36,7 +36,8 @@ SAMPLES_AT_ONCE = 64
 ENTRIES_AT_ONCE = 2**26
 """So many activations, and so many entries of their gradients, are held at a time; at least those of one sample."""
 
-PROBES_AT_FIRST, PROBES_AT_MOST = 8, 64
+PROBES_AT_FIRST, PROBES_AT_MOST = 8, 64  # at most for the usual error; for a tenth of it a hundred times as many
+USUAL_ERROR = 0.1
 
 Taps = Mapping[str, Sequence["Tap"]]
 
@@ -98,7 +99,7 @@ def saliency(
     data: Iterable[Batch],
     *,
     outputs: Callable[[Any], list[Tensor]] | None = None,
-    relative_error: float = 0.1,
+    relative_error: float = USUAL_ERROR,
     exact_outputs: int = EXACT_OUTPUTS,
     progress: bool = False,
 ) -> Saliency:
@@ -244,6 +245,7 @@ class _Differentiation:
     ) -> None:
         self.model, self.taps, self.sizes, self.outputs = model, taps, sizes, outputs
         self.exact_outputs, self.relative_error = exact, error
+        self.probes_at_most = PROBES_AT_MOST * math.ceil((USUAL_ERROR / error) ** 2)
         self.generator = torch.Generator().manual_seed(0)
         self.sums = {name: torch.zeros(size, dtype=torch.float64) for name, size in sizes.items()}
         self.variances = {name: torch.zeros(size, dtype=torch.float64) for name, size in sizes.items()}
@@ -356,7 +358,7 @@ class _Differentiation:
                 if done == self.probes:
                     break
             elif done >= PROBES_AT_FIRST and (
-                done == PROBES_AT_MOST or _error_of(first, second, done) <= self.relative_error
+                done >= self.probes_at_most or _error_of(first, second, done) <= self.relative_error
             ):
                 self.probes = done
                 break

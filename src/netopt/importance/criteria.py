@@ -23,7 +23,11 @@ def magnitude(seen: Evidence) -> Tensor:
     return seen.weight.abs()
 
 
-@criterion("saliency", needs={"output_grad_sq"})
+@criterion(
+    "saliency",
+    needs={"output_grad_sq"},
+    paper="https://proceedings.neurips.cc/paper/1992/hash/303ed4c69846ab36c2904d3ba8573050-Abstract.html",
+)
 def saliency(seen: Evidence) -> Tensor:
     r"""Squared gradients of all outputs, :math:`\sum_j (\partial y_j / \partial w)^2`, averaged over samples."""
     return seen.output_grad_sq
@@ -72,7 +76,7 @@ def wanda(seen: Evidence) -> Tensor:
     return seen.weight.abs() * seen.input_norm
 
 
-@criterion("random")
+@criterion("random", paper="https://arxiv.org/abs/2202.02643")
 def random(seen: Evidence) -> Tensor:
     """Uniform noise, the same for the same ``torch.manual_seed`` on every device."""
     generator = torch.Generator().manual_seed(torch.initial_seed() ^ zlib.crc32(seen.name.encode()))

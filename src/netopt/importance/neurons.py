@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,14 +17,20 @@ from tqdm import tqdm
 
 from netopt import batches
 from netopt.batches import Batch, Inputs
-from netopt.errors import ArgumentTypeError, MissingDataError, NonFiniteError, ShapeMismatchError
+from netopt.errors import (
+    ArgumentTypeError,
+    InvalidArgumentError,
+    MissingDataError,
+    NonFiniteError,
+    ShapeMismatchError,
+)
 from netopt.importance.activations import Saliency, Tap, activations, gather, over_others, saliency
 from netopt.importance.evidence import Evidence
 from netopt.importance.registry import Criterion, Importance, criterion, lookup
 from netopt.importance.scores import scores
 from netopt.parameters import places
 
-__all__ = ["Member", "NeuronScores", "Neurons", "neuron_scores", "reduce"]
+__all__ = ["Member", "NeuronScores", "Neurons", "neuron_scores", "reduce", "saliency_within"]
 
 Member = tuple[str, int, Tensor]
 """A tensor's name, a dimension, and the position of the axis at each index of it, -1 elsewhere."""
@@ -140,7 +146,9 @@ def neuron_scores(
         read = {name: taps(name) for name in sizes}
         seen = data if data is not None else _only(example_inputs)
         if "saliency" in chosen.needs:
-            found = saliency(model, read, sizes, seen, outputs=outputs, progress=progress)
+            found = saliency(
+                model, read, sizes, seen, outputs=outputs, relative_error=chosen.relative_error, progress=progress
+            )
         if "activation" in chosen.needs:
             active = activations(model, read, sizes, seen, progress=progress)
     scales = _scales(model)
@@ -231,6 +239,31 @@ def _saliency(seen: Neurons) -> Tensor:
     return seen.saliency
 
 
+def saliency_within(relative_error: float) -> Criterion:
+    """The saliency, where outputs are too many to be differentiated estimated to another accuracy than 10 %.
+
+    Args:
+        relative_error: Standard error of an axis's scores over their size, above 0; a tenth of it takes a hundred
+            times the random sign vectors.
+
+    Returns:
+        What ``importance=`` takes.
+
+    Raises:
+        InvalidArgumentError: ``relative_error`` is not above 0.
+
+    References:
+        A stochastic estimator of the trace of the influence matrix (Hutchinson, 1990)
+
+    Example:
+        >>> saliency_within(0.02).relative_error
+        0.02
+    """
+    if not relative_error > 0:
+        raise InvalidArgumentError(f"relative_error must be above 0, such as 0.02 for 2 %, not {relative_error!r}.")
+    return replace(lookup("saliency", of="neurons"), relative_error=float(relative_error))
+
+
 @criterion("activation", needs={"activation"}, of="neurons", paper="https://arxiv.org/abs/1607.03250")
 def _activation(seen: Neurons) -> Tensor:
     r"""Mean absolute activation, :math:`\mathbb{E}|x_i|`, as the neuron's consumers read it."""
@@ -263,7 +296,7 @@ def _fpgm(seen: Neurons) -> Tensor:
     return (squares[:, None] + squares[None, :] - 2 * products).clamp(min=0).sqrt().sum(1)
 
 
-@criterion("random", of="neurons")
+@criterion("random", of="neurons", paper="https://arxiv.org/abs/2202.02643")
 def _random(seen: Neurons) -> Tensor:
     """Uniform noise, the same for the same ``torch.manual_seed``."""
     generator = torch.Generator().manual_seed(torch.initial_seed() ^ zlib.crc32(seen.name.encode()))

@@ -35,6 +35,7 @@ class Criterion:
             decides and updates whole weights, layer after layer.
         paper: Where it was proposed.
         entrywise: Whether each entry's score depends on that entry alone, so that a weight may be judged in parts.
+        relative_error: Wanted of the evidence where it is estimated.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Criterion:
     of: str = "weights"
     paper: str = ""
     entrywise: bool = False
+    relative_error: float = 0.1
 
     def __call__(self, evidence: Any) -> Any:
         """Returns the scores of one tensor, or what a criterion of layers decides."""

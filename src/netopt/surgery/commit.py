@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from netopt.errors import PlanMismatchError, ShapeMismatchError
 from netopt.surgery.attributes import Assignment, Path, described, read
@@ -40,6 +41,7 @@ class Operation:
     def __init__(self, model: nn.Module, changes: Iterable[Change]) -> None:
         self.changes = tuple(changes)
         self._model = model
+        self._retired: list[RemovableHandle] = []
 
     def run(self, finish: Callable[[], Result]) -> Result:
         """Does all changes, then ``finish``; if anything is raised meanwhile, undoes them and lets it pass.
@@ -58,7 +60,7 @@ class Operation:
             exchanged = [change for change in self.changes if isinstance(change, Exchange)]
             FORMER.add(self._model, {id(change.tensor): change.new.shape for change in exchanged})
             for change in exchanged:
-                retire(change.new)
+                self._retired.extend(retire(change.new))
             return result
 
         return self._undone_on_failure(work)
@@ -101,6 +103,8 @@ class Operation:
         try:
             for change in reversed(self.changes):
                 change.undo()
+            for handle in self._retired:
+                handle.remove()
             self._flatten()
         except KeyboardInterrupt:
             # The interruption that led here is on its way already; a second one must not leave half a model.

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
+from torch.utils.hooks import RemovableHandle
 
 from netopt.errors import PlanMismatchError, SurgeryError
 
@@ -221,10 +222,14 @@ def _refuse_gradient(_: tuple[Tensor, ...]) -> None:
     )
 
 
-def retire(old: Tensor) -> None:
-    """Makes a backward pass through a graph older than the surgery fail instead of filling a tensor nobody sees."""
+def retire(old: Tensor) -> Iterator[RemovableHandle]:
+    """Makes a backward pass through a graph older than the surgery fail instead of filling a tensor nobody sees.
+
+    Yields:
+        What takes that back, where there is such a graph.
+    """
     held = old._use_count()  # pyright: ignore[reportAttributeAccessIssue]
     if old.is_leaf and old.requires_grad and held > 1:
         with torch.inference_mode(False):
             node = torch.autograd.graph.get_gradient_edge(old).node
-        node.register_prehook(_refuse_gradient)  # pyright: ignore[reportArgumentType]
+        yield node.register_prehook(_refuse_gradient)  # pyright: ignore[reportArgumentType]
