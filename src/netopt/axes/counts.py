@@ -396,7 +396,7 @@ class _Search:
         for key in self.keys:
             self._least = self._farther(self._least, key, found[key])
         self.left = budget
-        if self._least[0]:
+        if self._least > (0, 0):
             self._improve({}, (0, 0))
         return self._best, self.left
 
