@@ -46,7 +46,8 @@ ASKED: dict[str, float | None] = {"50 %": 0.5, "60 %": 0.6, "70 %": 0.7, "2:4": 
 WAYS: dict[str, dict[str, Any]] = {
     "magnitude, by layer": {"importance": "magnitude", "scope": "layer"},
     "magnitude, global": {"importance": "magnitude", "scope": "global"},
-    "wanda": {"importance": "wanda", "scope": "row"},
+    "wanda": {"importance": "wanda_layerwise", "scope": "row"},
+    "wanda, at once": {"importance": "wanda", "scope": "row"},
     "sparsegpt": {"importance": "sparsegpt", "scope": "layer"},
     "admm": {"importance": "admm", "scope": "layer"},
 }
@@ -254,12 +255,12 @@ def compare(
     print(f"{name}: {next(iter(dense))} of the unpruned model {next(iter(dense.values())):.3f}")
     print("netopt (reference implementation), CPU seconds of each")
     for way, asked in cells:
-        amount, trial = ASKED[asked], TRIAL[way][list(ASKED).index(asked)]
+        amount, trial = ASKED[asked], TRIAL.get(way, (None,) * len(ASKED))[list(ASKED).index(asked)]
         if (way == "magnitude, global" and amount is None) or table.has(name, way=way, asked=asked):
             continue
         row: dict[str, Any] = {"way": way, "asked": asked}
         row["netopt"] = timed(functools.partial(ours, subject, way, amount), subject.judge)
-        if asked in referred:
+        if asked in referred and way in TRIAL:
             row["reference"] = timed(functools.partial(refer, subject, way, amount), subject.judge)
         if name == "minilm" and trial:
             row["trial"] = trial

@@ -24,7 +24,7 @@ from netopt.errors import (
 from netopt.parameters import Orientation, places
 from netopt.prune import prune_weights
 
-SOLVERS = importance.names("layers")
+SOLVERS = tuple(name for name in importance.names("layers") if name != "wanda_layerwise")
 
 
 class Net(nn.Module):

@@ -24,7 +24,7 @@ from netopt.reconstruction import Demand, Problem, replay, solvers
 from netopt.reconstruction.solvers import _polished
 from netopt.reconstruction.stages import moments, stages, watched_forward
 
-SOLVERS = names("layers")
+SOLVERS = tuple(name for name in names("layers") if name != "wanda_layerwise")  # which updates nothing
 
 
 def solve(solver, weight, moment, target, demand, **settings):
@@ -464,7 +464,7 @@ def test_ones_own_criterion_of_layers(monkeypatch):
     def askew(problem):
         return problem.weight[..., 1:], problem.weight[..., 1:] > 0
 
-    assert names("layers") == ("admm", "askew", "halves", "sparsegpt")
+    assert names("layers") == ("admm", "askew", "halves", "sparsegpt", "wanda_layerwise")
     for importance in ("halves", lookup("halves", of="layers")):
         model = nn.Linear(4, 4)
         before = model.weight.detach().clone()
@@ -580,3 +580,21 @@ def test_stages_follow_the_forward():
         ["after.weight"]
     ]
     assert [stage.block for stage in order] == [None, *[block for block in model.blocks for _ in range(2)], None]
+
+
+@pytest.mark.parametrize("request_", [{"amount": 0.5, "scope": "row"}, {"pattern": "2:4"}], ids=str)
+def test_wanda_layer_after_layer_reads_what_the_pruned_layers_before_it_make(request_):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 6))
+    data = [torch.randn(40, 8) for _ in range(3)]
+    dense, x = copy.deepcopy(model), torch.cat(data)
+    prune_weights(model, importance="wanda_layerwise", data=data, progress=False, **request_)
+    for index in (0, 2):
+        weight = dense[index].weight.detach()
+        scores = weight.abs() * x.norm(dim=0)
+        demand = Demand(weight.shape[1], weight.shape[1] // 2, per_row=True)
+        if "pattern" in request_:
+            demand = Demand(weight.shape[1], group=(2, 4))
+        expected = weight * demand.keep(scores[None])[0]
+        torch.testing.assert_close(model[index].weight.detach(), expected)
+        x = nn.functional.linear(x, expected, dense[index].bias).relu().detach()

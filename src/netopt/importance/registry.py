@@ -107,7 +107,7 @@ def names(of: str | None = None) -> tuple[str, ...]:
 
     Example:
         >>> names("layers")
-        ('admm', 'sparsegpt')
+        ('admm', 'sparsegpt', 'wanda_layerwise')
     """
     return tuple(sorted({name for name, kind in _REGISTERED if of in (None, kind)}))
 

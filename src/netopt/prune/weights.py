@@ -57,8 +57,9 @@ def prune_weights(
             For ``scope`` ``"layer"`` and ``"row"`` it holds for each weight, each row; of blocks it counts blocks.
         threshold: Instead of ``amount``: mask what scores below.
         importance: A criterion's name (:func:`netopt.importance.names`), a criterion, a function of evidence, or the
-            scores, a tensor for each name. Criteria of ``"layers"``, ``"sparsegpt"`` and ``"admm"``, also update what
-            is kept, layer after layer, to make up for what is removed; of ``amount`` each layer then gives its share.
+            scores, a tensor for each name. Criteria of ``"layers"`` decide layer after layer, on the inputs of the
+            model pruned so far, and each layer gives its share of ``amount``: ``"sparsegpt"`` and ``"admm"`` also
+            update what is kept, to make up for what is removed; ``"wanda_layerwise"`` does not.
         data: Batches, for a criterion that needs gradients or inputs; read once, in eval mode.
         loss_fn: Of the model's result and a batch's targets, for a criterion that needs the loss; by default the
             ``loss`` the model returns.

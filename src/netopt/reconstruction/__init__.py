@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from netopt.reconstruction.layerwise import reconstruct
-from netopt.reconstruction.solvers import Demand, Problem, admm, sparsegpt
+from netopt.reconstruction.solvers import Demand, Problem, admm, sparsegpt, wanda_layerwise
 
-__all__ = ["Demand", "Problem", "admm", "reconstruct", "sparsegpt"]
+__all__ = ["Demand", "Problem", "admm", "reconstruct", "sparsegpt", "wanda_layerwise"]

@@ -1,8 +1,9 @@
 r"""A pruned matrix that still does to its inputs what the dense one did, as nearly as it can.
 
-Both solvers minimise :math:`\lVert W X - \hat W \hat X \rVert^2` over matrices :math:`\hat W` with zeros in a wanted
-number and pattern, where :math:`X` are the inputs in the unpruned model and :math:`\hat X` those in the model pruned so
-far. All they know of the inputs are the moments :math:`H = \hat X \hat X^\top` and :math:`T = W X \hat X^\top`.
+SparseGPT and ADMM minimise :math:`\lVert W X - \hat W \hat X \rVert^2` over matrices :math:`\hat W` with zeros in a
+wanted number and pattern, where :math:`X` are the inputs in the unpruned model and :math:`\hat X` those in the model
+pruned so far. All they know of the inputs are the moments :math:`H = \hat X \hat X^\top` and
+:math:`T = W X \hat X^\top`.
 
 Matrices side by side with inputs of their own (the groups of a convolution) are solved at once, and compete for what is
 kept.
@@ -20,7 +21,7 @@ from netopt.importance import criterion
 from netopt.masking.patterns import keep_n_of_m, keep_per_row
 from netopt.masking.quantile import Scores, keep_best
 
-__all__ = ["Demand", "Problem", "admm", "sparsegpt"]
+__all__ = ["Demand", "Problem", "admm", "sparsegpt", "wanda_layerwise"]
 
 BLOCK = 128
 STRIP = 16
@@ -83,6 +84,27 @@ class Problem(NamedTuple):
     moment: Tensor
     target: Tensor
     demand: Demand
+
+
+@criterion("wanda_layerwise", of="layers", paper="https://arxiv.org/abs/2306.11695")
+def wanda_layerwise(problem: Problem) -> tuple[Tensor, Tensor]:
+    r"""Removes what weighs least on the inputs of the model pruned so far, and updates nothing.
+
+    Of a weight, that is :math:`|w| \lVert \hat x \rVert`.
+
+    Args:
+        problem: The matrices, their moments and what is to be removed.
+
+    Returns:
+        The matrices with zeros and what is kept of them.
+
+    References:
+        A Simple and Effective Pruning Approach for Large Language Models (Sun et al., 2023),
+        https://arxiv.org/abs/2306.11695
+    """
+    lengths = _diagonal(problem.moment).clamp(min=0).sqrt()
+    kept = problem.demand.keep(problem.weight.abs() * lengths[:, None, :])
+    return problem.weight.masked_fill(~kept, 0), kept
 
 
 @criterion("sparsegpt", of="layers", paper="https://arxiv.org/abs/2301.00774")
