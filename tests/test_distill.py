@@ -270,6 +270,7 @@ def test_the_optimizer_scheduler_and_clip_are_used():
     assert len(ours.state) == 4
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_finishes_the_step_and_leaves_a_usable_student(x):
     student, handler = net(), signal.getsignal(signal.SIGINT)
     seen = []

@@ -75,6 +75,7 @@ def test_what_is_taken_apart_is_put_together():
     assert again["d"][0] is tensor
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_an_interrupted_run_is_taken_up_after_the_step_it_finished(tmp_path):
     student, teacher = models()
     whole, stopped = copy.deepcopy(student), copy.deepcopy(student)
