@@ -370,13 +370,12 @@ def replace_norms(masked: nn.Module, small: nn.Module, kept: dict[str, list[Tens
         wide = masked.get_submodule(path)
         if len(left) == wide.weight.shape[0]:
             continue
-        dim = 1 if "Group" in kind or kind.endswith("2d") else -1
-
-        wide.forward = functools.partial(narrowed, copy.deepcopy(module), left, dim)
+        wide.forward = functools.partial(narrowed, copy.deepcopy(module), left, wide.weight.shape[0])
 
 
-def narrowed(module: nn.Module, left: Tensor, dim: int, x: Tensor, *rest: Any) -> Tensor:
-    """What ``module`` makes of the neurons ``left``, zeros in place of the others."""
+def narrowed(module: nn.Module, left: Tensor, size: int, x: Tensor, *rest: Any) -> Tensor:
+    """What ``module`` makes of the neurons ``left`` of ``size``, zeros in place of the others."""
+    dim = 1 if "Group" in type(module).__name__ or x.shape[-1] != size else -1
     return torch.zeros_like(x).index_copy(dim, left, module(x.index_select(dim, left), *rest))
 
 

@@ -284,8 +284,8 @@ class Counts:
     def nearest(self, wanted: Mapping[Any, int]) -> dict[Hashable, int]:
         """Counts near ``wanted`` that satisfy every constraint; axes not named keep their size where they can.
 
-        How far counts are is the sum, over the axes named, of the share of its neurons by which each is off; between
-        equals, of the others. What is tied together in a small component has the nearest counts there are: the search
+        How far counts are is the number of neurons by which the axes named are off, in sum; between equals, by which
+        the others are. What is tied together in a small component has the nearest counts there are: the search
         for closer ones runs until none is left, or for a bounded number of steps.
         """
         left = _CLOSER
@@ -390,8 +390,6 @@ class _Search:
 
     def closer(self, found: dict[Hashable, int], budget: int) -> tuple[dict[Hashable, int], int]:
         """The nearest counts, by branch and bound from those found, and what is left of the budget."""
-        whole = math.lcm(*(self.sizes[key] for key in self.keys))
-        self._weights = {key: whole // self.sizes[key] for key in self.keys}
         self._best, self._least = found, (0, 0)
         for key in self.keys:
             self._least = self._farther(self._least, key, found[key])
@@ -416,7 +414,7 @@ class _Search:
             del chosen[key]
 
     def _farther(self, far: tuple[int, int], key: Hashable, value: int) -> tuple[int, int]:
-        off = abs(value - self.wanted[key]) * self._weights[key]
+        off = abs(value - self.wanted[key])
         return (far[0] + off, far[1]) if key in self.asked else (far[0], far[1] + off)
 
     def _next(self, chosen: dict[Hashable, int]) -> tuple[Hashable, Iterable[int]]:
