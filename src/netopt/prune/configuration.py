@@ -42,7 +42,12 @@ def configured(model: nn.Module, plan: Plan) -> tuple[tuple[tuple[Path, float], 
     config = getattr(model, "config", None)
     if not plan.tensors or not hasattr(config, "to_dict") or not _built_from_config(type(model)):
         return (), None
-    wanted = {name: plan.shapes_after[name] for name in shapes_of(model)}
+    persistent = model.state_dict(keep_vars=True).keys()
+    lost = next((name for name, _ in model.named_buffers() if name in plan.tensors and name not in persistent), None)
+    if lost is not None:
+        return (), f"the configuration cannot express it: `{lost}` is computed from it, and has lost entries; {_ADVICE}"
+    after = plan.shapes_after
+    wanted = {name: after[name] for name in shapes_of(model)}
     dense = _built(model, config)
     if dense is None or distance(dense, shapes_of(model)) > 0:
         return (), "the configuration does not build this model, so it was left as it is"
@@ -100,11 +105,7 @@ def _decimals(model: nn.Module, plan: Plan, config: Any) -> dict[tuple[str, ...]
 
 
 def _derived(model: nn.Module, plan: Plan, changes: Mapping[Any, Any], config: Any) -> str | None:
-    """What the constructor computes from the sizes, and would compute anew: buffers that are not saved, and scales."""
-    persistent = model.state_dict(keep_vars=True).keys()
-    lost = next((name for name, _ in model.named_buffers() if name in plan.tensors and name not in persistent), None)
-    if lost is not None:
-        return f"the configuration cannot express it: `{lost}` is computed from it, and has lost entries"
+    """What the constructor computes from the sizes, and would compute anew: scales."""
     trial = copy.deepcopy(config)
     for path, value in changes.items():
         set_at(trial, path, value)
