@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import re
 import types
 from dataclasses import dataclass
@@ -215,6 +216,20 @@ def test_the_model_never_notices(make, training):
     assert torch.equal(x, bits)
     assert not x.requires_grad
     assert not [key for tensor in (x, *model.parameters()) for key in vars(tensor) if "netopt" in key]
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_garbage_collector_is_left_as_it_was(enabled):
+    before = gc.isenabled()
+    try:
+        (gc.enable if enabled else gc.disable)()
+        find_axes(mlp(), X)
+        assert gc.isenabled() is enabled
+        with pytest.raises(ForwardError):
+            find_axes(mlp(), torch.randn(1, 3))
+        assert gc.isenabled() is enabled
+    finally:
+        (gc.enable if before else gc.disable)()
 
 
 def test_hooks_that_users_put_are_run_and_kept():

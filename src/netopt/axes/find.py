@@ -7,6 +7,7 @@ what the operations say of dimensions, and the code of integers, is solved toget
 from __future__ import annotations
 
 import contextlib
+import gc
 import inspect
 import sys
 import warnings
@@ -72,6 +73,7 @@ def find_axes(model: nn.Module, example_inputs: Inputs, *, outputs: Outputs = No
     try:
         with ExitStack() as borrowed:
             for context in (
+                _collection_paused(),
                 given_back(model),
                 _plain_kernels(),
                 torch.inference_mode(False),
@@ -139,6 +141,18 @@ def counted_outputs(result: Any, outputs: Outputs) -> list[Tensor]:
             raise InvalidArgumentError(f"outputs={name!r} names no result of the forward; there are {paths}.")
         chosen.extend(found)
     return chosen
+
+
+@contextmanager
+def _collection_paused() -> Iterator[None]:
+    """Leaves garbage for later: a trace makes many small objects, and a search of a large heap takes as long as it."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextmanager
