@@ -81,8 +81,8 @@ NORMALIZATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 NORMALIZATION = "left"
 """The one in use, after LAMP (Lee et al., 2021, https://arxiv.org/abs/2010.07611).
 
-With the default criterion it is the best of these on an MNIST net, and the only one that is near the best both
-there and on MiniLM; docs/neurons.md has both trials.
+With the default criterion it is the best of these on an MNIST net at a share of neurons, near the best global one at
+a share of MACs, and near the best on MiniLM; docs/neurons.md has both trials.
 """
 
 
