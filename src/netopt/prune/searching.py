@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+from netopt.prune.probing import out_of_proportion
+
 Shapes = Mapping[str, tuple[int, ...]]
 Where = tuple[Any, ...]
 Changes = dict[Where, Any]
@@ -72,6 +74,12 @@ class Search:
             hints: What to try.
         """
         refused, nearest = None, self._try(config, {})
+        if nearest is not None and nearest.keys() == self._wanted.keys():
+            why = out_of_proportion(
+                lambda some: self._shapes(config, some), _others(config, hints), nearest, self._wanted
+            )
+            if why is not None:
+                return f"the configuration cannot express it: {why}"
         for stage in (self._plainly, self._harder):
             self._barred.clear()
             for _ in range(_SOLUTIONS):
@@ -176,8 +184,9 @@ class Search:
 
     def _try(self, config: Any, changes: Changes) -> Shapes | None:
         self._tries += 1
-        if self._tries > _TRIES:
-            return None
+        return None if self._tries > _TRIES else self._shapes(config, changes)
+
+    def _shapes(self, config: Any, changes: Mapping[Where, Any]) -> Shapes | None:
         try:
             return self._build(_with(config, changes))
         except Exception:
@@ -214,6 +223,20 @@ def _plain(config: Any, replacements: Mapping[int, set[int]]) -> Iterator[Moves]
     yield together
 
 
+def _others(config: Any, hints: Hints) -> list[tuple[Where, tuple[Any, ...]]]:
+    """Every number that may set a size, with other values; what was left to a default is given some."""
+    known = dict(entries(config))
+    unset = {path[-1] for path, value in known.items() if value is None}
+    set_already = {path[-1] for path in known} - unset
+    found: dict[Where, Any] = {}
+    for path, said in known.items():
+        value = hints.sizes.get(path[-1], max(hints.replacements)) if said is None else said
+        if (type(value) is int and value > 0) or any(word in str(part) for part in path for word in _SHARES):
+            found[path] = value
+    found |= {(name,): value for name, value in hints.sizes.items() if name not in set_already | unset}
+    return [(path, (2 * value, value // 2) if value // 2 else (2 * value,)) for path, value in found.items()]
+
+
 def _scaled(config: Any, hints: Hints) -> Moves:
     """Every number multiplied by a ratio, and every integer set to a size that replaces it."""
     moves: Moves = []
@@ -242,7 +265,7 @@ def entries(config: Any, path: Where = ()) -> Iterator[tuple[Where, Any]]:
             yield from entries(value, (*path, name))
 
 
-def _with(config: Any, changes: Changes) -> Any:
+def _with(config: Any, changes: Mapping[Where, Any]) -> Any:
     """A copy of a configuration with some values changed."""
     config = copy.deepcopy(config)
     for path, value in changes.items():
