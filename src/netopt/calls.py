@@ -8,8 +8,7 @@ through, so that only calls that reach C++ have names.
 from __future__ import annotations
 
 import threading
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -81,11 +80,11 @@ class CallNames(TorchFunctionMode):
         Call(module='1', visit=0, function='linear', number=0)
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, parts: Iterable[tuple[str, nn.Module]] | None = None) -> None:
         super().__init__()
-        self._names = {id(module): name for name, module in model.named_modules()}
-        self._visits: Counter[str] = Counter()
-        self._stack: list[tuple[str, int, Counter[str]]] = [("", 0, Counter())]
+        self._names = {id(module): name for name, module in (model.named_modules() if parts is None else parts)}
+        self._visits: dict[str, int] = {}
+        self._stack: list[tuple[str, int, dict[str, int]]] = [("", 0, {})]
         self._open: ExitStack | None = None
 
     def __enter__(self) -> Any:
@@ -112,8 +111,9 @@ class CallNames(TorchFunctionMode):
             if name is None:
                 name = stack[-1][0]
             depth = len(stack)
-            stack.append((name, visits[name], Counter()))
-            visits[name] += 1
+            visit = visits.get(name, 0)
+            stack.append((name, visit, {}))
+            visits[name] = visit + 1
             try:
                 return plain(module, *args, **kwargs)
             finally:
@@ -137,9 +137,9 @@ class CallNames(TorchFunctionMode):
     def name_of(self, function: str) -> Call:
         """The name of the call of ``function`` that has just been made; each call is to be named once, or none."""
         module, visit, seen = self._stack[-1]
-        call = Call(module, visit, function, seen[function])
-        seen[function] += 1
-        return call
+        number = seen.get(function, 0)
+        seen[function] = number + 1
+        return Call(module, visit, function, number)
 
     def on_call(
         self,

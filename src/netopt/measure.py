@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -33,6 +34,9 @@ __all__ = [
     "nonzero_parameters",
     "size_bytes",
 ]
+
+
+_SMALL = 4096
 
 
 @dataclass(frozen=True)
@@ -76,12 +80,14 @@ def cost(model: nn.Module, inputs: Inputs | None = None) -> Cost:
         Cost(params=16, nonzero=16, bytes=64, macs=12)
     """
     macs = None if inputs is None else count_macs(model, inputs)
-    params = bytes_ = nonzero = 0
-    for parameter, mask in _parameters(model):
-        params += parameter.numel()
-        bytes_ += parameter.nbytes
-        nonzero += _nonzero(parameter.detach(), mask)
-    return Cost(params, nonzero, bytes_ + sum(buffer.nbytes for buffer in model.buffers()), macs)
+    held = list(_parameters(model))
+    buffers = dict.fromkeys(one for module in model.modules() for one in module._buffers.values() if one is not None)
+    return Cost(
+        params=sum(parameter.numel() for parameter, _ in held),
+        nonzero=_nonzero_of(held),
+        bytes=sum(parameter.nbytes for parameter, _ in held) + sum(buffer.nbytes for buffer in buffers),
+        macs=macs,
+    )
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -98,7 +104,7 @@ def nonzero_parameters(model: nn.Module) -> int:
         >>> nonzero_parameters(layer)
         10
     """
-    return sum(_nonzero(parameter.detach(), mask) for parameter, mask in _parameters(model))
+    return _nonzero_of(_parameters(model))
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[nn.Parameter, Tensor | None]]:
@@ -209,6 +215,18 @@ def _summary(times: list[float]) -> Latency:
         return Latency(times[0], 0.0)
     low, median, high = statistics.quantiles(times, n=4, method="inclusive")
     return Latency(median, high - low)
+
+
+def _nonzero_of(held: Iterable[tuple[Tensor, Tensor | None]]) -> int:
+    """Counts what is not zero in tensors with their masks; small ones, of which models have many, are joined."""
+    total, small = 0, defaultdict[tuple[torch.device, torch.dtype], list[Tensor]](list)
+    for parameter, mask in held:
+        values = parameter.detach()
+        if mask is None and values.dim() == 1 and len(values) < _SMALL and type(values) is Tensor:
+            small[values.device, values.dtype].append(values)
+        else:
+            total += _nonzero(values, mask)
+    return total + sum(_nonzero(torch.cat(several), None) for several in small.values())
 
 
 def _nonzero(values: Tensor, mask: Tensor | None) -> int:

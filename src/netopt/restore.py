@@ -35,7 +35,7 @@ def given_back(*modules: nn.Module, rng: bool = True) -> Iterator[None]:
         (0, None)
     """
     parts = list(dict.fromkeys(part for module in modules for part in module.modules()))
-    parameters = dict.fromkeys(one for module in modules for one in module.parameters())
+    parameters = dict.fromkeys(one for part in parts for one in part._parameters.values() if one is not None)
     with random_state_kept() if rng else nullcontext(), _parameters_kept(parameters), _buffers_kept(parts):
         flags = [(part, part.training) for part in parts]
         try:

@@ -86,17 +86,17 @@ def find_axes(model: nn.Module, example_inputs: Inputs, *, outputs: Outputs = No
             if any(module.training for _, module in parts):
                 model.eval()
             with modes_watched() as modes:
-                watch = Watch(model, trace, modes)
+                watch = Watch(model, parts, trace, modes)
                 trace.counting = True
                 _run(model, parts, example_inputs, watch, outputs)
                 trace.counting = False
             twins = unreached(parts, watch.reached, trace.touched)
             if twins:
                 with standing_in(twins, trace):
-                    _run(model, parts, example_inputs, Watch(model, trace, modes), outputs)
+                    _run(model, parts, example_inputs, Watch(model, parts, trace, modes), outputs)
             if modes.differ:
                 with contextlib.suppress(ForwardError):  # as batch norm fails in training mode on a single sample
-                    _run(model.train(), parts, example_inputs, Watch(model, trace, modes), outputs)
+                    _run(model.train(), parts, example_inputs, Watch(model, parts, trace, modes), outputs)
         trace.ledger.is_open = False
         trace.settle()
         return Axes(trace, watch.readings)

@@ -63,7 +63,12 @@ def _holders(parts: Parts) -> tuple[list[tuple[Any, Any]], list[Any]]:
     kept: list[tuple[Any, Any]] = []
     empty: list[Any] = []
     seen: set[int] = set()
-    waiting: list[tuple[Any, int]] = [(module.__dict__, _DEPTH) for _, module in parts]
+    waiting: list[tuple[Any, int]] = []
+    for _, module in parts:
+        kept.append((module.__dict__, module.__dict__.copy()))
+        found = [_container(item) for item in module.__dict__.values() if type(item) not in _NUMBERS]
+        empty += [one for one in found if one is not None and not one and type(one) is not tuple]
+        waiting += [(one, _DEPTH - 1) for one in found if one]
     while waiting:
         value, depth = waiting.pop()
         if not isinstance(value, tuple):
@@ -101,7 +106,7 @@ def _refill(container: Any, before: Any) -> None:
         if len(container) != len(before) or not all(map(operator.is_, container, before)):
             container[:] = before
     elif isinstance(container, dict):
-        if container.keys() != before.keys() or list(container) != list(before):
+        if list(container) != list(before):
             container.clear()
             container.update(before)
         elif not all(map(operator.is_, container.values(), before.values())):
@@ -226,6 +231,7 @@ class _Loan:
                 self.undo.append(functools.partial(setattr, function, "__defaults__", defaults))
 
 
+_NUMBERS = frozenset({bool, int, float, str, type(None)})
 _OPAQUE = (torch.Tensor, nn.Module, type, types.ModuleType)
 _SIMPLE = frozenset(
     {bool, float, str, bytes, complex, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format}

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_iter
 from netopt.axes.layout import Layout, freeze, mark_inexact, split_concat, split_product
 from netopt.axes.modes import Modes
 from netopt.axes.operation import Mark
+from netopt.axes.places import Parts
 from netopt.axes.sizes import Condition, Extent, Scalar, Shape, Size, caller
 from netopt.axes.trace import Trace
 from netopt.calls import Call, CallNames
@@ -40,8 +41,8 @@ class Reading(NamedTuple):
 class Watch(CallNames):
     """Sees every torch call of one traced forward."""
 
-    def __init__(self, model: nn.Module, trace: Trace, modes: Modes) -> None:
-        super().__init__(model)
+    def __init__(self, model: nn.Module, parts: Parts, trace: Trace, modes: Modes) -> None:
+        super().__init__(model, parts)
         self.model = model
         self.trace = trace
         self.modes = modes

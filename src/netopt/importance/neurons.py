@@ -180,7 +180,8 @@ def _streamed(
             if id(positions) not in whole:
                 whole[id(positions)] = None if torch.equal(positions, torch.arange(size)) else positions
             readers.setdefault(_bare(tensor), []).append((axis, dim, whole[id(positions)]))
-    for name, value in tqdm(values.items(), desc="importance", disable=not progress, leave=False):
+    shown = tqdm(values.items(), desc="importance", leave=False) if progress else values.items()
+    for name, value in shown:
         own = readers.get(name, [])
         sums = _sums(chosen, name, value, {dim for _, dim, _ in own})
         for axis, dim, positions in own:
@@ -191,16 +192,24 @@ def _streamed(
 
 
 def _sums(chosen: Criterion, name: str, value: Tensor, dims: set[int]) -> dict[int, Tensor]:
-    """A weight's scores summed over every dimension but one, for each of ``dims``; float64."""
-    sums = {dim: torch.zeros(value.shape[dim], dtype=torch.float64) for dim in dims}
+    """A weight's scores summed over every dimension but one, for each of ``dims``."""
+    sums: dict[int, Tensor] = {}
     for rows, score in chosen.parts(Evidence(name, value, {})):
         if not isinstance(score, Tensor):
             raise ArgumentTypeError(f"the score of {name!r} must be a tensor, not {type(score).__name__}.")
-        part = (len(value[rows]), *value.shape[1:])
+        whole = rows == slice(None)
+        part = value.shape if whole else (len(value[rows]), *value.shape[1:])
         if score.shape != part:
-            raise ShapeMismatchError(f"the score of {name!r} has shape {tuple(score.shape)} and the weight {part}.")
-        for dim, total in sums.items():
-            (total[rows] if dim == 0 else total).add_(over_others(score, dim).cpu())
+            raise ShapeMismatchError(
+                f"the score of {name!r} has shape {tuple(score.shape)} and the weight {tuple(part)}."
+            )
+        for dim in dims:
+            own = over_others(score, dim).cpu()
+            if whole:
+                sums[dim] = own
+                continue
+            total = sums.setdefault(dim, torch.zeros(value.shape[dim], dtype=torch.float64))
+            (total[rows] if dim == 0 else total).add_(own)
     return sums
 
 

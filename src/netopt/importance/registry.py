@@ -53,9 +53,10 @@ class Criterion:
     def parts(self, evidence: Any) -> Iterator[tuple[slice, Tensor]]:
         """Yields the scores of one tensor, some of its rows at a time where that is possible."""
         weight = evidence.weight
-        step = len(weight)
-        if self.entrywise and weight.numel() > PART:
-            step = max(1, PART * step // weight.numel())
+        if not (self.entrywise and weight.numel() > PART):
+            yield slice(None), self(evidence)
+            return
+        step = max(1, PART * len(weight) // weight.numel())
         for start in range(0, len(weight), step):
             rows = slice(start, start + step)
             yield rows, self(replace(evidence, weight=weight[rows]))

@@ -148,7 +148,8 @@ class Plan:
     def prepare(self, model: nn.Module, optimizer: Optimizer | Iterable[Optimizer] | None = None) -> surgery.Operation:
         """Everything :meth:`apply` needs, built and checked, with nothing changed yet."""
         target = self._unwrap(model)
-        self.check(target)
+        named = surgery.named_parameters_and_buffers(target)
+        self._check(target, *named)
         return surgery.prepare(
             target,
             self.tensors,
@@ -157,6 +158,7 @@ class Plan:
             shifts=self.shifts,
             scales=self.scales,
             optimizer=optimizer,
+            named=named[0] | named[1],
         )
 
     def apply_to_checkpoint(self, source: str | os.PathLike[str], target: str | os.PathLike[str]) -> FilePath:
@@ -186,9 +188,12 @@ class Plan:
         Raises:
             PlanMismatchError: They differ; the message names the first difference.
         """
+        self._check(model, *surgery.named_parameters_and_buffers(model))
+
+    def _check(self, model: nn.Module, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
         if not self.shapes:
             return
-        found = shapes_of(model, self.shapes)
+        found = _shapes(model, parameters, buffers, self.shapes)
         after = self.shapes_after
         if found == after and found != dict(self.shapes):
             raise PlanMismatchError(f"this {type(model).__name__} has the plan's sizes already: it was carried out")
@@ -430,7 +435,12 @@ class Plan:
 
 def shapes_of(model: nn.Module, also: Iterable[str] = ()) -> dict[str, tuple[int, ...]]:
     """Shapes of the model's parameters by the names they have without masks, and of the buffers named in ``also``."""
-    parameters, buffers = surgery.named_parameters_and_buffers(model)
+    return _shapes(model, *surgery.named_parameters_and_buffers(model), also)
+
+
+def _shapes(
+    model: nn.Module, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], also: Iterable[str]
+) -> dict[str, tuple[int, ...]]:
     shapes = {}
     for name, tensor in parameters.items():
         masked = name.endswith("_orig") and surgery.find_tensor(model, f"{name.removesuffix('_orig')}_mask") is not None

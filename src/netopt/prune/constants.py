@@ -28,9 +28,9 @@ __all__ = ["Carried", "carried", "dead", "operand", "suspects"]
 
 def suspects(model: nn.Module, plan: Plan) -> bool:
     """Whether some neuron that ``plan`` removes may be dead: a whole slice of some weight is zero. Cheap."""
-    if any(tensor.is_meta for tensor in model.parameters()):
-        return False
     known = places(model)
+    if any(place.parameter.is_meta for place in known.values()):
+        return False
     for name, cuts in plan.tensors.items():
         place = known.get(name.removesuffix("_orig"))
         if place is None or place.parameter.dim() < 2:
@@ -49,10 +49,8 @@ def _may_be_zero(place: Place, dim: int) -> bool:
     """Whether some slice along ``dim`` begins with zero; almost none does that is not zero altogether."""
     if place.mask is not None:
         return True
-    first = place.parameter.detach().movedim(dim, -1)
-    while first.dim() > 1:
-        first = first.select(0, 0)
-    return not bool(first.all())
+    first = tuple(slice(None) if index == dim else 0 for index in range(place.parameter.dim()))
+    return not bool(place.parameter.detach()[first].all())
 
 
 def dead(model: nn.Module, axes: Axes, axis: Axis, makers: set[str]) -> Tensor | None:

@@ -356,7 +356,7 @@ def make_plan(model: nn.Module, axes: Axes, kept: Mapping[str, Tensor]) -> Plan:
     names: dict[int, list[str]] = {}
     for name, tensor in surgery.named_tensors(model).items():
         names.setdefault(id(tensor), []).append(name)
-    tied = {several[0]: several for several in names.values()}
+    tied = {several[0]: several for several in names.values() if len(several) > 1}
     # Under every name a tied tensor has, so that the plan also fits where the tie is not yet made.
     tensors = {other: cuts for name, cuts in axes.tensor_indices(less).items() for other in tied.get(name, [name])}
     counts = {name: len(positions) for name, positions in less.items()}

@@ -53,7 +53,9 @@ def read(model: nn.Module, path: Path, modules: Mapping[str, nn.Module] | None =
 
 def _may_be_given(holder: Any, step: Any) -> bool:
     """Whether this is an entry that a configuration, which takes any, lacks."""
-    return hasattr(holder, "to_dict") and isinstance(step, str) and not hasattr(holder, step)
+    # A module is asked for an attribute it lacks by way of all its members.
+    is_module = isinstance(holder, nn.Module)
+    return not is_module and hasattr(holder, "to_dict") and isinstance(step, str) and not hasattr(holder, step)
 
 
 class Assignment:
@@ -221,8 +223,9 @@ def _said_by(
     settled: set[Any],
 ) -> Iterator[tuple[Path, int]]:
     """The integers of one module that describe its tensors; ``settled`` are those decided already, and grows."""
+    own = vars(module)
     for row in DESCRIPTIONS:
-        said = vars(module).get(row.attribute)
+        said = own.get(row.attribute)
         if type(said) is not int or row.attribute in settled:
             continue
         name = stored_under(module, row.tensor)

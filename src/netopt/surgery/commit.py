@@ -113,11 +113,11 @@ class Operation:
     def _flatten(self) -> None:
         """Recurrent modules keep their weights in one block on some devices."""
         for module in self._model.modules():
-            flatten = getattr(module, "flatten_parameters", None)
+            flatten = getattr(type(module), "flatten_parameters", None)
             if flatten is not None and any(
                 parameter.is_cuda for parameter in module.parameters(recurse=False)
             ):  # pragma: no cover
-                flatten()
+                flatten(module)
 
 
 def prepare(
@@ -129,6 +129,7 @@ def prepare(
     shifts: Mapping[str, Tensor] | None = None,
     scales: Mapping[str, float | Tensor] | None = None,
     optimizer: Optimizer | Iterable[Optimizer] | None = None,
+    named: Mapping[str, Tensor] | None = None,
 ) -> Operation:
     """Builds every new tensor, attribute and optimizer state and checks them; changes nothing.
 
@@ -140,6 +141,7 @@ def prepare(
         shifts: What is added to narrowed tensors, by name.
         scales: Factors on narrowed tensors, by name, applied after the shifts.
         optimizer: Whose state follows; one, several or none.
+        named: The model's parameters and buffers, if they are listed already.
 
     Raises:
         PlanMismatchError: A tensor or attribute is missing, or has another shape.
@@ -148,7 +150,7 @@ def prepare(
     optimizers = as_optimizers(optimizer)
     # Tensors born in inference mode could never be trained again.
     with torch.inference_mode(False), torch.no_grad():
-        named = named_tensors(model)
+        named = named_tensors(model) if named is None else named
         cuts, shapes = _collect(model, tensors, named)
         replacements = _replacements(cuts, values or {}, shifts or {}, scales or {}, model, named)
         modules = dict(model.named_modules(remove_duplicate=False))

@@ -105,9 +105,11 @@ class _Former:
         known = next((shapes for held, shapes in self._shapes if held() is model), {})
         others = [(held, shapes) for held, shapes in self._shapes if held() is not None and held() is not model]
         self._shapes = [*others, (weakref.ref(model), known)]
-        for name, parameter in model.named_parameters():
-            if id(parameter) in shapes and shapes[id(parameter)] != parameter.shape:
-                known.setdefault(name, set()).add(shapes[id(parameter)])
+        for prefix, module in model.named_modules():
+            for key, parameter in module._parameters.items():
+                if parameter is not None and shapes.get(id(parameter), parameter.shape) != parameter.shape:
+                    name = f"{prefix}.{key}" if prefix else key
+                    known.setdefault(name, set()).add(shapes[id(parameter)])
 
     def _refuse(self, optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
         """Looks, once after each surgery, whether a step would use memory of what is gone."""
