@@ -1,7 +1,8 @@
 """Whether a forward does something else in training mode.
 
-A model says so by reading the flag ``training`` of a module. While a forward runs, every reading is noticed; those by
-torch's own layers do not count where the flag is only handed on to an operation whose rule holds in both modes.
+A model says so by reading the flag ``training`` of a module. While a forward runs, every reading is noticed; those do
+not count where the flag only switches dropout, whose rule holds in both modes, nor those by torch's own layers that
+hand it on to batch norm or to a recurrent kernel.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from netopt.axes.handing_on import only_switches_dropout
 
 _lock = threading.RLock()
 _LAYERS = Path(torch.nn.modules.__file__).parent
@@ -44,8 +47,9 @@ class _WatchedFlag:
     def __get__(self, module: nn.Module | None, owner: type | None = None) -> Any:
         if module is None:
             return self
-        if not self._modes.differ and sys._getframe(1).f_code.co_filename not in _HANDING_ON:
-            self._modes.differ = True
+        if not self._modes.differ:
+            frame = sys._getframe(1)
+            self._modes.differ = frame.f_code.co_filename not in _HANDING_ON and not only_switches_dropout(frame)
         try:
             return module.__dict__["training"]
         except KeyError:
