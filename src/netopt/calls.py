@@ -115,7 +115,9 @@ class CallNames(TorchFunctionMode):
             stack.append((name, visit, {}))
             visits[name] = visit + 1
             try:
-                return plain(module, *args, **kwargs)
+                result = plain(module, *args, **kwargs)
+                self.on_return(module, args, kwargs, result)
+                return result
             finally:
                 del stack[depth:]
 
@@ -133,6 +135,16 @@ class CallNames(TorchFunctionMode):
         kwargs = kwargs or {}
         result = function(*args, **kwargs)
         return self.on_call(self.name_of(getattr(function, "__name__", "")), function, args, kwargs, result)
+
+    def on_return(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        """Sees what a module returned; does nothing unless a subclass does.
+
+        Args:
+            module: That was called.
+            args: Its positional arguments.
+            kwargs: Its keyword arguments.
+            result: What it returned.
+        """
 
     def name_of(self, function: str) -> Call:
         """The name of the call of ``function`` that has just been made; each call is to be named once, or none."""

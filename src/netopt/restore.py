@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
-__all__ = ["given_back", "random_state_kept"]
+__all__ = ["given_back", "random_state_kept", "version_of"]
 
 
 @contextmanager
@@ -123,7 +123,7 @@ class _Values:
             if type(tensor) is Tensor and tensor.dim() < 2 and tensor.layout is torch.strided and not tensor.is_meta:
                 self._small.setdefault((tensor.device, tensor.dtype), []).append(tensor)
             else:
-                self._noted.append((tensor, _version(tensor), tensor.detach().clone()))
+                self._noted.append((tensor, version_of(tensor), tensor.detach().clone()))
         # Models hold many small buffers (statistics, counters): joined, they are copied and compared at once.
         self._joined = {kind: _join(several) for kind, several in self._small.items()}
 
@@ -134,7 +134,7 @@ class _Values:
                 for tensor, value in zip(several, values, strict=True):
                     _copy_back(tensor, value.view(tensor.shape))
         for tensor, version, value in self._noted:
-            if _version(tensor) != version:
+            if version_of(tensor) != version:
                 _write(tensor, value)
             else:
                 _copy_back(tensor, value)
@@ -157,5 +157,6 @@ def _write(tensor: Tensor, value: Tensor) -> None:
         tensor.copy_(value)
 
 
-def _version(tensor: Tensor) -> int | None:
+def version_of(tensor: Tensor) -> int | None:
+    """How often a tensor was written to, ``None`` where that is not counted."""
     return None if tensor.is_inference() else tensor._version

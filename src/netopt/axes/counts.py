@@ -116,6 +116,7 @@ class Counts:
         self._values: dict[Place, int] = {}
         self.constraints: list[Constraint] = []
         self._uneven: set[Hashable] = set()
+        self._expressions: dict[Layout, Expression] = {}  # as many equations are about one layout
         self._collect(ledger)
         self._components = self._connect()
 
@@ -123,7 +124,12 @@ class Counts:
 
     def layout(self, layout: Layout) -> Expression:
         """The size of a layout as an expression over counts."""
-        layout = resolve(layout)
+        known = self._expressions.get(layout)
+        if known is None:
+            known = self._expressions[layout] = self._layout(resolve(layout))
+        return known
+
+    def _layout(self, layout: Layout) -> Expression:
         if isinstance(layout, Atom):
             key = self._group_of.get(layout)
             return constant(layout.size) if key is None else ("var", key)

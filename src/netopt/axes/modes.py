@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from netopt.axes.handing_on import only_switches_dropout
+from netopt.axes.training import is_small
 
 _lock = threading.RLock()
 _LAYERS = Path(torch.nn.modules.__file__).parent
@@ -32,10 +33,12 @@ class Modes:
 
     Attributes:
         differ: Whether the forward may do something else in training mode.
+        asking: Small modules being called that asked for their own mode, which are to be asked what they do in both.
     """
 
     def __init__(self) -> None:
         self.differ = False
+        self.asking: list[nn.Module] = []
 
 
 class _WatchedFlag:
@@ -49,7 +52,11 @@ class _WatchedFlag:
             return self
         if not self._modes.differ:
             frame = sys._getframe(1)
-            self._modes.differ = frame.f_code.co_filename not in _HANDING_ON and not only_switches_dropout(frame)
+            if frame.f_code.co_filename not in _HANDING_ON and not only_switches_dropout(frame):
+                if frame.f_code is type(module).forward.__code__ and is_small(module):
+                    self._modes.asking.append(module)
+                else:
+                    self._modes.differ = True
         try:
             return module.__dict__["training"]
         except KeyError:

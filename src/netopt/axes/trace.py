@@ -254,6 +254,11 @@ class Trace(TorchDispatchMode):
             if not self.complete or id(mark) in live:
                 mark.state(mark.layout, mark.why)
 
+    @property
+    def marks(self) -> int:
+        """How many marks there are: what holds should a tensor reach a result."""
+        return len(self._marks)
+
     def where(self) -> str:
         """The line of the user's code being run."""
         return show_place(caller())

@@ -24,6 +24,7 @@ from netopt.axes.operation import Mark
 from netopt.axes.places import Parts
 from netopt.axes.sizes import Condition, Extent, Scalar, Shape, Size, caller
 from netopt.axes.trace import Trace
+from netopt.axes.training import is_alike_in_training
 from netopt.calls import Call, CallNames
 
 _LEN = inspect.unwrap(Tensor.__len__).__code__
@@ -81,6 +82,19 @@ class Watch(CallNames):
         if treatment.modal:
             self.modes.differ = True
         return result
+
+    def on_return(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        """Asks, of a small module that asked for its own mode, whether it does the like in training."""
+        modes = self.modes
+        if modes.asking and modes.asking[-1] is module and not modes.differ:
+            stack, visits, readings = self._stack[-1], self._visits.copy(), len(self.readings)
+            self._stack[-1] = (stack[0], stack[1], {})
+            modes.differ = not is_alike_in_training(self.trace, module, args, kwargs, result)
+            modes.differ |= len(self.readings) > readings  # what is contracted there is not found in evaluation
+            self._stack[-1] = stack
+            self._visits.clear()
+            self._visits.update(visits)
+            modes.asking.clear()
 
     @property
     def reached(self) -> frozenset[str]:
