@@ -1,7 +1,8 @@
 """Finds the axes of a model by watching its forward.
 
 The forward is run on the example inputs in evaluation mode, and in training mode too where it may do something else
-there; what the operations say of dimensions, and the code of integers, is solved together. The model is read, never changed.
+there; what the operations say of dimensions, and the code of integers, is solved together. The model is read, never
+changed.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ def find_axes(model: nn.Module, example_inputs: Inputs, *, outputs: Outputs = No
     """Finds which neurons a model has, what is coupled to each, and what cannot be removed and why.
 
     The forward is run on ``example_inputs`` in evaluation mode, and in training mode too where its code asks for the
-    mode and does not only switch dropout by it, without gradients; parameters, buffers, flags, attributes and random states are as before afterwards. Fake and
-    meta tensors work alike.
+    mode and does not only switch dropout by it, without gradients; parameters, buffers, flags, attributes and random
+    states are as before afterwards. Fake and meta tensors work alike.
 
     Args:
         model: Any module.

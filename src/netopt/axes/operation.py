@@ -126,10 +126,11 @@ def known_operations() -> tuple[str, ...]:
 class Operation:
     """One executed operation: its name, its result, and what may be stated about them."""
 
-    __slots__ = ("_place", "marks", "name", "out", "tensors", "trace", "when_read")
+    __slots__ = ("_place", "_short", "marks", "name", "out", "tensors", "trace", "when_read")
 
     def __init__(self, trace: Trace, name: str, tensors: Sequence[Tensor], out: Any) -> None:
         self._place: str | None = None
+        self._short: str | None = None
         self.trace = trace
         self.name = name
         self.tensors = tensors
@@ -162,19 +163,23 @@ class Operation:
     @property
     def short(self) -> str:
         """The operation's name without its library, as a user would write it."""
-        name = self.name.rpartition("::")[2].strip("_")
-        return name or self.name
+        if self._short is None:
+            self._short = self.name.rpartition("::")[2].strip("_") or self.name
+        return self._short
 
     def freeze(self, dims: Dim | Layout | Iterable[Dim], why: str) -> None:
         """Keeps every position of these dimensions, for a reason that completes "the axis ..."."""
-        for dim in [dims] if isinstance(dims, (Dim, *LAYOUTS)) else dims:
+        for dim in [dims] if isinstance(dims, _ONE) else dims:
             layout = resolve(layout_of(dim))
-            if any(atom.frozen is None for atom in _atoms(layout)):
+            if type(layout) is Atom:  # by far the most are
+                if layout.frozen is None:
+                    layout.frozen = f"{why}, at {self.where}"
+            elif any(atom.frozen is None for atom in atoms(layout)):
                 freeze(layout, f"{why}, at {self.where}")
 
     def inexact(self, dims: Dim | Layout | Iterable[Dim], why: str) -> None:
         """States that a removed position of these dimensions differs from a masked one, if the result is used."""
-        for dim in [dims] if isinstance(dims, (Dim, *LAYOUTS)) else dims:
+        for dim in [dims] if isinstance(dims, _ONE) else dims:
             layout = resolve(layout_of(dim))
             if any(atom.inexact is None and atom.frozen is None for atom in _atoms(layout)):
                 self.marks.append(Mark(mark_inexact, layout, f"{why}, at {self.where}"))
@@ -216,6 +221,9 @@ class Operation:
         self.same(left, right)
         if not (left.zero or right.zero):
             self.inexact(left, f"is summed over by {self.short} where a masked neuron need not be zero")
+
+
+_ONE = (Dim, *LAYOUTS)
 
 
 def _atoms(layout: Layout) -> Iterable[Atom]:

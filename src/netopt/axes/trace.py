@@ -196,6 +196,22 @@ class Trace(TorchDispatchMode):
             self.touched.add(known.source)
         return known
 
+    def _read(self, tensors: list[Tensor], traits: _Traits) -> list[_Known]:
+        """What is known of the tensors an operation reads, and of the last writes into their memory."""
+        known = []
+        for tensor in tensors:
+            one = tensor.__dict__.get(self._note)
+            if one is None:
+                if traits.name != "aten::lift_fresh":  # which takes in a tensor made of plain numbers
+                    self.complete = False
+                one = self._met(tensor)
+            elif one.source is not None:
+                self.touched.add(one.source)
+            known.append(one)
+        for one in known.copy():
+            known += one.memory
+        return known
+
     def _resolved(self, tensor: Tensor, known: _Known) -> Dims:
         if self._dirty and _storage(tensor) in self._dirty:
             known.dims = [Dim(resolve(layout), False) for layout, _ in known.dims]
@@ -287,10 +303,7 @@ class Trace(TorchDispatchMode):
         tensors = _tensors_in(args, [])
         if kwargs:
             _tensors_in(kwargs.values(), tensors)
-        if self.complete and traits.name != "aten::lift_fresh":  # which takes in a tensor made of plain numbers
-            self.complete = all(self._note in tensor.__dict__ for tensor in tensors)
-        known = [self._met(tensor) for tensor in tensors]
-        known += [write for one in known for write in one.memory]
+        known = self._read(tensors, traits)
         if traits.writes:
             self._save(tensors)
         out = function(*args, **kwargs)

@@ -45,10 +45,11 @@ def batch_norm(op: Operation, tensor: Tensor, weight: Any, bias: Any, *stats: An
     dims = list(op.dims(tensor))
     op.inexact([dims[0], *dims[2:]], "is normalised over by batch_norm")
     _per_channel(op, dims[1], [weight, bias, *stats])
-    running = [stat for stat in stats[:1] if isinstance(stat, Tensor)]
-    zero = _affine_zero(op, weight, bias)
     if weight is None:
+        running = [stat for stat in stats[:1] if isinstance(stat, Tensor)]
         zero = dims[1].zero and all(op.dims(stat)[0].zero for stat in running)
+    else:
+        zero = _affine_zero(op, weight, bias)
     dims[1] = Dim(dims[1].layout, zero)
     if isinstance(op.out, Tensor):
         return dims
