@@ -180,26 +180,25 @@ class TeacherCache:
 
     def drop(self, reason: str) -> None:
         """Forgets everything, for the reason given."""
-        self.reason, self._full = reason, None
-        self._banks.clear()
-        self._clean()
+        self.reason = reason
+        self._forget()
 
     def facts(self) -> dict[str, Any]:
         """Returns what the report says of the cache."""
         held = sum(bank.bytes for bank in self._banks.values())
         where = "file" if any(bank.folder is not None for bank in self._banks.values()) else "memory"
-        facts = {"cache hits": self.hits, "misses": self.misses, "bytes": held, "kept in": where}
-        return facts if self.active else {**facts, "kept in": "nowhere"}
+        where = where if self.active else "nowhere"
+        return {"cache hits": self.hits, "misses": self.misses, "bytes": held, "kept in": where}
 
     def close(self, owner: bool) -> None:
         """Removes what the caller did not ask to keep; a folder that processes share is its ``owner``'s to remove."""
-        self._full = None
-        self._banks.clear()
-        self._clean()
+        self._forget()
         if owner and self._folder is not None and self.settings.path is None:
             shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _clean(self) -> None:
+    def _forget(self) -> None:
+        self._full = None
+        self._banks.clear()
         if self._temporary is not None:
             shutil.rmtree(self._temporary, ignore_errors=True)
             self._temporary = None
