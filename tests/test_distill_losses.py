@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -166,8 +168,37 @@ def test_losses_that_need_every_logit_get_them():
     for loss in ("kl", "reverse_kl", "mse", losses.kl.using(standardize=True), lambda a, b: (a - b).abs().sum(1)):
         objective = Objective(loss, temperature=4.0, hard=0.0, teachers=[1.0])
         assert objective.condensable is (loss == "kl")
-        both = [objective.sums(s, {}, Target(Items((4,)), [Kept(one, {})], None)) for one in (kept, kept.dense())]
-        torch.testing.assert_close(*both, rtol=1e-4, atol=1e-5)
+        found = []
+        for one in (kept, kept.dense()):
+            ours = s.clone().requires_grad_()
+            (told,) = objective.sums(ours, {}, Target(Items((4,)), [Kept(one, {})], None))
+            torch.autograd.backward(told.root, told.seed)
+            found.append((told.value, ours.grad))
+        torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("classes", [2, 10, 17])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("name", [one for one in losses.names() if losses.get(one).explicit is not None])
+def test_a_gradient_said_beforehand_is_that_of_the_function(name, masked, classes):
+    """What a loss says its sum and gradient are is what comes of differentiating it, masked positions left out."""
+    from netopt.distillation.objective import Items, Objective, Record, Target
+
+    s, t = torch.randn(6, 3, classes, dtype=DOUBLE), 3 * torch.randn(6, 3, classes, dtype=DOUBLE)
+    if name == "kl":
+        s[1, 0, 0] = t[1, 0, 0] = t[2, 0, 1] = -torch.inf
+    loss = losses.get(name)
+    items = Items((6, 3), torch.rand(6, 3) > 0.4 if masked else None)
+    found = []
+    for one in (loss, replace(loss, explicit=None)):
+        ours = s.clone().requires_grad_()
+        objective = Objective(one, temperature=3.0, hard=0.0, teachers=[1.0])
+        (told,) = objective.sums(ours, {}, Target(items, [Record(t, {})], None), [0.25])
+        assert (told.seed is None) is (one.explicit is None)
+        torch.autograd.backward(told.root, told.value.new_tensor(0.25) if told.seed is None else told.seed)
+        found.append((told.value, ours.grad))
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-12)
+    assert torch.isfinite(found[0][1]).all()
 
 
 def test_kl_does_not_shrink_with_the_number_of_classes():

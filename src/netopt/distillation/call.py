@@ -141,19 +141,8 @@ def distill(
         >>> report.stopped, report.steps, report.loss < 1e-3
         ('finished', 160, True)
     """
-    check_numbers(
-        whole={
-            "epochs": epochs,
-            "steps": steps,
-            "batch_size": batch_size,
-            "accumulate": accumulate,
-            "patience": patience,
-        },
-        real={"temperature": temperature, "lr": lr, "clip": clip},
-        optional={"steps", "patience", "lr", "clip"},
-        hard=hard,
-        seed=seed,
-    )
+    whole = {"epochs": epochs, "steps": steps, "batch_size": batch_size, "accumulate": accumulate, "patience": patience}
+    check_numbers(whole=whole, real={"temperature": temperature, "lr": lr, "clip": clip}, hard=hard, seed=seed)
     check_student(student)
     teachers, shares = as_teachers(teacher, teacher_weights)
     check_apart(student, teachers)
@@ -169,13 +158,8 @@ def distill(
         base = int(machine.agreed(torch.randint(2**31, ()).item()))
         base = base if saved is None or saved.seed is None else saved.seed
         common: dict[str, Any] = {"batch_size": batch_size, "seed": base, "share": (machine.rank, machine.world)}
-        kept = cache_for(cache, None if saved is None else saved.cache)
-        once = epochs == 1 if steps is None else True
-        drawn_from = source(data, shuffle=True, once=once, tagged=kept is not None, **common)
-        again = not once if steps is None else not 0 < steps <= len(drawn_from)
-        held = _held(kept, teachers, drawn_from, machine, objective) if kept and (again or cache != "auto") else None
-        if held is not None:
-            stack.callback(held.close, machine.rank == 0)
+        drawn_from, kept = _source(data, cache, epochs, steps, saved, common)
+        held = None if kept is None else _held(kept, teachers, drawn_from, machine, objective, stack)
         targets = Targets(
             teachers,
             forward=runs[1],
@@ -191,12 +175,12 @@ def distill(
         checked = _validation(validation, metric, targets, objective, common)
         if checked is None and (patience is not None or keep_best):
             raise InvalidArgumentError("patience and keep_best need validation=, which is not given.")
+        keeps = checked is not None if keep_best is None else keep_best
         states, drawn = _begin(drawn_from, saved, machine)
         first = next(drawn, None)
+        trainee = Trainee(student, terms, runs[0], pickers[0])
         if first is not None:
             trainee = rehearse(student, runs[0], pickers[0], first, targets, objective, base, drawn_from.whole)
-        else:
-            trainee = Trainee(student, terms, runs[0], pickers[0])
         stack.enter_context(trainee.listening())
         stack.callback(machine.close)
         if checked is not None:
@@ -211,9 +195,7 @@ def distill(
             machine,
             optimizers=optimizers,
             schedulers=scheduler_for(scheduler, optimizers, steps or -(-len(drawn_from) // accumulate) * epochs),
-            settings=Settings(
-                epochs, steps, accumulate, clip, patience, checked is not None if keep_best is None else keep_best
-            ),
+            settings=Settings(epochs, steps, accumulate, clip, patience, keeps),
             validation=checked,
             callbacks=tuple(callbacks),
             interruption=stack.enter_context(graceful()),
@@ -221,14 +203,7 @@ def distill(
             generators=states,
             progress=progress,
         )
-        if saved is not None:
-            saved.restore(loop)
-        report = loop.run(drawn if first is None else chain([first], drawn))
-        machine.wait()
-        if saved is not None and machine.rank == 0 and report.stopped != "interrupted":
-            saved.clear()
-        check_finite(student, "after the last step", "lower lr, or set clip=1.0")
-        return report
+        return _run(loop, drawn if first is None else chain([first], drawn))
 
 
 def _lend(stack: ExitStack, student: nn.Module, teachers: Sequence[nn.Module], optimizer: Any, scheduler: Any) -> None:
@@ -241,6 +216,30 @@ def _lend(stack: ExitStack, student: nn.Module, teachers: Sequence[nn.Module], o
     stack.enter_context(lent(student, own))
     for part, flag in modes(student).items():
         part.training = flag
+
+
+def _source(
+    data: Any, cache: Any, epochs: int, steps: int | None, saved: Checkpoint | None, common: Mapping[str, Any]
+) -> tuple[Source, Cache | None]:
+    """Returns where batches come from, and how the teachers' outputs are kept if that is wanted."""
+    kept = cache_for(cache, None if saved is None else saved.cache)
+    once = steps is not None or epochs == 1
+    found = source(data, shuffle=True, once=once, tagged=kept is not None, **common)
+    again = not once if steps is None else not 0 < steps <= len(found)
+    return found, kept if again or cache != "auto" else None
+
+
+def _run(loop: Loop, drawn: Iterator[Drawn]) -> DistillationReport:
+    """Trains, from where a checkpoint says if there is one, and removes that when all is done."""
+    saved, machine = loop.checkpoint, loop.engine
+    if saved is not None:
+        saved.restore(loop)
+    report = loop.run(drawn)
+    machine.wait()
+    if saved is not None and machine.rank == 0 and report.stopped != "interrupted":
+        saved.clear()
+    check_finite(loop.trainee.student, "after the last step", "lower lr, or set clip=1.0")
+    return report
 
 
 def _begin(drawn_from: Source, saved: Checkpoint | None, machine: Engine) -> tuple[list[torch.Tensor], Iterator[Drawn]]:
@@ -256,9 +255,14 @@ def _begin(drawn_from: Source, saved: Checkpoint | None, machine: Engine) -> tup
 
 
 def _held(
-    kept: Cache, teachers: Sequence[nn.Module], drawn_from: Source, machine: Engine, objective: Objective
+    kept: Cache,
+    teachers: Sequence[nn.Module],
+    drawn_from: Source,
+    machine: Engine,
+    objective: Objective,
+    stack: ExitStack,
 ) -> TeacherCache:
-    """Returns the cache; processes on one machine share it, where samples have indices."""
+    """Returns the cache, which ``stack`` closes; processes on one machine share it, where samples have indices."""
     folder = machine.shared_folder() if drawn_from.samples and kept.path is None else None
 
     def make() -> TeacherCache:
@@ -275,7 +279,9 @@ def _held(
     # The first process clears a folder of other teachers' outputs before the others look into it.
     first = make() if machine.rank == 0 else None
     machine.wait()
-    return first or make()
+    held = first or make()
+    stack.callback(held.close, machine.rank == 0)
+    return held
 
 
 def _validation(

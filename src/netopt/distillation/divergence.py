@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Condensed", "condense", "condensed_divergence", "divergence"]
+__all__ = ["Condensed", "condense", "condensed_divergence", "divergence", "explicit_divergence"]
 
-BLOCK = 2**18
+BLOCK = 2**17
+FEW = 16
 LEAST = -1e30
 """A log-probability for classes excluded by a logit of -inf: zero times it is zero, and no NaN."""
 
@@ -69,44 +70,82 @@ def divergence(student: Tensor, teacher: Tensor, *, temperature: float) -> Tenso
 
 def condensed_divergence(student: Tensor, teacher: Condensed, *, temperature: float = 4.0) -> Tensor:
     """:func:`divergence` from a condensed teacher."""
-    top, which, rest, classes = teacher
-    return _Divergence.apply(student, (top, which, rest), temperature, classes - top.shape[-1])
+    return _Divergence.apply(student, teacher[:3], temperature, _others(teacher))
+
+
+def explicit_divergence(
+    student: Tensor, teacher: Tensor | Condensed, share: float | Tensor, *, temperature: float = 4.0
+) -> tuple[Tensor, Tensor]:
+    """Returns the sum of :func:`divergence` over all positions, and ``share`` times its gradient."""
+    condensed = isinstance(teacher, Condensed)
+    parts, others = (teacher[:3], _others(teacher)) if condensed else ((teacher,), 0)
+    values, slopes = _divergences(student.detach(), parts, temperature, others, temperature * share)
+    return values.sum(), slopes
+
+
+def _others(teacher: Condensed) -> int:
+    return teacher.classes - teacher.top.shape[-1]
 
 
 class _Divergence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: tuple[Tensor, ...], temperature: float, others: int) -> Tensor:
-        ctx.temperature = temperature
-        if student.numel() <= BLOCK or student.device.type != "cpu":
-            values, ctx.slopes = _block(student, teacher, temperature, others)
-            return values
-        rows = student.reshape(-1, student.shape[-1])
-        theirs = [one.reshape(len(rows), one.shape[-1]) for one in teacher]
-        values, slopes = rows.new_empty(len(rows)), torch.empty_like(rows)
-        size = max(1, BLOCK // rows.shape[1])
-        for first in range(0, len(rows), size):
-            block = slice(first, first + size)
-            values[block], _ = _block(rows[block], [one[block] for one in theirs], temperature, others, slopes[block])
-        ctx.slopes = slopes.reshape(student.shape)
-        return values.reshape(student.shape[:-1])
+    def forward(ctx: Any, student: Tensor, teacher: Sequence[Tensor], temperature: float, others: int) -> Tensor:
+        values, ctx.slopes = _divergences(student, teacher, temperature, others, temperature)
+        return values
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
-        return ctx.slopes * (upstream * ctx.temperature).unsqueeze(-1), None, None, None
+        return ctx.slopes * upstream.unsqueeze(-1), None, None, None
+
+
+def _divergences(
+    student: Tensor, teacher: Sequence[Tensor], temperature: float, others: int, scale: float | Tensor
+) -> tuple[Tensor, Tensor]:
+    """Returns the divergence of every position, and its gradient times ``scale`` over the temperature."""
+    if student.device.type != "cpu":
+        return _block(student, teacher, temperature, others, scale)
+    if student.dim() == 2 and student.shape[1] <= FEW and not others and student.dtype is teacher[0].dtype:
+        return _columns(student, teacher[0], temperature, scale)
+    if student.numel() <= BLOCK:
+        return _block(student, teacher, temperature, others, scale)
+    rows = student.reshape(-1, student.shape[-1])
+    theirs = [one.reshape(len(rows), one.shape[-1]) for one in teacher]
+    values, slopes = rows.new_empty(len(rows)), torch.empty_like(rows)
+    # Of a condensed teacher half as many numbers are at hand.
+    size = max(1, (2 * BLOCK if others else BLOCK) // rows.shape[1])
+    for first in range(0, len(rows), size):
+        block = slice(first, first + size)
+        parts = [one[block] for one in theirs]
+        values[block], _ = _block(rows[block], parts, temperature, others, scale, slopes[block])
+    return values.reshape(student.shape[:-1]), slopes.reshape(student.shape)
+
+
+def _columns(student: Tensor, teacher: Tensor, temperature: float, scale: float | Tensor) -> tuple[Tensor, Tensor]:
+    """The same of few classes, one class a row: a processor takes many positions at once, and few classes slowly."""
+    logs = torch.stack([student, teacher]).mul_(1 / temperature).transpose(1, 2).log_softmax(1).clamp_min_(LEAST)
+    ours, theirs = logs.unbind()
+    slopes, chances = logs.exp().unbind()
+    values = (theirs - ours).mul_(chances).sum(0).mul_(temperature**2)
+    return values, slopes.sub_(chances).mul_(scale).t()
 
 
 def _block(
-    student: Tensor, teacher: Sequence[Tensor], temperature: float, others: int, out: Tensor | None = None
+    student: Tensor,
+    teacher: Sequence[Tensor],
+    temperature: float,
+    others: int,
+    scale: float | Tensor,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Returns the divergences of some positions, and their gradients over the temperature, put into ``out``."""
+    """The same of some positions, the gradient put into ``out``."""
     ours = (student / temperature).log_softmax(-1).clamp_min_(LEAST)
     slopes = torch.exp(ours, out=out)
     if others:
-        return _largest(ours, slopes, temperature, others, *teacher), slopes
+        return _largest(ours, slopes, temperature, others, *teacher), slopes.mul_(scale)
     theirs = (teacher[0] / temperature).log_softmax(-1).clamp_min_(LEAST)
     chances = theirs.exp()
-    slopes.sub_(chances)
+    slopes.sub_(chances).mul_(scale)
     return theirs.sub_(ours).mul_(chances).sum(-1).mul_(temperature**2), slopes
 
 

@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from netopt import batches
+from netopt.distillation.objective import Sum
 from netopt.errors import ArgumentTypeError, InvalidArgumentError
 
 __all__ = ["Engine", "engine_for", "precision"]
@@ -57,12 +58,12 @@ class Engine:
         """The context of one micro-batch; only the ``last`` of a step exchanges gradients."""
         return NOTHING
 
-    def backward(self, parts: Sequence[Tensor], shares: Sequence[float | Tensor]) -> None:
+    def backward(self, parts: Sequence[Sum], shares: Sequence[float | Tensor]) -> None:
         """Adds the gradients of the sum of ``parts`` times their ``shares``, this process's part of the step's."""
         # The shares are where backpropagation starts from, and no multiplication of their own.
         seeds = [_seed(one, share) for one, share in zip(parts, shares, strict=True)]
         seeds = seeds if self.scaler is None else [self.scaler.scale(one) for one in seeds]
-        torch.autograd.backward(parts, seeds)
+        torch.autograd.backward([one.root for one in parts], seeds)
 
     def step(self, model: nn.Module, optimizers: Sequence[Any], clip: float | None) -> None:
         """Clips the gradients to norm ``clip``, steps and forgets the gradients."""
@@ -255,7 +256,7 @@ class Accelerated(Processes):
         """The accelerator's autocast."""
         return self.accelerator.autocast()
 
-    def backward(self, parts: Sequence[Tensor], shares: Sequence[float | Tensor]) -> None:
+    def backward(self, parts: Sequence[Sum], shares: Sequence[float | Tensor]) -> None:
         """Adds the gradients, undivided: the accelerator would divide by its own number of micro-batches."""
         self.accelerator.backward(_weighed(parts, shares) * self.accelerator.gradient_accumulation_steps)
 
@@ -295,7 +296,7 @@ class Fabricated(Processes):
         """Exchanges gradients only in the last micro-batch of a step."""
         return self.fabric.no_backward_sync(model, enabled=not last) if self.world > 1 else NOTHING
 
-    def backward(self, parts: Sequence[Tensor], shares: Sequence[float | Tensor]) -> None:
+    def backward(self, parts: Sequence[Sum], shares: Sequence[float | Tensor]) -> None:
         """Adds the gradients."""
         self.fabric.backward(_weighed(parts, shares))
 
@@ -349,12 +350,19 @@ def engine_for(engine: Any, student: nn.Module, amp: torch.dtype | None) -> Engi
     return kind(engine, student)
 
 
-def _seed(part: Tensor, share: float | Tensor) -> Tensor:
-    return share.to(part.dtype) if isinstance(share, Tensor) else part.new_full((), share)
+def _seed(part: Sum, share: float | Tensor) -> Tensor:
+    if part.seed is not None:
+        return part.seed
+    return share.to(part.root.dtype) if isinstance(share, Tensor) else part.root.new_full((), share)
 
 
-def _weighed(parts: Sequence[Tensor], shares: Sequence[float | Tensor]) -> Tensor:
-    return torch.stack([one * share for one, share in zip(parts, shares, strict=True)]).sum()
+def _weighed(parts: Sequence[Sum], shares: Sequence[float | Tensor]) -> Tensor:
+    """Returns a number with the gradient of the parts times their shares, for engines that start from one."""
+    weighed = [
+        one.root * share if one.seed is None else (one.root * one.seed).sum()
+        for one, share in zip(parts, shares, strict=True)
+    ]
+    return torch.stack(weighed).sum()
 
 
 def _is_sharded(model: nn.Module) -> bool:

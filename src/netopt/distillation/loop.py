@@ -112,6 +112,8 @@ class Loop:
             progress,
         )
         self.model, self.optimizers = engine.prepare(trainee, optimizers)
+        # Nobody has hooks on the trainee itself, which is ours, so where it is not wrapped no call need look for any.
+        self.run_model: Callable[..., Any] = trainee.forward if self.model is trainee else self.model
         self.spare: Drawn | None = None
         self.checkpoint, self.generators = checkpoint, generators
         self.state = State()
@@ -242,13 +244,13 @@ class Loop:
     def _learn(self, batch: Any, target: Target, shares: Sequence[float | Tensor], counts: Sequence[int]) -> None:
         """Adds the gradients of one micro-batch."""
         with self.engine.autocast():
-            output, features = self.model(batch)
-        sums = self.objective.sums(output, features, target)
-        self.watch.add(sums, shares, counts, self.state.step)
+            output, features = self.run_model(batch)
+        sums = self.objective.sums(output, features, target, shares)
+        self.watch.add([one.value for one in sums], shares, counts, self.state.step)
         self.state.samples += target.items.positions[0]
         if len(sums) > 1:
             # A term of weight zero is nobody's function.
-            pairs = [(one, share) for one, share in zip(sums, shares, strict=True) if one.requires_grad]
+            pairs = [(one, share) for one, share in zip(sums, shares, strict=True) if one.root.requires_grad]
             sums, shares = [one for one, _ in pairs], [share for _, share in pairs]
         self.engine.backward(sums, shares)
 
@@ -258,7 +260,7 @@ class Loop:
         self.watch.settle()
         state.epoch += 1
         if self.targets.cache is not None:
-            self.targets.cache.check_pays(state.epoch)
+            self.targets.cache.close_epoch(state.epoch)
         state.drawn = 0
         means = self.watch.means(self.engine)
         loss = math.fsum(w * means[n] for w, n in zip(self.objective.weights, self.objective.names, strict=True) if w)
@@ -315,16 +317,18 @@ class _Watch:
         self.last: tuple[Tensor, Sequence[float | Tensor]] | None = None
 
     def add(self, sums: Sequence[Tensor], shares: Sequence[float | Tensor], counts: Sequence[int], step: int) -> None:
-        terms = sums[0].detach() if len(sums) == 1 else torch.stack([one.detach() for one in sums])
+        terms = sums[0] if len(sums) == 1 else torch.stack(list(sums))
         self.last = terms, shares
-        self.counts = [have + more for have, more in zip(self.counts, counts, strict=True)]
+        for place, more in enumerate(counts):
+            self.counts[place] += more
         if self.host:
             # Nothing is waited for here: the numbers are in host memory, and read where they are.
             self.landed.copy_(terms)
             values = self.read.tolist()
             if not all(map(math.isfinite, values)):
                 self._complain(step, values)
-            self.held = [have + more for have, more in zip(self.held, values, strict=True)]
+            for place, more in enumerate(values):
+                self.held[place] += more
             return
         self.sums += terms
         # Copied to the host in passing and read once it has arrived, so no step waits for the device.

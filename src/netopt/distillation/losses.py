@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from netopt.distillation.divergence import condensed_divergence, divergence
+from netopt.distillation.divergence import condensed_divergence, divergence, explicit_divergence
 from netopt.errors import InvalidArgumentError, UnknownNameError
 
 __all__ = ["Loss", "cosine", "dist", "dkd", "get", "js", "kl", "loss", "mse", "names", "reverse_kl"]
@@ -39,6 +39,7 @@ class Loss:
         options: Keyword options bound by :meth:`using`.
         condensed: The same of a student's output and a :class:`~netopt.distillation.divergence.Condensed` teacher's,
             where that need not be spread out again.
+        explicit: The sum over items together with its gradient, where that takes less than to differentiate.
 
     Example:
         >>> student, teacher = torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 4.0]])
@@ -55,6 +56,7 @@ class Loss:
     paper: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
     condensed: Callable[..., Tensor] | None = None
+    explicit: Callable[..., tuple[Tensor, Tensor]] | None = None
 
     def __call__(self, student: Tensor, teacher: Tensor, **options: Any) -> Tensor:
         """Returns one value an item; ``options`` override those bound by :meth:`using`."""
@@ -93,6 +95,7 @@ def loss(
     batchwise: bool = False,
     paper: str = "",
     condensed: Callable[..., Tensor] | None = None,
+    explicit: Callable[..., tuple[Tensor, Tensor]] | None = None,
 ) -> Callable[[Callable[..., Tensor]], Loss]:
     """Registers a function as the loss ``name``, so that ``distill(..., loss=name)`` finds it.
 
@@ -104,6 +107,8 @@ def loss(
         paper: Where the formula comes from.
         condensed: The same of ``(student, condensed_teacher)``, of which a cache keeps the largest logits alone;
             without it those are spread out to all classes first.
+        explicit: ``(student, teacher, share)`` to the sum of what the function returns and ``share`` times its gradient
+            by ``student``, undifferentiated; with ``condensed``, of a condensed teacher too.
 
     Raises:
         InvalidArgumentError: The name is taken.
@@ -119,7 +124,7 @@ def loss(
     def register(function: Callable[..., Tensor]) -> Loss:
         if name in _REGISTRY:
             raise InvalidArgumentError(f"a loss named {name!r} is registered already; choose another name.")
-        made = Loss(name, function, per, batchwise, paper, condensed=condensed)
+        made = Loss(name, function, per, batchwise, paper, condensed=condensed, explicit=explicit)
         object.__setattr__(made, "__doc__", function.__doc__)
         _REGISTRY[name] = made
         return made
@@ -148,7 +153,12 @@ def get(name: str) -> Loss:
     return _REGISTRY[name]
 
 
-@loss("mse", per="sample", paper="https://arxiv.org/abs/1312.6184")
+def _explicit_mse(student: Tensor, teacher: Tensor, share: float | Tensor) -> tuple[Tensor, Tensor]:
+    apart = student.detach() - teacher
+    return apart.square().sum(), apart.mul_(2 * share)
+
+
+@loss("mse", per="sample", paper="https://arxiv.org/abs/1312.6184", explicit=_explicit_mse)
 def mse(student: Tensor, teacher: Tensor) -> Tensor:
     r"""Squared error summed over a sample's outputs, :math:`\sum_c (s_c - t_c)^2`; the mean runs over samples.
 
@@ -157,7 +167,13 @@ def mse(student: Tensor, teacher: Tensor) -> Tensor:
     return (student - teacher).square().flatten(1).sum(1) if student.dim() > 1 else (student - teacher).square()
 
 
-@loss("kl", per="position", paper="https://arxiv.org/abs/1503.02531", condensed=condensed_divergence)
+@loss(
+    "kl",
+    per="position",
+    paper="https://arxiv.org/abs/1503.02531",
+    condensed=condensed_divergence,
+    explicit=explicit_divergence,
+)
 def kl(student: Tensor, teacher: Tensor, *, temperature: float = 4.0, standardize: bool = False) -> Tensor:
     r"""Hinton's softened divergence, :math:`T^2 \sum_c p^t_c (\log p^t_c - \log p^s_c)` with :math:`p = softmax(z/T)`.
 

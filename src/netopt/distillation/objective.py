@@ -26,7 +26,7 @@ from netopt.distillation.losses import Loss
 from netopt.distillation.outputs import UNLABELLED, classes_last
 from netopt.errors import ArgumentTypeError, InvalidArgumentError, MissingDataError, ShapeMismatchError
 
-__all__ = ["Items", "Kept", "Objective", "Record", "SoftLoss", "Target", "loss_terms"]
+__all__ = ["Items", "Kept", "Objective", "Record", "SoftLoss", "Sum", "Target", "loss_terms"]
 
 SoftLoss: TypeAlias = str | Loss | Callable[..., Tensor] | Mapping[Any, float]
 Kind: TypeAlias = Literal["sample", "position", "hard"]
@@ -118,6 +118,20 @@ class Target(NamedTuple):
     labels: Tensor | None
 
 
+class Sum(NamedTuple):
+    """A term's sum over the items of a micro-batch, and where its gradient starts from.
+
+    Args:
+        value: The sum, without a graph.
+        root: What has a graph: the sum, or what it is a function of.
+        seed: The gradient by ``root`` of the share of the sum that counts; ``None`` where that is the share itself.
+    """
+
+    value: Tensor
+    root: Tensor
+    seed: Tensor | None = None
+
+
 class _Soft:
     """One term against the teachers' outputs; what its function is handed is settled once."""
 
@@ -128,15 +142,24 @@ class _Soft:
         self._call = partial(loss.function, **options)
         self._labelled = "labels" in loss.accepts and "labels" not in loss.options
         # What only the whole of the logits can be asked, such as to be standardised, asks for the whole.
-        known = loss.condensed is not None and set(loss.options) <= set(losses.keywords(loss.condensed))
-        self.condensed = partial(loss.condensed, **options) if known and loss.condensed is not None else None
+        self.condensed, self.explicit = _bound(loss.condensed, options), _bound(loss.explicit, options)
+
+    def sum(
+        self, student: Tensor, teacher: Tensor | Condensed, labels: Tensor | None, items: Items, share: float | Tensor
+    ) -> Sum:
+        """Returns the sum over items, differentiated already where the loss can."""
+        if self.explicit is None or (isinstance(teacher, Condensed) and self.condensed is None):
+            return _graph(self.total(student, teacher, labels, items))
+        chosen = items.flat if self.kind == "position" else items.whole
+        root = chosen(student)
+        theirs = _flat(teacher, items) if isinstance(teacher, Condensed) else chosen(teacher)
+        value, seed = self.explicit(root, theirs, share)
+        return Sum(value, root, seed)
 
     def total(self, student: Tensor, teacher: Tensor | Condensed, labels: Tensor | None, items: Items) -> Tensor:
         if isinstance(teacher, Condensed):
             if self.condensed is not None:
-                top, which, rest, classes = teacher
-                flat = Condensed(items.flat(top), items.flat(which), items.flat(rest), classes)
-                return self.condensed(items.flat(student), flat).sum()
+                return self.condensed(items.flat(student), _flat(teacher, items)).sum()
             teacher = _spread(teacher)
         if self.kind == "sample":
             return self._call(items.whole(student), items.whole(teacher)).sum()
@@ -154,6 +177,11 @@ class _Custom:
     temperature: float
     kind: Kind = "sample"
 
+    def sum(
+        self, student: Tensor, teacher: Tensor | Condensed, labels: Tensor | None, items: Items, _share: float | Tensor
+    ) -> Sum:
+        return _graph(self.total(student, teacher, labels, items))
+
     def total(self, student: Tensor, teacher: Tensor | Condensed, labels: Tensor | None, items: Items) -> Tensor:
         wanted, teacher = _named(self.function), _spread(teacher)
         options = {"labels": labels, "temperature": self.temperature}
@@ -170,6 +198,22 @@ class _Custom:
             f"the loss {self.name!r} returned shape {tuple(value.shape)}; return one value a sample, "
             f"{items.positions[:1]}, one a position, {items.positions}, or a single number."
         )
+
+
+def _graph(total: Tensor) -> Sum:
+    return Sum(total.detach(), total)
+
+
+def _bound(function: Callable[..., Any] | None, options: Mapping[str, Any]) -> Callable[..., Any] | None:
+    """Returns a loss's other form with its ``options``, unless it lacks one of them."""
+    if function is None or not set(options) <= set(losses.keywords(function)):
+        return None
+    return partial(function, **options)
+
+
+def _flat(teacher: Condensed, items: Items) -> Condensed:
+    top, which, rest, classes = teacher
+    return Condensed(items.flat(top), items.flat(which), items.flat(rest), classes)
 
 
 def _named(function: Callable[..., Any]) -> set[str]:
@@ -240,6 +284,7 @@ class Objective:
                 self.soft.append(_Soft(function, share, temperature))
             else:
                 self.soft.append(_Custom(name, function, share, temperature))
+        self._counted: dict[tuple[int, ...], list[int]] = {}
         self.probabilistic = any(one.kind == "position" for one in self.soft)
         self.names = [one.name for one in self.soft]
         self.weights = [one.weight for one in self.soft]
@@ -276,6 +321,16 @@ class Objective:
 
     def counts(self, items: Items, labels: Tensor | None) -> list[int]:
         """Returns how many items of this micro-batch each term runs over."""
+        # Where everything counts its shape says all.
+        told = items.mask is None and (self.hard == 0 or items.labelled)
+        found = self._counted.get(items.positions) if told else None
+        if found is None:
+            found = self._count(items, labels)
+            if told:
+                self._counted[items.positions] = found
+        return found
+
+    def _count(self, items: Items, labels: Tensor | None) -> list[int]:
         samples = items.samples()
         places = samples if len(items.positions) == 1 else items.places()
         counts = [places if one.kind == "position" else samples for one in self.soft]
@@ -288,25 +343,34 @@ class Objective:
         """Whether all that is asked of the outputs is known from the largest logits and the sum of the others."""
         return all(isinstance(one, _Soft) and one.condensed is not None for one in self.soft)
 
-    def sums(self, output: Tensor, features: Mapping[str, Tensor], target: Target) -> list[Tensor]:
-        """Returns each term's sum over the items of one micro-batch, in float32 at least."""
-        output = _precise(output)
+    def sums(
+        self,
+        output: Tensor,
+        features: Mapping[str, Tensor],
+        target: Target,
+        shares: Sequence[float | Tensor] | None = None,
+    ) -> list[Sum]:
+        """Returns each term's sum over the items of one micro-batch, in float32 at least.
+
+        By its entry of ``shares`` a sum is multiplied in what is minimised; without them every one is 1.
+        """
+        output, items, found = _precise(output), target.items, []
         wanted = [one if isinstance(one, Condensed) else _precise(one) for one, _ in target.records]
         # Labels are counted where they are, in host memory as a rule, and go to the device only now.
         labels = None if target.labels is None else target.labels.to(output.device, non_blocking=True)
-        found = []
-        for term in self.soft:
+        for place, term in enumerate(self.soft):
             if term.weight == 0:
-                found.append(output.new_zeros(()))
-                continue
-            parts = [term.total(output, one, labels, target.items) for one in wanted]
-            # The one teacher there is as a rule weighs 1.
-            found.append(parts[0] if len(parts) == 1 else self._averaged(parts))
+                found.append(_graph(output.new_zeros(())))
+            elif len(wanted) == 1:
+                # The one teacher there is as a rule weighs 1.
+                found.append(term.sum(output, wanted[0], labels, items, 1.0 if shares is None else shares[place]))
+            else:
+                found.append(_graph(self._averaged([term.total(output, one, labels, items) for one in wanted])))
         if self.hard > 0:
-            found.append(self._labels_total(output, labels, target.items))
+            found.append(_graph(self._labels_total(output, labels, items)))
         for hint in self.hints:
             ours, theirs = hint.pair(features, target.records[0].features)
-            found.append(hint.total(_precise(ours), _precise(theirs), target.items))
+            found.append(_graph(hint.total(_precise(ours), _precise(theirs), items)))
         return found
 
     def _labelled(self, items: Items, labels: Tensor | None) -> int:

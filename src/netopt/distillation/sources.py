@@ -178,7 +178,7 @@ class Tensors(Source):
 
     def begin(self, number: int, skip: int = 0) -> Iterator[Drawn]:
         """Yields an epoch without its first ``skip`` batches."""
-        return islice(self.epoch(number), skip, None)
+        return islice(self.epoch(number), skip, None) if skip else self.epoch(number)
 
 
 class Loaded(Source):

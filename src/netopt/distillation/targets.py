@@ -59,7 +59,7 @@ class Targets:
         self.labels, self.ignore_index, self.causal, self.engine = labels, ignore_index, causal, engine
         self.cache = cache
         self._seen: dict[str, Tensor] = {}
-        self._clock = _Clock(engine.device)
+        self._clock, self._ungraded = _Clock(engine.device), torch.no_grad()
         self._shape: Callable[[Targets, Any], tuple[int, ...] | None] | None = None
         self._all_count = self._all_labelled = False
 
@@ -136,7 +136,7 @@ class Targets:
         return [self._ask(one, batch) for one in self._asked]
 
     def _ask(self, asked: Asked, batch: Any) -> Record:
-        with torch.no_grad(), self.engine.autocast():
+        with self._ungraded, self.engine.autocast():
             record = asked(batch, self._seen)
         home = self.engine.device
         if record.output.device == home and not record.features:

@@ -6,6 +6,7 @@ The teacher is only ever read: in eval mode, without gradients, unwrapped, where
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
@@ -19,6 +20,8 @@ __all__ = ["Asked", "Forward", "all_eval", "as_teachers", "check_apart", "local"
 
 Forward: TypeAlias = Callable[[nn.Module, Any], Any] | None
 """How a model is run on a batch, ``(model, batch) -> result``; ``None`` feeds it the batch's inputs."""
+
+NOTHING_SEEN: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class Asked:
@@ -41,7 +44,7 @@ class Asked:
     def __call__(self, batch: Any, seen: Mapping[str, Tensor]) -> Record:
         """Runs the model on ``batch``; ``seen`` is what hooks fill with the layers' activations meanwhile."""
         result = self.feeder(batch) if self.forward is None else self.forward(self.model, batch)
-        return Record(pick(result, self.picker), dict(seen))
+        return Record(pick(result, self.picker), dict(seen) if seen else NOTHING_SEEN)
 
 
 def as_teachers(teacher: Any, weights: Iterable[float] | None) -> tuple[list[nn.Module], list[float]]:

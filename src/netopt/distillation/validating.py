@@ -101,7 +101,7 @@ class Validation:
         counts = self.objective.counts(target.items, target.labels)
         sums = self.objective.sums(output, features, target)
         for held, one, more in zip(losses, sums, counts, strict=True):
-            held[0] += float(one)
+            held[0] += float(one.value)
             held[1] += more
 
     def _values(self, output: Tensor, batch: Any) -> Tensor:
