@@ -17,9 +17,10 @@ from netopt.importance import Criterion, Importance, lookup
 from netopt.importance.inputs import Matrix, every_contraction
 from netopt.masking.decide import Request
 from netopt.parameters import Place
+from netopt.reconstruction.aim import Moments, aimed
 from netopt.reconstruction.replay import Runner, container_of
 from netopt.reconstruction.solvers import Demand, Problem
-from netopt.reconstruction.stages import Moments, moments, stages
+from netopt.reconstruction.stages import moments, stages
 from netopt.restore import given_back
 
 __all__ = ["reconstruct"]
@@ -106,7 +107,7 @@ def _solve(place: Place, parts: Sequence[tuple[Matrix, Moments]], share: Share, 
             raise NonFiniteError(f"the inputs of {place.name!r} are not finite on this data; check data and weights.")
         rows = matrix.rows(weight).to(moment.own.dtype)
         demand = share.demand(matrix, count, place.name, None if alive is None else matrix.rows(alive))
-        solved, kept = solver(Problem(rows, moment.own, rows @ moment.cross, demand))
+        solved, kept = solver(Problem(rows, moment.own.sum(0), aimed(rows, moment), demand))
         if solved.shape != rows.shape or kept.shape != rows.shape:
             raise ShapeMismatchError(
                 f"importance {solver.name!r} was given {tuple(rows.shape)} entries of {place.name!r} and returned "

@@ -18,9 +18,10 @@ from netopt import batches
 from netopt.errors import InvalidArgumentError
 from netopt.importance.inputs import InputWatch, Matrix, Reading
 from netopt.parameters import Place
+from netopt.reconstruction.aim import Moments
 from netopt.reconstruction.replay import Chain, Runner, noting
 
-__all__ = ["Moments", "Stage", "moments", "stages", "watched_forward"]
+__all__ = ["Stage", "moments", "stages", "watched_forward"]
 
 
 @dataclass
@@ -153,26 +154,16 @@ class _Survey:
         return None
 
 
-@dataclass
-class Moments:
-    """Second moments of what a matrix is multiplied with, each ``(groups, columns, columns)``.
-
-    Attributes:
-        own: Of its inputs in the model as it is pruned so far, with themselves.
-        cross: Of its inputs in the unpruned model with those.
-    """
-
-    own: Tensor
-    cross: Tensor
-
-
 def moments(runner: Runner, stage: Stage, wanted: Mapping[str, Place]) -> dict[str, list[Moments]]:
-    """Returns the second moments of what the weights of ``stage`` are multiplied with, matrix by matrix."""
+    """Returns the second moments of what the weights of ``stage`` are multiplied with, matrix by matrix.
+
+    Every other batch is of the same half of the data; a single batch is cut in the middle.
+    """
     tally = _Tally(stage)
     watched = {name: wanted[name] for name in stage.readings}
-    for runs in runner.runs(stage.block):
+    for index, runs in enumerate(runner.runs(stage.block)):
         for dense, run in runs.items():
-            tally.begin(dense)
+            tally.begin(dense, half=None if len(runner.held) == 1 else index % 2)
             with runner.unpruned() if dense else nullcontext():
                 watched_forward(run, watched, tally.see)
     return {name: tally.of(name) for name in stage.readings}
@@ -200,9 +191,12 @@ class _Tally:
         self.sums: dict[str, dict[Matrix, Moments]] = {name: {} for name in stage.readings}
         self.shared: dict[str, str] = {}
 
-    def begin(self, dense: bool) -> None:
-        """Awaits the readings of a forward, first of the unpruned model and then, on the same batch, of this one."""
-        self.dense = dense
+    def begin(self, dense: bool, half: int | None) -> None:
+        """Awaits the readings of a forward, first of the unpruned model and then, on the same batch, of this one.
+
+        The batch is of the first or second ``half`` of the data, or of both.
+        """
+        self.dense, self.half = dense, half
         self.left = dict(self.stage.readings)
         self.latest: tuple[_Seal, Reading] | None = None
         if dense:
@@ -255,11 +249,15 @@ class _Tally:
         sums = self.sums[reading.name]
         for ours, theirs in zip(reading.samples(), before.samples(), strict=True):
             inputs = ours.to(torch.promote_types(ours.dtype, torch.float32))
+            groups, count, columns = inputs.shape
             if reading.matrix not in sums:
-                groups, _, columns = inputs.shape
-                sums[reading.matrix] = Moments(*inputs.new_zeros(2, groups, columns, columns))
-            sums[reading.matrix].own.baddbmm_(inputs.mT, inputs)
-            sums[reading.matrix].cross.baddbmm_(theirs.to(inputs.dtype).mT, inputs)
+                sums[reading.matrix] = Moments(*inputs.new_zeros(2, 2, groups, columns, columns))
+            own, cross = sums[reading.matrix].own, sums[reading.matrix].cross
+            cuts = (count // 2, count - count // 2) if self.half is None else (count,)
+            parts = zip(inputs.split(cuts, 1), theirs.to(inputs.dtype).split(cuts, 1), strict=True)
+            for half, (one, other) in enumerate(parts, self.half or 0):
+                own[half].baddbmm_(one.mT, one)
+                cross[half].baddbmm_(other.mT, one)
 
 
 def _version(tensor: Tensor) -> int:
