@@ -30,7 +30,9 @@ class Criterion:
         name: The name it is registered under.
         function: Takes the evidence about one tensor, returns a score of the tensor's shape; higher means keep. One of
             ``"layers"`` takes a :class:`netopt.reconstruction.Problem`, returns new weights and what is kept of them.
-        needs: What is to be collected for it; see :class:`netopt.importance.Evidence`.
+        needs: What is to be collected for it; see :class:`netopt.importance.Evidence`. One of ``"layers"`` needs what a
+            :class:`netopt.reconstruction.Problem` holds, or with ``{"moment"}`` no ``target`` of the unpruned model:
+            then all layers of a block are read at once, none of which makes up for another.
         of: ``"weights"`` if it scores entries of weights, ``"neurons"`` if it scores activations, ``"layers"`` if it
             decides and updates whole weights, layer after layer.
         paper: Where it was proposed.

@@ -16,7 +16,7 @@ from torch import Tensor
 
 __all__ = ["Moments", "aimed"]
 
-PULLS = tuple(100 / 10 ** (step / 2) for step in range(9))
+PULLS = tuple(100 / 10 ** (step / 2) for step in range(11))
 """Strengths to try, from strong to weak, where every input has norm 1 over all data."""
 
 ROWS = 256
@@ -28,7 +28,7 @@ class Moments:
 
     Attributes:
         own: Of its inputs in the model as it is pruned so far, with themselves; ``(halves, groups, columns, columns)``.
-        cross: Of its inputs in the unpruned model with those; of the same shape.
+        cross: Of its inputs in the unpruned model with those, of the same shape; ``own`` if that model was not run.
     """
 
     own: Tensor

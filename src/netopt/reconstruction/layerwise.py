@@ -20,7 +20,7 @@ from netopt.parameters import Place
 from netopt.reconstruction.aim import Moments, aimed
 from netopt.reconstruction.replay import Runner, container_of
 from netopt.reconstruction.solvers import Demand, Problem
-from netopt.reconstruction.stages import moments, stages
+from netopt.reconstruction.stages import by_block, moments, stages
 from netopt.restore import given_back
 
 __all__ = ["reconstruct"]
@@ -66,8 +66,12 @@ def reconstruct(
             model.eval()
             container = container_of(model, wanted)
             order, chain = stages(model, held, wanted, container)
-            runner = Runner(model, held, container, chain, unpruned=lambda: _exchanged(wanted, before))
-            for stage in tqdm(order, desc=solver.name, disable=not progress, leave=False):
+            # Who aims at no outputs needs no unpruned model, and makes up for nothing done before in the same block.
+            aims = solver.needs != {"moment"}
+            runner = Runner(
+                model, held, container, chain, unpruned=(lambda: _exchanged(wanted, before)) if aims else None
+            )
+            for stage in tqdm(order if aims else by_block(order), desc=solver.name, disable=not progress, leave=False):
                 for name, found in moments(runner, stage, wanted).items():
                     parts = list(zip(stage.matrices[name], found, strict=True))
                     masks[name] = _solve(wanted[name], parts, shares[name], solver)

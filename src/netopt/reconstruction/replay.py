@@ -183,7 +183,10 @@ class _Stream:
 
 
 class Runner:
-    """Runs the model, or a block of its chain, on every calibration batch, as it was and as it is."""
+    """Runs the model, or a block of its chain, on every calibration batch, as it was and as it is.
+
+    Without ``unpruned``, which makes the model what it was for a while, only as it is.
+    """
 
     def __init__(
         self,
@@ -192,10 +195,11 @@ class Runner:
         container: nn.Module | None,
         chain: Chain,
         *,
-        unpruned: Callable[[], AbstractContextManager[None]],
+        unpruned: Callable[[], AbstractContextManager[None]] | None = None,
     ) -> None:
         self.model, self.held, self.container, self.chain = model, held, container, chain
-        self.unpruned = unpruned
+        self.models = (False,) if unpruned is None else (True, False)
+        self._unpruned = unpruned
         self.position = -1
         self.streams: list[_Stream] | None = []
 
@@ -209,10 +213,14 @@ class Runner:
         if self.streams is None or index is None:
             for batch in self.held:
                 whole = _bound(batches.feed, self.model, batch)
-                yield {True: whole, False: whole}
+                yield dict.fromkeys(self.models, whole)
             return
         for stream in self.streams:
-            yield {dense: _bound(stream.call, index, dense) for dense in (True, False)}
+            yield {dense: _bound(stream.call, index, dense) for dense in self.models}
+
+    def being(self, dense: bool) -> AbstractContextManager[None]:
+        """Makes the model what it was while this is entered, or leaves it as it is."""
+        return self._unpruned() if dense and self._unpruned is not None else nullcontext()
 
     def _reach(self, block: nn.Module | None) -> int | None:
         """Brings every batch to ``block``; returns its index, or ``None`` if it cannot be run by itself."""
@@ -229,8 +237,8 @@ class Runner:
             return None
         for position in range(self.position, index):
             for stream in self.streams:
-                for dense in (True, False):
-                    with self.unpruned() if dense else nullcontext(), torch.no_grad():
+                for dense in self.models:
+                    with self.being(dense), torch.no_grad():
                         stream.advance(position, dense)
         self.position = index
         return index
@@ -245,7 +253,7 @@ class Runner:
             chain = notes.chain()
             if not chain.runs_like(self.chain):
                 return None
-            given = {dense: self._first(chain, batch, dense) for dense in (True, False)}
+            given = {dense: self._first(chain, batch, dense) for dense in self.models}
             if not all(given.values()):
                 # What is before has been pruned, and leads elsewhere now.
                 return None
@@ -263,7 +271,7 @@ class Runner:
 
         handle = chain.blocks[0].register_forward_pre_hook(hook, with_kwargs=True)
         try:
-            with self.unpruned() if dense else nullcontext(), torch.no_grad():
+            with self.being(dense), torch.no_grad():
                 batches.feed(self.model, batch)
         except _Reached:
             pass

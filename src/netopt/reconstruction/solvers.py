@@ -86,11 +86,12 @@ class Problem(NamedTuple):
     demand: Demand
 
 
-@criterion("wanda_layerwise", of="layers", paper="https://arxiv.org/abs/2306.11695")
+@criterion("wanda_layerwise", of="layers", needs=["moment"], paper="https://arxiv.org/abs/2306.11695")
 def wanda_layerwise(problem: Problem) -> tuple[Tensor, Tensor]:
     r"""Removes what weighs least on the inputs of the model pruned so far, and updates nothing.
 
-    Of a weight, that is :math:`|w| \lVert \hat x \rVert`.
+    Of a weight, that is :math:`|w| \lVert \hat x \rVert`. Blocks that follow one another are pruned one after the other,
+    as in the paper, each on what those before it put out; within a block all layers at once.
 
     Args:
         problem: The matrices, their moments and what is to be removed.

@@ -7,7 +7,6 @@ soon as they have been seen, and only second moments are kept of what they read.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,7 +20,7 @@ from netopt.parameters import Place
 from netopt.reconstruction.aim import Moments
 from netopt.reconstruction.replay import Chain, Runner, noting
 
-__all__ = ["Stage", "moments", "stages", "watched_forward"]
+__all__ = ["Stage", "by_block", "moments", "stages", "watched_forward"]
 
 
 @dataclass
@@ -95,6 +94,17 @@ def stages(
     return survey.order, chain
 
 
+def by_block(order: Iterable[Stage]) -> list[Stage]:
+    """Puts stages of the same block together, so that none of its weights waits for another."""
+    found: list[Stage] = []
+    for stage in order:
+        if not (found and stage.block is not None and found[-1].block is stage.block):
+            found.append(Stage(block=stage.block))
+        found[-1].readings |= stage.readings
+        found[-1].matrices |= stage.matrices
+    return found
+
+
 class _Survey:
     """Which weights are read together, in what order, as which matrices, and in which blocks."""
 
@@ -159,12 +169,12 @@ def moments(runner: Runner, stage: Stage, wanted: Mapping[str, Place]) -> dict[s
 
     Every other batch is of the same half of the data; a single batch is cut in the middle.
     """
-    tally = _Tally(stage)
+    tally = _Tally(stage, runner.models)
     watched = {name: wanted[name] for name in stage.readings}
     for index, runs in enumerate(runner.runs(stage.block)):
         for dense, run in runs.items():
             tally.begin(dense, half=None if len(runner.held) == 1 else index % 2)
-            with runner.unpruned() if dense else nullcontext():
+            with runner.being(dense):
                 watched_forward(run, watched, tally.see)
     return {name: tally.of(name) for name in stage.readings}
 
@@ -186,10 +196,11 @@ class _Seal:
 class _Tally:
     """Adds up second moments over forwards, once for weights that read the same inputs."""
 
-    def __init__(self, stage: Stage) -> None:
-        self.stage = stage
+    def __init__(self, stage: Stage, models: tuple[bool, ...]) -> None:
+        self.stage, self.models = stage, models
         self.sums: dict[str, dict[Matrix, Moments]] = {name: {} for name in stage.readings}
         self.shared: dict[str, str] = {}
+        self.seen: dict[tuple[str, Matrix], list[Reading]] = {}
 
     def begin(self, dense: bool, half: int | None) -> None:
         """Awaits the readings of a forward, first of the unpruned model and then, on the same batch, of this one.
@@ -200,7 +211,7 @@ class _Tally:
         self.left = dict(self.stage.readings)
         self.latest: tuple[_Seal, Reading] | None = None
         if dense:
-            self.seen: dict[tuple[str, Matrix], list[Reading]] = {}
+            self.seen = {}
 
     def of(self, name: str) -> list[Moments]:
         """Returns what has been added up for a weight, matrix by matrix."""
@@ -251,13 +262,15 @@ class _Tally:
             inputs = ours.to(torch.promote_types(ours.dtype, torch.float32))
             groups, count, columns = inputs.shape
             if reading.matrix not in sums:
-                sums[reading.matrix] = Moments(*inputs.new_zeros(2, 2, groups, columns, columns))
+                found = inputs.new_zeros(len(self.models), 2, groups, columns, columns)
+                sums[reading.matrix] = Moments(found[-1], found[0])
             own, cross = sums[reading.matrix].own, sums[reading.matrix].cross
             cuts = (count // 2, count - count // 2) if self.half is None else (count,)
             parts = zip(inputs.split(cuts, 1), theirs.to(inputs.dtype).split(cuts, 1), strict=True)
             for half, (one, other) in enumerate(parts, self.half or 0):
                 own[half].baddbmm_(one.mT, one)
-                cross[half].baddbmm_(other.mT, one)
+                if True in self.models:
+                    cross[half].baddbmm_(other.mT, one)
 
 
 def _version(tensor: Tensor) -> int:
