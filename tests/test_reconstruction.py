@@ -598,3 +598,32 @@ def test_wanda_layer_after_layer_reads_what_the_pruned_layers_before_it_make(req
         expected = weight * demand.keep(scores[None])[0]
         torch.testing.assert_close(model[index].weight.detach(), expected)
         x = nn.functional.linear(x, expected, dense[index].bias).relu().detach()
+
+
+@pytest.mark.parametrize("request_", [{"amount": 0.5, "scope": "row"}, {"pattern": "2:4"}], ids=str)
+def test_wanda_prunes_block_after_block_and_reads_each_before_any_of_it_is_pruned(request_):
+    torch.manual_seed(0)
+    model, data, runs = Deep(), [torch.randn(4, length, 5) for length in (3, 7)], []
+    expected = copy.deepcopy(model).requires_grad_(False)
+    for block in expected.blocks:
+        seen = {layer: [] for layer in (block.up, block.down)}
+        hooks = [
+            layer.register_forward_pre_hook(lambda _, args, rows=rows: rows.append(args[0].flatten(0, 1)))
+            for layer, rows in seen.items()
+        ]
+        for x in data:
+            expected(x)
+        for hook in hooks:
+            hook.remove()
+        for layer, rows in seen.items():
+            columns = layer.in_features
+            demand = Demand(columns, columns // 2, per_row=True)
+            if "pattern" in request_:
+                demand = Demand(columns, group=(2, 4))
+            layer.weight *= demand.keep((layer.weight.abs() * torch.cat(rows).norm(dim=0))[None])[0]
+    model.before.register_forward_hook(lambda *_: runs.append(1))
+    prune_weights(model, importance="wanda_layerwise", data=data, include="blocks", progress=False, **request_)
+    for name, place in places(model).items():
+        torch.testing.assert_close(place.value, expected.get_parameter(name))
+    # Once to find the order, twice a batch to reach the first block, and the unpruned model not at all.
+    assert len(runs) == 1 + 2 * len(data)

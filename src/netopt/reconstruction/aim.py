@@ -39,8 +39,8 @@ def aimed(weight: Tensor, moments: Moments) -> Tensor:
     r"""Returns :math:`A_\lambda \hat X \hat X^\top`, of the shape of ``weight``, ``(groups, rows, columns)``.
 
     The pull :math:`\lambda` is the one whose :math:`A_\lambda`, fitted to one half of the data, comes nearest to the
-    unpruned outputs on the other half, and infinite where none comes nearer than ``weight``. It is told from up to 256 of
-    the rows; strong pulls are tried first, until one does worse than the one before.
+    unpruned outputs on the other half, and infinite where none comes nearer than ``weight``. It is told from up to 256
+    of the rows; strong pulls are tried first, until one does worse than the one before.
 
     References:
         Ridge Regression: Biased Estimation for Nonorthogonal Problems (Hoerl & Kennard, 1970),

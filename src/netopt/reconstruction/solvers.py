@@ -1,9 +1,9 @@
 r"""A pruned matrix that still does to its inputs what the dense one did, as nearly as it can.
 
-SparseGPT and ADMM minimise :math:`\lVert W X - \hat W \hat X \rVert^2` over matrices :math:`\hat W` with zeros in a
-wanted number and pattern, where :math:`X` are the inputs in the unpruned model and :math:`\hat X` those in the model
-pruned so far. All they know of the inputs are the moments :math:`H = \hat X \hat X^\top` and
-:math:`T = W X \hat X^\top`.
+SparseGPT and ADMM minimise :math:`\lVert A \hat X - \hat W \hat X \rVert^2` over matrices :math:`\hat W` with zeros in
+a wanted number and pattern, where :math:`\hat X` are the inputs in the model pruned so far, and :math:`A \hat X` is what
+the layer aims at: the unpruned outputs :math:`W X`, as far as the data bear it out (:mod:`netopt.reconstruction.aim`).
+All they know of the inputs are the moment :math:`H = \hat X \hat X^\top` and :math:`T = A H`.
 
 Matrices side by side with inputs of their own (the groups of a convolution) are solved at once, and compete for what is
 kept.
@@ -76,7 +76,8 @@ class Problem(NamedTuple):
     Attributes:
         weight: ``(groups, rows, columns)``.
         moment: :math:`H`, ``(groups, columns, columns)``.
-        target: :math:`T`, ``(groups, rows, columns)``; ``weight @ moment`` where the inputs have not changed.
+        target: :math:`T`, ``(groups, rows, columns)``; ``weight @ moment`` where the inputs have not changed, or where
+            the unpruned outputs cannot be told from them.
         demand: Which zeros.
     """
 
@@ -90,8 +91,8 @@ class Problem(NamedTuple):
 def wanda_layerwise(problem: Problem) -> tuple[Tensor, Tensor]:
     r"""Removes what weighs least on the inputs of the model pruned so far, and updates nothing.
 
-    Of a weight, that is :math:`|w| \lVert \hat x \rVert`. Blocks that follow one another are pruned one after the other,
-    as in the paper, each on what those before it put out; within a block all layers at once.
+    Of a weight, that is :math:`|w| \lVert \hat x \rVert`. Blocks that follow one another are pruned one after the
+    other, as in the paper, each on what those before it put out; within a block all layers at once.
 
     Args:
         problem: The matrices, their moments and what is to be removed.
