@@ -1,9 +1,9 @@
 r"""A pruned matrix that still does to its inputs what the dense one did, as nearly as it can.
 
 SparseGPT and ADMM minimise :math:`\lVert A \hat X - \hat W \hat X \rVert^2` over matrices :math:`\hat W` with zeros in
-a wanted number and pattern, where :math:`\hat X` are the inputs in the model pruned so far. :math:`A \hat X` is what the
-layer aims at: the unpruned outputs :math:`W X`, as far as the data bear it out (:mod:`netopt.reconstruction.aim`). All
-they know of the inputs are the moment :math:`H = \hat X \hat X^\top` and :math:`T = A H`.
+a wanted number and pattern, where :math:`\hat X` are the inputs in the model pruned so far. :math:`A \hat X` is what
+the layer aims at: the unpruned outputs :math:`W X`, as far as the data bear it out (:mod:`netopt.reconstruction.aim`).
+All they know of the inputs are the moment :math:`H = \hat X \hat X^\top` and :math:`T = A H`.
 
 Matrices side by side with inputs of their own (the groups of a convolution) are solved at once, and compete for what is
 kept.
