@@ -171,6 +171,10 @@ def _removed(part: Tensor, inner: Tensor, kept: Tensor, demand: Demand, start: i
 def admm(problem: Problem, *, dampening: float = 0.1, rounds: int = 20, polish: int = 24) -> tuple[Tensor, Tensor]:
     r"""Alternates between the best matrix near one with zeros, and the nearest matrix with zeros.
 
+    The paper's matrices are to do on the inputs of the model pruned so far what the old weights would. These are to do
+    what ``problem.target`` says, which in :func:`netopt.prune_weights` leans towards the unpruned outputs; see
+    :func:`netopt.reconstruction.aimed`.
+
     Args:
         problem: The matrices, their moments and what is to be removed.
         dampening: The moment is brought to a unit diagonal, to which this is added; it pulls towards the old weights.
