@@ -48,16 +48,15 @@ def aimed(weight: Tensor, moments: Moments) -> Tensor:
     """
     whole = moments.own.sum(0)
     changes = [cross - own for cross, own in zip(moments.cross, moments.own, strict=True)]
-    plain = weight @ whole
     if not any(change.any() for change in changes):
-        return plain
+        return weight @ whole
     norm = whole.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
     norm = torch.maximum(norm, 1e-8 * norm.amax(-1, keepdim=True) + 1e-30)
     pull = _pull(weight[:, :: -(-weight.shape[1] // ROWS)], moments.own, changes, norm)
-    if pull is None:
-        return plain
-    lost = weight @ (changes[0] + changes[1]) / norm[:, None, :]
-    return plain + _ridge(_scaled(whole, norm), lost, pull) / norm[:, None, :] @ whole
+    if pull is not None:
+        lost = weight @ (changes[0] + changes[1]) / norm[:, None, :]
+        weight = weight + _ridge(_scaled(whole, norm), lost, pull) / norm[:, None, :]
+    return weight @ whole
 
 
 def _pull(weight: Tensor, own: Tensor, changes: list[Tensor], norm: Tensor) -> float | None:
@@ -79,8 +78,9 @@ def _pull(weight: Tensor, own: Tensor, changes: list[Tensor], norm: Tensor) -> f
 
 def _ridge(moment: Tensor, lost: Tensor, pull: float) -> Tensor:
     """Returns what to add to the weight so that it makes up for ``lost``, ``(groups, rows, columns)``."""
-    one = torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)
-    return torch.cholesky_solve(lost.mT, torch.linalg.cholesky(moment + pull * one)).mT
+    pulled = moment.clone()
+    pulled.diagonal(dim1=-2, dim2=-1).add_(pull)
+    return torch.cholesky_solve(lost.mT, torch.linalg.cholesky(pulled)).mT
 
 
 def _scaled(moment: Tensor, norm: Tensor) -> Tensor:
