@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -123,44 +121,8 @@ def zeroed(tensor: Tensor, cuts: Mapping[int, Tensor]) -> Tensor:
 
 def run(model: nn.Module, inputs: Inputs, counted: Counted) -> list[Tensor]:
     """The outputs that count, in eval mode and without gradients; the model is given back as it was."""
-    with given_back(model), plain_tensors_kept(model), torch.no_grad():
+    with given_back(model), torch.no_grad():
         return [tensor.detach().clone() for tensor in counted(batches.call(model.eval(), inputs))]
-
-
-@contextmanager
-def plain_tensors_kept(model: nn.Module) -> Iterator[None]:
-    """Puts back the tensors that modules keep in plain attributes, lists and dicts, as a forward may replace them."""
-    noted: list[tuple[Any, Any]] = []
-    for module in model.modules():
-        if not isinstance(module, torch.jit.ScriptModule):
-            own = {name: value for name, value in vars(module).items() if name not in _OWN}
-            noted.append((vars(module), own))
-            noted += [(value, copy.copy(value)) for value in own.values() if isinstance(value, (dict, list))]
-    try:
-        yield
-    finally:
-        for holder, before in noted:
-            _put_back(holder, before)
-
-
-_OWN = frozenset(vars(nn.Module()))
-
-
-def _holds_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor) or (isinstance(value, (tuple, list)) and any(map(_holds_tensor, value)))
-
-
-def _put_back(holder: Any, before: Any) -> None:
-    if isinstance(holder, list):
-        if _holds_tensor(holder) or _holds_tensor(before):
-            holder[:] = before
-        return
-    changed = [key for key, value in holder.items() if _holds_tensor(value) and before.get(key) is not value]
-    for key in changed:
-        if key in before:
-            holder[key] = before[key]
-        elif key not in _OWN:
-            del holder[key]
 
 
 def _comparable(tensor: Tensor) -> bool:

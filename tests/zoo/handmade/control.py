@@ -382,6 +382,45 @@ def caches_tensors_and_has_run():
     return Caching()
 
 
+class CachingUntilTrained(nn.Module):
+    """Biases gathered once in evaluation mode, by length; dropped by every change of mode, as LeViT does it."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.head = nn.Linear(10, 8), nn.Linear(8, 3)
+        self.bias = nn.Parameter(torch.randn(5, 8))
+        self.kept = {}
+
+    def train(self, mode=True):
+        if self.kept:
+            self.kept = {}
+        return super().train(mode)
+
+    def biases(self, length):
+        if self.training:
+            return self.bias[torch.arange(length) % 5]
+        if str(length) not in self.kept:
+            self.kept[str(length)] = self.bias[torch.arange(length) % 5].detach()
+        return self.kept[str(length)]
+
+    def forward(self, x):
+        return self.head(self.fc(x) * self.biases(x.shape[1]))
+
+
+@case(
+    "cache_dropped_by_a_change_of_mode",
+    inputs=(3, 6, 10),
+    other=(2, 4, 10),
+    share=0.98,
+    expected=[axis("fc:0 bias:1 kept.6:1 head.weight:1", 8)],
+    warm=True,
+    stir=False,
+    prepare=nn.Module.eval,
+)
+def cache_dropped_by_a_change_of_mode():
+    return CachingUntilTrained()
+
+
 @case(
     "hooks",
     inputs=(4, 10),
