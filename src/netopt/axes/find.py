@@ -27,6 +27,7 @@ from netopt.axes import rules as _rules  # noqa: F401 - registers the rules
 from netopt.axes.axis import Axes
 from netopt.axes.layout import freeze
 from netopt.axes.literals import remembering_literals
+from netopt.axes.memos import memos_passed_by
 from netopt.axes.modes import modes_watched
 from netopt.axes.places import Parts, remembered
 from netopt.axes.sizes import remembering_functions
@@ -112,6 +113,7 @@ def _run(model: nn.Module, parts: Parts, inputs: Inputs, watch: Watch, outputs: 
         remembered(parts, trace.ledger),
         remembering_functions(),
         remembering_literals(parts),
+        memos_passed_by(),
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")  # such as those that a run without gradients alone gives
