@@ -191,7 +191,7 @@ class Axes(Sequence[Axis]):
         groups: list[_Group] = []
         bundles: dict[tuple[Any, ...], _Group] = {}
         for atom, members in found.items():
-            if atom in kernels:
+            if atom in kernels or atom.size == 0:
                 continue
             if atom.size == 1 and not atom.unit:
                 if all(self._dims[member.tensor][member.dim].size == 1 for member in members):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_iter
 
-from netopt.axes.layout import Layout, freeze, mark_inexact, split_concat, split_product
+from netopt.axes.layout import Layout, freeze, mark_inexact, resolve, split_concat, split_product
 from netopt.axes.modes import Modes
 from netopt.axes.operation import Mark
 from netopt.axes.places import Parts
@@ -261,6 +261,22 @@ def _given_sizes(first: int) -> Callable[..., None]:
     return speak
 
 
+def _like(watch: Watch, args: Any, kwargs: Any, result: Any) -> None:
+    """The result is as large as another tensor."""
+    for made, given in zip(watch.trace.dims(result), watch.trace.dims(args[1]), strict=True):
+        if resolve(made.layout) is not resolve(given.layout):
+            watch.equate(
+                Size(given.size, Extent(given.layout), watch.trace.ledger), made.layout, "a shape like another's"
+            )
+
+
+def _pad(watch: Watch, args: Any, kwargs: Any, result: Any) -> None:
+    """What is padded stays, so that a computed amount must stay as large."""
+    for amount in _argument(args, kwargs, 1, "pad"):
+        if isinstance(amount, Size) and watch.trace.ledger.knows(amount):
+            watch.trace.ledger.conditions.append(Condition(operator.eq, amount, _plain(amount), True, caller()))
+
+
 def _unflatten(watch: Watch, args: Any, kwargs: Any, result: Any) -> None:
     dim = int(_argument(args, kwargs, 1, "dim")) % args[0].dim()
     sizes = args[2:] if len(args) > 2 else kwargs["sizes"]  # tensor, dim, sizes
@@ -443,6 +459,8 @@ _SPEAKERS: dict[str, Callable[..., None]] = {
     "as_strided": _strides,
     "lstm": _lstm,
     "unflatten": _unflatten,
+    "pad": _pad,
+    **dict.fromkeys(("view_as", "reshape_as", "expand_as"), _like),
     "layer_norm": _normalized,
     "rms_norm": _normalized,
     "group_norm": _grouped(1, "num_groups"),
@@ -524,7 +542,6 @@ _NO_NUMBERS = frozenset(_SPEAKERS) | frozenset(
         "min",
         "norm",
         "bincount",
-        "pad",
         "adaptive_avg_pool2d",
         "interpolate",
     ]

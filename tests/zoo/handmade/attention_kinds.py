@@ -368,3 +368,37 @@ class HeadsWithoutTheWidth(nn.Module):
         v = self.v(x).view(b, n, self.num_heads, -1).transpose(1, 2)
         y = (q @ k.transpose(-1, -2) / 2).softmax(-1) @ v
         return self.head(self.out(y.transpose(1, 2).flatten(2)))
+
+
+@case(
+    "bias_padded_to_all_heads",
+    inputs=(2, 5, 6),
+    other=(3, 7, 6),
+    share=0.99,
+    expected=[
+        axis("stem:0 qkv.weight:1 out.weight:0 out.bias:0 head.weight:1", 12),
+        axis("qkv.weight:0 qkv.bias:0 slopes:0 out.weight:1", 2, label="biased"),
+        axis("qkv.weight:0 qkv.bias:0 out.weight:1", 3, label="values"),
+    ],
+    frozen={"qkv.weight:0": "is padding"},
+    sizes={"heads": "biased + 2"},
+)
+class BiasPaddedToAllHeads(nn.Module):
+    """Some heads have a bias by distance; it is padded with zeros for the others, which stay as many."""
+
+    def __init__(self, width=12, heads=4, biased=2):
+        super().__init__()
+        self.heads = heads
+        self.stem, self.qkv = nn.Linear(6, width), nn.Linear(width, 3 * width)
+        self.slopes = nn.Parameter(torch.rand(biased))
+        self.out, self.head = nn.Linear(width, width), nn.Linear(width, 2)
+
+    def forward(self, x):
+        x = self.stem(x)
+        batch, length, _ = x.shape
+        q, k, v = (one.view(batch, length, self.heads, -1).transpose(1, 2) for one in self.qkv(x).chunk(3, -1))
+        places = torch.arange(length).to(x)
+        bias = -self.slopes[:, None, None] * (places[:, None] - places).abs()
+        bias = F.pad(bias, (0, 0, 0, 0, 0, self.heads - bias.shape[0]))
+        y = (q @ k.transpose(-1, -2) + bias).softmax(-1) @ v
+        return self.head(x + self.out(y.transpose(1, 2).flatten(2)))
