@@ -7,6 +7,7 @@ for arguments that remember, so that nothing old is handed out, and no size is l
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import sys
@@ -35,7 +36,7 @@ def memos_passed_by() -> Iterator[None]:
         swapped = []
         try:
             for holder, name, memo, lent in _all_held():
-                if vars(holder).get(name) is memo:
+                if _current(holder, name) is memo:
                     setattr(holder, name, lent)
                     swapped.append((holder, name, memo))
             yield
@@ -55,19 +56,32 @@ def _all_held() -> list[_Held]:
     return [*_found, *_held_by(sys.modules.get("__main__"))]
 
 
+def _current(holder: Any, name: str) -> Any:
+    return getattr(holder, name) if isinstance(holder, types.CellType) else vars(holder).get(name)
+
+
 def _held_by(module: Any) -> Iterator[_Held]:
     if type(module) is not types.ModuleType:  # one that makes its entries when they are asked for
         return
     held = list(vars(module).items())
     for name, value in held:
-        if type(value) is _MEMO and _takes(value, 1):
-            yield module, name, value, _passing(value)
-        elif isinstance(value, type) and value.__module__ == module.__name__:
+        yield from _entry(module, name, value, 1)
+        if isinstance(value, type) and value.__module__ == module.__name__:
             for key, one in list(vars(value).items()):
-                if type(one) is _MEMO and _takes(one, 2):  # a method is given its object, and something else
-                    yield value, key, one, _passing(one)
-                elif type(one) is staticmethod and type(one.__func__) is _MEMO:
-                    yield value, key, one, staticmethod(_passing(one.__func__))
+                yield from _entry(value, key, one, 2)  # a method is given its object, and something else
+
+
+def _entry(holder: Any, name: str, value: Any, least: int) -> Iterator[_Held]:
+    """What stands under one name: such a function, or one with such a function inside, as decorators make it."""
+    inside, least = (value.__func__, 1) if type(value) is staticmethod else (value, least)
+    if type(inside) is _MEMO and _takes(inside, least):
+        passing = _passing(inside)
+        yield holder, name, value, passing if inside is value else staticmethod(passing)
+    elif type(inside) is types.FunctionType and inside.__closure__:
+        for cell in inside.__closure__:
+            with contextlib.suppress(ValueError):  # an empty cell
+                if type(cell.cell_contents) is _MEMO and _takes(cell.cell_contents, least):
+                    yield cell, "cell_contents", cell.cell_contents, _passing(cell.cell_contents)
 
 
 def _takes(memo: Any, arguments: int) -> bool:

@@ -198,6 +198,43 @@ def split_shape(shape, heads):
     return (batch, length, heads, width // heads), shape
 
 
+def kept(function):
+    """A decorator of one's own around the cache of Python."""
+    remembered = functools.lru_cache(maxsize=4)(function)
+
+    @functools.wraps(function)
+    def wrapper(*args):
+        return remembered(*args)
+
+    return wrapper
+
+
+@case(
+    "tensors_kept_by_a_method",
+    inputs=(2, 5, 6),
+    other=(3, 7, 6),
+    share=0.96,
+    warm=True,
+    fake="a method keeps what the first run made",
+    expected=[axis("fc:0 head.weight:1", 8, exact=False)],
+)
+class TensorsKeptByMethod(nn.Module):
+    """A ramp over time, scaled by the width and kept for each shape, as MaskFormer keeps its positions."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    @staticmethod
+    @kept
+    def ramp(shape):
+        return (torch.arange(shape[1]) / shape[2])[None, :, None].expand(shape[0], -1, shape[2])
+
+    def forward(self, x):
+        x = self.fc(x)
+        return self.head(x + self.ramp(x.shape).to(x))
+
+
 @case(
     "shapes_kept_by_a_function",
     inputs=(2, 5, 6),
