@@ -163,7 +163,7 @@ def cat(op: Operation, tensors: Sequence[Tensor], dim: int = 0) -> Dims:
     result: Dims = []
     for index, first in enumerate(parts[0]):
         if index == joined:
-            result.append(join([dims[index] for dims in parts if dims[index].size]))
+            result.append(join([dims[index] for dims in parts if dims[index].size] or [first]))
             continue
         for dims in parts[1:]:
             op.same(first, dims[index])
