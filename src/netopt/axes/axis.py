@@ -112,9 +112,14 @@ class Axes(Sequence[Axis]):
     """Every axis of a model, in the order its tensors are held.
 
     Index with a number, with an axis's name, or with the name of a layer for the axis of its outputs.
+
+    Attributes:
+        operations: How many operations ran.
+        unknown: Names of the operations that had no rule.
+        steady: For each result that counts, which of its sizes depend on no values; ``None`` if none of them does.
     """
 
-    def __init__(self, trace: Trace, readings: Sequence[Any]) -> None:
+    def __init__(self, trace: Trace, readings: Sequence[Any], results: Sequence[Sequence[Layout]]) -> None:
         self._tensors = {name: tuple(tensor.shape) for name, tensor in trace.members.items()}
         self._dims: dict[str, tuple[Layout, ...]] = {
             name: tuple([resolve(dim.layout) for dim in _peek(trace, tensor)]) for name, tensor in trace.members.items()
@@ -146,6 +151,7 @@ class Axes(Sequence[Axis]):
         self._groups = {axis.name: group for axis, group in zip(self._axes, groups, strict=True)}
         self._index = {axis.name: index for index, axis in enumerate(self._axes)}
         self._readings = readings
+        self.steady = self._steady(results) if trace.by_value else None
 
     # Building.
 
@@ -206,6 +212,11 @@ class Axes(Sequence[Axis]):
                 groups.append(bundles[key])
             bundles[key].atoms.append(atom)
         return groups
+
+    def _steady(self, results: Sequence[Sequence[Layout]]) -> tuple[tuple[bool, ...], ...]:
+        """For each result, which dimensions hold an axis: their sizes stay, others may depend on values."""
+        held = {atom for group in self._groups.values() for atom in group.atoms}
+        return tuple(tuple(any(atom in held for atom in atoms(layout)) for layout in layouts) for layouts in results)
 
     def _mark_numbers(self, trace: Trace, groups: Sequence[_Group]) -> None:
         """A size used as a number makes its axes inexact."""

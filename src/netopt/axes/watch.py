@@ -430,6 +430,7 @@ def _arange(watch: Watch, args: Any, kwargs: Any, result: Any) -> None:
 
 def _looked_at(watch: Watch, args: Any, kwargs: Any, result: Any) -> None:
     """The values leave torch, so what is done with them cannot be seen."""
+    watch.trace.by_value = True
     watch.trace.reach([args[0]])
 
 

@@ -149,7 +149,9 @@ def prune_neurons(
     operation = plan.prepare(model, optimizers)
     if not verify:
         return operation.run(report)
-    promised = promise(model, example_inputs, counted, decision.computing() if plan.exact else None)
+    promised = promise(
+        model, example_inputs, counted, decision.computing() if plan.exact else None, steady=decision.axes.steady
+    )
 
     def finish() -> PruningReport:
         promised.check(model, example_inputs, counted)
