@@ -195,6 +195,8 @@ def _shape(watch: Watch, function: Any, args: Any, kwargs: Any, result: Any) -> 
     if not isinstance(result, torch.Size):  # ``__get__`` of another property
         return result
     dims = watch.trace.dims(args[0])
+    if len(dims) != len(result):  # it was given other entries
+        return result
     if dims and _asked_by_len():
         # ``len`` hands on a plain integer, so what it is used for cannot be seen.
         mark_inexact(dims[0].layout, f"has a size that len gives away, at {watch.trace.where()}")

@@ -412,6 +412,17 @@ def trace(op: Operation, tensor: Tensor) -> Dims:
     return []
 
 
+@rule("aten::set")
+def set_(op: Operation, tensor: Tensor, source: Any = None, *rest: Any) -> Dims:
+    """A tensor given the entries of another, or none, as those do that free what they can compute again."""
+    if isinstance(source, Tensor) and not rest:
+        return op.dims(source)
+    if source is None:
+        return [Dim(Atom(size)) for size in op.out.shape]
+    op.freeze(op.dims(tensor), "is given other entries")
+    return [op.frozen(size, "is given other entries") for size in op.out.shape]
+
+
 @rule("aten::as_strided")
 def as_strided(op: Operation, tensor: Tensor, size: Sequence[int], stride: Sequence[int], offset: Any = None) -> Any:
     """A view by strides; followed only where it is the tensor itself."""
