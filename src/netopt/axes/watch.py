@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_iter
 
-from netopt.axes.layout import Layout, freeze, mark_inexact, resolve, split_concat, split_product
+from netopt.axes.layout import Layout, Product, freeze, mark_inexact, resolve, split_concat, split_product
 from netopt.axes.modes import Modes
 from netopt.axes.operation import Mark
 from netopt.axes.places import Parts
@@ -430,6 +430,18 @@ def _arange(watch: Watch, args: Any, kwargs: Any, result: Any) -> None:
         freeze(layout, f"has a size that arange computes at {watch.trace.where()}")
 
 
+def _as_complex(watch: Watch, args: Any, kwargs: Any, result: Any) -> None:
+    """Pairs of a part of a tensor are read in place: the rows they lie in must stay of even length."""
+    base = args[0]._base
+    if base is None or not base.dim():
+        return
+    row = resolve(watch.trace.dims(base)[-1].layout)
+    row = row.parts[-1] if isinstance(row, Product) else row
+    if row.size % 2 == 0:
+        odd = Size(row.size, Extent(row), watch.trace.ledger) % 2
+        watch.trace.ledger.conditions.append(Condition(operator.eq, odd, 0, True, caller()))
+
+
 def _looked_at(watch: Watch, args: Any, kwargs: Any, result: Any) -> None:
     """The values leave torch, so what is done with them cannot be seen."""
     watch.trace.by_value = True
@@ -476,6 +488,7 @@ _SPEAKERS: dict[str, Callable[..., None]] = {
     "__getitem__": _getitem,
     "__setitem__": _getitem,
     "arange": _arange,
+    "view_as_complex": _as_complex,
     "scaled_dot_product_attention": _attention,
     **dict.fromkeys(("numpy", "tolist", "__array__", "data_ptr"), _looked_at),
 }

@@ -402,3 +402,38 @@ class BiasPaddedToAllHeads(nn.Module):
         bias = F.pad(bias, (0, 0, 0, 0, 0, self.heads - bias.shape[0]))
         y = (q @ k.transpose(-1, -2) + bias).softmax(-1) @ v
         return self.head(x + self.out(y.transpose(1, 2).flatten(2)))
+
+
+@case(
+    "rotary_complex_in_part",
+    inputs=(2, 5, 16),
+    other=(3, 7, 16),
+    share=1.0,
+    expected=[
+        axis("wq:0 wk:0 wo.weight:1", 4, label="h"),
+        axis("wq:0 wk:0", 6, label="plain"),
+        axis("wq:0 wk:0 freqs_cis:1", 3, label="d"),
+    ],
+    sizes={"heads": "h", "plain": "plain", "turned": "2 * d"},
+)
+class ComplexRotaryInPart(nn.Module):
+    """Only the end of each head is turned, read in place as complex numbers: a head keeps an even length."""
+
+    def __init__(self, heads=4, plain=6, turned=6):
+        super().__init__()
+        self.heads, self.plain, self.turned = heads, plain, turned
+        self.wq, self.wk = (nn.Linear(16, heads * (plain + turned), bias=False) for _ in range(2))
+        self.wo = nn.Linear(heads, 7, bias=False)
+        freqs = 1.0 / (100.0 ** (torch.arange(0, turned, 2).float() / turned))
+        freqs = torch.outer(torch.arange(32).float(), freqs)
+        self.register_buffer("freqs_cis", torch.polar(torch.ones_like(freqs), freqs))
+
+    def rotate(self, x):
+        x = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2))
+        return torch.view_as_real(x * self.freqs_cis[: x.shape[1], None, :]).flatten(3)
+
+    def forward(self, x):
+        b, n, _ = x.shape
+        parts = [w(x).view(b, n, self.heads, -1).split([self.plain, self.turned], dim=-1) for w in (self.wq, self.wk)]
+        q, k = (torch.cat([plain, self.rotate(turned)], dim=-1) for plain, turned in parts)
+        return self.wo((q * k).sum(-1))
