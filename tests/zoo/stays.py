@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 ACROSS = "is sliced across the boundaries of its parts"  # a table is read in pieces that do not match
 ALIGNED = "has parts that add aligns in two ways"  # windows, shifted and not: the pixels of an image
 BUFFER = "belongs to no parameter"  # a mask of windows
-GROUPS = r"may have its size in `.*\.num_key_value_groups`"  # queries of a group: no integer says how many
 INDEXED = "is indexed by a tensor"  # a table of relative positions, of kinds of tokens, or of rotary angles
 LITERAL = "meets the literal [23] in (view|slice|unflatten)"  # queries, keys and values; halves of a pair
 NUMBERED = "is numbered by arange"  # positions of tokens, or of pixels
@@ -39,17 +38,17 @@ STAYS: Mapping[str, Sequence[str]] = {
     "transformers.falcon": (INDEXED, LITERAL, UNUSED),
     "transformers.falcon.grouped": (INDEXED, LITERAL, UNUSED),
     "transformers.llama": (TIED, UNUSED),
-    "transformers.mistral": (GROUPS, UNUSED),
-    "transformers.qwen2": (GROUPS, UNUSED),
-    "transformers.qwen3": (GROUPS, UNUSED),
+    "transformers.mistral": (TIED, UNUSED),
+    "transformers.qwen2": (TIED, UNUSED),
+    "transformers.qwen3": (TIED, UNUSED),
     "transformers.gemma2": (TIED, UNUSED),
-    "transformers.phi3": (GROUPS, TIED, ACROSS, UNUSED),
+    "transformers.phi3": (TIED, ACROSS, UNUSED),
     "transformers.deepseek_v3": (STEPS, RANKED, UNUSED, ROWS),
     "transformers.deepseek_v3.loop": (STEPS, TAKEN, RANKED, UNUSED),
-    "transformers.mixtral": (GROUPS, RANKED, UNUSED, ROWS),
-    "transformers.mixtral.loop": (GROUPS, RANKED, TAKEN, UNUSED),
-    "transformers.qwen2_moe": (GROUPS, RANKED, UNUSED, ROWS),
-    "transformers.qwen2_moe.loop": (GROUPS, RANKED, TAKEN, UNUSED),
+    "transformers.mixtral": (TIED, RANKED, UNUSED, ROWS),
+    "transformers.mixtral.loop": (TIED, RANKED, TAKEN, UNUSED),
+    "transformers.qwen2_moe": (TIED, RANKED, UNUSED, ROWS),
+    "transformers.qwen2_moe.loop": (TIED, RANKED, TAKEN, UNUSED),
     "transformers.bart": (TAKEN,),
     "transformers.whisper": (INDEXED,),
     "transformers.vit": (TAKEN,),

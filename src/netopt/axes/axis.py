@@ -19,8 +19,9 @@ from torch import Tensor
 from netopt.axes.counts import Counts
 from netopt.axes.layout import LAYOUTS, Atom, Layout, atoms, count, freeze, mark_inexact, resolve
 from netopt.axes.positions import indices, labels
-from netopt.axes.sizes import Extent, Place, leaves
+from netopt.axes.sizes import Extent, leaves
 from netopt.axes.trace import Trace, Work
+from netopt.axes.unsaid import settle_unsaid
 from netopt.calls import Call
 from netopt.errors import UnknownNameError, nearest
 
@@ -172,14 +173,7 @@ class Axes(Sequence[Axis]):
         for atom, has_parameter in touching.items():
             if not has_parameter:
                 freeze(atom, "belongs to no parameter")
-        self._freeze_unsaid(trace)
-
-    def _freeze_unsaid(self, trace: Trace) -> None:
-        """Keeps sizes that no integer said, where the module holds one that sets none on these inputs."""
-        for layout, name, module in trace.unsaid:
-            for key, value in vars(module).items():
-                if type(value) is int and value == layout.size > 1 and not trace.ledger.sets_a_size(Place((name, key))):
-                    freeze(layout, f"may have its size in `{Place((name, key))}`, which sets no size on these inputs")
+        settle_unsaid(trace.unsaid, trace.ledger)
 
     def _appearances(self) -> dict[Atom, list[Member]]:
         """Where each atom appears, in the order of the tensors."""

@@ -437,3 +437,50 @@ class ComplexRotaryInPart(nn.Module):
         parts = [w(x).view(b, n, self.heads, -1).split([self.plain, self.turned], dim=-1) for w in (self.wq, self.wk)]
         q, k = (torch.cat([plain, self.rotate(turned)], dim=-1) for plain, turned in parts)
         return self.wo((q * k).sum(-1))
+
+
+class GroupedAttention(nn.Module):
+    """How many queries share a key is found by dividing, and said by code on longer inputs only."""
+
+    def __init__(self, width, heads, groups, head_dim, place):
+        super().__init__()
+        self.head_dim, self.place = head_dim, place
+        self.per_group = heads // groups
+        self.q, self.k, self.v = (nn.Linear(width, many * head_dim) for many in (heads, groups, groups))
+        self.out = nn.Linear(heads * head_dim, width)
+
+    def forward(self, x):
+        q, k, v = (layer(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        if x.shape[1] > 6:
+            k, v = (one.repeat_interleave(self.per_group, 1) for one in (k, v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.5, enable_gqa=x.shape[1] <= 6)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+@case(
+    "grouped_queries_found_by_dividing",
+    inputs=(2, 4, 12),
+    other=(3, 9, 12),
+    share=0.99,
+    expected=[
+        *(
+            axis(f"layers.{layer}.q:0 layers.{layer}.k:0 layers.{layer}.v:0 layers.{layer}.out.weight:1", 2)
+            for layer in (0, 1, 2)
+        ),
+        *(axis(f"layers.{layer}.q:0 layers.{layer}.out.weight:1", 2, label=f"r{layer}") for layer in (0, 1, 2)),
+    ],
+    sizes={f"layers.{layer}.per_group": f"r{layer}" for layer in (0, 1, 2)} | {"layers.2.place": "2"},
+)
+class GroupedQueriesFoundByDividing(nn.Module):
+    """The third layer holds another integer of that size, its own number."""
+
+    def __init__(self, width=12):
+        super().__init__()
+        self.stem, self.head = nn.Linear(12, width), nn.Linear(width, 3)
+        self.layers = nn.ModuleList([GroupedAttention(width, 4, 2, 6, place) for place in range(3)])
+
+    def forward(self, x):
+        x = self.stem(x)
+        for layer in self.layers:
+            x = x + layer(x)
+        return self.head(x)
