@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import sys
@@ -20,6 +21,7 @@ from netopt.errors import InvalidArgumentError, NothingToPruneError, Verificatio
 from netopt.importance.neurons import neuron_scores
 from netopt.plan import Plan
 from netopt.prune import plan_neurons, prune_neurons
+from netopt.prune.verify import Promise
 from netopt.surgery import named_tensors
 
 ROOT = str(Path(netopt.__file__).parent)
@@ -269,6 +271,49 @@ def test_a_random_forward_is_not_mistaken_for_a_wrong_one():
     report = prune_quietly(model, torch.randn(3, 4, generator=torch.Generator().manual_seed(0)), 0.5)
     assert report.rows[0].after == 4
     assert torch.equal(state, torch.get_rng_state())
+
+
+class Detector(nn.Module):
+    """Returns the places whose score is high, as many as there are."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.norm, self.boxes, self.scores = nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 4), nn.Linear(8, 1)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = self.norm(self.fc(x))
+        scores = self.scores(x)[..., 0]
+        return self.boxes(x)[scores > 0], scores
+
+
+def test_how_many_results_the_values_select_may_change():
+    torch.manual_seed(0)
+    model, x = Detector(), torch.randn(50, 4)
+    assert find_axes(model, x).steady == ((False, True), (False,))
+    assert find_axes(nn.Linear(4, 2), x).steady is None
+    found, _ = model(x)
+    report = prune_quietly(model, x, 0.5, importance="magnitude")
+    smaller, _ = model(x)
+    assert report.rows[0].after == 4
+    assert smaller.shape[0] != found.shape[0]
+    assert smaller.shape[1] == found.shape[1]
+
+
+@pytest.mark.parametrize(("shape", "steady", "kept"), [
+    ((5, 2), (False, True), True),
+    ((5, 3), (False, True), False),
+    ((5, 2), (True, True), False),
+    ((5, 2, 1), (False, True), False),
+])  # fmt: skip
+def test_only_sizes_that_depend_on_values_may_change(shape, steady, kept):
+    promised = Promise([torch.zeros(3, 2)], equal=True, steady=[steady])
+
+    class Result(nn.Module):
+        def forward(self, x):
+            return torch.zeros(shape)
+
+    with contextlib.nullcontext() if kept else pytest.raises(VerificationError, match="have shapes"):
+        promised.check(Result(), torch.zeros(1), lambda result: [result])
 
 
 def test_a_kernel_that_wants_multiples_is_undone_and_named():

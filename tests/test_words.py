@@ -327,6 +327,33 @@ def test_what_is_borrowed_is_given_back(fails):
     assert random_state() == chance
 
 
+def test_tensors_kept_in_plain_containers_are_given_back():
+    class Caching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cache, self.seen, self.last = {"cpu": torch.ones(2)}, [torch.ones(3)], torch.ones(4)
+            self.calls = 0
+
+        def train(self, mode=True):
+            self.cache = {}
+            return super().train(mode)
+
+    model = Caching()
+    cache, seen, last = model.cache, list(model.seen), model.last
+    with given_back(model):
+        model.eval()
+        model.cache["meta"] = model.last = torch.zeros(1)
+        model.seen.append(model.last)
+        model.made = model.last
+        model.calls += 1
+    assert model.cache is cache
+    assert list(cache) == ["cpu"]
+    assert model.last is last
+    assert all(one is other for one, other in zip(model.seen, seen, strict=True))
+    assert not hasattr(model, "made")
+    assert model.calls == 1  # what is no tensor is the model's own business
+
+
 def test_giving_back_does_not_disturb_a_pending_graph():
     model = nn.BatchNorm1d(3).eval()
     loss = model(X.clone().requires_grad_()).sum()

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from netopt.axes import find_axes
 from netopt.errors import InvalidArgumentError
+from netopt.prune import prune_neurons
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=str)
@@ -66,6 +67,27 @@ def test_heads_and_their_dimensions_are_axes_of_their_own():
     value = {axis.size for axis in axes.free if "model.layers.0.self_attn.v_proj.weight:0" in map(str, axis.members)}
     assert query == {2, 6}  # groups, queries of a group, and pairs of rotary halves
     assert value == {2, 12}
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Mistral", "Qwen2", "Qwen3"])
+def test_queries_that_share_a_key_can_be_removed(kind):
+    """Without padding no call says how many there are; the number kept for inputs with padding follows."""
+    torch.manual_seed(0)
+    sizes = {**GROUPED, "num_attention_heads": 8, "head_dim": 6, "bos_token_id": 1, "eos_token_id": 2}
+    model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**sizes))
+    inputs = {"input_ids": torch.randint(3, 60, (2, 6))}
+    axes = find_axes(model, inputs)
+    shared = [axis for axis in axes.free if axis.name.endswith("num_key_value_groups")]
+    assert [axis.size for axis in shared] == [4, 4]
+    prune_neurons(model, inputs, {axis.name: 1 for axis in shared}, importance="magnitude", progress=False)
+    assert [layer.self_attn.num_key_value_groups for layer in model.model.layers] == [3, 3]
+    assert (model.config.num_attention_heads, model.config.num_key_value_heads) == (6, 2)
+    mask = torch.ones(2, 6, dtype=torch.long)
+    mask[0, :2] = 0
+    with torch.no_grad():
+        padded = model.eval()(**inputs, attention_mask=mask).logits
+        plain = model(inputs["input_ids"][1:]).logits
+    torch.testing.assert_close(padded[1:], plain, rtol=1e-3, atol=1e-4)
 
 
 def llama() -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:

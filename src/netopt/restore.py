@@ -1,11 +1,12 @@
 """What is borrowed is given back.
 
-A user's model is run to be looked at: its flags, gradients, buffers and the random state of the process are noted
-before, and put back after, whatever happens in between.
+A user's model is run to be looked at: its flags, gradients, buffers, cached tensors and the random state of the process
+are noted before, and put back after, whatever happens in between.
 """
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -25,7 +26,8 @@ def given_back(*modules: nn.Module, rng: bool = True) -> Iterator[None]:
 
     Restored are each sub-module's training flag, each parameter's ``requires_grad``, the ``.grad`` objects (set aside
     inside, so that nothing is added to them), and each buffer, as the same object with the same bits; buffers that
-    appeared are gone again. Values of parameters are not copied: who changes them restores them.
+    appeared are gone again. So are tensors kept in plain attributes, lists and dicts, which a forward or a change of
+    mode may make anew or drop. Values of parameters are not copied: who changes them restores them.
 
     Example:
         >>> model = nn.BatchNorm1d(2)
@@ -36,7 +38,12 @@ def given_back(*modules: nn.Module, rng: bool = True) -> Iterator[None]:
     """
     parts = list(dict.fromkeys(part for module in modules for part in module.modules()))
     parameters = dict.fromkeys(one for part in parts for one in part._parameters.values() if one is not None)
-    with random_state_kept() if rng else nullcontext(), _parameters_kept(parameters), _buffers_kept(parts):
+    with (
+        random_state_kept() if rng else nullcontext(),
+        _parameters_kept(parameters),
+        _buffers_kept(parts),
+        _plain_tensors_kept(parts),
+    ):
         flags = [(part, part.training) for part in parts]
         try:
             yield
@@ -98,6 +105,45 @@ def _buffers_kept(parts: Iterable[nn.Module]) -> Iterator[None]:
             if part._buffers or part._non_persistent_buffers_set:
                 _refill(part, {}, set())
         values.put_back()
+
+
+@contextmanager
+def _plain_tensors_kept(parts: Iterable[nn.Module]) -> Iterator[None]:
+    noted: list[tuple[Any, Any]] = []
+    for part in parts:
+        if isinstance(part, torch.jit.ScriptModule):
+            continue
+        own = {name: value for name, value in vars(part).items() if name not in _OWN}
+        noted.append((vars(part), own))
+        noted += [(value, copy.copy(value)) for value in own.values() if isinstance(value, (dict, list))]
+    try:
+        yield
+    finally:
+        for holder, before in noted:
+            _put_back(holder, before)
+
+
+_OWN = frozenset(vars(nn.Module()))
+
+
+def _holds_tensor(value: Any) -> bool:
+    if isinstance(value, dict):
+        value = list(value.values())
+    return isinstance(value, Tensor) or (isinstance(value, (tuple, list)) and any(map(_holds_tensor, value)))
+
+
+def _put_back(holder: Any, before: Any) -> None:
+    if isinstance(holder, list):
+        if _holds_tensor(holder) or _holds_tensor(before):
+            holder[:] = before
+        return
+    for name, value in before.items():
+        now = holder.get(name)
+        if now is not value and (_holds_tensor(now) or _holds_tensor(value)):
+            holder[name] = value
+    appeared = [name for name in holder if name not in before and name not in _OWN and _holds_tensor(holder[name])]
+    for name in appeared:
+        del holder[name]
 
 
 def _refill(module: nn.Module, buffers: dict[str, Any], transient: set[str]) -> None:

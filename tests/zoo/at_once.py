@@ -23,7 +23,7 @@ from tests.zoo.laws import (
     to_double,
 )
 from tests.zoo.order import check_reordered
-from tests.zoo.share import free_share
+from tests.zoo.share import check_reasons, free_share
 from torch import nn
 
 from netopt.axes import Axes, find_axes
@@ -39,6 +39,7 @@ def check_all_laws(case: Case, *, order: bool = True) -> None:
     axes = check_reading(case, model, dense)
     share = free_share(dense, axes)
     assert share >= case.share, f"{share:.4f} of the parameters lie on a free axis, not {case.share}\n{axes}"
+    check_reasons(case, axes)
     check_removal(case, model, dense, axes)
     del model
     if order and not case.ordered:

@@ -45,6 +45,8 @@ class Case:
         expected: The free axes that must be found. Others may be found too, if they keep the laws.
         frozen: ``tensor:dim`` and a pattern the reason it is frozen for must match; ``tensor:dim!`` if no part of it
             is free.
+        stays: Patterns of the reasons that axes of this model are frozen for beyond the usual ones, where ``frozen``
+            names no tensors: the reason of every frozen axis must match one, and each must match some.
         sizes: An integer held by a module (``attn.num_heads``, ``norm.normalized_shape.0``) and what it must be
             after removal, an expression in the labels of the expected axes.
         train_step: Why a training step is not tried, or empty.
@@ -65,6 +67,7 @@ class Case:
     share: float = 0.0
     expected: Sequence[Expected] = ()
     frozen: Mapping[str, str] = field(default_factory=dict)
+    stays: Sequence[str] = ()
     sizes: Mapping[str, str] = field(default_factory=dict)
     train_step: str = ""
     double: bool = True

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 import torch
 import transformers as hf
 from tests.zoo.case import Case
+from tests.zoo.stays import STAYS
 from torch import Tensor, nn
 
 WIDTH, LAYERS, HEADS, INNER, WORDS = 48, 2, 4, 80, 61
@@ -100,6 +101,7 @@ def _case(
         make_inputs=lambda: inputs(False),
         make_other=lambda: inputs(True),
         share=share,
+        stays=STAYS.get(f"transformers.{name}", ()),
         **kwargs,
     )
 

@@ -21,7 +21,7 @@ def reorder(model: nn.Module, axes: Axes, seed: int) -> int:
     generator = torch.Generator().manual_seed(seed)
     done = 0
     for axis in axes.free:
-        members = axes.members(axis)
+        members = [one for one in axes.members(axis) if one[0] in held]  # a cache may be gone, and is made anew
         if axis.size < 2 or any(not _holds_values(held[name]) for name, _, _ in members) or _pointed_at(axes, axis):
             continue
         order = torch.randperm(axis.size, generator=generator).tolist()

@@ -47,3 +47,14 @@ def check_share(case: Case) -> None:
                 shape = [-1 if index == dim else 1 for index in range(left[name].dim())]
                 stays = bool((left[name] & (positions >= 0).view(shape)).any())
                 assert not stays, f"{name}:{dim} {axis.frozen}, which the case does not say"
+
+
+def check_reasons(case: Case, axes: Axes) -> None:
+    """Every frozen axis is so for a reason of every architecture or one the case declares, and no other."""
+    left = set(case.stays)
+    for axis in axes.frozen:
+        reason = axis.frozen or ""
+        declared = [why for why in case.stays if re.search(why, reason)]
+        assert declared or USUAL.search(reason), f"{axis.name} {reason}, which the case does not say"
+        left.difference_update(declared)
+    assert not left, f"the case says of axes what holds for none: {sorted(left)}"

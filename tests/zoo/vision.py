@@ -10,6 +10,7 @@ from collections.abc import Callable
 import timm
 import torch
 from tests.zoo.case import Case
+from tests.zoo.stays import STAYS
 from torch import nn
 from torchvision import models
 from torchvision.models import segmentation, video
@@ -36,6 +37,7 @@ def _case(
         make_inputs=lambda: images(size, 2),
         make_other=lambda: images(size if other is None else other, 3),
         share=share,
+        stays=STAYS.get(name, ()),
         **kwargs,
     )
 

@@ -19,8 +19,9 @@ from torch import Tensor
 from netopt.axes.counts import Counts
 from netopt.axes.layout import LAYOUTS, Atom, Layout, atoms, count, freeze, mark_inexact, resolve
 from netopt.axes.positions import indices, labels
-from netopt.axes.sizes import Extent, Place, leaves
+from netopt.axes.sizes import Extent, leaves
 from netopt.axes.trace import Trace, Work
+from netopt.axes.unsaid import settle_unsaid
 from netopt.calls import Call
 from netopt.errors import UnknownNameError, nearest
 
@@ -112,9 +113,14 @@ class Axes(Sequence[Axis]):
     """Every axis of a model, in the order its tensors are held.
 
     Index with a number, with an axis's name, or with the name of a layer for the axis of its outputs.
+
+    Attributes:
+        operations: How many operations ran.
+        unknown: Names of the operations that had no rule.
+        steady: For each result that counts, which of its sizes depend on no values; ``None`` if none of them does.
     """
 
-    def __init__(self, trace: Trace, readings: Sequence[Any]) -> None:
+    def __init__(self, trace: Trace, readings: Sequence[Any], results: Sequence[Sequence[Layout]]) -> None:
         self._tensors = {name: tuple(tensor.shape) for name, tensor in trace.members.items()}
         self._dims: dict[str, tuple[Layout, ...]] = {
             name: tuple([resolve(dim.layout) for dim in _peek(trace, tensor)]) for name, tensor in trace.members.items()
@@ -146,6 +152,7 @@ class Axes(Sequence[Axis]):
         self._groups = {axis.name: group for axis, group in zip(self._axes, groups, strict=True)}
         self._index = {axis.name: index for index, axis in enumerate(self._axes)}
         self._readings = readings
+        self.steady = self._steady(results) if trace.by_value else None
 
     # Building.
 
@@ -166,14 +173,7 @@ class Axes(Sequence[Axis]):
         for atom, has_parameter in touching.items():
             if not has_parameter:
                 freeze(atom, "belongs to no parameter")
-        self._freeze_unsaid(trace)
-
-    def _freeze_unsaid(self, trace: Trace) -> None:
-        """Keeps sizes that no integer said, where the module holds one that sets none on these inputs."""
-        for layout, name, module in trace.unsaid:
-            for key, value in vars(module).items():
-                if type(value) is int and value == layout.size > 1 and not trace.ledger.sets_a_size(Place((name, key))):
-                    freeze(layout, f"may have its size in `{Place((name, key))}`, which sets no size on these inputs")
+        settle_unsaid(trace.unsaid, trace.ledger)
 
     def _appearances(self) -> dict[Atom, list[Member]]:
         """Where each atom appears, in the order of the tensors."""
@@ -191,7 +191,7 @@ class Axes(Sequence[Axis]):
         groups: list[_Group] = []
         bundles: dict[tuple[Any, ...], _Group] = {}
         for atom, members in found.items():
-            if atom in kernels:
+            if atom in kernels or atom.size == 0:
                 continue
             if atom.size == 1 and not atom.unit:
                 if all(self._dims[member.tensor][member.dim].size == 1 for member in members):
@@ -206,6 +206,11 @@ class Axes(Sequence[Axis]):
                 groups.append(bundles[key])
             bundles[key].atoms.append(atom)
         return groups
+
+    def _steady(self, results: Sequence[Sequence[Layout]]) -> tuple[tuple[bool, ...], ...]:
+        """For each result, which dimensions hold an axis: their sizes stay, others may depend on values."""
+        held = {atom for group in self._groups.values() for atom in group.atoms}
+        return tuple(tuple(any(atom in held for atom in atoms(layout)) for layout in layouts) for layouts in results)
 
     def _mark_numbers(self, trace: Trace, groups: Sequence[_Group]) -> None:
         """A size used as a number makes its axes inexact."""

@@ -25,8 +25,9 @@ from torch.utils._pytree import tree_iter
 from netopt import batches
 from netopt.axes import rules as _rules  # noqa: F401 - registers the rules
 from netopt.axes.axis import Axes
-from netopt.axes.layout import freeze
+from netopt.axes.layout import Layout, freeze
 from netopt.axes.literals import remembering_literals
+from netopt.axes.memos import memos_passed_by
 from netopt.axes.modes import modes_watched
 from netopt.axes.places import Parts, remembered
 from netopt.axes.sizes import remembering_functions
@@ -89,7 +90,7 @@ def find_axes(model: nn.Module, example_inputs: Inputs, *, outputs: Outputs = No
             with modes_watched() as modes:
                 watch = Watch(model, parts, trace, modes)
                 trace.counting = True
-                _run(model, parts, example_inputs, watch, outputs)
+                results = _run(model, parts, example_inputs, watch, outputs)
                 trace.counting = False
             twins = unreached(parts, watch.reached, trace.touched)
             if twins:
@@ -100,18 +101,20 @@ def find_axes(model: nn.Module, example_inputs: Inputs, *, outputs: Outputs = No
                     _run(model.train(), parts, example_inputs, Watch(model, parts, trace, modes), outputs)
         trace.ledger.is_open = False
         trace.settle()
-        return Axes(trace, watch.readings)
+        return Axes(trace, watch.readings, results)
     finally:
         trace.ledger.is_open = False
         trace.forget()
 
 
-def _run(model: nn.Module, parts: Parts, inputs: Inputs, watch: Watch, outputs: Outputs) -> None:
+def _run(model: nn.Module, parts: Parts, inputs: Inputs, watch: Watch, outputs: Outputs) -> list[tuple[Layout, ...]]:
+    """One traced forward; the layouts of the results that count."""
     trace = watch.trace
     with (
         remembered(parts, trace.ledger),
         remembering_functions(),
         remembering_literals(parts),
+        memos_passed_by(),
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")  # such as those that a run without gradients alone gives
@@ -119,9 +122,11 @@ def _run(model: nn.Module, parts: Parts, inputs: Inputs, watch: Watch, outputs: 
             result = batches.call(model, inputs)
         counted = counted_outputs(result, outputs)
         trace.reach(counted)
-        for tensor in counted:
-            for dim in trace.dims(tensor):
-                freeze(dim.layout, "is a dimension of the model's output")
+        results = [tuple([dim.layout for dim in trace.dims(tensor)]) for tensor in counted]
+        for layouts in results:
+            for layout in layouts:
+                freeze(layout, "is a dimension of the model's output")
+    return results
 
 
 def counted_outputs(result: Any, outputs: Outputs) -> list[Tensor]:

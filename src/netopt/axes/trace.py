@@ -124,6 +124,8 @@ class Trace(TorchDispatchMode):
         counting: Whether work is being noted.
         complete: Whether every tensor an operation read is known to be given or made by an operation seen.
         pointers: Names of integer members whose entries are positions of a layout.
+        by_value: Whether sizes may depend on values: something was selected by value, read as a plain number, or given
+            to an operation that nobody has described.
     """
 
     @classmethod
@@ -152,6 +154,7 @@ class Trace(TorchDispatchMode):
         self.counting = False
         self.pointers: dict[str, Layout] = {}
         self.in_call = False
+        self.by_value = False
         self.complete = True
         self._alive: list[_Known] = []
         self._marks: list[Mark] = []
@@ -298,6 +301,7 @@ class Trace(TorchDispatchMode):
         traits = _traits.get(function) or _describe(function)
         if traits.is_question:
             if traits.name in _VALUES:
+                self.by_value = True
                 self.reach(_tensors_in(args, []))
             return function(*args, **kwargs)
         tensors = _tensors_in(args, [])
@@ -411,6 +415,7 @@ class Trace(TorchDispatchMode):
 
     def _refuse(self, op: Operation) -> None:
         self.unknown.add(op.name)
+        self.by_value = True
         for tensor in op.tensors:
             for dim in self.dims(tensor):
                 if dim.size > 1:

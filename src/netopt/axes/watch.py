@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_iter
 
-from netopt.axes.layout import Layout, freeze, mark_inexact, split_concat, split_product
+from netopt.axes.layout import Layout, Product, freeze, mark_inexact, resolve, split_concat, split_product
 from netopt.axes.modes import Modes
 from netopt.axes.operation import Mark
 from netopt.axes.places import Parts
@@ -195,6 +195,8 @@ def _shape(watch: Watch, function: Any, args: Any, kwargs: Any, result: Any) -> 
     if not isinstance(result, torch.Size):  # ``__get__`` of another property
         return result
     dims = watch.trace.dims(args[0])
+    if len(dims) != len(result):  # it was given other entries
+        return result
     if dims and _asked_by_len():
         # ``len`` hands on a plain integer, so what it is used for cannot be seen.
         mark_inexact(dims[0].layout, f"has a size that len gives away, at {watch.trace.where()}")
@@ -259,6 +261,22 @@ def _given_sizes(first: int) -> Callable[..., None]:
                     watch.equate(size, dim.layout, "view" if first else "a new tensor")
 
     return speak
+
+
+def _like(watch: Watch, args: Any, kwargs: Any, result: Any) -> None:
+    """The result is as large as another tensor."""
+    for made, given in zip(watch.trace.dims(result), watch.trace.dims(args[1]), strict=True):
+        if resolve(made.layout) is not resolve(given.layout):
+            watch.equate(
+                Size(given.size, Extent(given.layout), watch.trace.ledger), made.layout, "a shape like another's"
+            )
+
+
+def _pad(watch: Watch, args: Any, kwargs: Any, result: Any) -> None:
+    """What is padded stays, so that a computed amount must stay as large."""
+    for amount in _argument(args, kwargs, 1, "pad"):
+        if isinstance(amount, Size) and watch.trace.ledger.knows(amount):
+            watch.trace.ledger.conditions.append(Condition(operator.eq, amount, _plain(amount), True, caller()))
 
 
 def _unflatten(watch: Watch, args: Any, kwargs: Any, result: Any) -> None:
@@ -412,8 +430,21 @@ def _arange(watch: Watch, args: Any, kwargs: Any, result: Any) -> None:
         freeze(layout, f"has a size that arange computes at {watch.trace.where()}")
 
 
+def _as_complex(watch: Watch, args: Any, kwargs: Any, result: Any) -> None:
+    """Pairs of a part of a tensor are read in place: the rows they lie in must stay of even length."""
+    base = args[0]._base
+    if base is None or not base.dim():
+        return
+    row = resolve(watch.trace.dims(base)[-1].layout)
+    row = row.parts[-1] if isinstance(row, Product) else row
+    if row.size % 2 == 0:
+        odd = Size(row.size, Extent(row), watch.trace.ledger) % 2
+        watch.trace.ledger.conditions.append(Condition(operator.eq, odd, 0, True, caller()))
+
+
 def _looked_at(watch: Watch, args: Any, kwargs: Any, result: Any) -> None:
     """The values leave torch, so what is done with them cannot be seen."""
+    watch.trace.by_value = True
     watch.trace.reach([args[0]])
 
 
@@ -443,6 +474,8 @@ _SPEAKERS: dict[str, Callable[..., None]] = {
     "as_strided": _strides,
     "lstm": _lstm,
     "unflatten": _unflatten,
+    "pad": _pad,
+    **dict.fromkeys(("view_as", "reshape_as", "expand_as"), _like),
     "layer_norm": _normalized,
     "rms_norm": _normalized,
     "group_norm": _grouped(1, "num_groups"),
@@ -455,6 +488,7 @@ _SPEAKERS: dict[str, Callable[..., None]] = {
     "__getitem__": _getitem,
     "__setitem__": _getitem,
     "arange": _arange,
+    "view_as_complex": _as_complex,
     "scaled_dot_product_attention": _attention,
     **dict.fromkeys(("numpy", "tolist", "__array__", "data_ptr"), _looked_at),
 }
@@ -524,7 +558,6 @@ _NO_NUMBERS = frozenset(_SPEAKERS) | frozenset(
         "min",
         "norm",
         "bincount",
-        "pad",
         "adaptive_avg_pool2d",
         "interpolate",
     ]

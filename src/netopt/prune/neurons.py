@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -26,7 +25,7 @@ from netopt.prune.candidates import AxisSelector, candidates
 from netopt.prune.compensation import compensated
 from netopt.prune.configuration import configured
 from netopt.prune.folding import fold_removed
-from netopt.prune.verify import Tensors, plain_tensors_kept, promise
+from netopt.prune.verify import Tensors, promise
 from netopt.report import PruningReport, Row
 from netopt.selection import Amount, Limits, Scope, check_amount, check_scope, check_threshold, select, select_within
 
@@ -150,7 +149,9 @@ def prune_neurons(
     operation = plan.prepare(model, optimizers)
     if not verify:
         return operation.run(report)
-    promised = promise(model, example_inputs, counted, decision.computing() if plan.exact else None)
+    promised = promise(
+        model, example_inputs, counted, decision.computing() if plan.exact else None, steady=decision.axes.steady
+    )
 
     def finish() -> PruningReport:
         promised.check(model, example_inputs, counted)
@@ -310,20 +311,18 @@ def _decide(
     def differentiated(result: Any) -> list[Tensor]:
         return [tensor for tensor in counted(result) if tensor.is_floating_point()]
 
-    runs = not isinstance(sources.importance, Mapping) and lookup(sources.importance, of="neurons").needs
-    with plain_tensors_kept(model) if runs else nullcontext():
-        scored = neuron_scores(
-            model,
-            {axis.name: axes.members(axis) for axis in chosen},
-            lambda name: axes.taps(axes[name]),
-            {axis.name: axis.size for axis in chosen},
-            importance=sources.importance,
-            data=sources.data,
-            example_inputs=example_inputs,
-            loss_fn=sources.loss_fn,
-            outputs=None if outputs is None else differentiated,
-            progress=sources.progress,
-        )
+    scored = neuron_scores(
+        model,
+        {axis.name: axes.members(axis) for axis in chosen},
+        lambda name: axes.taps(axes[name]),
+        {axis.name: axis.size for axis in chosen},
+        importance=sources.importance,
+        data=sources.data,
+        example_inputs=example_inputs,
+        loss_fn=sources.loss_fn,
+        outputs=None if outputs is None else differentiated,
+        progress=sources.progress,
+    )
     kept = _select(model, example_inputs, axes, chosen, scored.scores, request=request, macs=before.macs)
     plan = compensated(
         model,

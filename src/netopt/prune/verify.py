@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +21,9 @@ Counted = Callable[[Any], list[Tensor]]
 Tensors = Mapping[str, Mapping[int, Tensor]]
 """Kept indices by tensor name and dimension, of what is narrowed."""
 
+Steady = Sequence[Sequence[bool]] | None
+"""For each output and dimension whether its size depends on no values."""
+
 TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.2}
 """Largest difference allowed, as a share of the largest output: rounding grows with depth, errors are of size 1."""
 
@@ -30,9 +31,10 @@ TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3, torch.float16: 0.1, torch
 class Promise:
     """What the model's outputs have to be after the surgery."""
 
-    def __init__(self, expected: list[Tensor], *, equal: bool) -> None:
+    def __init__(self, expected: list[Tensor], *, equal: bool, steady: Steady = None) -> None:
         self._expected = expected
         self._equal = equal
+        self._steady = steady
 
     def check(self, model: nn.Module, inputs: Inputs, counted: Counted) -> None:
         """Runs ``model`` and compares.
@@ -48,19 +50,31 @@ class Promise:
                 "multiples, say round_to=8; else exclude the layer it names, and report it, please."
             ) from error
         shapes = [tuple(tensor.shape) for tensor in self._expected]
-        if [tuple(tensor.shape) for tensor in found] != shapes:
+        if not self._fits(found):
             raise VerificationError(
                 f"the smaller model's outputs have shapes {[tuple(tensor.shape) for tensor in found]}, not {shapes}; "
                 "everything was put back. Exclude the layer that decides this shape, and report it, please."
             )
         if not self._equal or not all(map(_comparable, self._expected)):
             return
+        if [tuple(tensor.shape) for tensor in found] != shapes:
+            return  # the values say how many entries there are
         difference, place = _difference(found, self._expected)
         if difference > _tolerance(found[place]) and not self._is_random(model, inputs, counted, found):
             raise VerificationError(
                 f"output {place} of the smaller model differs from the masked model's by {difference:.1e} of its size; "
                 "everything was put back. Set verify=False if the difference is meant, and report it, please."
             )
+
+    def _fits(self, found: list[Tensor]) -> bool:
+        """Whether the shapes are those promised, but for sizes that depend on values."""
+        if self._steady is None or len(self._steady) != len(self._expected):
+            return [one.shape for one in found] == [one.shape for one in self._expected]
+        return len(found) == len(self._expected) and all(
+            one.dim() == other.dim()
+            and all(a == b for a, b, is_steady in zip(one.shape, other.shape, flags, strict=True) if is_steady)
+            for one, other, flags in zip(found, self._expected, self._steady, strict=True)
+        )
 
     def is_kept(self, model: nn.Module, inputs: Inputs, counted: Counted) -> bool:
         """Whether the outputs are finite, of the shapes and of the values promised, to half of what is tolerated."""
@@ -81,7 +95,13 @@ class Promise:
 
 
 def promise(
-    model: nn.Module, inputs: Inputs, counted: Counted, kept: Tensors | None, *, equal: bool = False
+    model: nn.Module,
+    inputs: Inputs,
+    counted: Counted,
+    kept: Tensors | None,
+    *,
+    equal: bool = False,
+    steady: Steady = None,
 ) -> Promise:
     """Runs the model as it is, or with everything but ``kept`` masked, and notes what the smaller one has to return.
 
@@ -91,11 +111,12 @@ def promise(
         counted: From a result to the outputs that count.
         kept: Kept indices by tensor name and dimension, if the masked model's outputs are promised; else None.
         equal: Without ``kept``: whether the model's own outputs are promised, or only their shapes.
+        steady: For each output, which sizes depend on no values, see :class:`~netopt.axes.Axes`; absent: all.
     """
     if kept is None:
-        return Promise(run(model, inputs, counted), equal=equal)
+        return Promise(run(model, inputs, counted), equal=equal, steady=steady)
     operation = Operation(model, masked_tensors(model, kept))
-    return Promise(operation.rehearse(lambda: run(model, inputs, counted)), equal=True)
+    return Promise(operation.rehearse(lambda: run(model, inputs, counted)), equal=True, steady=steady)
 
 
 def masked_tensors(model: nn.Module, kept: Tensors) -> list[Exchange]:
@@ -123,44 +144,8 @@ def zeroed(tensor: Tensor, cuts: Mapping[int, Tensor]) -> Tensor:
 
 def run(model: nn.Module, inputs: Inputs, counted: Counted) -> list[Tensor]:
     """The outputs that count, in eval mode and without gradients; the model is given back as it was."""
-    with given_back(model), plain_tensors_kept(model), torch.no_grad():
+    with given_back(model), torch.no_grad():
         return [tensor.detach().clone() for tensor in counted(batches.call(model.eval(), inputs))]
-
-
-@contextmanager
-def plain_tensors_kept(model: nn.Module) -> Iterator[None]:
-    """Puts back the tensors that modules keep in plain attributes, lists and dicts, as a forward may replace them."""
-    noted: list[tuple[Any, Any]] = []
-    for module in model.modules():
-        if not isinstance(module, torch.jit.ScriptModule):
-            own = {name: value for name, value in vars(module).items() if name not in _OWN}
-            noted.append((vars(module), own))
-            noted += [(value, copy.copy(value)) for value in own.values() if isinstance(value, (dict, list))]
-    try:
-        yield
-    finally:
-        for holder, before in noted:
-            _put_back(holder, before)
-
-
-_OWN = frozenset(vars(nn.Module()))
-
-
-def _holds_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor) or (isinstance(value, (tuple, list)) and any(map(_holds_tensor, value)))
-
-
-def _put_back(holder: Any, before: Any) -> None:
-    if isinstance(holder, list):
-        if _holds_tensor(holder) or _holds_tensor(before):
-            holder[:] = before
-        return
-    changed = [key for key, value in holder.items() if _holds_tensor(value) and before.get(key) is not value]
-    for key in changed:
-        if key in before:
-            holder[key] = before[key]
-        elif key not in _OWN:
-            del holder[key]
 
 
 def _comparable(tensor: Tensor) -> bool:

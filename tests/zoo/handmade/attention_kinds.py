@@ -368,3 +368,119 @@ class HeadsWithoutTheWidth(nn.Module):
         v = self.v(x).view(b, n, self.num_heads, -1).transpose(1, 2)
         y = (q @ k.transpose(-1, -2) / 2).softmax(-1) @ v
         return self.head(self.out(y.transpose(1, 2).flatten(2)))
+
+
+@case(
+    "bias_padded_to_all_heads",
+    inputs=(2, 5, 6),
+    other=(3, 7, 6),
+    share=0.99,
+    expected=[
+        axis("stem:0 qkv.weight:1 out.weight:0 out.bias:0 head.weight:1", 12),
+        axis("qkv.weight:0 qkv.bias:0 slopes:0 out.weight:1", 2, label="biased"),
+        axis("qkv.weight:0 qkv.bias:0 out.weight:1", 3, label="values"),
+    ],
+    frozen={"qkv.weight:0": "is padding"},
+    sizes={"heads": "biased + 2"},
+)
+class BiasPaddedToAllHeads(nn.Module):
+    """Some heads have a bias by distance; it is padded with zeros for the others, which stay as many."""
+
+    def __init__(self, width=12, heads=4, biased=2):
+        super().__init__()
+        self.heads = heads
+        self.stem, self.qkv = nn.Linear(6, width), nn.Linear(width, 3 * width)
+        self.slopes = nn.Parameter(torch.rand(biased))
+        self.out, self.head = nn.Linear(width, width), nn.Linear(width, 2)
+
+    def forward(self, x):
+        x = self.stem(x)
+        batch, length, _ = x.shape
+        q, k, v = (one.view(batch, length, self.heads, -1).transpose(1, 2) for one in self.qkv(x).chunk(3, -1))
+        places = torch.arange(length).to(x)
+        bias = -self.slopes[:, None, None] * (places[:, None] - places).abs()
+        bias = F.pad(bias, (0, 0, 0, 0, 0, self.heads - bias.shape[0]))
+        y = (q @ k.transpose(-1, -2) + bias).softmax(-1) @ v
+        return self.head(x + self.out(y.transpose(1, 2).flatten(2)))
+
+
+@case(
+    "rotary_complex_in_part",
+    inputs=(2, 5, 16),
+    other=(3, 7, 16),
+    share=1.0,
+    expected=[
+        axis("wq:0 wk:0 wo.weight:1", 4, label="h"),
+        axis("wq:0 wk:0", 6, label="plain"),
+        axis("wq:0 wk:0 freqs_cis:1", 3, label="d"),
+    ],
+    sizes={"heads": "h", "plain": "plain", "turned": "2 * d"},
+)
+class ComplexRotaryInPart(nn.Module):
+    """Only the end of each head is turned, read in place as complex numbers: a head keeps an even length."""
+
+    def __init__(self, heads=4, plain=6, turned=6):
+        super().__init__()
+        self.heads, self.plain, self.turned = heads, plain, turned
+        self.wq, self.wk = (nn.Linear(16, heads * (plain + turned), bias=False) for _ in range(2))
+        self.wo = nn.Linear(heads, 7, bias=False)
+        freqs = 1.0 / (100.0 ** (torch.arange(0, turned, 2).float() / turned))
+        freqs = torch.outer(torch.arange(32).float(), freqs)
+        self.register_buffer("freqs_cis", torch.polar(torch.ones_like(freqs), freqs))
+
+    def rotate(self, x):
+        x = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2))
+        return torch.view_as_real(x * self.freqs_cis[: x.shape[1], None, :]).flatten(3)
+
+    def forward(self, x):
+        b, n, _ = x.shape
+        parts = [w(x).view(b, n, self.heads, -1).split([self.plain, self.turned], dim=-1) for w in (self.wq, self.wk)]
+        q, k = (torch.cat([plain, self.rotate(turned)], dim=-1) for plain, turned in parts)
+        return self.wo((q * k).sum(-1))
+
+
+class GroupedAttention(nn.Module):
+    """How many queries share a key is found by dividing, and said by code on longer inputs only."""
+
+    def __init__(self, width, heads, groups, head_dim, place):
+        super().__init__()
+        self.head_dim, self.place = head_dim, place
+        self.per_group = heads // groups
+        self.q, self.k, self.v = (nn.Linear(width, many * head_dim) for many in (heads, groups, groups))
+        self.out = nn.Linear(heads * head_dim, width)
+
+    def forward(self, x):
+        q, k, v = (layer(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        if x.shape[1] > 6:
+            k, v = (one.repeat_interleave(self.per_group, 1) for one in (k, v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.5, enable_gqa=x.shape[1] <= 6)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+@case(
+    "grouped_queries_found_by_dividing",
+    inputs=(2, 4, 12),
+    other=(3, 9, 12),
+    share=0.99,
+    expected=[
+        *(
+            axis(f"layers.{layer}.q:0 layers.{layer}.k:0 layers.{layer}.v:0 layers.{layer}.out.weight:1", 2)
+            for layer in (0, 1, 2)
+        ),
+        *(axis(f"layers.{layer}.q:0 layers.{layer}.out.weight:1", 2, label=f"r{layer}") for layer in (0, 1, 2)),
+    ],
+    sizes={f"layers.{layer}.per_group": f"r{layer}" for layer in (0, 1, 2)} | {"layers.2.place": "2"},
+)
+class GroupedQueriesFoundByDividing(nn.Module):
+    """The third layer holds another integer of that size, its own number."""
+
+    def __init__(self, width=12):
+        super().__init__()
+        self.stem, self.head = nn.Linear(12, width), nn.Linear(width, 3)
+        self.layers = nn.ModuleList([GroupedAttention(width, 4, 2, 6, place) for place in range(3)])
+
+    def forward(self, x):
+        x = self.stem(x)
+        for layer in self.layers:
+            x = x + layer(x)
+        return self.head(x)

@@ -382,6 +382,45 @@ def caches_tensors_and_has_run():
     return Caching()
 
 
+class CachingUntilTrained(nn.Module):
+    """Biases gathered once in evaluation mode, by length; dropped by every change of mode, as LeViT does it."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.head = nn.Linear(10, 8), nn.Linear(8, 3)
+        self.bias = nn.Parameter(torch.randn(5, 8))
+        self.kept = {}
+
+    def train(self, mode=True):
+        if self.kept:
+            self.kept = {}
+        return super().train(mode)
+
+    def biases(self, length):
+        if self.training:
+            return self.bias[torch.arange(length) % 5]
+        if str(length) not in self.kept:
+            self.kept[str(length)] = self.bias[torch.arange(length) % 5].detach()
+        return self.kept[str(length)]
+
+    def forward(self, x):
+        return self.head(self.fc(x) * self.biases(x.shape[1]))
+
+
+@case(
+    "cache_dropped_by_a_change_of_mode",
+    inputs=(3, 6, 10),
+    other=(2, 4, 10),
+    share=0.98,
+    expected=[axis("fc:0 bias:1 kept.6:1 head.weight:1", 8)],
+    warm=True,
+    stir=False,
+    prepare=nn.Module.eval,
+)
+def cache_dropped_by_a_change_of_mode():
+    return CachingUntilTrained()
+
+
 @case(
     "hooks",
     inputs=(4, 10),
@@ -396,3 +435,36 @@ def hooks():
     net[1].register_forward_hook(lambda module, args, out: seen.update(x=out * 2))
     net[4].register_forward_pre_hook(lambda module, args: (torch.cat([args[0], seen["x"]], dim=1),))
     return net
+
+
+@case(
+    "reversible_blocks_that_free_their_inputs",
+    inputs=(2, 3, 6, 6),
+    other=(3, 3, 8, 8),
+    share=0.99,
+    expected=[
+        axis("stem:0 first.weight:0 first.bias:0 second.weight:1 head.weight:1", 4),
+        axis("stem:0 second.weight:0 second.bias:0 first.weight:1 head.weight:1", 4),
+    ],
+    fake="entries are exchanged, which shapes alone have none of",
+    train_step="the entries needed are gone",
+)
+class ReversibleBlocks(nn.Module):
+    """Two halves that change each other in turn; what can be computed again is freed, as RevNet does it."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 2, 1)
+        self.first, self.second = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x):
+        x = self.stem(x)
+        with torch.no_grad():
+            a, b = (half.contiguous() for half in x.chunk(2, dim=1))
+            c = a + self.first(b)
+            d = b + self.second(c)
+            y = torch.cat([c, d], dim=1)
+            for one in (a, b, c, d):
+                one.set_()
+        x.data.set_()
+        return self.head(y)

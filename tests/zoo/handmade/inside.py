@@ -186,7 +186,7 @@ class NumbersOverSizes(nn.Module):
     expected=[axis("lift:0 head.weight:1", 8)],
 )
 class RowsWithoutEntries(nn.Module):
-    """A remainder that is empty on these inputs is viewed and joined on again."""
+    """A remainder that is empty on these inputs is viewed, joined to another and joined on again."""
 
     def __init__(self):
         super().__init__()
@@ -195,4 +195,4 @@ class RowsWithoutEntries(nn.Module):
     def forward(self, x):
         x = self.lift(x)
         rest = x[:, x.shape[1] :].reshape(x.shape[0], -1, x.shape[-1])
-        return self.head(torch.cat([x, rest], dim=1))
+        return self.head(torch.cat([x, torch.cat([rest, rest], dim=1)], dim=1))

@@ -309,3 +309,31 @@ class SelectiveScan(nn.Module):
             out.append(torch.einsum("bdn,bn->bd", h, c[:, i]))
         y = torch.stack(out, dim=1) + x * self.skip
         return self.out(y * torch.nn.functional.silu(gate))
+
+
+@case(
+    "gated_residual_like_another",
+    inputs=(2, 5, 6),
+    other=(3, 4, 6),
+    share=0.99,
+    expected=[
+        axis("stem:0 norm:0 cell.weight_hh:1 cell.weight_hh:0 cell.bias_hh:0 cell.weight_ih:0 cell.bias_ih:0"
+             " up.weight:1 head.weight:1", 8, exact=False),
+        axis("up:0 down.weight:1", 12),
+        axis("down:0 cell.weight_ih:1", 8),
+    ],
+    sizes={"cell.hidden_size": "8 // 2", "cell.input_size": "8 // 2"},
+)  # fmt: skip
+class GatedResidualLikeAnother(nn.Module):
+    """A recurrent cell as residual, whose result takes the shape of its input: both widths keep equal counts."""
+
+    def __init__(self, width=8):
+        super().__init__()
+        self.stem, self.norm, self.head = nn.Linear(6, width), nn.LayerNorm(width), nn.Linear(width, 3)
+        self.up, self.down, self.cell = nn.Linear(width, 12), nn.Linear(12, width), nn.GRUCell(width, width)
+
+    def forward(self, x):
+        x = self.stem(x)
+        y = self.down(self.up(self.norm(x)).relu())
+        gated = self.cell(y.flatten(0, 1), x.flatten(0, 1))
+        return self.head(gated.reshape_as(y))

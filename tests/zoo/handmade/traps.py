@@ -191,6 +191,82 @@ class CachedByFunction(nn.Module):
         return self.head(F.conv1d(x, binomial(int(x.shape[1])).to(x), groups=x.shape[1]))
 
 
+@functools.lru_cache(maxsize=64)
+def split_shape(shape, heads):
+    """The shape of heads side by side, kept between calls, as einops keeps what a pattern makes of a shape."""
+    batch, length, width = shape
+    return (batch, length, heads, width // heads), shape
+
+
+def kept(function):
+    """A decorator of one's own around the cache of Python."""
+    remembered = functools.lru_cache(maxsize=4)(function)
+
+    @functools.wraps(function)
+    def wrapper(*args):
+        return remembered(*args)
+
+    return wrapper
+
+
+@case(
+    "tensors_kept_by_a_method",
+    inputs=(2, 5, 6),
+    other=(3, 7, 6),
+    share=0.96,
+    warm=True,
+    fake="a method keeps what the first run made",
+    expected=[axis("fc:0 head.weight:1", 8, exact=False)],
+)
+class TensorsKeptByMethod(nn.Module):
+    """A ramp over time, scaled by the width and kept for each shape, as MaskFormer keeps its positions."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    @staticmethod
+    @kept
+    def ramp(shape):
+        return (torch.arange(shape[1]) / shape[2])[None, :, None].expand(shape[0], -1, shape[2])
+
+    def forward(self, x):
+        x = self.fc(x)
+        return self.head(x + self.ramp(x.shape).to(x))
+
+
+@case(
+    "shapes_kept_by_a_function",
+    inputs=(2, 5, 6),
+    other=(3, 7, 6),
+    share=0.99,
+    warm=True,
+    expected=[
+        axis("stem:0 qkv.weight:1 out.weight:0 out.bias:0 head.weight:1", 12),
+        axis("qkv.weight:0 qkv.bias:0 out.weight:1", 3, label="heads"),
+        axis("qkv.weight:0 qkv.bias:0", 4, label="keys"),
+        axis("qkv.weight:0 qkv.bias:0 out.weight:1", 4, label="values"),
+    ],
+    sizes={"heads": "heads"},
+)
+class ShapesKeptByFunction(nn.Module):
+    """Attention whose shapes a function has computed before, for the same integers."""
+
+    def __init__(self, width=12, heads=3):
+        super().__init__()
+        self.heads = heads
+        self.stem, self.qkv = nn.Linear(6, width), nn.Linear(width, 3 * width)
+        self.out, self.head = nn.Linear(width, width), nn.Linear(width, 2)
+
+    def forward(self, x):
+        x = self.stem(x)
+        q, k, v = self.qkv(x).chunk(3, -1)
+        apart, together = split_shape(q.shape, self.heads)
+        q, k, v = (one.reshape(apart).transpose(1, 2) for one in (q, k, v))
+        y = (q @ k.transpose(-1, -2)).softmax(-1) @ v
+        return self.head(x + self.out(y.transpose(1, 2).reshape(together)))
+
+
 def bias_gelu(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """A fused activation, as Megatron scripts it."""
     x = x + bias

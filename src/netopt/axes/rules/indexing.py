@@ -81,6 +81,7 @@ def index(op: Operation, tensor: Tensor, indices: Sequence[Tensor | None]) -> An
         tensors.append(one)
         at += width
     if any(one.dtype in (torch.bool, torch.uint8) for one in tensors):
+        op.trace.by_value = True
         for one in tensors:
             op.freeze(op.dims(one), "is a mask that selects positions")
         made = [op.frozen(op.out.shape[places[0]], "is selected by value")] if len(tensors) == 1 else None

@@ -170,6 +170,7 @@ def ranked(op: Operation, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
 )
 def by_value(op: Operation, *tensors: Any, **kwargs: Any) -> Any:
     """The size of the result depends on values."""
+    op.trace.by_value = True
     for tensor in tensors:
         if isinstance(tensor, Tensor):
             op.freeze(op.dims(tensor), f"is selected from by value, by {op.short}")

@@ -163,7 +163,7 @@ def cat(op: Operation, tensors: Sequence[Tensor], dim: int = 0) -> Dims:
     result: Dims = []
     for index, first in enumerate(parts[0]):
         if index == joined:
-            result.append(join([dims[index] for dims in parts if dims[index].size]))
+            result.append(join([dims[index] for dims in parts if dims[index].size] or [first]))
             continue
         for dims in parts[1:]:
             op.same(first, dims[index])
@@ -410,6 +410,17 @@ def trace(op: Operation, tensor: Tensor) -> Dims:
     else:
         op.freeze([first, second], "is matched with another dimension by position")
     return []
+
+
+@rule("aten::set")
+def set_(op: Operation, tensor: Tensor, source: Any = None, *rest: Any) -> Dims:
+    """A tensor given the entries of another, or none, as those do that free what they can compute again."""
+    if isinstance(source, Tensor) and not rest:
+        return op.dims(source)
+    if source is None:
+        return [Dim(Atom(size)) for size in op.out.shape]
+    op.freeze(op.dims(tensor), "is given other entries")
+    return [op.frozen(size, "is given other entries") for size in op.out.shape]
 
 
 @rule("aten::as_strided")
