@@ -22,7 +22,7 @@ from netopt.axes.sizes import Scalar, Size
 
 _MEMO = type(functools.lru_cache(lambda: None))
 _Held: TypeAlias = "tuple[Any, str, Any, Any]"
-"""Who holds such a function, under which name, the function, and what is lent instead."""
+"""Who holds such a function (the names of a file, a class, a cell), under which name, it, and what is lent instead."""
 
 _lock = threading.RLock()
 _searched: set[str] = set()
@@ -37,17 +37,17 @@ def memos_passed_by() -> Iterator[None]:
         try:
             for holder, name, memo, lent in _all_held():
                 if _current(holder, name) is memo:
-                    setattr(holder, name, lent)
+                    _put(holder, name, lent)
                     swapped.append((holder, name, memo))
             yield
         finally:
             for holder, name, memo in swapped:
-                setattr(holder, name, memo)
+                _put(holder, name, memo)
 
 
 def _all_held() -> list[_Held]:
     """What files of the user's and of model libraries hold; each is searched once."""
-    new = sys.modules.keys() - _searched
+    new = sys.modules.keys() - _searched if len(sys.modules) != len(_searched) else ()
     _searched.update(new)
     for name in new:
         if not is_library(name) and name.partition(".")[0] not in ("netopt", "__main__"):
@@ -57,7 +57,16 @@ def _all_held() -> list[_Held]:
 
 
 def _current(holder: Any, name: str) -> Any:
-    return getattr(holder, name) if isinstance(holder, types.CellType) else vars(holder).get(name)
+    if type(holder) is dict:
+        return holder.get(name)
+    return getattr(holder, name) if type(holder) is types.CellType else vars(holder).get(name)
+
+
+def _put(holder: Any, name: str, value: Any) -> None:
+    if type(holder) is dict:
+        holder[name] = value
+    else:
+        setattr(holder, name, value)
 
 
 def _held_by(module: Any) -> Iterator[_Held]:
@@ -65,7 +74,7 @@ def _held_by(module: Any) -> Iterator[_Held]:
         return
     held = list(vars(module).items())
     for name, value in held:
-        yield from _entry(module, name, value, 1)
+        yield from _entry(vars(module), name, value, 1)
         if isinstance(value, type) and value.__module__ == module.__name__:
             for key, one in list(vars(value).items()):
                 yield from _entry(value, key, one, 2)  # a method is given its object, and something else
