@@ -327,6 +327,10 @@ def main() -> None:
         if part in options.parts:
             found = in_process(part, options.width)
             print(part, json.dumps(found, indent=1), flush=True)
+            if part == "solving":
+                # One result a width.
+                known = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+                found = known.get(part, {}) | {options.width: {"date": dt.date.today().isoformat()} | found}
             add(part, found)
 
 

@@ -120,8 +120,13 @@ def test_every_other_batch_is_of_the_same_half_and_a_single_one_is_cut(sizes):
     torch.manual_seed(0)
     model, data = nn.Linear(4, 3), [torch.randn(size, 4) for size in sizes]
     order, chain = stages(model, data, {"weight": places(model)["weight"]})
+    runner = replay.Runner(model, data, None, chain)
+    (whole,) = moments(runner, order[0], {"weight": places(model)["weight"]})["weight"]
     runner = replay.Runner(model, data, None, chain, unpruned=contextlib.nullcontext)
     (found,) = moments(runner, order[0], {"weight": places(model)["weight"]})["weight"]
+    assert len(whole.own) == 1
+    torch.testing.assert_close(whole.own[0], found.own.sum(0))
+    assert torch.equal(whole.cross, whole.own)
     parts = [torch.cat(data[0::2]), torch.cat([*data[1::2], torch.empty(0, 4)])]
     if len(sizes) == 1:
         parts = [data[0][: sizes[0] // 2], data[0][sizes[0] // 2 :]]

@@ -28,7 +28,8 @@ class Moments:
 
     Attributes:
         own: Of its inputs in the model as it is pruned so far, with themselves; ``(halves, groups, columns, columns)``.
-        cross: Of its inputs in the unpruned model with those, of the same shape; ``own`` if that model was not run.
+        cross: Of its inputs in the unpruned model with those, of the same shape. If that model was not run, all data
+            are one half, and this is ``own``.
     """
 
     own: Tensor

@@ -167,13 +167,15 @@ class _Survey:
 def moments(runner: Runner, stage: Stage, wanted: Mapping[str, Place]) -> dict[str, list[Moments]]:
     """Returns the second moments of what the weights of ``stage`` are multiplied with, matrix by matrix.
 
-    Every other batch is of the same half of the data; a single batch is cut in the middle.
+    Every other batch is of the same half of the data; a single batch is cut in the middle. Where the unpruned model is
+    not run, nothing is told from halves, and all data are together.
     """
-    tally = _Tally(stage, runner.models)
+    aims = True in runner.models
+    tally = _Tally(stage, aims)
     watched = {name: wanted[name] for name in stage.readings}
     for index, runs in enumerate(runner.runs(stage.block)):
         for dense, run in runs.items():
-            tally.begin(dense, half=None if len(runner.held) == 1 else index % 2)
+            tally.begin(dense, half=(None if len(runner.held) == 1 else index % 2) if aims else 0)
             with runner.being(dense):
                 watched_forward(run, watched, tally.see)
     return {name: tally.of(name) for name in stage.readings}
@@ -196,8 +198,8 @@ class _Seal:
 class _Tally:
     """Adds up second moments over forwards, once for weights that read the same inputs."""
 
-    def __init__(self, stage: Stage, models: tuple[bool, ...]) -> None:
-        self.stage, self.models = stage, models
+    def __init__(self, stage: Stage, aims: bool) -> None:
+        self.stage, self.aims = stage, aims
         self.sums: dict[str, dict[Matrix, Moments]] = {name: {} for name in stage.readings}
         self.shared: dict[str, str] = {}
         self.seen: dict[tuple[str, Matrix], list[Reading]] = {}
@@ -262,14 +264,14 @@ class _Tally:
             inputs = ours.to(torch.promote_types(ours.dtype, torch.float32))
             groups, count, columns = inputs.shape
             if reading.matrix not in sums:
-                found = inputs.new_zeros(len(self.models), 2, groups, columns, columns)
+                found = inputs.new_zeros(1 + self.aims, 1 + self.aims, groups, columns, columns)
                 sums[reading.matrix] = Moments(found[-1], found[0])
             own, cross = sums[reading.matrix].own, sums[reading.matrix].cross
             cuts = (count // 2, count - count // 2) if self.half is None else (count,)
             parts = zip(inputs.split(cuts, 1), theirs.to(inputs.dtype).split(cuts, 1), strict=True)
             for half, (one, other) in enumerate(parts, self.half or 0):
                 own[half].baddbmm_(one.mT, one)
-                if True in self.models:
+                if self.aims:
                     cross[half].baddbmm_(other.mT, one)
 
 
