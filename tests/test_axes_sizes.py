@@ -8,6 +8,7 @@ import json
 import math
 import operator
 import pickle
+import sys
 import types
 from dataclasses import dataclass, field
 
@@ -502,3 +503,23 @@ def test_a_shape_is_a_torch_size_that_remembers():
     assert torch.zeros(shape).shape == torch.zeros(24).view(shape).shape == torch.Size([2, 3, 4])
     assert type(copy.deepcopy(shape)) is torch.Size
     assert type(pickle.loads(pickle.dumps(shape))) is torch.Size
+
+
+class Missing:
+    """What stands for a package that is not installed, as libraries leave it in their files."""
+
+    def __getattr__(self, name):
+        raise ImportError("not installed")
+
+
+def test_what_stands_for_a_missing_package_is_left_alone(monkeypatch):
+    class Net(nn.Module):
+        def forward(self, x):
+            return x * 0.5
+
+    file = types.ModuleType("lacking")
+    file.missing = Missing()
+    monkeypatch.setitem(sys.modules, "lacking", file)
+    Net.__module__ = "lacking"
+    with remembering_literals([("", Net())]):
+        assert Net()(1.0) == 0.5

@@ -109,8 +109,11 @@ def _functions_in(holder: Any) -> list[_Lending]:
 
 def _function(value: Any) -> types.FunctionType | None:
     """The user's own function behind a method, a static method or a decorator that says what it wraps."""
-    for _ in range(4):
-        value = getattr(value, "__func__", None) or getattr(value, "__wrapped__", None) or value
+    try:
+        for _ in range(4):
+            value = getattr(value, "__func__", None) or getattr(value, "__wrapped__", None) or value
+    except Exception:  # what stands for a missing package answers every question by raising
+        return None
     if not isinstance(value, types.FunctionType):
         return None
     home = value.__module__

@@ -482,6 +482,7 @@ _SPEAKERS: dict[str, Callable[..., None]] = {
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _grouped(6, "groups")),
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _grouped(6, "groups")),
     "channel_shuffle": _grouped(1, "groups"),
+    "deform_conv2d": _grouped(11, "groups"),
     **dict.fromkeys(("split", "split_with_sizes", "unsafe_split"), _split),
     **dict.fromkeys(("chunk", "unsafe_chunk"), _chunk),
     "narrow": _narrow,

@@ -56,6 +56,26 @@ def convolution(
     return [*dims[:channel], out, *spatial]
 
 
+@rule("torchvision::deform_conv2d")
+def deformable(
+    op: Operation, tensor: Tensor, weight: Tensor, offset: Tensor, mask: Tensor, bias: Tensor, *rest: Any
+) -> Dims:
+    """A convolution that moves each entry of its kernel, to where a second tensor says, weighted by a third."""
+    dims, kernel = op.dims(tensor), op.dims(weight)
+    groups = rest[6]  # after strides, paddings and dilations, each in two directions
+    op.freeze(kernel[2:], "is a dimension of a kernel")
+    op.trace.kernels.extend(dim.layout for dim in kernel[2:])
+    if groups == 1:
+        made, read = kernel[0], kernel[1]
+        op.summed(dims[1], read)
+    else:
+        made, read = _grouped(op, dims[1], kernel, groups, transposed=False)
+    op.contract(weight, [read], [made])
+    why = "is a spatial dimension of a convolution"
+    op.freeze([*dims[2:], *op.dims(offset)[1:], *op.dims(mask)[1:]], why)
+    return [dims[0], biased(op, [made], bias)[0], *(op.frozen(size, why) for size in op.out.shape[2:])]
+
+
 @rule("aten::convolution_backward")
 def convolution_gradient(
     op: Operation, grad: Tensor, tensor: Tensor, weight: Tensor, sizes: Any = None, *rest: Any

@@ -64,7 +64,7 @@ def _summing(position: int) -> Callable[..., Any]:
     return speak
 
 
-rule("aten::sum", "aten::nansum", "aten::count_nonzero", "aten::any")(_summing(0))
+rule("aten::sum", "aten::nansum", "aten::count_nonzero", "aten::any", "aten::_is_any_true")(_summing(0))
 rule("aten::norm", "aten::linalg_vector_norm")(_summing(1))
 
 
@@ -81,6 +81,7 @@ rule("aten::norm", "aten::linalg_vector_norm")(_summing(1))
     "aten::amin",
     "aten::aminmax",
     "aten::all",
+    "aten::_is_all_true",
     "aten::argmax",
     "aten::argmin",
     "aten::median",
@@ -167,6 +168,7 @@ def ranked(op: Operation, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
     "aten::nonzero",
     "aten::masked_select",
     "aten::repeat_interleave",
+    "torchvision::nms",
 )
 def by_value(op: Operation, *tensors: Any, **kwargs: Any) -> Any:
     """The size of the result depends on values."""

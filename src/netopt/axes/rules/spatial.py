@@ -39,6 +39,20 @@ def over_pixels(op: Operation, tensor: Tensor, *args: Any, **kwargs: Any) -> Any
     )
 
 
+@rule("torchvision::roi_align", "torchvision::roi_pool")
+def over_regions(op: Operation, tensor: Tensor, regions: Tensor, *args: Any) -> Any:
+    """``[n, c, h, w]`` and boxes ``[k, 5]``: the pixels in each box, ``[k, c, ...]``."""
+    dims, boxes = op.dims(tensor), op.dims(regions)
+    why = f"is a spatial dimension of {op.short}"
+    op.freeze(dims[2:], why)
+    op.freeze(boxes[1:], "is a box")
+    return tuple(
+        [Dim(boxes[0].layout), dims[1], *(op.frozen(size, why) for size in out.shape[2:])]
+        for out in tree_leaves(op.out)
+        if isinstance(out, Tensor)
+    )
+
+
 @rule("aten::constant_pad_nd", "aten::pad", "aten::_pad_enum")
 def constant_pad(op: Operation, tensor: Tensor, pad: Sequence[int], *args: Any, **kwargs: Any) -> Dims:
     """New positions before and behind a dimension, from the last one on; negative ones cut."""
