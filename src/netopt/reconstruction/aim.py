@@ -43,9 +43,22 @@ def aimed(weight: Tensor, moments: Moments) -> Tensor:
     unpruned outputs on the other half, and infinite where none comes nearer than ``weight``. It is told from up to 256
     of the rows; strong pulls are tried first, until one does worse than the one before.
 
+    Args:
+        weight: Matrices side by side, ``(groups, rows, columns)``; of all of them the pull is the same.
+        moments: Of what they are multiplied with.
+
     References:
         Ridge Regression: Biased Estimation for Nonorthogonal Problems (Hoerl & Kennard, 1970),
         https://doi.org/10.1080/00401706.1970.10488634
+
+    Example:
+        Where inputs have become twice as large, half the weights would do:
+
+        >>> x = torch.randn(2, 100, 3)
+        >>> own, cross = 4 * x.mT @ x, 2 * x.mT @ x
+        >>> found = aimed(torch.ones(1, 1, 3), Moments(own[:, None], cross[:, None]))
+        >>> torch.allclose(found, 0.5 * own.sum(0).sum(0), rtol=0.01)
+        True
     """
     whole = moments.own.sum(0)
     changes = [cross - own for cross, own in zip(moments.cross, moments.own, strict=True)]
