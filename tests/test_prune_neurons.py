@@ -316,6 +316,33 @@ def test_only_sizes_that_depend_on_values_may_change(shape, steady, kept):
         promised.check(Result(), torch.zeros(1), lambda result: [result])
 
 
+class UnitQueries(nn.Module):
+    """Attention whose queries are made by rows of length one: a masked row is divided by zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.k, self.v = nn.Parameter(torch.randn(8, 6)), nn.Linear(6, 8), nn.Linear(6, 8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q = nn.functional.linear(x, self.weight / self.weight.norm(dim=1, keepdim=True))
+        q, k, v = (one.unflatten(-1, (2, -1)).transpose(1, 2) for one in (q, self.k(x), self.v(x)))
+        y = nn.functional.scaled_dot_product_attention(q, k, v, scale=0.5)
+        return self.head(y.transpose(1, 2).flatten(2))
+
+
+def test_a_masked_row_divided_by_zero_is_no_wrong_answer():
+    torch.manual_seed(0)
+    model, x = UnitQueries(), torch.randn(2, 5, 6)
+    wanted = {"weight:0", "k.weight:0"}
+    axes = [axis for axis in find_axes(model, x).free if wanted <= {str(one) for one in axis.members}]
+    queries = next(axis for axis in axes if axis.size == 4)
+    assert queries.exact
+    report = prune_quietly(model, x, {queries.name: 2}, importance="magnitude")
+    assert model.k.out_features == 4
+    assert report.plan.exact
+
+
 def test_a_kernel_that_wants_multiples_is_undone_and_named():
     class Picky(nn.Sequential):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
+from torch import nn
+
 from netopt.axes.places import Parts, is_library
 from netopt.axes.sizes import Scalar, Size, remember
 
@@ -99,12 +101,19 @@ def _functions_in(holder: Any) -> list[_Lending]:
         return []
     if holder not in _rewritten:
         values = [holder] if isinstance(holder, types.FunctionType) else list(vars(holder).values())
+        if isinstance(holder, types.ModuleType):
+            values += [one for kind in values if _is_beside(kind, holder) for one in vars(kind).values()]
         _rewritten[holder] = [
             (function, function.__code__, lent)
             for function in filter(None, map(_function, values))
             if (lent := _with_literals(function.__code__)) is not function.__code__
         ]
     return _rewritten[holder]
+
+
+def _is_beside(kind: Any, file: types.ModuleType) -> bool:
+    """Whether a class of a file is none of modules, such as a function with a gradient of its own."""
+    return isinstance(kind, type) and kind.__module__ == file.__name__ and not issubclass(kind, nn.Module)
 
 
 def _function(value: Any) -> types.FunctionType | None:

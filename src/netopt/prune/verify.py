@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from netopt import batches
 from netopt.batches import Inputs
@@ -144,7 +145,8 @@ def zeroed(tensor: Tensor, cuts: Mapping[int, Tensor]) -> Tensor:
 
 def run(model: nn.Module, inputs: Inputs, counted: Counted) -> list[Tensor]:
     """The outputs that count, in eval mode and without gradients; the model is given back as it was."""
-    with given_back(model), torch.no_grad():
+    # A masked row divided by its own length is no number, which the fused kernel makes one of in short sequences.
+    with given_back(model), sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         return [tensor.detach().clone() for tensor in counted(batches.call(model.eval(), inputs))]
 
 

@@ -500,3 +500,34 @@ class ShuffledAndPermuted(nn.Module):
         x = torch.cat([x, x.relu()], dim=1)
         x = x.view(x.size(0), self.groups, -1).transpose(1, 2).flatten(1)
         return self.head(x[:, self.permutation])
+
+
+class Binarised(torch.autograd.Function):
+    """Signs, scaled by how many there are; the gradient passes."""
+
+    @staticmethod
+    def forward(ctx, weight):
+        return (2.0 / weight.shape[1]) ** 0.5 * weight.sign()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+@case(
+    "size_in_a_custom_function",
+    inputs=(3, 6),
+    other=(5, 6),
+    share=0.97,
+    expected=[axis("first:0 weight:1", 8, exact=False), axis("weight:0 head.weight:1", 10)],
+)
+class SizeInCustomFunction(nn.Module):
+    """A literal divided by a size, in a class of the file that is no module: the number of inputs counts."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.head = nn.Linear(6, 8), nn.Linear(10, 2)
+        self.weight = nn.Parameter(torch.randn(10, 8))
+
+    def forward(self, x):
+        return self.head(F.linear(self.first(x), Binarised.apply(self.weight)).relu())
