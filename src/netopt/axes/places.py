@@ -232,7 +232,7 @@ class _Loan:
 
 
 _NUMBERS = frozenset({bool, int, float, str, type(None)})
-_OPAQUE = (torch.Tensor, nn.Module, type, types.ModuleType)
+_OPAQUE = (torch.Tensor, nn.Module, type, types.ModuleType, int, float)  # a size that is lent already holds its ledger
 _SIMPLE = frozenset(
     {bool, float, str, bytes, complex, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format}
 )
