@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -393,6 +395,8 @@ def test_nan_weights_and_unseen_weights_are_named():
 
 @pytest.mark.parametrize("of", ["weights", "neurons", "layers"])
 def test_every_criterion_cites_its_source(of):
-    ours = [importance.lookup(name, of=of) for name in importance.names(of)]
-    assert ours
+    known = [importance.lookup(name, of=of) for name in importance.names(of)]
+    # Examples of docstrings may have registered some, which no file holds.
+    ours = [one for one in known if getattr(sys.modules[one.function.__module__], one.function.__name__, None)]
+    assert len([one for one in ours if one.function.__module__.startswith("netopt")]) > 2
     assert not [one.name for one in ours if one.function.__module__.startswith("netopt") and not one.paper]
