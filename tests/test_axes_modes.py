@@ -68,6 +68,15 @@ class ChosenComputation(Base):
         return self.linear(x) * (0.0 if self.training else x.mean())
 
 
+class ChosenTensor(Base):
+    def __init__(self):
+        super().__init__()
+        self.extra = nn.Parameter(torch.randn(4))
+
+    def forward(self, x):
+        return self.linear(x) + (self.extra if self.training else 0.0)
+
+
 class OwnFunction(Base):
     def forward(self, x):
         return dropout(self.linear(x), self.p, training=self.training)
@@ -105,7 +114,7 @@ def test_a_switch_of_dropout_is_no_other_forward(kind):
 
 
 @pytest.mark.parametrize(
-    "kind", [Branch, BranchBesideDropout, ChosenComputation, OwnFunction, OwnMethod, AlphaDropout, Kept]
+    "kind", [Branch, BranchBesideDropout, ChosenComputation, ChosenTensor, OwnFunction, OwnMethod, AlphaDropout, Kept]
 )
 def test_any_other_use_of_the_mode_is_a_question(kind):
     model = kind().eval()
@@ -203,6 +212,12 @@ def test_a_part_that_gives_another_shape_is_run_twice_and_stays():
     model.register_forward_hook(lambda *_: times.append(1))
     find_axes(model, torch.randn(4, 5))
     assert len(times) == 2
+
+
+def test_a_tensor_met_in_training_alone_shrinks_too():
+    model = nn.Sequential(ChosenTensor(), nn.Linear(4, 3))
+    members = {str(member.tensor) for member in find_axes(model, torch.randn(2, 4))["0.linear"].members}
+    assert members == {"0.linear.weight", "0.linear.bias", "0.extra", "1.weight"}
 
 
 def test_what_a_part_keeps_is_as_it_was():

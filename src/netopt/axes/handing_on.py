@@ -12,7 +12,7 @@ import functools
 import itertools
 import linecache
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -38,8 +38,12 @@ def only_switches_dropout(frame: types.FrameType) -> bool:
     """Whether the attribute that ``frame`` reads just now decides about dropout and nothing else."""
     found = _use(frame.f_code, frame.f_lasti)
     if isinstance(found, ast.Call):
-        return any(_value(found.func, frame.f_globals) is one for one in _TAKERS)
-    return isinstance(found, ast.IfExp)
+        return any(_value(found.func, frame.f_globals, types.ModuleType) is one for one in _TAKERS)
+    # A tensor that is taken in one mode only would be met in that mode only.
+    return found is not None and all(
+        isinstance(_value(one, {**frame.f_globals, **frame.f_locals}, object), (int, float))
+        for one in (found.body, found.orelse)
+    )
 
 
 @functools.lru_cache(maxsize=4096)
@@ -105,11 +109,13 @@ def _lines(code: types.CodeType) -> Iterator[int | None]:
             yield from _lines(constant)
 
 
-def _value(expression: ast.AST, names: dict[str, Any]) -> Any:
-    """What a dotted name is, looked up among global names; None for any other expression."""
+def _value(expression: ast.AST, names: Mapping[str, Any], holders: type) -> Any:
+    """What a constant or a dotted name is, its attributes read of ``holders`` alone; None for any other expression."""
+    if isinstance(expression, ast.Constant):
+        return expression.value
     if isinstance(expression, ast.Name):
         return names.get(expression.id)
     if isinstance(expression, ast.Attribute):
-        holder = _value(expression.value, names)
-        return getattr(holder, expression.attr, None) if isinstance(holder, types.ModuleType) else None
+        holder = _value(expression.value, names, holders)
+        return getattr(holder, expression.attr, None) if isinstance(holder, holders) else None
     return None

@@ -66,7 +66,7 @@ def _holders(parts: Parts) -> tuple[list[tuple[Any, Any]], list[Any]]:
     waiting: list[tuple[Any, int]] = []
     for _, module in parts:
         kept.append((module.__dict__, module.__dict__.copy()))
-        found = [_container(item) for item in module.__dict__.values() if type(item) not in _NUMBERS]
+        found = [_container(item) for item in module.__dict__.values() if type(item) not in _PLAIN]
         empty += [one for one in found if one is not None and not one and type(one) is not tuple]
         waiting += [(one, _DEPTH - 1) for one in found if one]
     while waiting:
@@ -90,7 +90,7 @@ def _holders(parts: Parts) -> tuple[list[tuple[Any, Any]], list[Any]]:
 def _container(item: Any) -> Any:
     """What is to be looked into: ``item`` if it is a container, the attributes of a configuration, or None."""
     kind = type(item)
-    if kind in _SIMPLE or kind is int or (kind is tuple and all(type(one) is int for one in item)):
+    if kind in _PLAIN or (kind is tuple and all(type(one) is int for one in item)):
         return None
     if kind is dict or kind is OrderedDict or kind is list:
         return item
@@ -231,11 +231,11 @@ class _Loan:
                 self.undo.append(functools.partial(setattr, function, "__defaults__", defaults))
 
 
-_NUMBERS = frozenset({bool, int, float, str, type(None)})
 _OPAQUE = (torch.Tensor, nn.Module, type, types.ModuleType, int, float)  # a size that is lent already holds its ledger
 _SIMPLE = frozenset(
     {bool, float, str, bytes, complex, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format}
 )
+_PLAIN = _SIMPLE | {int}
 
 
 def is_library(module: str) -> bool:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, TypeAlias, TypeGuard
 
-__all__ = ["out_of_proportion"]
+__all__ = ["Shapes", "out_of_proportion"]
 
 Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
 Numbers: TypeAlias = Mapping[Any, Any]

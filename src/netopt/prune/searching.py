@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from netopt.prune.probing import out_of_proportion
+from netopt.prune.probing import Shapes, out_of_proportion
 
-Shapes = Mapping[str, tuple[int, ...]]
 Where = tuple[Any, ...]
 Changes = dict[Where, Any]
 Moves = list[tuple[tuple[Where, ...], Any]]

@@ -428,9 +428,7 @@ class ComplexRotaryInPart(nn.Module):
         freqs = torch.outer(torch.arange(32).float(), freqs)
         self.register_buffer("freqs_cis", torch.polar(torch.ones_like(freqs), freqs))
 
-    def rotate(self, x):
-        x = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2))
-        return torch.view_as_real(x * self.freqs_cis[: x.shape[1], None, :]).flatten(3)
+    rotate = ComplexRotary.rotate
 
     def forward(self, x):
         b, n, _ = x.shape
