@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from netopt.axes import find_axes
+from netopt.axes.held import Held
 from netopt.axes.layout import Atom
 from netopt.axes.literals import Literal, remembering_literals
 from netopt.axes.places import remembered
@@ -309,7 +310,9 @@ def numbers(value, path=(), seen=None):
 def test_every_integer_is_lent_with_its_place_and_given_back():
     model, ledger = Holder(), Ledger()
     before = numbers(model)
-    with remembered(list(model.named_modules()), ledger):
+    parts = list(model.named_modules())
+    held = Held(parts)
+    with held.in_mode(model, training=False), remembered(parts, held, ledger):
         lent = {
             one.origin.path
             for one in (
@@ -349,7 +352,9 @@ def test_every_integer_is_lent_with_its_place_and_given_back():
 def test_integers_are_given_back_after_an_error():
     model = Holder()
     before = numbers(model)
-    with pytest.raises(KeyError), remembered(list(model.named_modules()), Ledger()):
+    parts = list(model.named_modules())
+    held = Held(parts)
+    with pytest.raises(KeyError), held.in_mode(model, training=False), remembered(parts, held, Ledger()):
         raise KeyError
     assert numbers(model) == before
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
-__all__ = ["given_back", "random_state_kept", "version_of"]
+__all__ = ["given_back", "gradients_kept", "random_state_kept", "values_kept", "version_of"]
 
 
 @contextmanager
@@ -40,7 +40,7 @@ def given_back(*modules: nn.Module, rng: bool = True) -> Iterator[None]:
     parameters = dict.fromkeys(one for part in parts for one in part._parameters.values() if one is not None)
     with (
         random_state_kept() if rng else nullcontext(),
-        _parameters_kept(parameters),
+        gradients_kept(parameters),
         _buffers_kept(parts),
         _plain_tensors_kept(parts),
     ):
@@ -72,7 +72,8 @@ def random_state_kept() -> Iterator[None]:
 
 
 @contextmanager
-def _parameters_kept(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+def gradients_kept(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Restores ``requires_grad`` and the ``.grad`` objects of parameters, set aside inside."""
     noted = [(parameter, parameter.grad, parameter.requires_grad) for parameter in parameters]
     for parameter, grad, _ in noted:
         if grad is not None:
@@ -95,15 +96,24 @@ def _buffers_kept(parts: Iterable[nn.Module]) -> Iterator[None]:
             tables.append((part, dict(part._buffers), set(part._non_persistent_buffers_set)))
         else:
             empty.append(part)
-    values = _Values(buffer for _, buffers, _ in tables for buffer in buffers.values() if buffer is not None)
+    with values_kept(buffer for _, buffers, _ in tables for buffer in buffers.values() if buffer is not None):
+        try:
+            yield
+        finally:
+            for part, buffers, transient in tables:
+                _refill(part, buffers, transient)
+            for part in empty:
+                if part._buffers or part._non_persistent_buffers_set:
+                    _refill(part, {}, set())
+
+
+@contextmanager
+def values_kept(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Restores the bits of tensors, and writes to none whose bits are as they were."""
+    values = _Values(tensors)
     try:
         yield
     finally:
-        for part, buffers, transient in tables:
-            _refill(part, buffers, transient)
-        for part in empty:
-            if part._buffers or part._non_persistent_buffers_set:
-                _refill(part, {}, set())
         values.put_back()
 
 

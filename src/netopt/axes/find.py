@@ -25,18 +25,19 @@ from torch.utils._pytree import tree_iter
 from netopt import batches
 from netopt.axes import rules as _rules  # noqa: F401 - registers the rules
 from netopt.axes.axis import Axes
+from netopt.axes.held import Held, Parts
 from netopt.axes.layout import Layout, freeze
 from netopt.axes.literals import remembering_literals
 from netopt.axes.memos import memos_passed_by
 from netopt.axes.modes import modes_watched
-from netopt.axes.places import Parts, remembered
+from netopt.axes.places import remembered
 from netopt.axes.sizes import remembering_functions
-from netopt.axes.trace import Trace, members_of
+from netopt.axes.trace import Trace
 from netopt.axes.unreached import standing_in, unreached
 from netopt.axes.watch import Watch
 from netopt.batches import Inputs
 from netopt.errors import ArgumentTypeError, ForwardError, InvalidArgumentError
-from netopt.restore import given_back
+from netopt.restore import gradients_kept, random_state_kept, values_kept
 
 Outputs: TypeAlias = "str | Sequence[str] | Callable[..., Any] | None"
 
@@ -71,12 +72,15 @@ def find_axes(model: nn.Module, example_inputs: Inputs, *, outputs: Outputs = No
     if not isinstance(model, nn.Module):
         raise ArgumentTypeError(f"model must be a torch.nn.Module, not {type(model).__name__}.")
     parts = list(model.named_modules())
-    trace = Trace(*members_of(parts))
+    held = Held(parts)
+    trace = Trace(*held.tensors())
     try:
         with ExitStack() as borrowed:
             for context in (
                 _collection_paused(),
-                given_back(model),
+                random_state_kept(),
+                gradients_kept([trace.members[name] for name in trace.parameters]),
+                values_kept(one for _, module in parts for one in module._buffers.values() if one is not None),
                 _plain_kernels(),
                 torch.inference_mode(False),
                 torch.no_grad(),
@@ -85,33 +89,42 @@ def find_axes(model: nn.Module, example_inputs: Inputs, *, outputs: Outputs = No
                 borrowed.enter_context(context)
             trace.inputs(leaf for leaf in tree_iter(batches.normalize(example_inputs)) if isinstance(leaf, Tensor))
             _freeze_scripted(parts, trace)
-            if any(module.training for _, module in parts):
-                model.eval()
             with modes_watched() as modes:
                 watch = Watch(model, parts, trace, modes)
                 trace.counting = True
-                results = _run(model, parts, example_inputs, watch, outputs)
-                trace.counting = False
+                results = _run(model, parts, held, example_inputs, watch, outputs)
+                trace.counting, readings = False, watch.readings
             twins = unreached(parts, watch.reached, trace.touched)
             if twins:
                 with standing_in(twins, trace):
-                    _run(model, parts, example_inputs, Watch(model, parts, trace, modes), outputs)
+                    _run(model, parts, held, example_inputs, Watch(model, parts, trace, modes), outputs)
             if modes.differ:
+                watch = Watch(model, parts, trace, modes)
                 with contextlib.suppress(ForwardError):  # as batch norm fails in training mode on a single sample
-                    _run(model.train(), parts, example_inputs, Watch(model, parts, trace, modes), outputs)
+                    _run(model, parts, held, example_inputs, watch, outputs, training=True)
         trace.ledger.is_open = False
         trace.settle()
-        return Axes(trace, watch.readings, results)
+        return Axes(trace, readings, results)
     finally:
         trace.ledger.is_open = False
         trace.forget()
 
 
-def _run(model: nn.Module, parts: Parts, inputs: Inputs, watch: Watch, outputs: Outputs) -> list[tuple[Layout, ...]]:
+def _run(
+    model: nn.Module,
+    parts: Parts,
+    held: Held,
+    inputs: Inputs,
+    watch: Watch,
+    outputs: Outputs,
+    *,
+    training: bool = False,
+) -> list[tuple[Layout, ...]]:
     """One traced forward; the layouts of the results that count."""
     trace = watch.trace
     with (
-        remembered(parts, trace.ledger),
+        held.in_mode(model, training=training),
+        remembered(parts, held, trace.ledger),
         remembering_functions(),
         remembering_literals(parts),
         memos_passed_by(),

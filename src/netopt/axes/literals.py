@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
-from netopt.axes.places import Parts, is_library
+from netopt.axes.held import Parts, is_library
 from netopt.axes.sizes import Scalar, Size, remember
 
 _ARITHMETIC = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")
@@ -83,12 +83,12 @@ def remembering_literals(parts: Parts) -> Iterator[None]:
 
 def _functions_of(parts: Parts) -> Iterator[_Lending]:
     """Functions of the classes of a model, of their files, and kept in its attributes, that compute with constants."""
-    kinds: dict[type, None] = {}
     for _, module in parts:
-        kinds.update(dict.fromkeys(type(module).__mro__))
-        for value in module.__dict__.values():
+        values = module.__dict__.values()
+        for value in values if types.FunctionType in map(type, values) else ():
             if type(value) is types.FunctionType:
                 yield from _functions_in(value)
+    kinds = dict.fromkeys(base for kind in dict.fromkeys(type(module) for _, module in parts) for base in kind.__mro__)
     for kind in kinds:
         if kind.__module__ != "builtins" and not is_library(kind.__module__):
             yield from _functions_in(kind)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
-from netopt.axes.places import is_library
+from netopt.axes.held import is_library
 from netopt.axes.sizes import Scalar, Size
 
 _MEMO = type(functools.lru_cache(lambda: None))
@@ -26,40 +26,45 @@ _Held: TypeAlias = "tuple[Any, str, Any, Any]"
 
 _lock = threading.RLock()
 _searched: set[str] = set()
-_found: list[_Held] = []
+_found: dict[tuple[int, str], _Held] = {}
 
 
 @contextmanager
 def memos_passed_by() -> Iterator[None]:
     """Lets functions kept by a cache run anew on every size that remembers, until left."""
     with _lock:
-        swapped = []
+        _search()
+        swapped: list[_Held] = []
         try:
-            for holder, name, memo, lent in _all_held():
-                if _current(holder, name) is memo:
+            # What is typed into a session or a notebook grows.
+            for held in (*_found.values(), *_held_by(sys.modules.get("__main__"))):
+                holder, name, memo, lent = held
+                if type(holder) is types.CellType:
+                    if holder.cell_contents is memo:
+                        holder.cell_contents = lent
+                        swapped.append(held)
+                elif (holder if type(holder) is dict else vars(holder)).get(name) is memo:
                     _put(holder, name, lent)
-                    swapped.append((holder, name, memo))
+                    swapped.append(held)
             yield
         finally:
-            for holder, name, memo in swapped:
-                _put(holder, name, memo)
+            for holder, name, memo, _ in swapped:
+                if type(holder) is types.CellType:
+                    holder.cell_contents = memo
+                else:
+                    _put(holder, name, memo)
 
 
-def _all_held() -> list[_Held]:
-    """What files of the user's and of model libraries hold; each is searched once."""
-    new = sys.modules.keys() - _searched if len(sys.modules) != len(_searched) else ()
+def _search() -> None:
+    """Notes what files of the user's and of model libraries hold; each is searched once."""
+    if len(sys.modules) == len(_searched):
+        return
+    new = sys.modules.keys() - _searched
     _searched.update(new)
     for name in new:
         if not is_library(name) and name.partition(".")[0] not in ("netopt", "__main__"):
-            _found.extend(_held_by(sys.modules.get(name)))
-    # What is typed into a session or a notebook grows.
-    return [*_found, *_held_by(sys.modules.get("__main__"))]
-
-
-def _current(holder: Any, name: str) -> Any:
-    if type(holder) is dict:
-        return holder.get(name)
-    return getattr(holder, name) if type(holder) is types.CellType else vars(holder).get(name)
+            for held in _held_by(sys.modules.get(name)):
+                _found.setdefault((id(held[0]), held[1]), held)
 
 
 def _put(holder: Any, name: str, value: Any) -> None:

@@ -8,112 +8,36 @@ including whatever the forward itself left in the attributes.
 
 from __future__ import annotations
 
-import enum
 import functools
 import operator
-import sys
 import types
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import nn
 
+from netopt.axes.held import DEPTH, NUMBERS, SIMPLE, Held, Own, Parts, is_configuration, is_library
 from netopt.axes.sizes import Ledger, Place, Size
 
 _TORCH_OWN = frozenset(nn.Module().__dict__) | {"call_super_init", "dump_patches"}
-_DEPTH = 6
-
-
-Parts: TypeAlias = "Sequence[tuple[str, nn.Module]]"
-"""The modules of a model, each once, with their dotted names."""
 
 
 @contextmanager
-def remembered(parts: Parts, ledger: Ledger) -> Iterator[None]:
-    """Replaces every integer above 1 that modules hold by one that remembers its place, and puts all back."""
+def remembered(parts: Parts, held: Held, ledger: Ledger) -> Iterator[None]:
+    """Replaces every integer above 1 that modules hold by one that remembers its place, and puts all back.
+
+    What modules hold in attributes of their own is put back by ``held``, when its mode is left.
+    """
     loan = _Loan(ledger)
-    with attributes_given_back(parts):
-        try:
-            for name, module in parts:
-                loan.module(module, name)
-            yield
-        finally:
-            loan.give_back()
-
-
-@contextmanager
-def attributes_given_back(parts: Parts) -> Iterator[None]:
-    """Undoes what a forward does to attributes, and to containers and configurations reached from them."""
-    kept, empty = _holders(parts)
     try:
+        for (name, module), own in zip(parts, held.own, strict=True):
+            loan.module(module, name, own)
         yield
     finally:
-        for held in empty:
-            if held:
-                held.clear()
-        for held, before in reversed(kept):
-            _refill(held, before)
-
-
-def _holders(parts: Parts) -> tuple[list[tuple[Any, Any]], list[Any]]:
-    """Every dict of attributes, dict, list and set reached from modules, each once: with a copy, or empty."""
-    kept: list[tuple[Any, Any]] = []
-    empty: list[Any] = []
-    seen: set[int] = set()
-    waiting: list[tuple[Any, int]] = []
-    for _, module in parts:
-        kept.append((module.__dict__, module.__dict__.copy()))
-        found = [_container(item) for item in module.__dict__.values() if type(item) not in _PLAIN]
-        empty += [one for one in found if one is not None and not one and type(one) is not tuple]
-        waiting += [(one, _DEPTH - 1) for one in found if one]
-    while waiting:
-        value, depth = waiting.pop()
-        if not isinstance(value, tuple):
-            if id(value) in seen:
-                continue
-            seen.add(id(value))
-            if not value:
-                empty.append(value)
-                continue
-            kept.append((value, value.copy()))
-        if depth:
-            for item in value.values() if isinstance(value, dict) else value:
-                inside = _container(item)
-                if inside is not None:
-                    waiting.append((inside, depth - 1))
-    return kept, empty
-
-
-def _container(item: Any) -> Any:
-    """What is to be looked into: ``item`` if it is a container, the attributes of a configuration, or None."""
-    kind = type(item)
-    if kind in _PLAIN or (kind is tuple and all(type(one) is int for one in item)):
-        return None
-    if kind is dict or kind is OrderedDict or kind is list:
-        return item
-    if isinstance(item, _OPAQUE):
-        return None
-    if isinstance(item, (dict, list, tuple, set)):
-        return item
-    return item.__dict__ if _is_configuration(item) else None
-
-
-def _refill(container: Any, before: Any) -> None:
-    if isinstance(container, list):
-        if len(container) != len(before) or not all(map(operator.is_, container, before)):
-            container[:] = before
-    elif isinstance(container, dict):
-        if list(container) != list(before):
-            container.clear()
-            container.update(before)
-        elif not all(map(operator.is_, container.values(), before.values())):
-            container.update(before)
-    elif container != before:
-        container.clear()
-        container.update(before)
+        loan.give_back()
 
 
 def _put_back(container: Any, key: Any, value: Any) -> None:
@@ -135,19 +59,16 @@ class _Loan:
         for step in reversed(self.undo):
             step()
 
-    def module(self, module: nn.Module, name: str) -> None:
+    def module(self, module: nn.Module, name: str, own: Own) -> None:
         """Lends the integers of a module and its class; its own attributes are put back together, from their copy."""
         held = module.__dict__
         changed = {}
-        for key, value in held.items():
-            kind = type(value)
-            if kind in _SIMPLE or key in _TORCH_OWN or not isinstance(key, str):
-                continue
-            if kind is int:
+        for key, value in own:
+            if type(value) is int:
                 if value > 1:
                     changed[key] = self.size(value, (name, key))
                 continue
-            lent = self.lend(value, (name, key), _DEPTH)
+            lent = self.lend(value, (name, key), DEPTH)
             if lent is not value:
                 changed[key] = lent
         for key, value in _class_integers(type(module)):
@@ -172,7 +93,7 @@ class _Loan:
         kind = type(value)
         if kind is int:
             return self.size(value, path) if value > 1 else value
-        if kind in _SIMPLE or isinstance(value, _OPAQUE):
+        if kind in SIMPLE or isinstance(value, _OPAQUE):
             return value
         if isinstance(value, tuple):
             return self.entries(value, path, depth)
@@ -182,10 +103,10 @@ class _Loan:
         return value
 
     def entries(self, value: Any, path: tuple[str | int, ...], depth: int) -> Any:
-        if all(type(item) is int and item < 2 for item in value):
+        if NUMBERS.issuperset(map(type, value)) and all(type(item) is not int or item < 2 for item in value):
             return value
         lent = [self.lend(item, (*path, index), depth) for index, item in enumerate(value)]
-        if all(new is old for new, old in zip(lent, value, strict=True)):
+        if all(map(operator.is_, lent, value)):
             return value
         return type(value)(*lent) if hasattr(value, "_fields") else type(value)(lent)
 
@@ -198,7 +119,7 @@ class _Loan:
             self.items(value.keywords, list(value.keywords), (*path, "keywords"), depth)
         elif isinstance(value, types.FunctionType):
             self.function(value, path, depth)
-        elif _is_configuration(value):
+        elif is_configuration(value):
             self.attributes(value.__dict__, path, depth)
 
     def items(self, container: Any, keys: Any, path: tuple[str | int, ...], depth: int) -> None:
@@ -232,27 +153,6 @@ class _Loan:
 
 
 _OPAQUE = (torch.Tensor, nn.Module, type, types.ModuleType, int, float)  # a size that is lent already holds its ledger
-_SIMPLE = frozenset(
-    {bool, float, str, bytes, complex, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format}
-)
-_PLAIN = _SIMPLE | {int}
-
-
-def is_library(module: str) -> bool:
-    """Whether a Python module is of torch or the standard library: no code of the user's."""
-    root = module.partition(".")[0]
-    return root == "torch" or root in sys.stdlib_module_names
-
-
-def _is_configuration(value: Any) -> bool:
-    """Whether an object is worth looking into: one of the user's own or of a model library, with attributes."""
-    kind = type(value)
-    return (
-        isinstance(getattr(value, "__dict__", None), dict)
-        and (not is_library(kind.__module__) or kind.__module__ in ("types", "__main__"))
-        and not isinstance(value, (enum.Enum, Mapping))
-        and not callable(value)
-    )
 
 
 @functools.cache

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from netopt.axes.held import NUMBERS
 from netopt.axes.layout import Atom, Layout, freeze, resolve
 from netopt.axes.operation import Dim, Dims, Mark, Operation, find_rule
 from netopt.axes.sizes import Ledger, caller, show_place
@@ -398,7 +399,7 @@ class Trace(TorchDispatchMode):
 
     def _as_layouts(self, value: Any) -> Any:
         """Arguments with every tensor as the layouts of its dimensions."""
-        if type(value) in _NUMBERS:
+        if type(value) in NUMBERS:
             return value
         if isinstance(value, Tensor):
             return self._layouts(value)
@@ -446,7 +447,7 @@ def _tensors_in(values: Iterable[Any], found: list[Tensor]) -> list[Tensor]:
     """The tensors among the arguments or the results of an operation, which are plain containers."""
     for value in values:
         kind = type(value)
-        if kind in _NUMBERS:
+        if kind in NUMBERS:
             continue
         if isinstance(value, Tensor):
             found.append(value)
@@ -458,55 +459,5 @@ def _tensors_in(values: Iterable[Any], found: list[Tensor]) -> list[Tensor]:
     return found
 
 
-_NUMBERS = frozenset([int, bool, float, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format])
-
-
 def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)
-
-
-def members_of(parts: Iterable[tuple[str, nn.Module]]) -> tuple[dict[str, Tensor], frozenset[str]]:
-    """Every tensor that modules hold, under its first name.
-
-    Args:
-        parts: The modules of a model with their dotted names.
-
-    Returns:
-        Parameters, buffers, then other tensors, by name; and the names of the parameters.
-    """
-    parameters: dict[int, tuple[str, Tensor]] = {}
-    buffers: dict[int, tuple[str, Tensor]] = {}
-    others: dict[int, tuple[str, Tensor]] = {}
-    for prefix, module in parts:
-        start = f"{prefix}." if prefix else ""
-        for key, tensor in module._parameters.items():
-            if tensor is not None:
-                parameters.setdefault(id(tensor), (start + key, tensor))
-        for key, tensor in module._buffers.items():
-            if tensor is not None:
-                buffers.setdefault(id(tensor), (start + key, tensor))
-        for key, value in module.__dict__.items():
-            if type(value) not in _NUMBERS and key not in _OWN_ATTRIBUTES:
-                for path, tensor in _held(value, key, depth=3):
-                    others.setdefault(id(tensor), (start + path, tensor))
-    found = dict(parameters.values())
-    names = frozenset(found)
-    found.update(named for key, named in buffers.items() if key not in parameters)
-    found.update(named for key, named in others.items() if key not in parameters and key not in buffers)
-    return found, names
-
-
-_OWN_ATTRIBUTES = frozenset(nn.Module().__dict__)
-
-
-def _held(value: Any, path: str, depth: int) -> Iterator[tuple[str, Tensor]]:
-    if type(value) in _NUMBERS:
-        return
-    if isinstance(value, Tensor):
-        yield path, value
-    elif depth and isinstance(value, (list, tuple)):
-        for index, item in enumerate(value if len(value) == 0 or type(value[0]) is not int else ()):
-            yield from _held(item, f"{path}.{index}", depth - 1)
-    elif depth and isinstance(value, dict):
-        for key, item in value.items():
-            yield from _held(item, f"{path}.{key}", depth - 1)

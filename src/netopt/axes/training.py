@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_iter
 
+from netopt.axes.held import attributes_given_back
 from netopt.axes.layout import unify
-from netopt.axes.places import attributes_given_back
 from netopt.axes.trace import Trace
 from netopt.restore import version_of
 

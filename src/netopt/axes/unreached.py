@@ -14,8 +14,8 @@ from typing import Any
 from torch import nn
 
 from netopt import batches
+from netopt.axes.held import Parts
 from netopt.axes.layout import freeze, unify
-from netopt.axes.places import Parts
 from netopt.axes.trace import Trace
 
 Twins = Mapping[nn.Module, list[nn.Module]]

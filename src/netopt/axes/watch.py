@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_iter
 
+from netopt.axes.held import Parts
 from netopt.axes.layout import Layout, Product, freeze, mark_inexact, resolve, split_concat, split_product
 from netopt.axes.modes import Modes
 from netopt.axes.operation import Mark
-from netopt.axes.places import Parts
 from netopt.axes.sizes import Condition, Extent, Scalar, Shape, Size, caller
 from netopt.axes.trace import Trace
 from netopt.axes.training import is_alike_in_training

@@ -1,0 +1,242 @@
+"""What the modules of a model hold: noted in one walk, and put back after a forward has run.
+
+Attributes, and the containers and configurations reached from them, are copied; put back, they are the same objects
+with the same entries. What the entries of tensors are is not looked at.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import operator
+import sys
+import types
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import filterfalse
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+__all__ = [
+    "DEPTH",
+    "NUMBERS",
+    "SIMPLE",
+    "Held",
+    "Own",
+    "Parts",
+    "attributes_given_back",
+    "is_configuration",
+    "is_library",
+]
+
+Parts: TypeAlias = "Sequence[tuple[str, nn.Module]]"
+"""The modules of a model, each once, with their dotted names."""
+Own: TypeAlias = "list[tuple[str, Any]]"
+"""The attributes of a module that are no flags or texts, and that not every module has."""
+
+SIMPLE = frozenset(
+    {bool, float, str, bytes, complex, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format}
+)
+NUMBERS = SIMPLE | {int}
+DEPTH = 6
+_COMMON = vars(nn.Module())
+_common = operator.itemgetter(*(name for name, value in _COMMON.items() if isinstance(value, (dict, set))))
+_OPAQUE = (torch.Tensor, nn.Module, type, types.ModuleType, int, float)
+
+
+class Held:
+    """What some modules hold.
+
+    Args:
+        parts: The modules, each once, with their dotted names.
+
+    Attributes:
+        own: Of each module, its attributes that not every module has, flags and texts left out.
+    """
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._kept: list[tuple[Any, Any]] = []
+        self._empty: list[Any] = []
+        self._scripted = [(module, module.training) for _, module in parts if "training" not in module.__dict__]
+        self.own = own_attributes(parts)
+        waiting: list[tuple[Any, int]] = []
+        for (_, module), own in zip(parts, self.own, strict=True):
+            attributes = module.__dict__
+            self._kept.append((attributes, attributes.copy()))
+            common = _common_of(attributes)
+            self._kept += [(container, container.copy()) for container in filter(None, common)]
+            self._empty += filterfalse(None, common)
+            for _, value in own:
+                inside = None if type(value) is int else container_of(value)
+                if inside is not None:
+                    waiting.append((inside, DEPTH - 1))
+        self._look_inside(waiting)
+
+    def _look_inside(self, waiting: list[tuple[Any, int]]) -> None:
+        seen: set[int] = set()
+        while waiting:
+            value, depth = waiting.pop()
+            if not isinstance(value, tuple):
+                if id(value) in seen:
+                    continue
+                seen.add(id(value))
+                if not value:
+                    self._empty.append(value)
+                    continue
+                self._kept.append((value, value.copy()))
+            entries = value.values() if isinstance(value, dict) else value
+            if depth and not NUMBERS.issuperset(map(type, entries)):
+                for item in entries:
+                    inside = container_of(item)
+                    if inside is not None:
+                        waiting.append((inside, depth - 1))
+
+    def put_back(self) -> None:
+        """Gives every module, container and configuration the entries it had."""
+        for container in filter(None, self._empty):
+            container.clear()
+        for container, before in reversed(self._kept):
+            _refill(container, before)
+
+    @contextmanager
+    def in_mode(self, model: nn.Module, *, training: bool) -> Iterator[None]:
+        """Puts the model these modules are of in training or evaluation mode, and puts all back on leaving."""
+        try:
+            if not _set_mode(model, self._parts, training):
+                self.own = own_attributes(self._parts)
+            yield
+        finally:
+            self.put_back()
+            for module, flag in self._scripted:
+                module.training = flag
+
+    def tensors(self) -> tuple[dict[str, Tensor], frozenset[str]]:
+        """Parameters, buffers, then other tensors, each under its first name; and the names of the parameters."""
+        parameters: dict[int, tuple[str, Tensor]] = {}
+        buffers: dict[int, tuple[str, Tensor]] = {}
+        others: dict[int, tuple[str, Tensor]] = {}
+        for (prefix, module), own in zip(self._parts, self.own, strict=True):
+            start = f"{prefix}." if prefix else ""
+            for held, found in ((module._parameters, parameters), (module._buffers, buffers)):
+                for key, tensor in held.items() if held else ():
+                    if tensor is not None:
+                        found.setdefault(id(tensor), (start + key, tensor))
+            for key, value in own:
+                if type(value) is not int:
+                    for path, tensor in _tensors_in(value, key, depth=3):
+                        others.setdefault(id(tensor), (start + path, tensor))
+        named = dict(parameters.values())
+        names = frozenset(named)
+        named.update(one for key, one in buffers.items() if key not in parameters)
+        named.update(one for key, one in others.items() if key not in parameters and key not in buffers)
+        return named, names
+
+
+def own_attributes(parts: Parts) -> list[Own]:
+    """Of each module, its attributes that not every module has, flags and texts left out."""
+    return [
+        [item for item in module.__dict__.items() if type(item[1]) not in SIMPLE and item[0] not in _COMMON]
+        for _, module in parts
+    ]
+
+
+@contextmanager
+def attributes_given_back(parts: Parts) -> Iterator[None]:
+    """Undoes what a forward does to attributes, and to containers and configurations reached from them."""
+    held = Held(parts)
+    try:
+        yield
+    finally:
+        held.put_back()
+
+
+def _set_mode(model: nn.Module, parts: Parts, training: bool) -> bool:
+    """Sets the mode; says whether flags alone were set, since no class of the model does more in ``train``."""
+    if all(module.__dict__.get("training") is training for _, module in parts):
+        return True
+    if all(map(_changes_flags_alone, {type(module) for _, module in parts})):
+        for _, module in parts:
+            module.__dict__["training"] = training
+        return True
+    model.train(training) if training else model.eval()
+    return False
+
+
+def _changes_flags_alone(kind: type[nn.Module]) -> bool:
+    plain = nn.Module
+    return kind.train is plain.train and kind.eval is plain.eval and kind.__setattr__ is plain.__setattr__
+
+
+def _common_of(attributes: dict[str, Any]) -> Sequence[Any]:
+    """The containers that every module has."""
+    try:
+        if "training" in attributes:
+            return _common(attributes)
+    except KeyError:  # made by an older torch
+        pass
+    # Some of a scripted module's are no containers of Python's.
+    return [value for key, value in attributes.items() if key in _COMMON and type(value) in (dict, OrderedDict, set)]
+
+
+def container_of(item: Any) -> Any:
+    """What is to be looked into: ``item`` if it is a container, the attributes of a configuration, or None."""
+    kind = type(item)
+    if kind in NUMBERS or (kind is tuple and NUMBERS.issuperset(map(type, item))):
+        return None
+    if kind is dict or kind is OrderedDict or kind is list:
+        return item
+    if isinstance(item, _OPAQUE):
+        return None
+    if isinstance(item, (dict, list, tuple, set)):
+        return item
+    return item.__dict__ if is_configuration(item) else None
+
+
+def is_configuration(value: Any) -> bool:
+    """Whether an object is worth looking into: one of the user's own or of a model library, with attributes."""
+    kind = type(value)
+    return (
+        isinstance(getattr(value, "__dict__", None), dict)
+        and (not is_library(kind.__module__) or kind.__module__ in ("types", "__main__"))
+        and not isinstance(value, (enum.Enum, Mapping))
+        and not callable(value)
+    )
+
+
+@functools.cache
+def is_library(module: str) -> bool:
+    """Whether a Python module is of torch or the standard library: no code of the user's."""
+    root = module.partition(".")[0]
+    return root == "torch" or root in sys.stdlib_module_names
+
+
+def _refill(container: Any, before: Any) -> None:
+    if isinstance(container, list):
+        if len(container) != len(before) or not all(map(operator.is_, container, before)):
+            container[:] = before
+    elif isinstance(container, dict):
+        if [*container] != [*before]:
+            container.clear()
+            container.update(before)
+        elif not all(map(operator.is_, container.values(), before.values())):
+            container.update(before)
+    elif container != before:
+        container.clear()
+        container.update(before)
+
+
+def _tensors_in(value: Any, path: str, depth: int) -> Iterator[tuple[str, Tensor]]:
+    if type(value) in NUMBERS:
+        return
+    if isinstance(value, Tensor):
+        yield path, value
+    elif depth and isinstance(value, (list, tuple)):
+        for index, item in enumerate(() if NUMBERS.issuperset(map(type, value)) else value):
+            yield from _tensors_in(item, f"{path}.{index}", depth - 1)
+    elif depth and isinstance(value, dict):
+        for key, item in value.items():
+            yield from _tensors_in(item, f"{path}.{key}", depth - 1)
