@@ -36,6 +36,19 @@ def _bilinear(left: Shape, weight: Shape, *_: Any, **__: Any) -> int:
     return 2 * prod(left[:-1]) * prod(weight)
 
 
+def _linear(inputs: Shape, weight: Shape, *_: Any, **__: Any) -> int:
+    return 2 * prod(inputs[:-1]) * prod(weight)
+
+
+def _convolution(_: Shape, weight: Shape, *__: Any, out_val: Shape, **___: Any) -> int:
+    # Every entry of the result is a sum over the kernel of one neuron.
+    return 2 * prod(out_val) * prod(weight[1:])
+
+
+def _transposed_convolution(inputs: Shape, weight: Shape, *_: Any, **__: Any) -> int:
+    return 2 * prod(inputs) * prod(weight[1:])
+
+
 def _attention(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
     return 2 * prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
@@ -53,6 +66,9 @@ EXTRA: dict[Any, Callable[..., int]] = {
     aten.mv: _matrix_vector,
     aten.addmv: _added_matrix_vector,
     aten.dot: _matrix_vector,
+    aten.linear: _linear,
+    **dict.fromkeys((aten.conv1d, aten.conv2d, aten.conv3d), _convolution),
+    **dict.fromkeys((aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d), _transposed_convolution),
     aten.addmm: _added_matrix_product,  # as torch's, which asks another formula in turn
     aten._trilinear: _bilinear,
     aten._scaled_dot_product_flash_attention_for_cpu: _attention,

@@ -290,6 +290,19 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def plain(value: Any) -> Any:
+    """A number, or a tuple or list of numbers, without origins."""
+    kind = type(value)
+    if kind in _REMEMBERING:
+        return _plain(value)
+    if kind in (tuple, list, Shape) and not _REMEMBERING.isdisjoint(map(type, value)):
+        return [_plain(one) for one in value]
+    return value
+
+
+_REMEMBERING = frozenset([Size, Scalar])
+
+
 def remember(operation: Callable[[Any, Any], Any], left: Any, right: Any, known: Size | Scalar) -> Any:
     """The result of ``operation``, with its origin."""
     if isinstance(left, torch.Tensor) or isinstance(right, torch.Tensor):

@@ -13,13 +13,14 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import maybe_current_level  # pyright: ignore[reportMissingModuleSource]
 from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from netopt.axes.held import NUMBERS
 from netopt.axes.layout import Atom, Layout, freeze, resolve
 from netopt.axes.operation import Dim, Dims, Mark, Operation, find_rule
-from netopt.axes.sizes import Ledger, caller, show_place
+from netopt.axes.sizes import Ledger, caller, plain, show_place
 from netopt.errors import TraceError
 from netopt.flops import formula
 
@@ -46,7 +47,7 @@ _QUESTIONS = frozenset(
 )
 
 
-class _Traits(NamedTuple):
+class Traits(NamedTuple):
     """What is to be known of an operation before each of its calls."""
 
     name: str
@@ -56,13 +57,19 @@ class _Traits(NamedTuple):
     formula: Callable[..., Any] | None
 
 
-_traits: dict[Any, _Traits] = {}
+_traits: dict[Any, Traits] = {}
+_PLAIN = frozenset([Tensor, nn.Parameter])
 
 
-def _describe(function: Any) -> _Traits:
+def traits_of(function: Any) -> Traits:
+    """What is to be known of an operation, an overload."""
+    return _traits.get(function) or _describe(function)
+
+
+def _describe(function: Any) -> Traits:
     schema = function._schema
     cost = formula(function._overloadpacket)
-    found = _traits[function] = _Traits(
+    found = _traits[function] = Traits(
         schema.name,
         schema.is_mutable,
         schema.name in _QUESTIONS,
@@ -200,7 +207,7 @@ class Trace(TorchDispatchMode):
             self.touched.add(known.source)
         return known
 
-    def _read(self, tensors: list[Tensor], traits: _Traits) -> list[_Known]:
+    def _read(self, tensors: list[Tensor], traits: Traits) -> list[_Known]:
         """What is known of the tensors an operation reads, and of the last writes into their memory."""
         known = []
         for tensor in tensors:
@@ -299,7 +306,7 @@ class Trace(TorchDispatchMode):
         """Runs one operation and lets its rule speak."""
         if kwargs is None:
             kwargs = {}
-        traits = _traits.get(function) or _describe(function)
+        traits = traits_of(function)
         if traits.is_question:
             if traits.name in _VALUES:
                 self.by_value = True
@@ -308,6 +315,39 @@ class Trace(TorchDispatchMode):
         tensors = _tensors_in(args, [])
         if kwargs:
             _tensors_in(kwargs.values(), tensors)
+        return self._observed(traits, function, args, kwargs, tensors)
+
+    def whole(self, traits: Traits, function: Any, args: tuple[Any, ...]) -> Any:
+        """Runs a call of which one rule says all, and passes by the operations it is made of.
+
+        Returns:
+            The result; ``NotImplemented``, and nothing was run, where these have to be seen: for gradients, for a mode
+            entered by the user's code, or for tensors that are no plain ones.
+        """
+        tensors = _tensors_in(args, [])
+        if traits.formula is not None:
+            tensors.reverse()  # a product of weights alone is named after the layer's own
+        if (
+            torch.is_grad_enabled()
+            or torch._C._len_torch_dispatch_stack() != 1
+            or maybe_current_level() is not None
+            or not _PLAIN.issuperset(map(type, tensors))
+            or str in map(type, args)  # such as the padding "same", which is worked out inside
+        ):
+            return NotImplemented
+        with torch._C._DisableTorchDispatch():
+            return self._observed(traits, function, args, {}, tensors, told=[plain(value) for value in args])
+
+    def _observed(
+        self,
+        traits: Traits,
+        function: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        tensors: list[Tensor],
+        told: Sequence[Any] | None = None,
+    ) -> Any:
+        """Runs an operation and lets its rule speak, which is ``told`` the arguments without their origins."""
         known = self._read(tensors, traits)
         if traits.writes:
             self._save(tensors)
@@ -315,14 +355,15 @@ class Trace(TorchDispatchMode):
         self.operations += 1
         outs = [out] if isinstance(out, Tensor) else _tensors_in((out,), [])
         if outs:
-            self._state(traits, args, kwargs, tensors, known, out, outs)
+            given = args if told is None else told
+            self._state(traits, given, kwargs, tensors, known, out, outs)
             if self.counting and traits.formula is not None:
-                self._note_work(traits.formula, args, kwargs, outs)
+                self._note_work(traits.formula, given, kwargs, outs)
         return out
 
     def _state(
         self,
-        traits: _Traits,
+        traits: Traits,
         args: Any,
         kwargs: Any,
         tensors: list[Tensor],
@@ -357,7 +398,7 @@ class Trace(TorchDispatchMode):
         for marks in op.when_read.values():
             self._marks += marks
 
-    def _share(self, now: _Known, traits: _Traits, known: Sequence[_Known], written: _Known | None) -> None:
+    def _share(self, now: _Known, traits: Traits, known: Sequence[_Known], written: _Known | None) -> None:
         """Lets a result and what it is a view of know of one another's writes."""
         if written is not None:
             now.memory = written.memory
@@ -437,8 +478,11 @@ class Trace(TorchDispatchMode):
 
     def _note_write(self, tensor: Tensor, tensors: list[Tensor], before: Dims, after: Dims) -> None:
         """After a write of what need not be zero, nothing in that storage is known to be zero any more."""
-        if any(tensor is one for one in tensors) and any(
-            old.zero and not new.zero for old, new in zip(before, after, strict=True) if old.size > 1
+        reshaped = len(before) != len(after)  # as by unsqueeze_, which leaves the entries alone
+        if (
+            not reshaped
+            and any(tensor is one for one in tensors)
+            and any(old.zero and not new.zero for old, new in zip(before, after, strict=True) if old.size > 1)
         ):
             self._dirty[_storage(tensor)] = tensor  # kept alive, so that its address is not reused
 

@@ -11,7 +11,7 @@ import inspect
 import operator
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +23,7 @@ from netopt.axes.layout import Layout, Product, freeze, mark_inexact, resolve, s
 from netopt.axes.modes import Modes
 from netopt.axes.operation import Mark
 from netopt.axes.sizes import Condition, Extent, Scalar, Shape, Size, caller
-from netopt.axes.trace import Trace
+from netopt.axes.trace import Trace, Traits, traits_of
 from netopt.axes.training import is_alike_in_training
 from netopt.calls import Call, CallNames
 
@@ -63,11 +63,12 @@ class Watch(CallNames):
         treatment = _TREATMENTS.get(name) or _treatment(name)
         trace.in_call = True
         try:
-            if treatment.fused:
-                with _step_by_step():
+            result: Any = NotImplemented
+            if function in _WHOLE and not kwargs:
+                result = trace.whole(_WHOLE[function], function, args)
+            if result is NotImplemented:
+                with _step_by_step() if treatment.fused else nullcontext():
                     result = function(*args, **kwargs)
-            else:
-                result = function(*args, **kwargs)
         finally:
             trace.in_call = False
         if treatment.answer is not None:
@@ -494,6 +495,17 @@ _SPEAKERS: dict[str, Callable[..., None]] = {
     **dict.fromkeys(("numpy", "tolist", "__array__", "data_ptr"), _looked_at),
 }
 
+# Calls of which one rule says all, so that the operations they are made of need not be seen.
+_WHOLE: dict[Any, Traits] = {
+    torch.nn.functional.linear: traits_of(torch.ops.aten.linear.default),
+    torch.batch_norm: traits_of(torch.ops.aten.batch_norm.default),
+    torch.conv1d: traits_of(torch.ops.aten.conv1d.default),
+    torch.conv2d: traits_of(torch.ops.aten.conv2d.default),
+    torch.conv3d: traits_of(torch.ops.aten.conv3d.default),
+    torch.conv_transpose1d: traits_of(torch.ops.aten.conv_transpose1d.default),
+    torch.conv_transpose2d: traits_of(torch.ops.aten.conv_transpose2d.input),
+    torch.conv_transpose3d: traits_of(torch.ops.aten.conv_transpose3d.input),
+}
 _FUSED = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
 # Calls that torch's own layers make in both modes, with another rule in training: what they drop is no zero.
 _MODAL = frozenset({"alpha_dropout", "alpha_dropout_", "feature_alpha_dropout", "feature_alpha_dropout_"})

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from netopt.axes.layout import Atom
-from netopt.axes.operation import Dim, Dims, Operation, rule
+from netopt.axes.operation import Dim, Dims, Operation, merge, rule
 
 
 def product_of(op: Operation, left: Tensor, right: Tensor) -> Dims:
@@ -61,6 +61,8 @@ def linear(op: Operation, tensor: Tensor, weight: Tensor, bias: Tensor | None = 
     """``[..., k] x [n, k] -> [..., n]``."""
     dims, matrix = op.dims(tensor), op.dims(weight)
     op.summed(dims[-1], matrix[-1])
+    if op.is_weight(tensor):
+        op.contract(tensor, [dims[-1]], [merge(dims[:-1])] if len(dims) > 1 else [])
     op.contract(weight, [matrix[-1]], matrix[:-1])
     return biased(op, [*dims[:-1], *matrix[:-1]], bias)
 

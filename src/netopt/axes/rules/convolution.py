@@ -48,12 +48,43 @@ def convolution(
     for index, dim in enumerate(dims[channel + 1 :]):
         size = op.out.shape[channel + 1 + index]
         alone = kernel[2 + index].size == 1 and _at(stride, index) == 1 and not _at(padding, index)
-        if alone and dim.size == size and op.short == "convolution":
+        if alone and dim.size == size and op.short.startswith("conv"):
             spatial.append(Dim(dim.layout, dim.zero and bias is None))  # each position by itself
         else:
             op.freeze(dim, "is a spatial dimension of a convolution")
             spatial.append(op.frozen(size, "is a spatial dimension of a convolution"))
     return [*dims[:channel], out, *spatial]
+
+
+@rule("aten::conv1d", "aten::conv2d", "aten::conv3d")
+def convolution_called(
+    op: Operation,
+    tensor: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Dims:
+    """A convolution as the user's code calls it."""
+    return convolution(op, tensor, weight, bias, stride, padding, dilation, False, 0, groups)
+
+
+@rule("aten::conv_transpose1d", "aten::conv_transpose2d", "aten::conv_transpose3d")
+def transposed_called(
+    op: Operation,
+    tensor: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+) -> Dims:
+    """A transposed convolution as the user's code calls it."""
+    return convolution(op, tensor, weight, bias, stride, padding, dilation, True, output_padding, groups)
 
 
 @rule("torchvision::deform_conv2d")

@@ -1,0 +1,107 @@
+"""Calls that are seen whole: one rule says of them what the rules of the operations they are made of say."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.zoo.case import Case
+from tests.zoo.handmade import HANDMADE
+from tests.zoo.language import CASES as FAMILIES
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from netopt import measure
+from netopt.axes import find_axes, watch
+from netopt.prune import prune_neurons
+
+
+def told(model, inputs):
+    """All that two ways of looking must agree on; reasons name the operation that was seen."""
+    axes = find_axes(model, inputs)
+    return axes.macs(), [
+        (axis.name, axis.size, sorted(axis.members), axis.exact, axis.frozen is None, axis.inexact is None)
+        for axis in axes
+    ]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", [*HANDMADE, *FAMILIES.values()], ids=str)
+def test_what_is_seen_whole_is_what_its_operations_say(case: Case, monkeypatch):
+    model, inputs = case.build(), case.inputs()
+    whole = told(model, inputs)
+    monkeypatch.setattr(watch, "_WHOLE", {})
+    assert whole == told(model, inputs)
+
+
+LAYERS = {
+    "linear": (nn.Linear(6, 4), (2, 6)),
+    "linear of a vector": (nn.Linear(6, 4), (6,)),
+    "linear of sequences": (nn.Linear(6, 4, bias=False), (2, 5, 3, 6)),
+    "conv1d": (nn.Conv1d(4, 6, 3, stride=2, padding=1), (2, 4, 9)),
+    "conv2d": (nn.Conv2d(4, 6, 3, groups=2, dilation=2), (2, 4, 9, 9)),
+    "conv2d, same": (nn.Conv2d(4, 6, 3, padding="same"), (2, 4, 9, 9)),
+    "conv2d, one sample": (nn.Conv2d(4, 6, 1), (4, 9, 9)),
+    "conv3d": (nn.Conv3d(4, 6, 2), (1, 4, 5, 5, 5)),
+    "conv_transpose1d": (nn.ConvTranspose1d(4, 6, 3, stride=2), (2, 4, 9)),
+    "conv_transpose2d": (nn.ConvTranspose2d(4, 6, 3, stride=2, output_padding=1, groups=2), (2, 4, 5, 5)),
+    "conv_transpose3d": (nn.ConvTranspose3d(4, 6, 2, padding=1, dilation=2), (1, 4, 5, 5, 5)),
+    "batch_norm": (nn.BatchNorm2d(4), (2, 4, 5, 5)),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_costs_what_its_operations_cost(name):
+    layer, shape = LAYERS[name]
+    x = torch.randn(shape)
+    assert find_axes(layer, x).macs() == measure.count_macs(layer, x)
+
+
+class _Counted(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+class _Counting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 4)
+        self.seen = 0
+
+    def forward(self, x):
+        with _Counted() as counted:
+            y = self.layer(x)
+        self.names = counted.names
+        return y
+
+
+def test_a_mode_of_the_forward_sees_the_operations():
+    model = _Counting()
+    seen = []
+    model.register_forward_hook(lambda module, *_: seen.append(module.names))
+    model(torch.randn(2, 6))
+    find_axes(model, torch.randn(2, 6))
+    assert seen[0] == seen[1]
+    assert "addmm.default" in seen[0]
+
+
+class _Vectorised(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return torch.func.vmap(lambda row: self.last(self.first(row).relu()))(x)
+
+
+def test_layers_run_inside_a_transform():
+    model, x = _Vectorised(), torch.randn(3, 6)
+    assert [axis.name for axis in find_axes(model, x).free] == ["first"]
+    expected = model(x)
+    removed = prune_neurons(model, x, 0.5, importance="magnitude").plan
+    assert removed.exact
+    assert model(x).shape == expected.shape
