@@ -36,6 +36,10 @@ def _bilinear(left: Shape, weight: Shape, *_: Any, **__: Any) -> int:
     return 2 * prod(left[:-1]) * prod(weight)
 
 
+def _product(left: Shape, right: Shape, *_: Any, **__: Any) -> int:
+    return 2 * prod(left) * right[-1]
+
+
 def _linear(inputs: Shape, weight: Shape, *_: Any, **__: Any) -> int:
     return 2 * prod(inputs[:-1]) * prod(weight)
 
@@ -67,11 +71,12 @@ EXTRA: dict[Any, Callable[..., int]] = {
     aten.addmv: _added_matrix_vector,
     aten.dot: _matrix_vector,
     aten.linear: _linear,
+    aten.matmul: _product,  # of matrices
     **dict.fromkeys((aten.conv1d, aten.conv2d, aten.conv3d), _convolution),
     **dict.fromkeys((aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d), _transposed_convolution),
     aten.addmm: _added_matrix_product,  # as torch's, which asks another formula in turn
     aten._trilinear: _bilinear,
-    aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    **dict.fromkeys((aten.scaled_dot_product_attention, aten._scaled_dot_product_flash_attention_for_cpu), _attention),
     aten.mkldnn_rnn_layer: _recurrent_layer,
     aten._cudnn_rnn: _recurrent_stack,
 }

@@ -315,18 +315,23 @@ class Trace(TorchDispatchMode):
         tensors = _tensors_in(args, [])
         if kwargs:
             _tensors_in(kwargs.values(), tensors)
-        return self._observed(traits, function, args, kwargs, tensors)
+        known = self._read(tensors, traits)
+        if traits.writes:
+            self._save(tensors)
+        out = function(*args, **kwargs)
+        self._hear(traits, args, kwargs, tensors, known, out)
+        return out
 
-    def whole(self, traits: Traits, function: Any, args: tuple[Any, ...]) -> Any:
+    def whole(self, traits: Traits, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs a call of which one rule says all, and passes by the operations it is made of.
 
         Returns:
             The result; ``NotImplemented``, and nothing was run, where these have to be seen: for gradients, for a mode
             entered by the user's code, or for tensors that are no plain ones.
         """
-        tensors = _tensors_in(args, [])
-        if traits.formula is not None:
-            tensors.reverse()  # a product of weights alone is named after the layer's own
+        tensors = _tensors_in((*args, *kwargs.values()) if kwargs else args, [])
+        if traits.name == "aten::linear":
+            tensors.reverse()  # what is made of weights alone is named after the layer's own
         if (
             torch.is_grad_enabled()
             or torch._C._len_torch_dispatch_stack() != 1
@@ -335,31 +340,28 @@ class Trace(TorchDispatchMode):
             or str in map(type, args)  # such as the padding "same", which is worked out inside
         ):
             return NotImplemented
+        known = self._read(tensors, traits)
         with torch._C._DisableTorchDispatch():
-            return self._observed(traits, function, args, {}, tensors, told=[plain(value) for value in args])
+            out = function(*args, **kwargs)
+            self._hear(traits, [plain(value) for value in args], kwargs, tensors, known, out)
+            return out
 
-    def _observed(
+    def _hear(
         self,
         traits: Traits,
-        function: Any,
-        args: tuple[Any, ...],
+        args: Sequence[Any],
         kwargs: dict[str, Any],
         tensors: list[Tensor],
-        told: Sequence[Any] | None = None,
-    ) -> Any:
-        """Runs an operation and lets its rule speak, which is ``told`` the arguments without their origins."""
-        known = self._read(tensors, traits)
-        if traits.writes:
-            self._save(tensors)
-        out = function(*args, **kwargs)
+        known: list[_Known],
+        out: Any,
+    ) -> None:
+        """Lets the rule of an operation speak."""
         self.operations += 1
         outs = [out] if isinstance(out, Tensor) else _tensors_in((out,), [])
         if outs:
-            given = args if told is None else told
-            self._state(traits, given, kwargs, tensors, known, out, outs)
+            self._state(traits, args, kwargs, tensors, known, out, outs)
             if self.counting and traits.formula is not None:
-                self._note_work(traits.formula, given, kwargs, outs)
-        return out
+                self._note_work(traits.formula, args, kwargs, outs)
 
     def _state(
         self,

@@ -64,8 +64,9 @@ class Watch(CallNames):
         trace.in_call = True
         try:
             result: Any = NotImplemented
-            if function in _WHOLE and not kwargs:
-                result = trace.whole(_WHOLE[function], function, args)
+            whole = _WHOLE.get(function)
+            if whole is not None and kwargs.keys() <= whole.names and whole.fits(*args, **kwargs):
+                result = trace.whole(whole.traits, function, args, kwargs)
             if result is NotImplemented:
                 with _step_by_step() if treatment.fused else nullcontext():
                     result = function(*args, **kwargs)
@@ -495,16 +496,51 @@ _SPEAKERS: dict[str, Callable[..., None]] = {
     **dict.fromkeys(("numpy", "tolist", "__array__", "data_ptr"), _looked_at),
 }
 
-# Calls of which one rule says all, so that the operations they are made of need not be seen.
-_WHOLE: dict[Any, Traits] = {
-    torch.nn.functional.linear: traits_of(torch.ops.aten.linear.default),
-    torch.batch_norm: traits_of(torch.ops.aten.batch_norm.default),
-    torch.conv1d: traits_of(torch.ops.aten.conv1d.default),
-    torch.conv2d: traits_of(torch.ops.aten.conv2d.default),
-    torch.conv3d: traits_of(torch.ops.aten.conv3d.default),
-    torch.conv_transpose1d: traits_of(torch.ops.aten.conv_transpose1d.default),
-    torch.conv_transpose2d: traits_of(torch.ops.aten.conv_transpose2d.input),
-    torch.conv_transpose3d: traits_of(torch.ops.aten.conv_transpose3d.input),
+
+class _Whole(NamedTuple):
+    """A call of which one rule says all, so that the operations it is made of need not be seen.
+
+    Attributes:
+        traits: Of the operation that stands for them.
+        names: Keywords that its rule knows.
+        fits: Whether the rule holds for these arguments.
+    """
+
+    traits: Traits
+    names: frozenset[str] = frozenset()
+    fits: Callable[..., bool] = lambda *_, **__: True
+
+
+def _one_head_each(query: Tensor, key: Tensor, value: Tensor, *rest: Any, enable_gqa: bool = False, **_: Any) -> bool:
+    """Whether queries, keys and values have equally many heads, so that none is shared."""
+    return not enable_gqa and query.shape[:-2] == key.shape[:-2] == value.shape[:-2]
+
+
+def _matrices(left: Tensor, right: Tensor, *_: Any, **__: Any) -> bool:
+    """Whether a product is one of matrices, as many on either side or one on the right for all."""
+    one = right.dim() == 2
+    return left.dim() > 1 and (one or (right.dim() > 2 and left.shape[:-2] == right.shape[:-2]))
+
+
+_aten = torch.ops.aten
+_WHOLE: dict[Any, _Whole] = {
+    torch.nn.functional.linear: _Whole(traits_of(_aten.linear.default)),
+    torch.batch_norm: _Whole(traits_of(_aten.batch_norm.default)),
+    torch.conv1d: _Whole(traits_of(_aten.conv1d.default)),
+    torch.conv2d: _Whole(traits_of(_aten.conv2d.default)),
+    torch.conv3d: _Whole(traits_of(_aten.conv3d.default)),
+    torch.conv_transpose1d: _Whole(traits_of(_aten.conv_transpose1d.default)),
+    torch.conv_transpose2d: _Whole(traits_of(_aten.conv_transpose2d.input)),
+    torch.conv_transpose3d: _Whole(traits_of(_aten.conv_transpose3d.input)),
+    **dict.fromkeys(
+        (torch.matmul, Tensor.matmul, Tensor.__matmul__),
+        _Whole(traits_of(_aten.matmul.default), fits=_matrices),
+    ),
+    torch.nn.functional.scaled_dot_product_attention: _Whole(
+        traits_of(_aten.scaled_dot_product_attention.default),
+        frozenset(["attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa"]),
+        _one_head_each,
+    ),
 }
 _FUSED = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
 # Calls that torch's own layers make in both modes, with another rule in training: what they drop is no zero.

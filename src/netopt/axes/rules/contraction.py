@@ -67,6 +67,19 @@ def linear(op: Operation, tensor: Tensor, weight: Tensor, bias: Tensor | None = 
     return biased(op, [*dims[:-1], *matrix[:-1]], bias)
 
 
+@rule("aten::matmul")
+def matmul_called(op: Operation, left: Tensor, right: Tensor) -> Dims:
+    """A product of matrices as the user's code calls it: of as many on either side, or of one on the right for all."""
+    a, b = op.dims(left), op.dims(right)
+    if len(a) == len(b):
+        return product_of(op, left, right)
+    op.summed(a[-1], b[-2])
+    if op.is_weight(left):
+        op.contract(left, [a[-1]], [merge(a[:-1])])
+    op.contract(right, [b[-2]], [b[-1]])
+    return [*a[:-1], b[-1]]
+
+
 @rule("aten::addbmm")
 def addbmm(op: Operation, bias: Tensor, left: Tensor, right: Tensor, **kwargs: Any) -> Dims:
     """Products of stacked matrices, summed over the stack."""
@@ -191,3 +204,17 @@ def attention(op: Operation, query: Tensor, key: Tensor, value: Tensor, *args: A
             batch.append(Dim(one.layout))
     result = [*batch, Dim(q[-2].layout), v[-1]]
     return (result, *(None for _ in range(8)))
+
+
+@rule("aten::scaled_dot_product_attention")
+def attention_called(
+    op: Operation, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *rest: Any, **kwargs: Any
+) -> Dims:
+    """Attention as the user's code calls it, with as many heads of keys as of queries."""
+    result = attention(op, query, key, value)[0]
+    if attn_mask is not None:
+        scores = [*op.dims(query)[:-1], op.dims(key)[-2]]
+        for right, dim in enumerate(reversed(op.dims(attn_mask)), 1):
+            if dim.size > 1:
+                op.same(scores[-right], dim)
+    return result
