@@ -1,8 +1,9 @@
-"""One run is enough where the forward only switches its dropout by the mode; anywhere else there are two."""
+"""One run is enough where the mode only switches dropout, or has nothing to decide; anywhere else there are two."""
 
 from __future__ import annotations
 
 import functools
+import types
 
 import pytest
 import torch
@@ -101,16 +102,79 @@ class Kept(Base):
         return F.dropout(self.linear(x), self.p, flag)
 
 
+class Deciding(Base):
+    """Asks for its mode together with settings that have decided already, in one mode as in the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.aux, self.rate, self.settings = False, 0.0, types.SimpleNamespace(kind="plain", extra=None)
+
+    def forward(self, x):
+        given = 0
+        if self.training and self.aux:
+            x = x * 2
+        if self.training and self.rate > 0.0:
+            x = x * 3
+        if not self.training or self.settings.kind == "plain":
+            x = x + 1
+        if self.training and self.settings.extra is not None and x.mean() > 0:
+            x = x * 4
+        if self.training and given != 0:
+            x = x * 5
+        return self.linear(x)
+
+
+class Undecided(Base):
+    """Asks together with something that has not decided."""
+
+    def __init__(self, read):
+        super().__init__()
+        self.rate, self.reads, self.read = 0.5, 0, read
+
+    @property
+    def counted(self):
+        self.reads += 1
+        return 0
+
+    def forward(self, x):
+        READINGS[self.read](self)
+        return self.linear(x)
+
+
+READINGS = {
+    "a setting that is on": lambda one: one.training and one.rate > 0.0,
+    "the other connective": lambda one: one.training or one.rate < 0.0,
+    "a negation": lambda one: not one.training and one.rate,
+    "a property, which is not run": lambda one: one.training and one.counted,
+    "a call": lambda one: one.training and bool(0),
+    "numbers that do not compare": lambda one: one.training and one.rate > "0",
+    "a chain": lambda one: one.training and 0 < one.rate < 0.1,
+    "another flag": lambda one: one.training and one.linear.training,
+}
+
+
+@pytest.mark.parametrize("read", READINGS)
+def test_a_condition_that_is_not_decided_is_a_question(read):
+    model = Undecided(read).eval()
+    with modes.modes_watched() as seen:
+        model(torch.randn(3, 4))
+    assert seen.differ
+    assert model.reads == 0
+
+
 def dropout(x, p, training):
     return x.flip(-1) if training else x
 
 
-@pytest.mark.parametrize("kind", [HandedOn, HandedOnByPosition, ChosenProbability, ChosenProbabilityTheOtherWay])
+@pytest.mark.parametrize(
+    "kind", [HandedOn, HandedOnByPosition, ChosenProbability, ChosenProbabilityTheOtherWay, Deciding]
+)
 def test_a_switch_of_dropout_is_no_other_forward(kind):
     model = kind()
     with modes.modes_watched() as seen:
         model(torch.randn(2, 3, 4))
     assert not seen.differ
+    assert not seen.asking
 
 
 @pytest.mark.parametrize(

@@ -89,19 +89,21 @@ def find_axes(model: nn.Module, example_inputs: Inputs, *, outputs: Outputs = No
                 borrowed.enter_context(context)
             trace.inputs(leaf for leaf in tree_iter(batches.normalize(example_inputs)) if isinstance(leaf, Tensor))
             _freeze_scripted(parts, trace)
-            with modes_watched() as modes:
+            with held.in_mode(model, training=False), modes_watched() as modes:
                 watch = Watch(model, parts, trace, modes)
                 trace.counting = True
                 results = _run(model, parts, held, example_inputs, watch, outputs)
-                trace.counting, readings = False, watch.readings
+                trace.counting = False
+            readings = watch.readings
             twins = unreached(parts, watch.reached, trace.touched)
             if twins:
-                with standing_in(twins, trace):
+                with standing_in(twins, trace), held.in_mode(model, training=False):
                     _run(model, parts, held, example_inputs, Watch(model, parts, trace, modes), outputs)
             if modes.differ:
                 watch = Watch(model, parts, trace, modes)
-                with contextlib.suppress(ForwardError):  # as batch norm fails in training mode on a single sample
-                    _run(model, parts, held, example_inputs, watch, outputs, training=True)
+                # Batch norm fails in training mode on a single sample.
+                with contextlib.suppress(ForwardError), held.in_mode(model, training=True):
+                    _run(model, parts, held, example_inputs, watch, outputs)
         trace.ledger.is_open = False
         trace.settle()
         return Axes(trace, readings, results)
@@ -111,19 +113,11 @@ def find_axes(model: nn.Module, example_inputs: Inputs, *, outputs: Outputs = No
 
 
 def _run(
-    model: nn.Module,
-    parts: Parts,
-    held: Held,
-    inputs: Inputs,
-    watch: Watch,
-    outputs: Outputs,
-    *,
-    training: bool = False,
+    model: nn.Module, parts: Parts, held: Held, inputs: Inputs, watch: Watch, outputs: Outputs
 ) -> list[tuple[Layout, ...]]:
     """One traced forward; the layouts of the results that count."""
     trace = watch.trace
     with (
-        held.in_mode(model, training=training),
         remembered(parts, held, trace.ledger),
         remembering_functions(),
         remembering_literals(parts),

@@ -1,8 +1,9 @@
-"""What becomes of a flag that a line of code reads: whether it only switches a dropout.
+"""What becomes of a flag that a line of code reads: whether it changes more than a dropout.
 
-Most forwards that read ``training`` hand it to dropout, or choose by it between a probability and 0. The text of the
-reading function is looked at: is the flag an argument of torch's dropout, or the test of ``0.0 if ... else p``? Any
-other use, and code whose text is not at hand, counts as one that may do anything.
+Most forwards that read ``training`` hand it to dropout, choose by it between a probability and 0, or ask it together
+with a setting that has decided already. The text of the reading function is looked at: is the flag an argument of
+torch's dropout, the test of ``0.0 if ... else p``, or one side of ``self.training and self.rate > 0`` where the rate is
+0? Any other use, and code whose text is not at hand, counts as one that may do anything.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import ast
 import functools
 import itertools
 import linecache
+import operator
 import types
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -35,8 +37,12 @@ _TAIL = 4
 
 
 def only_switches_dropout(frame: types.FrameType) -> bool:
-    """Whether the attribute that ``frame`` reads just now decides about dropout and nothing else."""
+    """Whether the attribute that ``frame`` reads just now decides about dropout, or about nothing at all."""
     found = _use(frame.f_code, frame.f_lasti)
+    if isinstance(found, ast.BoolOp):
+        deciding = isinstance(found.op, ast.Or)
+        sides = [_told(one, {**frame.f_globals, **frame.f_locals}) for one in found.values]
+        return any(side is not _UNKNOWN and bool(side) is deciding for side in sides)
     if isinstance(found, ast.Call):
         return any(_value(found.func, frame.f_globals, types.ModuleType) is one for one in _TAKERS)
     # A tensor that is taken in one mode only would be met in that mode only.
@@ -47,8 +53,8 @@ def only_switches_dropout(frame: types.FrameType) -> bool:
 
 
 @functools.lru_cache(maxsize=4096)
-def _use(code: types.CodeType, instruction: int) -> ast.Call | ast.IfExp | None:
-    """The call that takes the attribute as an argument, or the choice of a number that it makes; else None."""
+def _use(code: types.CodeType, instruction: int) -> ast.Call | ast.IfExp | ast.BoolOp | None:
+    """The call that takes the attribute as an argument, or the choice or condition it is part of; else None."""
     positions = getattr(code, "co_positions", None)  # from Python 3.11 on
     if positions is None:
         return None
@@ -67,7 +73,7 @@ def _use(code: types.CodeType, instruction: int) -> ast.Call | ast.IfExp | None:
         return parent
     if isinstance(parent, ast.IfExp) and node is parent.test and _chooses_zero(parent):
         return parent
-    return None
+    return parent if isinstance(parent, ast.BoolOp) else None
 
 
 def _is_at(node: ast.AST, place: tuple[Any, ...]) -> bool:
@@ -119,3 +125,45 @@ def _value(expression: ast.AST, names: Mapping[str, Any], holders: type) -> Any:
         holder = _value(expression.value, names, holders)
         return getattr(holder, expression.attr, None) if isinstance(holder, holders) else None
     return None
+
+
+_UNKNOWN = object()
+_COMPARISONS = {
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+    ast.Is: operator.is_,
+    ast.IsNot: operator.is_not,
+}
+_PLAIN = (bool, int, float, str, type(None))
+
+
+def _told(expression: ast.AST, names: Mapping[str, Any]) -> Any:
+    """The plain value that a side of a condition has, found without running any code of the user's; else unknown."""
+    if isinstance(expression, ast.UnaryOp) and isinstance(expression.op, ast.Not):
+        value = _told(expression.operand, names)
+        return value if value is _UNKNOWN else not value
+    if isinstance(expression, ast.Compare) and len(expression.ops) == 1:
+        compare = _COMPARISONS.get(type(expression.ops[0]))
+        sides = [_told(one, names) for one in (expression.left, *expression.comparators)]
+        try:
+            return _UNKNOWN if compare is None or _UNKNOWN in sides else compare(*sides)
+        except TypeError:  # of a number and a text
+            return _UNKNOWN
+    found = _held(expression, names)
+    return found if type(found) in _PLAIN else _UNKNOWN
+
+
+def _held(expression: ast.AST, names: Mapping[str, Any]) -> Any:
+    """What a constant, a name or a dotted name stands for, its attributes read of objects that simply hold them."""
+    if isinstance(expression, ast.Constant):
+        return expression.value
+    if isinstance(expression, ast.Name):
+        return names.get(expression.id, _UNKNOWN)
+    if isinstance(expression, ast.Attribute) and expression.attr != "training":
+        holder = _held(expression.value, names)
+        return getattr(holder, "__dict__", {}).get(expression.attr, _UNKNOWN)
+    return _UNKNOWN
