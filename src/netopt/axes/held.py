@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
+    "COMMON",
     "DEPTH",
     "NUMBERS",
     "SIMPLE",
@@ -42,8 +43,9 @@ SIMPLE = frozenset(
 )
 NUMBERS = SIMPLE | {int}
 DEPTH = 6
-_COMMON = vars(nn.Module())
-_common = operator.itemgetter(*(name for name, value in _COMMON.items() if isinstance(value, (dict, set))))
+COMMON = vars(nn.Module())
+"""What every module has, by name."""
+_common = operator.itemgetter(*(name for name, value in COMMON.items() if isinstance(value, (dict, set))))
 _OPAQUE = (torch.Tensor, nn.Module, type, types.ModuleType, int, float)
 
 
@@ -139,7 +141,7 @@ class Held:
 def own_attributes(parts: Parts) -> list[Own]:
     """Of each module, its attributes that not every module has, flags and texts left out."""
     return [
-        [item for item in module.__dict__.items() if type(item[1]) not in SIMPLE and item[0] not in _COMMON]
+        [item for item in module.__dict__.items() if type(item[1]) not in SIMPLE and item[0] not in COMMON]
         for _, module in parts
     ]
 
@@ -179,7 +181,7 @@ def _common_of(attributes: dict[str, Any]) -> Sequence[Any]:
     except KeyError:  # made by an older torch
         pass
     # Some of a scripted module's are no containers of Python's.
-    return [value for key, value in attributes.items() if key in _COMMON and type(value) in (dict, OrderedDict, set)]
+    return [value for key, value in attributes.items() if key in COMMON and type(value) in (dict, OrderedDict, set)]
 
 
 def container_of(item: Any) -> Any:

@@ -24,7 +24,7 @@ from netopt.axes.modes import Modes
 from netopt.axes.operation import Mark
 from netopt.axes.sizes import Condition, Extent, Scalar, Shape, Size, caller
 from netopt.axes.trace import Trace, Traits, traits_of
-from netopt.axes.training import is_alike_in_training
+from netopt.axes.training import Trials
 from netopt.calls import Call, CallNames
 
 _LEN = inspect.unwrap(Tensor.__len__).__code__
@@ -48,6 +48,7 @@ class Watch(CallNames):
         self.trace = trace
         self.modes = modes
         self.readings: list[Reading] = []
+        self._trials = Trials(trace)
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -91,7 +92,7 @@ class Watch(CallNames):
         if modes.asking and modes.asking[-1] is module and not modes.differ:
             stack, visits, readings = self._stack[-1], self._visits.copy(), len(self.readings)
             self._stack[-1] = (stack[0], stack[1], {})
-            modes.differ = not is_alike_in_training(self.trace, module, args, kwargs, result)
+            modes.differ = not self._trials.is_alike(module, args, kwargs, result)
             modes.differ |= len(self.readings) > readings  # what is contracted there is not found in evaluation
             self._stack[-1] = stack
             self._visits.clear()
