@@ -63,19 +63,25 @@ class Held:
         self._parts = parts
         self._kept: list[tuple[Any, Any]] = []
         self._empty: list[Any] = []
+        self._holding: list[tuple[str, Any]] = []
         self._scripted = [(module, module.training) for _, module in parts if "training" not in module.__dict__]
         self.own = own_attributes(parts)
         waiting: list[tuple[Any, int]] = []
-        for (_, module), own in zip(parts, self.own, strict=True):
+        for (name, module), own in zip(parts, self.own, strict=True):
             attributes = module.__dict__
             self._kept.append((attributes, attributes.copy()))
             common = _common_of(attributes)
             self._kept += [(container, container.copy()) for container in filter(None, common)]
             self._empty += filterfalse(None, common)
-            for _, value in own:
-                inside = None if type(value) is int else container_of(value)
+            for key, value in own:
+                kind = type(value)
+                if kind is int or (kind is tuple and NUMBERS.issuperset(map(type, value))):
+                    continue
+                inside = container_of(value)
                 if inside is not None:
                     waiting.append((inside, DEPTH - 1))
+                if inside is not None or isinstance(value, Tensor):
+                    self._holding.append((f"{name}.{key}" if name else key, value))
         self._look_inside(waiting)
 
     def _look_inside(self, waiting: list[tuple[Any, int]]) -> None:
@@ -121,16 +127,16 @@ class Held:
         parameters: dict[int, tuple[str, Tensor]] = {}
         buffers: dict[int, tuple[str, Tensor]] = {}
         others: dict[int, tuple[str, Tensor]] = {}
-        for (prefix, module), own in zip(self._parts, self.own, strict=True):
+        for prefix, module in self._parts:
             start = f"{prefix}." if prefix else ""
             for held, found in ((module._parameters, parameters), (module._buffers, buffers)):
-                for key, tensor in held.items() if held else ():
-                    if tensor is not None:
-                        found.setdefault(id(tensor), (start + key, tensor))
-            for key, value in own:
-                if type(value) is not int:
-                    for path, tensor in _tensors_in(value, key, depth=3):
-                        others.setdefault(id(tensor), (start + path, tensor))
+                if held:
+                    for key, tensor in held.items():
+                        if tensor is not None:
+                            found.setdefault(id(tensor), (start + key, tensor))
+        for name, value in self._holding:
+            for path, tensor in _tensors_in(value, name, depth=3):
+                others.setdefault(id(tensor), (path, tensor))
         named = dict(parameters.values())
         names = frozenset(named)
         named.update(one for key, one in buffers.items() if key not in parameters)

@@ -170,8 +170,8 @@ class Operation:
     def freeze(self, dims: Dim | Layout | Iterable[Dim], why: str) -> None:
         """Keeps every position of these dimensions, for a reason that completes "the axis ..."."""
         for dim in [dims] if isinstance(dims, _ONE) else dims:
-            layout = resolve(layout_of(dim))
-            if type(layout) is Atom:  # by far the most are
+            layout = dim[0] if type(dim) is Dim else dim
+            if type(layout) is Atom and layout.bound is None:  # by far the most are
                 if layout.frozen is None:
                     layout.frozen = f"{why}, at {self.where}"
             elif any(atom.frozen is None for atom in atoms(layout)):
@@ -180,9 +180,15 @@ class Operation:
     def inexact(self, dims: Dim | Layout | Iterable[Dim], why: str) -> None:
         """States that a removed position of these dimensions differs from a masked one, if the result is used."""
         for dim in [dims] if isinstance(dims, _ONE) else dims:
-            layout = resolve(layout_of(dim))
-            if any(atom.inexact is None and atom.frozen is None for atom in _atoms(layout)):
-                self.marks.append(Mark(mark_inexact, layout, f"{why}, at {self.where}"))
+            layout = dim[0] if type(dim) is Dim else dim
+            if type(layout) is Atom and layout.bound is None:
+                if layout.inexact is not None or layout.frozen is not None:
+                    continue
+            else:
+                layout = resolve(layout)
+                if all(atom.inexact is not None or atom.frozen is not None for atom in atoms(layout)):
+                    continue
+            self.marks.append(Mark(mark_inexact, layout, f"{why}, at {self.where}"))
 
     def numbered(self, index: int, dim: Dim) -> None:
         """States that the result of this index holds numbers of positions: they must stay, if it is used."""

@@ -12,14 +12,14 @@ import functools
 import operator
 import types
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from netopt.axes.held import DEPTH, NUMBERS, SIMPLE, Held, Own, Parts, is_configuration, is_library
+from netopt.axes.held import DEPTH, SIMPLE, Held, Own, Parts, is_configuration, is_library
 from netopt.axes.sizes import Ledger, Place, Size
 
 _TORCH_OWN = frozenset(nn.Module().__dict__) | {"call_super_init", "dump_patches"}
@@ -103,7 +103,7 @@ class _Loan:
         return value
 
     def entries(self, value: Any, path: tuple[str | int, ...], depth: int) -> Any:
-        if NUMBERS.issuperset(map(type, value)) and all(type(item) is not int or item < 2 for item in value):
+        if _are_small(value):
             return value
         lent = [self.lend(item, (*path, index), depth) for index, item in enumerate(value)]
         if all(map(operator.is_, lent, value)):
@@ -112,7 +112,8 @@ class _Loan:
 
     def inside(self, value: Any, path: tuple[str | int, ...], depth: int) -> None:
         if isinstance(value, list):
-            self.items(value, range(len(value)), path, depth)
+            if not _are_small(value):
+                self.items(value, range(len(value)), path, depth)
         elif type(value) in (dict, OrderedDict):
             self.items(value, list(value), path, depth)
         elif isinstance(value, functools.partial):
@@ -152,6 +153,12 @@ class _Loan:
                 self.undo.append(functools.partial(setattr, function, "__defaults__", defaults))
 
 
+def _are_small(values: Sequence[Any]) -> bool:
+    """Whether all entries are integers that are not lent: a one can neither shrink nor split."""
+    return _INTEGER.issuperset(map(type, values)) and (not values or max(values) < 2)
+
+
+_INTEGER = frozenset([int])
 _OPAQUE = (torch.Tensor, nn.Module, type, types.ModuleType, int, float)  # a size that is lent already holds its ledger
 
 

@@ -194,7 +194,19 @@ class Trace(TorchDispatchMode):
 
     def dims(self, tensor: Tensor) -> Dims:
         """The dimensions of ``tensor``, resolved; a tensor from outside is a constant, whose positions all stay."""
-        return self._resolved(tensor, self._met(tensor))
+        known = tensor.__dict__.get(self._note)
+        if known is None:
+            known = self._met(tensor)
+        elif known.source is not None:
+            self.touched.add(known.source)
+        if self._dirty and _storage(tensor) in self._dirty:
+            known.dims = [Dim(resolve(layout), False) for layout, _ in known.dims]
+            return known.dims
+        for layout, _ in known.dims:
+            if type(layout) is not Atom or layout.bound is not None:  # by far the most are settled
+                known.dims = [Dim(resolve(layout), zero) for layout, zero in known.dims]
+                break
+        return known.dims
 
     def _met(self, tensor: Tensor) -> _Known:
         """What is known of a tensor that an operation reads."""
@@ -222,16 +234,6 @@ class Trace(TorchDispatchMode):
         for one in known.copy():
             known += one.memory
         return known
-
-    def _resolved(self, tensor: Tensor, known: _Known) -> Dims:
-        if self._dirty and _storage(tensor) in self._dirty:
-            known.dims = [Dim(resolve(layout), False) for layout, _ in known.dims]
-            return known.dims
-        for layout, _ in known.dims:
-            if type(layout) is not Atom or layout.bound is not None:  # by far the most are settled
-                known.dims = [Dim(resolve(layout), zero) for layout, zero in known.dims]
-                break
-        return known.dims
 
     def depends_on_data(self, tensor: Tensor) -> bool:
         """Whether ``tensor`` was computed from the model's inputs."""
@@ -343,8 +345,9 @@ class Trace(TorchDispatchMode):
         known = self._read(tensors, traits)
         with torch._C._DisableTorchDispatch():
             out = function(*args, **kwargs)
-            self._hear(traits, [plain(value) for value in args], kwargs, tensors, known, out)
-            return out
+        given = [plain(value) for value in args]
+        self._hear(traits, given, kwargs, tensors, known, out, costing=[one for one in args if isinstance(one, Tensor)])
+        return out
 
     def _hear(
         self,
@@ -354,14 +357,18 @@ class Trace(TorchDispatchMode):
         tensors: list[Tensor],
         known: list[_Known],
         out: Any,
+        costing: Sequence[Any] | None = None,
     ) -> None:
-        """Lets the rule of an operation speak."""
+        """Lets the rule of an operation speak, and notes what it costs: by all arguments, or those named."""
         self.operations += 1
         outs = [out] if isinstance(out, Tensor) else _tensors_in((out,), [])
         if outs:
             self._state(traits, args, kwargs, tensors, known, out, outs)
             if self.counting and traits.formula is not None:
-                self._note_work(traits.formula, args, kwargs, outs)
+                if costing is None:
+                    self._note_work(traits.formula, args, kwargs, outs)
+                else:
+                    self._note_work(traits.formula, costing, {}, outs)
 
     def _state(
         self,
@@ -455,7 +462,7 @@ class Trace(TorchDispatchMode):
         return value
 
     def _layouts(self, tensor: Tensor) -> tuple[Layout, ...]:
-        return tuple([dim.layout for dim in self.dims(tensor)])
+        return tuple([layout for layout, _ in tensor.__dict__[self._note].dims])
 
     def _refuse(self, op: Operation) -> None:
         self.unknown.add(op.name)

@@ -144,14 +144,19 @@ class Watch(CallNames):
                 self.note_numbers(tuple(value.values() if isinstance(value, dict) else value), {}, kinds)
 
     def _note_readings(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        tensors = list(args) + [kwargs[key] for key in _OPERANDS.get(call.function, ()) if key in kwargs]
-        for argument, dim in _CONTRACTIONS[call.function]:
-            tensor = tensors[argument] if argument < len(tensors) else None
-            if isinstance(tensor, Tensor) and tensor.dim() > 0 and self.trace.depends_on_data(tensor):
-                at = dim if dim >= 0 else max(tensor.dim() + dim, 0)
-                if call.function.startswith("conv"):
-                    at = 1 if tensor.dim() == _weight_dim(tensors) else 0
-                self.readings.append(Reading(call, argument, at, self.trace.dims(tensor)[at].layout))
+        name = call.function
+        given: Sequence[Any] = args
+        if kwargs:
+            given = [*args, *(kwargs[key] for key in _OPERANDS.get(name, ()) if key in kwargs)]
+        for argument, dim in _CONTRACTIONS[name]:
+            tensor = given[argument] if argument < len(given) else None
+            if isinstance(tensor, Tensor) and self.trace.depends_on_data(tensor):
+                dims = self.trace.dims(tensor)
+                if dims:
+                    at = dim if dim >= 0 else max(len(dims) + dim, 0)
+                    if name.startswith("conv"):
+                        at = 1 if len(dims) == _weight_dim(given) else 0
+                    self.readings.append(Reading(call, argument, at, dims[at][0]))
 
 
 @contextmanager

@@ -10,6 +10,8 @@ from netopt.axes.layout import Atom
 from netopt.axes.operation import Dim, Dims, Operation, merge, rows, rule
 from netopt.axes.rules.contraction import biased
 
+_SPATIAL = "is a spatial dimension of a convolution"
+
 
 @rule(
     "aten::convolution",
@@ -36,7 +38,7 @@ def convolution(
     dims, kernel = op.dims(tensor), op.dims(weight)
     channel = len(dims) - len(kernel) + 1
     op.freeze(kernel[2:], "is a dimension of a kernel")
-    op.trace.kernels.extend(dim.layout for dim in kernel[2:])
+    op.trace.kernels.extend([layout for layout, _ in kernel[2:]])
     if groups == 1:
         made, read = (kernel[1], kernel[0]) if transposed else (kernel[0], kernel[1])
         op.summed(dims[channel], read)
@@ -45,14 +47,16 @@ def convolution(
     op.contract(weight, [read], [made])
     out = biased(op, [made], bias)[0]
     spatial = []
-    for index, dim in enumerate(dims[channel + 1 :]):
-        size = op.out.shape[channel + 1 + index]
-        alone = kernel[2 + index].size == 1 and _at(stride, index) == 1 and not _at(padding, index)
-        if alone and dim.size == size and op.short.startswith("conv"):
-            spatial.append(Dim(dim.layout, dim.zero and bias is None))  # each position by itself
+    called = op.short.startswith("conv")  # others take their arguments in another order
+    for index, (dim, (edge, _), size) in enumerate(
+        zip(dims[channel + 1 :], kernel[2:], op.out.shape[channel + 1 :], strict=True)
+    ):
+        alone = edge.size == 1 and called and _at(stride, index) == 1 and not _at(padding, index)
+        if alone and dim[0].size == size:
+            spatial.append(Dim(dim[0], dim[1] and bias is None))  # each position by itself
         else:
-            op.freeze(dim, "is a spatial dimension of a convolution")
-            spatial.append(op.frozen(size, "is a spatial dimension of a convolution"))
+            op.freeze(dim, _SPATIAL)
+            spatial.append(op.frozen(size, _SPATIAL))
     return [*dims[:channel], out, *spatial]
 
 
@@ -102,9 +106,8 @@ def deformable(
     else:
         made, read = _grouped(op, dims[1], kernel, groups, transposed=False)
     op.contract(weight, [read], [made])
-    why = "is a spatial dimension of a convolution"
-    op.freeze([*dims[2:], *op.dims(offset)[1:], *op.dims(mask)[1:]], why)
-    return [dims[0], biased(op, [made], bias)[0], *(op.frozen(size, why) for size in op.out.shape[2:])]
+    op.freeze([*dims[2:], *op.dims(offset)[1:], *op.dims(mask)[1:]], _SPATIAL)
+    return [dims[0], biased(op, [made], bias)[0], *(op.frozen(size, _SPATIAL) for size in op.out.shape[2:])]
 
 
 @rule("aten::convolution_backward")
