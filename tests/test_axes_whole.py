@@ -29,7 +29,7 @@ def told(model, inputs):
 def test_what_is_seen_whole_is_what_its_operations_say(case: Case, monkeypatch):
     model, inputs = case.build(), case.inputs()
     whole = told(model, inputs)
-    monkeypatch.setattr(watch, "_WHOLE", {})
+    monkeypatch.setattr(watch, "WHOLE", {})
     assert whole == told(model, inputs)
 
 

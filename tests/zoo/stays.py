@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 ACROSS = "is sliced across the boundaries of its parts"  # a table is read in pieces that do not match
-ALIGNED = "has parts that add aligns in two ways"  # windows, shifted and not: the pixels of an image
+ALIGNED = "has parts that (add|scaled_dot_product_attention) aligns in two ways"  # windows, shifted and not
 BUFFER = "belongs to no parameter"  # a mask of windows
 INDEXED = "is indexed by a tensor"  # a table of relative positions, of kinds of tokens, or of rotary angles
 LITERAL = "meets the literal [23] in (view|slice|unflatten)"  # queries, keys and values; halves of a pair
