@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from netopt.axes import find_axes
-from netopt.axes.held import Held
+from netopt.axes.attributes import Attributes
 from netopt.axes.layout import Atom
 from netopt.axes.literals import Literal, remembering_literals
 from netopt.axes.places import remembered
@@ -311,8 +311,8 @@ def test_every_integer_is_lent_with_its_place_and_given_back():
     model, ledger = Holder(), Ledger()
     before = numbers(model)
     parts = list(model.named_modules())
-    held = Held(parts)
-    with held.in_mode(model, training=False), remembered(parts, held, ledger):
+    attributes = Attributes(parts)
+    with attributes.in_mode(model, training=False), remembered(parts, attributes, ledger):
         lent = {
             one.origin.path
             for one in (
@@ -353,8 +353,8 @@ def test_integers_are_given_back_after_an_error():
     model = Holder()
     before = numbers(model)
     parts = list(model.named_modules())
-    held = Held(parts)
-    with pytest.raises(KeyError), held.in_mode(model, training=False), remembered(parts, held, Ledger()):
+    attributes = Attributes(parts)
+    with pytest.raises(KeyError), attributes.in_mode(model, training=False), remembered(parts, attributes, Ledger()):
         raise KeyError
     assert numbers(model) == before
 

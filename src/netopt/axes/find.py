@@ -24,8 +24,8 @@ from torch.utils._pytree import tree_iter
 
 from netopt import batches
 from netopt.axes import rules as _rules  # noqa: F401 - registers the rules
+from netopt.axes.attributes import Attributes, Parts
 from netopt.axes.axis import Axes
-from netopt.axes.held import Held, Parts
 from netopt.axes.layout import Layout, freeze
 from netopt.axes.literals import remembering_literals
 from netopt.axes.memos import memos_passed_by
@@ -72,8 +72,8 @@ def find_axes(model: nn.Module, example_inputs: Inputs, *, outputs: Outputs = No
     if not isinstance(model, nn.Module):
         raise ArgumentTypeError(f"model must be a torch.nn.Module, not {type(model).__name__}.")
     parts = list(model.named_modules())
-    held = Held(parts)
-    trace = Trace(*held.tensors())
+    attributes = Attributes(parts)
+    trace = Trace(*attributes.tensors())
     try:
         with ExitStack() as borrowed:
             for context in (
@@ -89,21 +89,21 @@ def find_axes(model: nn.Module, example_inputs: Inputs, *, outputs: Outputs = No
                 borrowed.enter_context(context)
             trace.inputs(leaf for leaf in tree_iter(batches.normalize(example_inputs)) if isinstance(leaf, Tensor))
             _freeze_scripted(parts, trace)
-            with held.in_mode(model, training=False), modes_watched() as modes:
+            with attributes.in_mode(model, training=False), modes_watched() as modes:
                 watch = Watch(model, parts, trace, modes)
                 trace.counting = True
-                results = _run(model, parts, held, example_inputs, watch, outputs)
+                results = _run(model, parts, attributes, example_inputs, watch, outputs)
                 trace.counting = False
             readings = watch.readings
             twins = unreached(parts, watch.reached, trace.touched)
             if twins:
-                with standing_in(twins, trace), held.in_mode(model, training=False):
-                    _run(model, parts, held, example_inputs, Watch(model, parts, trace, modes), outputs)
+                with standing_in(twins, trace), attributes.in_mode(model, training=False):
+                    _run(model, parts, attributes, example_inputs, Watch(model, parts, trace, modes), outputs)
             if modes.differ:
                 watch = Watch(model, parts, trace, modes)
                 # Batch norm fails in training mode on a single sample.
-                with contextlib.suppress(ForwardError), held.in_mode(model, training=True):
-                    _run(model, parts, held, example_inputs, watch, outputs)
+                with contextlib.suppress(ForwardError), attributes.in_mode(model, training=True):
+                    _run(model, parts, attributes, example_inputs, watch, outputs)
         trace.ledger.is_open = False
         trace.settle()
         return Axes(trace, readings, results)
@@ -113,12 +113,12 @@ def find_axes(model: nn.Module, example_inputs: Inputs, *, outputs: Outputs = No
 
 
 def _run(
-    model: nn.Module, parts: Parts, held: Held, inputs: Inputs, watch: Watch, outputs: Outputs
+    model: nn.Module, parts: Parts, attributes: Attributes, inputs: Inputs, watch: Watch, outputs: Outputs
 ) -> list[tuple[Layout, ...]]:
     """One traced forward; the layouts of the results that count."""
     trace = watch.trace
     with (
-        remembered(parts, held, trace.ledger),
+        remembered(parts, attributes, trace.ledger),
         remembering_functions(),
         remembering_literals(parts),
         memos_passed_by(),

@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
-from netopt.axes.held import Parts, is_library
+from netopt.axes.attributes import Parts, is_library
 from netopt.axes.sizes import Scalar, Size, remember
 
 _ARITHMETIC = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
-from netopt.axes.held import is_library
+from netopt.axes.attributes import is_library
 from netopt.axes.sizes import Scalar, Size
 
 _MEMO = type(functools.lru_cache(lambda: None))

@@ -19,21 +19,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from netopt.axes.held import DEPTH, SIMPLE, Held, Own, Parts, is_configuration, is_library
+from netopt.axes.attributes import DEPTH, SIMPLE, Attributes, Own, Parts, is_configuration, is_library
 from netopt.axes.sizes import Ledger, Place, Size
 
 _TORCH_OWN = frozenset(nn.Module().__dict__) | {"call_super_init", "dump_patches"}
 
 
 @contextmanager
-def remembered(parts: Parts, held: Held, ledger: Ledger) -> Iterator[None]:
+def remembered(parts: Parts, attributes: Attributes, ledger: Ledger) -> Iterator[None]:
     """Replaces every integer above 1 that modules hold by one that remembers its place, and puts all back.
 
-    What modules hold in attributes of their own is put back by ``held``, when its mode is left.
+    What modules hold in attributes of their own is put back by ``attributes``, when its mode is left.
     """
     loan = _Loan(ledger)
     try:
-        for (name, module), own in zip(parts, held.own, strict=True):
+        for (name, module), own in zip(parts, attributes.own, strict=True):
             loan.module(module, name, own)
         yield
     finally:

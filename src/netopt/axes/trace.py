@@ -17,7 +17,7 @@ from torch._C._functorch import maybe_current_level  # pyright: ignore[reportMis
 from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from netopt.axes.held import NUMBERS
+from netopt.axes.attributes import NUMBERS
 from netopt.axes.layout import Atom, Layout, freeze, resolve
 from netopt.axes.operation import Dim, Dims, Mark, Operation, find_rule
 from netopt.axes.sizes import Ledger, caller, plain, show_place

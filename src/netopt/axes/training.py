@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_iter
 
-from netopt.axes.held import COMMON, NUMBERS, attributes_given_back
+from netopt.axes.attributes import COMMON, NUMBERS, attributes_given_back
 from netopt.axes.layout import Layout, atoms, unify
 from netopt.axes.sizes import Extent, Scalar, Size, leaves
 from netopt.axes.trace import Trace

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from netopt import batches
-from netopt.axes.held import Parts
+from netopt.axes.attributes import Parts
 from netopt.axes.layout import freeze, unify
 from netopt.axes.trace import Trace
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_iter
 
-from netopt.axes.held import Parts
+from netopt.axes.attributes import Parts
 from netopt.axes.layout import Layout, freeze
 from netopt.axes.modes import Modes
 from netopt.axes.sizes import Extent, Size, plain

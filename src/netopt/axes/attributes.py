@@ -25,7 +25,7 @@ __all__ = [
     "DEPTH",
     "NUMBERS",
     "SIMPLE",
-    "Held",
+    "Attributes",
     "Own",
     "Parts",
     "attributes_given_back",
@@ -49,7 +49,7 @@ _common = operator.itemgetter(*(name for name, value in COMMON.items() if isinst
 _OPAQUE = (torch.Tensor, nn.Module, type, types.ModuleType, int, float)
 
 
-class Held:
+class Attributes:
     """What some modules hold.
 
     Args:
@@ -155,11 +155,11 @@ def own_attributes(parts: Parts) -> list[Own]:
 @contextmanager
 def attributes_given_back(parts: Parts) -> Iterator[None]:
     """Undoes what a forward does to attributes, and to containers and configurations reached from them."""
-    held = Held(parts)
+    attributes = Attributes(parts)
     try:
         yield
     finally:
-        held.put_back()
+        attributes.put_back()
 
 
 def _set_mode(model: nn.Module, parts: Parts, training: bool) -> bool:
