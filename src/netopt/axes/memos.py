@@ -24,6 +24,8 @@ _MEMO = type(functools.lru_cache(lambda: None))
 _Held: TypeAlias = "tuple[Any, str, Any, Any]"
 """Who holds such a function (the names of a file, a class, a cell), under which name, it, and what is lent instead."""
 
+_APART = frozenset(["netopt", "__main__", "sympy", "mpmath", "networkx", "jinja2", "typing_extensions"])
+"""Searched in another way, or brought along by torch for its compiler: no forward calls them."""
 _lock = threading.RLock()
 _searched: set[str] = set()
 _found: dict[tuple[int, str], _Held] = {}
@@ -62,7 +64,7 @@ def _search() -> None:
     new = sys.modules.keys() - _searched
     _searched.update(new)
     for name in new:
-        if not is_library(name) and name.partition(".")[0] not in ("netopt", "__main__"):
+        if not is_library(name) and name.partition(".")[0] not in _APART:
             for held in _held_by(sys.modules.get(name)):
                 _found.setdefault((id(held[0]), held[1]), held)
 
