@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 
@@ -31,8 +31,7 @@ _TORCH = f"{Path(torch.__file__).parent}{os.sep}"  # with the separator: torchvi
 _foreign: dict[str, bool] = {}
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """Where an integer lives: the module's dotted name, the attribute, then items or attributes below it."""
 
     path: tuple[str | int, ...]
@@ -41,14 +40,14 @@ class Place:
         return ".".join(str(step) for step in self.path if step != "")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class Extent:
     """The number of positions of a layout."""
 
     layout: Layout
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class Computed:
     """An arithmetic operation on two numbers, each with an origin or plain."""
 
@@ -60,7 +59,7 @@ class Computed:
 Origin: TypeAlias = Place | Extent | Computed
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class Equation:
     """``number``, as the user's code computes it, must stay the size of ``layout``."""
 
@@ -73,7 +72,7 @@ class Equation:
         return f"{self.operation} ({show_place(self.where)})"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class Condition:
     """A comparison the user's code made, whose outcome must stay what it was."""
 

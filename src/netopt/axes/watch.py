@@ -7,8 +7,7 @@ dimension into an equation. It also notes which calls contract over a dimension,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -65,8 +64,7 @@ class Watch(CallNames):
             if whole is not None and kwargs.keys() <= whole.names and whole.fits(*args, **kwargs):
                 result = trace.whole(whole.traits, function, args, kwargs)
             if result is NotImplemented:
-                with _step_by_step() if treatment.fused else nullcontext():
-                    result = function(*args, **kwargs)
+                result = (_step_by_step(function) if treatment.fused else function)(*args, **kwargs)
         finally:
             trace.in_call = False
         if treatment.answer is not None:
@@ -155,16 +153,19 @@ class Watch(CallNames):
                     self.readings.append(Reading(call, argument, at, dims[at][0]))
 
 
-@contextmanager
-def _step_by_step() -> Iterator[None]:
-    """Switches off the libraries that run a whole recurrent layer as one operation."""
-    onednn = torch._C._get_mkldnn_enabled()
-    torch._C._set_mkldnn_enabled(False)
-    try:
-        with torch.backends.cudnn.flags(enabled=False):
-            yield
-    finally:
-        torch._C._set_mkldnn_enabled(onednn)
+def _step_by_step(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function without the libraries that run a whole recurrent layer as one operation."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        onednn = torch._C._get_mkldnn_enabled()
+        torch._C._set_mkldnn_enabled(False)
+        try:
+            with torch.backends.cudnn.flags(enabled=False):
+                return function(*args, **kwargs)
+        finally:
+            torch._C._set_mkldnn_enabled(onednn)
+
+    return run
 
 
 def _weight_dim(tensors: Sequence[Any]) -> int:
