@@ -800,3 +800,31 @@ def test_a_projection_stays_narrower_than_its_hidden_state():
     counts = remove(model, axes, {axis.name: 3 for axis in axes.free})
     assert counts["cell/proj_size"] < counts["cell/hidden_size"] < 12
     assert model(x).shape == (3, 5, 2)
+
+
+class RelativePositions(nn.Module):
+    """Attention among the pixels of a window, with a bias for each distance and head."""
+
+    def __init__(self, side: int):
+        super().__init__()
+        at = torch.stack(torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")).flatten(1)
+        apart = at[:, :, None] - at[:, None] + side - 1
+        self.register_buffer("index", apart[0] * (2 * side - 1) + apart[1])
+        self.table = nn.Parameter(torch.randn((2 * side - 1) ** 2, 2))
+        self.qkv, self.out = nn.Linear(4, 24), nn.Linear(8, 4)
+
+    def forward(self, x):
+        b, n, _ = x.shape
+        q, k, v = self.qkv(x).view(b, n, 3, 2, 4).permute(2, 0, 3, 1, 4)
+        bias = self.table[self.index.view(-1)].view(n, n, -1).permute(2, 0, 1)
+        h = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias[None])
+        return self.out(h.transpose(1, 2).reshape(b, n, 8))
+
+
+@pytest.mark.parametrize("side", [3, 9])  # of the longer list, not every entry is followed
+def test_a_table_of_relative_positions_stays_and_its_heads_may_go(side):
+    axes = find_axes(RelativePositions(side), torch.randn(1, side * side, 4))
+    by_member = {(member.tensor, member.dim): axis for axis in axes for member in axis.members}
+    assert by_member["table", 0].frozen
+    assert by_member["qkv.weight", 1].frozen
+    assert by_member["table", 1].size == 2

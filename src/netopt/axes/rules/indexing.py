@@ -41,13 +41,19 @@ def embedding_renorm(op: Operation, weight: Tensor, indices: Tensor, *args: Any)
     return table
 
 
+_MOST_REPEATED = 4096
+"""A longer list that repeats positions is no layer's wiring but a table looked up, as of relative positions."""
+
+
 def looked_up(op: Operation, dim: Dim, indices: Tensor) -> Dim | None:
     """The dimension that a fixed list of positions makes of ``dim``, if the list can be rewritten with it.
 
     The positions are followed one by one, so that a permutation or a selection of channels ties the right neurons.
     """
     name = op.trace.pointer(indices)
-    if name is None or all(atom.frozen is not None for atom in atoms(dim.layout)):
+    if name is None or _MOST_REPEATED < indices.numel() > dim.size:
+        return None
+    if all(atom.frozen is not None for atom in atoms(dim.layout)):
         return None
     units = shatter(dim.layout)
     with no_dispatch():
