@@ -102,6 +102,43 @@ class Kept(Base):
         return F.dropout(self.linear(x), self.p, flag)
 
 
+class HandedToAFunction(Base):
+    def forward(self, x):
+        x = added(self.linear(x), x, self.p, self.training)
+        return added(x, x, prob=self.p, drop=not self.training)
+
+
+class HandedToOneThatLooks(Base):
+    def forward(self, x):
+        return looking(self.linear(x), self.p, self.training)
+
+
+class HandedToOneThatSetsItAnew(Base):
+    def forward(self, x):
+        return setting(self.linear(x), drop=self.training)
+
+
+class HandedAmongOthers(Base):
+    def forward(self, x):
+        given = (x, self.p)
+        return added(self.linear(x), *given, self.training)
+
+
+def added(x, residual, prob, drop=False):
+    """As that of BLOOM: what is dropped, and what it is added to."""
+    return residual + F.dropout(x, p=prob, training=drop)
+
+
+def looking(x, prob, drop):
+    y = F.dropout(x, prob, drop)
+    return y.flip(-1) if drop else y
+
+
+def setting(x, *, drop):
+    drop = drop and x.mean() > 0
+    return F.dropout(x, 0.5, drop)
+
+
 class Deciding(Base):
     """Asks for its mode together with settings that have decided already, in one mode as in the other."""
 
@@ -166,9 +203,17 @@ def dropout(x, p, training):
     return x.flip(-1) if training else x
 
 
-@pytest.mark.parametrize(
-    "kind", [HandedOn, HandedOnByPosition, ChosenProbability, ChosenProbabilityTheOtherWay, Deciding]
+SWITCHES = (
+    HandedOn,
+    HandedOnByPosition,
+    ChosenProbability,
+    ChosenProbabilityTheOtherWay,
+    HandedToAFunction,
+    Deciding,
 )
+
+
+@pytest.mark.parametrize("kind", SWITCHES)
 def test_a_switch_of_dropout_is_no_other_forward(kind):
     model = kind()
     with modes.modes_watched() as seen:
@@ -177,9 +222,22 @@ def test_a_switch_of_dropout_is_no_other_forward(kind):
     assert not seen.asking
 
 
-@pytest.mark.parametrize(
-    "kind", [Branch, BranchBesideDropout, ChosenComputation, ChosenTensor, OwnFunction, OwnMethod, AlphaDropout, Kept]
+QUESTIONS = (
+    Branch,
+    BranchBesideDropout,
+    ChosenComputation,
+    ChosenTensor,
+    OwnFunction,
+    OwnMethod,
+    AlphaDropout,
+    Kept,
+    HandedToOneThatLooks,
+    HandedToOneThatSetsItAnew,
+    HandedAmongOthers,
 )
+
+
+@pytest.mark.parametrize("kind", QUESTIONS)
 def test_any_other_use_of_the_mode_is_a_question(kind):
     model = kind().eval()
     with modes.modes_watched() as seen:

@@ -14,7 +14,8 @@ import itertools
 import linecache
 import operator
 import types
-from collections.abc import Iterator, Mapping
+from collections import ChainMap
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,22 +40,46 @@ _TAIL = 4
 def only_switches_dropout(frame: types.FrameType) -> bool:
     """Whether the attribute that ``frame`` reads just now decides about dropout, or about nothing at all."""
     found = _use(frame.f_code, frame.f_lasti)
-    if isinstance(found, ast.BoolOp):
-        deciding = isinstance(found.op, ast.Or)
-        sides = [_told(one, {**frame.f_globals, **frame.f_locals}) for one in found.values]
+    if found is None:
+        return False
+    node, argument = found
+    if isinstance(node, ast.Call):
+        return _drops(_value(node.func, frame.f_globals, types.ModuleType), argument)
+    names = ChainMap(frame.f_locals, frame.f_globals)
+    if isinstance(node, ast.BoolOp):
+        deciding = isinstance(node.op, ast.Or)
+        sides = [_told(one, names) for one in node.values]
         return any(side is not _UNKNOWN and bool(side) is deciding for side in sides)
-    if isinstance(found, ast.Call):
-        return any(_value(found.func, frame.f_globals, types.ModuleType) is one for one in _TAKERS)
     # A tensor that is taken in one mode only would be met in that mode only.
-    return found is not None and all(
-        isinstance(_value(one, {**frame.f_globals, **frame.f_locals}, object), (int, float))
-        for one in (found.body, found.orelse)
-    )
+    return all(isinstance(_value(one, names, object), (int, float)) for one in (node.body, node.orelse))
+
+
+def _drops(function: Any, argument: Any) -> bool:
+    """Whether a function does nothing with an argument but switch dropout: torch's own, or one that hands it on."""
+    if any(function is one for one in _TAKERS):
+        return True
+    calls = _handed_on(function.__code__, argument) if type(function) is types.FunctionType else ()
+    takers = [_value(call.func, function.__globals__, types.ModuleType) for call in calls]
+    return bool(takers) and all(any(taker is one for one in _TAKERS) for taker in takers)
 
 
 @functools.lru_cache(maxsize=4096)
-def _use(code: types.CodeType, instruction: int) -> ast.Call | ast.IfExp | ast.BoolOp | None:
-    """The call that takes the attribute as an argument, or the choice or condition it is part of; else None."""
+def _handed_on(code: types.CodeType, argument: int | str | None) -> Sequence[ast.Call]:
+    """The calls that take a parameter of a function, named or counted; none if it is used in any other way."""
+    if isinstance(argument, int) and argument < code.co_argcount:
+        argument = code.co_varnames[argument]
+    tree = _tree(code)
+    if argument not in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount] or tree is None:
+        return ()
+    parents = _parents(tree)
+    uses = [node for node in parents if isinstance(node, ast.Name) and node.id == argument]
+    calls = [_taking(node, parents)[0] for node in uses]
+    return [call for call in calls if call is not None] if None not in calls else ()
+
+
+@functools.lru_cache(maxsize=4096)
+def _use(code: types.CodeType, instruction: int) -> tuple[ast.Call | ast.IfExp | ast.BoolOp, int | str | None] | None:
+    """The call that takes the attribute, and as which argument, or the choice or condition it is part of; else None."""
     positions = getattr(code, "co_positions", None)  # from Python 3.11 on
     if positions is None:
         return None
@@ -62,18 +87,39 @@ def _use(code: types.CodeType, instruction: int) -> ast.Call | ast.IfExp | ast.B
     tree = _tree(code)
     if place is None or tree is None:
         return None
-    parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+    parents = _parents(tree)
     node: ast.AST | None = next(filter(lambda one: _is_at(one, place), parents), None)
-    parent = parents.get(node) if node is not None else None
+    if node is None:
+        return None
+    call, argument = _taking(node, parents)
+    if call is not None:
+        return call, argument
+    parent = parents[node]
     while isinstance(parent, ast.UnaryOp) and isinstance(parent.op, ast.Not):
-        node, parent = parent, parents.get(parent)
+        node, parent = parent, parents[parent]
+    if isinstance(parent, ast.BoolOp) or (
+        isinstance(parent, ast.IfExp) and node is parent.test and _chooses_zero(parent)
+    ):
+        return parent, None
+    return None
+
+
+def _parents(tree: ast.AST) -> dict[ast.AST, ast.AST]:
+    return {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+
+
+def _taking(node: ast.AST, parents: Mapping[ast.AST, ast.AST]) -> tuple[ast.Call | None, int | str | None]:
+    """The call that ``node`` is an argument of, if it is one, and which: its number or its keyword."""
+    parent = parents[node]
+    while isinstance(parent, ast.UnaryOp) and isinstance(parent.op, ast.Not):
+        node, parent = parent, parents[parent]
     if isinstance(parent, ast.keyword):
-        parent = parents.get(parent)
-    if isinstance(parent, ast.Call) and node is not parent.func:
-        return parent
-    if isinstance(parent, ast.IfExp) and node is parent.test and _chooses_zero(parent):
-        return parent
-    return parent if isinstance(parent, ast.BoolOp) else None
+        call = parents[parent]
+        return (call, parent.arg) if isinstance(call, ast.Call) else (None, None)
+    if not isinstance(parent, ast.Call) or node is parent.func:
+        return None, None
+    before = parent.args[: parent.args.index(node)] if isinstance(node, ast.expr) else []
+    return parent, None if any(isinstance(one, ast.Starred) for one in before) else len(before)
 
 
 def _is_at(node: ast.AST, place: tuple[Any, ...]) -> bool:

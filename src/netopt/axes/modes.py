@@ -24,7 +24,7 @@ _lock = threading.RLock()
 _LAYERS = Path(torch.nn.modules.__file__).parent
 # Files whose layers hand the flag to dropout, to batch norm or to a recurrent kernel, and do nothing else with it.
 _HANDING_ON = frozenset(
-    str(_LAYERS / f"{name}.py") for name in ("activation", "batchnorm", "dropout", "rnn", "transformer")
+    str(_LAYERS / f"{name}.py") for name in ("activation", "batchnorm", "dropout", "instancenorm", "rnn", "transformer")
 )
 
 
