@@ -47,6 +47,7 @@ _aten = torch.ops.aten
 WHOLE: dict[Any, Whole] = {
     torch.nn.functional.linear: Whole(traits_of(_aten.linear.default)),
     torch.batch_norm: Whole(traits_of(_aten.batch_norm.default)),
+    torch.layer_norm: Whole(traits_of(_aten.layer_norm.default)),
     torch.conv1d: Whole(traits_of(_aten.conv1d.default)),
     torch.conv2d: Whole(traits_of(_aten.conv2d.default)),
     torch.conv3d: Whole(traits_of(_aten.conv3d.default)),
