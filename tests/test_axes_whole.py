@@ -105,3 +105,21 @@ def test_layers_run_inside_a_transform():
     removed = prune_neurons(model, x, 0.5, importance="magnitude").plan
     assert removed.exact
     assert model(x).shape == expected.shape
+
+
+class _Autocast(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 6))
+        self.last = nn.Linear(8, 3)
+
+    def forward(self, x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            h = nn.functional.linear(x, self.weight)
+            return self.last(h + torch.mm(self.weight, x.t()).t())  # of the same weight, cast once
+
+
+def test_what_autocast_keeps_is_seen_being_made():
+    model, x = _Autocast(), torch.randn(4, 6)
+    assert find_axes(model, x)["weight"].frozen is None
+    assert prune_neurons(model, x, 0.5, importance="magnitude").plan.shapes_after["weight"] == (4, 6)

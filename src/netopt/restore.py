@@ -175,7 +175,7 @@ class _Values:
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         self._small: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         self._noted: list[tuple[Tensor, int | None, Tensor]] = []
-        for tensor in dict.fromkeys(tensors):
+        for tensor in {id(tensor): tensor for tensor in tensors}.values():  # hashing tensors takes longer
             if type(tensor) is Tensor and tensor.dim() < 2 and tensor.layout is torch.strided and not tensor.is_meta:
                 self._small.setdefault((tensor.device, tensor.dtype), []).append(tensor)
             else:

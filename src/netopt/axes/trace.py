@@ -329,7 +329,7 @@ class Trace(TorchDispatchMode):
 
         Returns:
             The result; ``NotImplemented``, and nothing was run, where these have to be seen: for gradients, for a mode
-            entered by the user's code, or for tensors that are no plain ones.
+            entered by the user's code, within autocast, or for tensors that are no plain ones.
         """
         tensors = _tensors_in((*args, *kwargs.values()) if kwargs else args, [])
         if traits.name == "aten::linear":
@@ -338,6 +338,7 @@ class Trace(TorchDispatchMode):
             torch.is_grad_enabled()
             or torch._C._len_torch_dispatch_stack() != 1
             or maybe_current_level() is not None
+            or torch._C._is_any_autocast_enabled()  # it keeps what it has cast for other operations
             or not _PLAIN.issuperset(map(type, tensors))
             or str in map(type, args)  # such as the padding "same", which is worked out inside
         ):
