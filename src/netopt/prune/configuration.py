@@ -7,19 +7,20 @@ is found by trying: a model built from the changed configuration, without memory
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
-import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import nn
 
 from netopt.plan import Plan, shapes_of
-from netopt.prune.searching import UNSET, Hints, Search, distance, set_at
-from netopt.restore import random_state_kept
+from netopt.prune.building import UNSET, Drawing, Shapes, built, drawn, entries, with_changes
+from netopt.prune.formulas import Where
+from netopt.prune.searching import Changes, Hints, Search, distance
+from netopt.prune.solving import Equation, equations, out_of_proportion, solved
 from netopt.surgery import Path, read
 
 __all__ = ["configured"]
@@ -47,15 +48,13 @@ def configured(model: nn.Module, plan: Plan) -> tuple[tuple[tuple[Path, float], 
     if lost is not None:
         return (), f"the configuration cannot express it: `{lost}` is computed from it, and has lost entries; {_ADVICE}"
     after = plan.shapes_after
-    wanted = {name: after[name] for name in shapes_of(model)}
-    dense = _built(model, config)
-    if dense is None or distance(dense, shapes_of(model)) > 0:
-        return (), "the configuration does not build this model, so it was left as it is"
-    trial = copy.deepcopy(config)
-    for path, value in plan.attributes:
-        if path[:2] == ("", "config"):
-            set_at(trial, path[2:], value)
+    shapes = shapes_of(model)
+    wanted = {name: after[name] for name in shapes}
     replacements = _replacements(plan)
+    hints = _hints(model, plan, replacements)
+    drawings = _drawings(model, config, hints, shapes, wanted)
+    if not drawings and distance(_built(model, config), shapes) > 0:
+        return (), "the configuration does not build this model, so it was left as it is"
     varied = next((old for old, news in replacements.items() if len(news) > _SIZES), None)
     if varied is not None:
         many = len(replacements[varied])
@@ -65,14 +64,159 @@ def configured(model: nn.Module, plan: Plan) -> tuple[tuple[tuple[Path, float], 
         )
     given = {path[2:]: value for path, value in plan.attributes if path[:2] == ("", "config")}
     decimals = _decimals(model, plan, config)
-    search = Search(
-        lambda one: _built(model, one), wanted, lambda found: _derived(model, plan, given | found | decimals, config)
-    )
-    found = search.run(trial, _hints(model, plan, replacements))
+    sought = _Sought(model, plan, with_changes(config, given), wanted, decimals)
+    found = _computed(sought, drawings, hints)
+    if found is None:
+        found = Search(lambda one: _built(model, one), wanted, sought.refuse).run(sought.trial, hints)
     if isinstance(found, str):
         return (), f"{found}; {_ADVICE}"
     found |= decimals
     return tuple((("", "config", *path), value) for path, value in found.items()), None
+
+
+_ADVICE = "save with torch.save, or replay the plan on a fresh model"
+
+
+@dataclass(frozen=True, eq=False)
+class _Sought:
+    """What a configuration has to build.
+
+    Attributes:
+        trial: The configuration to start from.
+        wanted: The shapes.
+        decimals: What is changed in any case.
+    """
+
+    model: nn.Module
+    plan: Plan
+    trial: Any
+    wanted: Shapes
+    decimals: Mapping[Where, float]
+
+    @functools.cached_property
+    def attributes(self) -> dict[tuple[str, str], Any]:
+        """Numbers that modules are to hold: those the plan sets, and all that are not whole."""
+        planned = dict(self.plan.attributes)
+        found = {path: value for path, value in planned.items() if len(path) == 2 and type(value) is int}
+        for prefix, module in self.model.named_modules():
+            for name, value in vars(module).items():
+                if type(value) is float:
+                    found[prefix, name] = planned.get((prefix, name), value)
+        return found
+
+    @functools.cached_property
+    def _refusals(self) -> dict[frozenset[Any], str | None]:
+        return {}
+
+    def refuse(self, changes: Mapping[Where, Any]) -> str | None:
+        """Why a configuration with these changes is wrong: the shapes built, or what is computed anew, as scales."""
+        known, key = self._refusals, frozenset(changes.items())
+        if key not in known:
+            fresh = built(type(self.model), with_changes(self.trial, {**changes, **self.decimals}))
+            known[key] = _UNBUILT if fresh is None or shapes_of(fresh) != self.wanted else self._derived(fresh)
+        return known[key]
+
+    def _derived(self, fresh: nn.Module) -> str | None:
+        modules = dict(fresh.named_modules())
+        for (prefix, name), wanted in self.attributes.items():
+            if type(wanted) is float and getattr(modules.get(prefix), name, wanted) != wanted:
+                return f"the configuration cannot express it: `{prefix}.{name}` is computed from it, and stays"
+        return None
+
+
+_UNBUILT = "the configuration builds something else"
+
+
+def _drawings(model: nn.Module, config: Any, hints: Hints, shapes: Shapes, wanted: Shapes) -> list[Drawing]:
+    """How the model is computed from its configuration, as it is, and with sizes that were left to a default."""
+    known = dict(entries(config))
+    unset = {path: hints.sizes.get(path[-1], max(hints.replacements)) for path, value in known.items() if value is None}
+    names = {path[-1] for path in unset}
+    optional = unset | {
+        (name,): value
+        for name, value in hints.sizes.items()
+        if name not in names and getattr(config, name, None) is None
+    }
+    free = drawn(type(model), config, optional, wanted) if optional else None
+    if free is not None and free.shapes == shapes and free.leaves.isdisjoint(optional):
+        return [free]
+    dense = drawn(type(model), config, {}, wanted)
+    if dense is None or dense.shapes != shapes:
+        return []
+    return [dense] if free is None or free.shapes.keys() != shapes.keys() else [dense, free]
+
+
+def _computed(sought: _Sought, drawings: Sequence[Drawing], hints: Hints) -> Changes | str | None:
+    """The changes, or why there are none, by computing; None if that does not tell."""
+    if not drawings:
+        return None
+    found = _solved(sought, drawings)
+    if isinstance(found, dict):
+        return found
+    # What was refused by formulas that are guessed is not refused before they are known to be right.
+    certain = [_certain(sought, drawing) for drawing in drawings]
+    if None in certain:
+        return None
+    right = [one for one in certain if one is not None]
+    if any(one is not other for one, other in zip(right, drawings, strict=True)):
+        found = _solved(sought, right)
+    if found is not None:
+        return found
+    found = Search(lambda one: _foretold(sought, right, one), sought.wanted, sought.refuse).run(sought.trial, hints)
+    return None if found == _UNBUILT else found
+
+
+def _solved(sought: _Sought, drawings: Sequence[Drawing]) -> Changes | str | None:
+    """The changes, or why there are none; None if equations do not tell."""
+    why = out_of_proportion(drawings[-1], sought.wanted)
+    if why is not None:
+        return f"the configuration cannot express it: {why}"
+    known = dict(entries(sought.trial))
+    refusals: list[str | None] = []
+    for drawing in drawings:
+        solution = solved(equations(drawing, sought.wanted, sought.attributes), drawing.values())
+        if solution.broken is None:
+            changes = {path: value for path, value in solution.values.items() if known.get(path) != value}
+            why = sought.refuse(changes)
+            if why is None:
+                return changes
+            refusals.append(None if why is _UNBUILT or not solution.is_only else why)
+        else:
+            refusals.append(
+                _broken(solution.broken, drawing, solution.values, sought.wanted) if solution.is_only else None
+            )
+    return None if None in refusals else refusals[-1]
+
+
+def _broken(equation: Equation, drawing: Drawing, values: Mapping[Where, Any], wanted: Shapes) -> str:
+    if equation.dim is None:
+        return f"the configuration cannot express it: `{equation.name}` is computed from it, and stays"
+    nearest = drawing.at(values, [equation.name])[equation.name]
+    return (
+        f"the configuration cannot express it: `{equation.name}` has shape {wanted[equation.name]}, and the nearest "
+        f"configuration gives {nearest}"
+    )
+
+
+def _certain(sought: _Sought, drawing: Drawing) -> Drawing | None:
+    """The drawing with formulas that give what is built with other numbers; None if they cannot be found."""
+    if drawing.is_sure:
+        return drawing
+    values = drawing.values()
+    numbers = sorted({values[path] for path in drawing.doubtful if path in values})
+    others = {
+        path: value * 2 ** (numbers.index(value) + 1) for path, value in values.items() if path in drawing.doubtful
+    }
+    fresh = built(type(sought.model), with_changes(sought.trial, {**values, **others}))
+    return None if fresh is None else drawing.corrected(others, shapes_of(fresh))
+
+
+def _foretold(sought: _Sought, drawings: Sequence[Drawing], config: Any) -> Shapes:
+    """The shapes that a configuration will build."""
+    dense = drawings[-1].values()
+    values = {path: value for path, value in entries(config) if value is not None and path in dense}
+    drawing = drawings[-1] if drawings[-1].leaves <= values.keys() else drawings[0]
+    return drawing.at(values, list(sought.wanted))
 
 
 def _hints(model: nn.Module, plan: Plan, replacements: Mapping[int, set[int]]) -> Hints:
@@ -104,26 +248,6 @@ def _decimals(model: nn.Module, plan: Plan, config: Any) -> dict[tuple[str, ...]
     }
 
 
-def _derived(model: nn.Module, plan: Plan, changes: Mapping[Any, Any], config: Any) -> str | None:
-    """What the constructor computes from the sizes, and would compute anew: scales."""
-    trial = copy.deepcopy(config)
-    for path, value in changes.items():
-        set_at(trial, path, value)
-    with random_state_kept(), torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        fresh = dict(type(model)(trial).named_modules())  # pyright: ignore[reportCallIssue]
-    planned = {path: value for path, value in plan.attributes if isinstance(value, float)}
-    for prefix, module in model.named_modules():
-        for name, value in vars(module).items():
-            wanted = planned.get((prefix, name), value)
-            if type(value) is float and getattr(fresh.get(prefix), name, wanted) != wanted:
-                return f"the configuration cannot express it: `{prefix}.{name}` is computed from it, and stays"
-    return None
-
-
-_ADVICE = "save with torch.save, or replay the plan on a fresh model"
-
-
 def _replacements(plan: Plan) -> dict[int, set[int]]:
     """New sizes by old size: of axes, and of dimensions that several axes make up."""
     found: dict[int, set[int]] = {}
@@ -143,35 +267,5 @@ def _built_from_config(kind: type) -> bool:
 
 def _built(model: nn.Module, config: Any) -> dict[str, tuple[int, ...]] | None:
     """Shapes of the model this configuration builds, without memory; None if it builds none."""
-    with random_state_kept(), torch.device("meta"), _Unfilled(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            return shapes_of(type(model)(copy.deepcopy(config)))  # pyright: ignore[reportCallIssue]
-        except (
-            ValueError,
-            TypeError,
-            RuntimeError,
-            AttributeError,
-            AssertionError,
-            LookupError,
-            ZeroDivisionError,
-            NotImplementedError,
-        ):
-            return None
-
-
-class _Unfilled(TorchFunctionMode):
-    """Leaves out what fills tensors that have no memory, which is most of what building them takes."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Runs every call but those that only write into their first argument."""
-        kwargs = kwargs or {}
-        filled = args[0] if args else kwargs.get("tensor")
-        name = getattr(func, "__name__", "")
-        writes = name.endswith("_") and not name.endswith("__") and name not in _SHAPED
-        if writes and isinstance(filled, Tensor) and filled.is_meta:
-            return filled
-        return func(*args, **kwargs)
-
-
-_SHAPED = frozenset(["requires_grad_", "resize_", "squeeze_", "unsqueeze_", "t_", "transpose_", "set_", "detach_"])
+    fresh = built(type(model), copy.deepcopy(config))
+    return None if fresh is None else shapes_of(fresh)
