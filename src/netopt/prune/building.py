@@ -7,9 +7,9 @@ import functools
 import itertools
 import operator
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from netopt.prune.formulas import Formula, Ledger, Where, Whole, formula_of
 from netopt.restore import random_state_kept
+from netopt.surgery import named_parameters_and_buffers
 
 __all__ = ["SHARES", "UNSET", "Drawing", "Shapes", "built", "drawn", "entries", "set_at", "with_changes"]
 
@@ -57,110 +58,111 @@ class Drawing:
     """How a model's sizes are computed from the numbers of a configuration.
 
     Attributes:
-        shapes: As built.
         sizes: The dimensions of every tensor: formulas, and numbers no configuration changes.
         attributes: Formulas of numbers that modules hold, by the module's name and their own.
-        is_sure: Whether every formula is known, and none only guessed.
-        doubtful: Places of the numbers in formulas that are only guessed.
+        dense: The numbers of the configuration as it is.
     """
 
-    shapes: Shapes
     sizes: Mapping[str, tuple[Any, ...]]
     attributes: Mapping[tuple[str, str], Formula]
-    is_sure: bool
-    doubtful: frozenset[Where]
+    dense: Mapping[Where, Any]
 
     @functools.cached_property
     def leaves(self) -> frozenset[Where]:
         """The places of all numbers that sizes are computed from."""
-        return frozenset().union(
-            *(one.leaves for dims in self.sizes.values() for one in dims if isinstance(one, Formula))
-        )
+        formulas = {one for dims in self.sizes.values() for one in dims if isinstance(one, Formula)}
+        return frozenset().union(*[one.leaves for one in formulas])
 
-    def values(self) -> dict[Where, Any]:
-        """The numbers that sizes are computed from."""
-        found = {}
-        for dims in self.sizes.values():
-            for one in dims:
-                if isinstance(one, Formula):
-                    _collect(one, found)
-        return found
-
-    def at(self, values: Mapping[Where, Any], names: Sequence[str]) -> dict[str, tuple[Any, ...]]:
+    def at(self, values: Mapping[Where, Any], names: Iterable[str]) -> dict[str, tuple[Any, ...]]:
         """The shapes of tensors where numbers of the configuration have other values."""
-        memo: dict[Formula, Any] = {}
+        values, memo = {**self.dense, **values}, {}
         return {
             name: tuple([one.at(values, memo) if isinstance(one, Formula) else one for one in self.sizes[name]])
             for name in names
         }
 
-    def corrected(self, values: Mapping[Where, Any], shapes: Shapes) -> Drawing | None:
-        """The drawing whose formulas give the shapes that were built with other values; None if there is none.
 
-        A wrong formula is replaced by a multiple of one that is right.
-        """
-        if not self.sizes.keys() <= shapes.keys():
-            return None
-        memo: dict[Formula, Any] = {}
-        known = dict.fromkeys(one for dims in self.sizes.values() for one in dims if isinstance(one, Formula))
-        sizes = {}
-        for name, dims in self.sizes.items():
-            right = []
-            for one, old, new in zip(dims, self.shapes[name], shapes[name], strict=True):
-                found = one
-                if (one.at(values, memo) if isinstance(one, Formula) else one) != new:
-                    found = next((base for base in known if base.at(values, memo) * old == new * base.value), None)
-                    if found is None or old % found.value:
-                        return None
-                    found = Formula(operator.mul, (old // found.value, found), old)
-                right.append(found)
-            sizes[name] = tuple(right)
-        return replace(self, sizes=sizes, is_sure=True, doubtful=frozenset())
+def drawn(model: nn.Module, config: Any, optional: Mapping[Where, Any], shapes: Shapes) -> Drawing | None:
+    """How a model depends on its configuration, from building another one, and what the model itself has.
 
-
-def _collect(formula: Formula, found: dict[Where, Any]) -> None:
-    if formula.operation is None:
-        found[formula.operands] = formula.value
-        return
-    for one in formula.operands:
-        if isinstance(one, Formula):
-            _collect(one, found)
-
-
-def drawn(
-    kind: Callable[[Any], nn.Module], config: Any, optional: Mapping[Where, Any], wanted: Shapes
-) -> Drawing | None:
-    """How the model that is built from a configuration depends on it; None if nothing is built.
+    The other one is built from other numbers, alike where they are alike and larger where they are larger, so that what
+    divides another still does. A size that is then not what the model has comes from where another size comes from that
+    grew as much.
 
     Args:
-        kind: The class of the model.
+        model: Its class takes a configuration.
         config: Not changed.
         optional: Numbers the configuration lacks, to be built with.
-        wanted: Shapes, of which those that are to change need a formula.
+        shapes: The model's.
+
+    Returns:
+        None if nothing like the model is built, or some size is not explained.
     """
-    ledger = Ledger()
-    config = copy.deepcopy(config)
-    for path, value in list(entries(config)):
-        if value is not None and (type(value) is int or any(word in str(part) for part in path for word in SHARES)):
-            _plant(config, path, ledger.number(value, path))
-    for path, value in optional.items():
+    ledger, config, dense = Ledger(), copy.deepcopy(config), dict(optional)
+    dense |= {
+        path: value for path, value in entries(config) if type(value) is int or (value is not None and _is_share(path))
+    }
+    counts = {len(part._modules) for part in model.modules()}
+    for path, value in _enlarged(dense, counts).items():
         _plant(config, path, ledger.number(value, path))
-    watch = _Watch(ledger)
+    watch = _Watch(ledger, _MOST * len(model.state_dict(keep_vars=True)))
     with _without_memory(), watch:
         try:
-            model = kind(config)
+            other = type(model)(config)  # pyright: ignore[reportCallIssue]
         except Exception:
             return None
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    sizes = {name: watch.sizes(tensor, wanted.get(name)) for name, tensor in parameters.items()}
+    parameters = named_parameters_and_buffers(other)[0]
+    if parameters.keys() != shapes.keys():
+        return None
+    sizes = _explained({name: watch.sizes(tensor) for name, tensor in parameters.items()}, parameters, dense, shapes)
     attributes = {}
-    for prefix, module in model.named_modules():
+    for prefix, module in other.named_modules():
         for name, value in vars(module).items():
             formula = formula_of(value)
             if formula is not None:
                 attributes[prefix, name] = formula
-    shapes = {name: tuple(tensor.shape) for name, tensor in parameters.items()}
-    return Drawing(shapes, sizes, attributes, ledger.is_sure, frozenset(ledger.doubtful))
+    return None if sizes is None else Drawing(sizes, attributes, dense)
+
+
+def _is_share(path: Where) -> bool:
+    return any(word in str(part) for part in path for word in SHARES)
+
+
+def _enlarged(dense: Mapping[Where, Any], counts: Collection[int]) -> dict[Where, Any]:
+    """Other numbers; those that may count modules, and that may switch something off, stay."""
+    changed = {path: value for path, value in dense.items() if value > 1 and (value not in counts or _is_share(path))}
+    numbers = sorted(set(changed.values()))
+    factors = {value: 2 ** (1 + _STEPS * rank // len(numbers)) for rank, value in enumerate(numbers)}
+    return {path: value * factors[value] if path in changed else value for path, value in dense.items()}
+
+
+_MOST = 4
+"""With so many times as many tensors as the model has, what is built is another: something counted is a size too."""
+_STEPS = 4
+"""By how many different factors numbers are multiplied: what is divided by another changes with it."""
+
+
+def _explained(
+    sizes: Mapping[str, tuple[Any, ...]], built_: Mapping[str, Tensor], dense: Mapping[Where, Any], shapes: Shapes
+) -> dict[str, tuple[Any, ...]] | None:
+    """The formulas, with others for those that do not give the shapes of the model; None if there is none."""
+    memo: dict[Formula, Any] = {}
+    known = dict.fromkeys([one for dims in sizes.values() for one in dims if isinstance(one, Formula)])
+    found = {}
+    for name, dims in sizes.items():
+        right = []
+        if len(dims) != len(shapes[name]):
+            return None
+        for one, size, grown in zip(dims, shapes[name], built_[name].shape, strict=True):
+            if (one.at(dense, memo) if isinstance(one, Formula) else one) == size:
+                right.append(one)
+                continue
+            like = next((base for base in known if base.at(dense, memo) * grown == size * base.value), None)
+            if like is None or grown % like.value:
+                return None
+            right.append(Formula(operator.mul, (grown // like.value, like), grown))
+        found[name] = tuple(right)
+    return found
 
 
 @contextmanager
@@ -182,7 +184,7 @@ class _Unfilled(TorchFunctionMode):
             if name.endswith("_") and not name.endswith("__") and name not in _SHAPED and filled.is_meta:
                 return filled
         made = func(*args, **kwargs)
-        if isinstance(made, Tensor):
+        if isinstance(made, Tensor) and made is not filled:
             self._note(made, args, kwargs)
         return made
 
@@ -194,77 +196,52 @@ _SHAPED = frozenset(["requires_grad_", "resize_", "squeeze_", "unsqueeze_", "t_"
 
 
 class _Watch(_Unfilled):
-    """Notes how the sizes of tensors were computed."""
+    """Notes how the sizes of tensors were computed.
 
-    def __init__(self, ledger: Ledger) -> None:
+    Args:
+        ledger: Has the formulas.
+        most: With more tensors than this made from sizes with formulas, the model is not what was to be built.
+    """
+
+    def __init__(self, ledger: Ledger, most: int) -> None:
         super().__init__()
-        self._ledger = ledger
-        self._made: dict[int, _Made] = {}
+        self._ledger, self._most = ledger, most
+        self._made: dict[int, tuple[Tensor, tuple[Any, ...]]] = {}
         """By the tensor's id, which stays its own while it is kept alive."""
-        self._stored: dict[Any, _Made] = {}
+        self._stored: dict[Any, tuple[Any, ...]] = {}
         """By storage and shape, which a parameter shares with the tensor it was made of."""
         self._seen = 0
 
-    def sizes(self, parameter: Tensor, wanted: Sequence[int] | None) -> tuple[Any, ...]:
-        """The formulas of a parameter's dimensions, or their sizes."""
-        made = self._find(parameter)
-        formulas = tuple(parameter.shape) if made is None else made.formulas
-        if made is not None and made.is_guess:
-            for one in formulas:
-                if isinstance(one, Formula):
-                    self._ledger.doubt(one)
-        if wanted is None or len(wanted) != len(formulas):
-            return formulas
-        return tuple(
-            [
-                one if isinstance(one, Formula) or one == size else self._ledger.guessed(one)
-                for one, size in zip(formulas, wanted, strict=True)
-            ]
-        )
+    def sizes(self, tensor: Tensor) -> tuple[Any, ...]:
+        """The formulas of a tensor's dimensions, or their sizes."""
+        known = self._find(tensor)
+        return tuple(tensor.shape) if known is None else known
 
     def _note(self, made: Tensor, args: Any, kwargs: Any) -> None:
         numbers: list[Any] = []
         tensors: list[Tensor] = []
-        _sort(args, numbers, tensors)
-        if not args:
-            _sort(kwargs.values(), numbers, tensors)
-        if not tensors:
-            if any(type(one) is Whole for one in numbers):
-                formulas = tuple([self._ledger.formula(one) for one in numbers])
-                is_all = tuple(numbers) == tuple(made.shape)
-                self._made[id(made)] = _Made(made, formulas) if is_all else self._guessed(made, formulas)
-            elif numbers and self._ledger.has_plain(numbers):
-                formulas = tuple([self._ledger.formula(one) for one in numbers])
-                self._made[id(made)] = self._guessed(made, formulas)
+        _sort(args or kwargs.values(), numbers, tensors)
+        known = [one for tensor in tensors for one in self._find(tensor) or ()]
+        if not known and not self._ledger.knows_some(numbers):
             return
-        known = [
-            one for tensor in tensors for found in [self._find(tensor)] if found is not None for one in found.formulas
-        ]
-        if known or any(type(one) is Whole for one in numbers):
-            self._made[id(made)] = self._guessed(made, [*known, *map(self._ledger.formula, numbers)])
+        formulas = [self._ledger.formula(one) for one in numbers]
+        if tensors or tuple(numbers) != tuple(made.shape):
+            by_size = {one.value: one for one in (*known, *formulas) if isinstance(one, Formula)}
+            formulas = [by_size.get(size, size) for size in made.shape]
+        self._made[id(made)] = made, tuple(formulas)
+        if len(self._made) > self._most:
+            raise RuntimeError("more is built than there was")
 
-    def _guessed(self, made: Tensor, formulas: Sequence[Any]) -> _Made:
-        """What sizes are known by their values alone."""
-        by_size = {one.value: one for one in formulas if isinstance(one, Formula)}
-        return _Made(made, tuple([by_size.get(size, size) for size in made.shape]), is_guess=True)
-
-    def _find(self, tensor: Tensor) -> _Made | None:
+    def _find(self, tensor: Tensor) -> tuple[Any, ...] | None:
         found = self._made.get(id(tensor))
-        if found is not None or type(tensor) is Tensor:
-            return found
-        for made in itertools.islice(self._made.values(), self._seen, None):
-            self._stored.setdefault(_key(made.tensor), made)
+        if found is not None:
+            return found[1]
+        if type(tensor) is Tensor:
+            return None
+        for made, formulas in itertools.islice(self._made.values(), self._seen, None):
+            self._stored.setdefault(_key(made), formulas)
         self._seen = len(self._made)
         return self._stored.get(_key(tensor))
-
-
-@dataclass(frozen=True, eq=False)
-class _Made:
-    """A tensor, and how its sizes were computed."""
-
-    tensor: Tensor
-    formulas: tuple[Any, ...]
-    is_guess: bool = False
 
 
 def _key(tensor: Tensor) -> tuple[int, tuple[int, ...]]:

@@ -20,7 +20,7 @@ from netopt.plan import Plan, shapes_of
 from netopt.prune.building import UNSET, Drawing, Shapes, built, drawn, entries, with_changes
 from netopt.prune.formulas import Where
 from netopt.prune.searching import Changes, Hints, Search, distance
-from netopt.prune.solving import Equation, equations, out_of_proportion, solved
+from netopt.prune.solving import Equation, Solution, equations, out_of_proportion, solved
 from netopt.surgery import Path, read
 
 __all__ = ["configured"]
@@ -52,8 +52,8 @@ def configured(model: nn.Module, plan: Plan) -> tuple[tuple[tuple[Path, float], 
     wanted = {name: after[name] for name in shapes}
     replacements = _replacements(plan)
     hints = _hints(model, plan, replacements)
-    drawings = _drawings(model, config, hints, shapes, wanted)
-    if not drawings and distance(_built(model, config), shapes) > 0:
+    drawing = _drawing(model, config, _optional(config, hints), shapes)
+    if drawing is None and distance(_built(model, config), shapes) > 0:
         return (), "the configuration does not build this model, so it was left as it is"
     varied = next((old for old, news in replacements.items() if len(news) > _SIZES), None)
     if varied is not None:
@@ -65,7 +65,7 @@ def configured(model: nn.Module, plan: Plan) -> tuple[tuple[tuple[Path, float], 
     given = {path[2:]: value for path, value in plan.attributes if path[:2] == ("", "config")}
     decimals = _decimals(model, plan, config)
     sought = _Sought(model, plan, with_changes(config, given), wanted, decimals)
-    found = _computed(sought, drawings, hints)
+    found = None if drawing is None else _computed(sought, drawing, config, hints)
     if found is None:
         found = Search(lambda one: _built(model, one), wanted, sought.refuse).run(sought.trial, hints)
     if isinstance(found, str):
@@ -94,15 +94,20 @@ class _Sought:
     decimals: Mapping[Where, float]
 
     @functools.cached_property
-    def attributes(self) -> dict[tuple[str, str], Any]:
-        """Numbers that modules are to hold: those the plan sets, and all that are not whole."""
-        planned = dict(self.plan.attributes)
-        found = {path: value for path, value in planned.items() if len(path) == 2 and type(value) is int}
+    def attributes(self) -> dict[tuple[str, str], tuple[Any, Any]]:
+        """Numbers that modules hold, and are to hold: whole ones that the plan sets, and all that are not whole."""
+        planned = {path: value for path, value in self.plan.attributes if len(path) == 2}
+        found = {}
         for prefix, module in self.model.named_modules():
             for name, value in vars(module).items():
-                if type(value) is float:
-                    found[prefix, name] = planned.get((prefix, name), value)
+                if type(value) is float or (type(value) is int and (prefix, name) in planned):
+                    found[prefix, name] = value, planned.get((prefix, name), value)
         return found
+
+    def changes(self, values: Mapping[Where, Any]) -> Changes:
+        """The values that differ from those of the configuration."""
+        known = dict(entries(self.trial))
+        return {path: value for path, value in values.items() if known.get(path) != value}
 
     @functools.cached_property
     def _refusals(self) -> dict[frozenset[Any], str | None]:
@@ -118,7 +123,7 @@ class _Sought:
 
     def _derived(self, fresh: nn.Module) -> str | None:
         modules = dict(fresh.named_modules())
-        for (prefix, name), wanted in self.attributes.items():
+        for (prefix, name), (_, wanted) in self.attributes.items():
             if type(wanted) is float and getattr(modules.get(prefix), name, wanted) != wanted:
                 return f"the configuration cannot express it: `{prefix}.{name}` is computed from it, and stays"
         return None
@@ -127,65 +132,50 @@ class _Sought:
 _UNBUILT = "the configuration builds something else"
 
 
-def _drawings(model: nn.Module, config: Any, hints: Hints, shapes: Shapes, wanted: Shapes) -> list[Drawing]:
-    """How the model is computed from its configuration, as it is, and with sizes that were left to a default."""
-    known = dict(entries(config))
-    unset = {path: hints.sizes.get(path[-1], max(hints.replacements)) for path, value in known.items() if value is None}
+def _optional(config: Any, hints: Hints) -> dict[Where, int]:
+    """Sizes that were left to a default, with the value they seem to have."""
+    unset = [path for path, value in entries(config) if value is None]
+    found = {path: hints.sizes.get(path[-1], max(hints.replacements)) for path in unset}
     names = {path[-1] for path in unset}
-    optional = unset | {
-        (name,): value
-        for name, value in hints.sizes.items()
-        if name not in names and getattr(config, name, None) is None
-    }
-    free = drawn(type(model), config, optional, wanted) if optional else None
-    if free is not None and free.shapes == shapes and free.leaves.isdisjoint(optional):
-        return [free]
-    dense = drawn(type(model), config, {}, wanted)
-    if dense is None or dense.shapes != shapes:
-        return []
-    return [dense] if free is None or free.shapes.keys() != shapes.keys() else [dense, free]
+    more = {name: value for name, value in hints.sizes.items() if name not in names}
+    return found | {(name,): value for name, value in more.items() if getattr(config, name, None) is None}
 
 
-def _computed(sought: _Sought, drawings: Sequence[Drawing], hints: Hints) -> Changes | str | None:
+def _drawing(model: nn.Module, config: Any, optional: Mapping[Where, int], shapes: Shapes) -> Drawing | None:
+    """How the model is computed from its configuration, with sizes that were left to a default if that is possible."""
+    found = drawn(model, config, optional, shapes)
+    return drawn(model, config, {}, shapes) if found is None and optional else found
+
+
+def _computed(sought: _Sought, drawing: Drawing, config: Any, hints: Hints) -> Changes | str | None:
     """The changes, or why there are none, by computing; None if that does not tell."""
-    if not drawings:
-        return None
-    found = _solved(sought, drawings)
-    if isinstance(found, dict):
-        return found
-    # What was refused by formulas that are guessed is not refused before they are known to be right.
-    certain = [_certain(sought, drawing) for drawing in drawings]
-    if None in certain:
-        return None
-    right = [one for one in certain if one is not None]
-    if any(one is not other for one, other in zip(right, drawings, strict=True)):
-        found = _solved(sought, right)
-    if found is not None:
-        return found
-    found = Search(lambda one: _foretold(sought, right, one), sought.wanted, sought.refuse).run(sought.trial, hints)
-    return None if found == _UNBUILT else found
-
-
-def _solved(sought: _Sought, drawings: Sequence[Drawing]) -> Changes | str | None:
-    """The changes, or why there are none; None if equations do not tell."""
-    why = out_of_proportion(drawings[-1], sought.wanted)
+    why = out_of_proportion(drawing, sought.wanted)
     if why is not None:
         return f"the configuration cannot express it: {why}"
-    known = dict(entries(sought.trial))
-    refusals: list[str | None] = []
-    for drawing in drawings:
-        solution = solved(equations(drawing, sought.wanted, sought.attributes), drawing.values())
+    solution = _solution(sought, drawing)
+    if solution.broken is not None and solution.is_only:
+        return _broken(solution.broken, drawing, solution.values, sought.wanted)
+    drawings = [drawing]
+    if not drawing.leaves.isdisjoint(_optional(config, hints)):
+        # What can be said without writing a default down is said without.
+        plain = drawn(sought.model, config, {}, shapes_of(sought.model))
+        drawings = [drawing] if plain is None else [plain, drawing]
+    why = None
+    for one in drawings:
+        solution = _solution(sought, one)
         if solution.broken is None:
-            changes = {path: value for path, value in solution.values.items() if known.get(path) != value}
+            changes = sought.changes(solution.values)
             why = sought.refuse(changes)
             if why is None:
                 return changes
-            refusals.append(None if why is _UNBUILT or not solution.is_only else why)
-        else:
-            refusals.append(
-                _broken(solution.broken, drawing, solution.values, sought.wanted) if solution.is_only else None
-            )
-    return None if None in refusals else refusals[-1]
+    if solution.broken is None and solution.is_only and why is not _UNBUILT:
+        return why
+    found = Search(lambda one: _foretold(sought, drawings, one), sought.wanted, sought.refuse).run(sought.trial, hints)
+    return None if found == _UNBUILT else found
+
+
+def _solution(sought: _Sought, drawing: Drawing) -> Solution:
+    return solved(equations(drawing, sought.wanted, sought.attributes), drawing.dense)
 
 
 def _broken(equation: Equation, drawing: Drawing, values: Mapping[Where, Any], wanted: Shapes) -> str:
@@ -198,25 +188,12 @@ def _broken(equation: Equation, drawing: Drawing, values: Mapping[Where, Any], w
     )
 
 
-def _certain(sought: _Sought, drawing: Drawing) -> Drawing | None:
-    """The drawing with formulas that give what is built with other numbers; None if they cannot be found."""
-    if drawing.is_sure:
-        return drawing
-    values = drawing.values()
-    numbers = sorted({values[path] for path in drawing.doubtful if path in values})
-    others = {
-        path: value * 2 ** (numbers.index(value) + 1) for path, value in values.items() if path in drawing.doubtful
-    }
-    fresh = built(type(sought.model), with_changes(sought.trial, {**values, **others}))
-    return None if fresh is None else drawing.corrected(others, shapes_of(fresh))
-
-
 def _foretold(sought: _Sought, drawings: Sequence[Drawing], config: Any) -> Shapes:
     """The shapes that a configuration will build."""
-    dense = drawings[-1].values()
-    values = {path: value for path, value in entries(config) if value is not None and path in dense}
-    drawing = drawings[-1] if drawings[-1].leaves <= values.keys() else drawings[0]
-    return drawing.at(values, list(sought.wanted))
+    values = {path: value for path, value in entries(config) if value is not None}
+    free = drawings[-1]
+    drawing = free if free.leaves <= values.keys() else drawings[0]
+    return drawing.at({path: value for path, value in values.items() if path in drawing.dense}, sought.wanted)
 
 
 def _hints(model: nn.Module, plan: Plan, replacements: Mapping[int, set[int]]) -> Hints:

@@ -38,22 +38,21 @@ class Formula:
         if operation is None:
             self.leaves = frozenset([operands])
         else:
-            self.leaves = frozenset().union(*(one.leaves for one in operands if isinstance(one, Formula)))
+            self.leaves = frozenset().union(*[one.leaves for one in operands if isinstance(one, Formula)])
 
     def at(self, values: Mapping[Where, Any], memo: dict[Formula, Any]) -> Any:
-        """Its value where numbers of the configuration have other values.
+        """Its value with other numbers of the configuration, which are all in ``values``.
 
-        Fractions are divided exactly; what is known of parts is kept in ``memo``.
+        Whole numbers and fractions are divided exactly; what is known of parts is kept in ``memo``.
         """
-        if self.leaves.isdisjoint(values):
-            return self.value
         if self.operation is None:
             return values[self.operands]
         known = memo.get(self)
         if known is None:
             operands = [one.at(values, memo) if isinstance(one, Formula) else one for one in self.operands]
             if self.operation is operator.truediv and not any(isinstance(one, float) for one in operands):
-                known = _whole(Fraction(operands[0]) / operands[1])
+                known = Fraction(operands[0]) / operands[1]
+                known = known.numerator if known.denominator == 1 else known
             else:
                 known = self.operation(*operands)
             memo[self] = known
@@ -117,10 +116,6 @@ def _is_open(operand: Any, values: Mapping[Where, Any]) -> bool:
     return isinstance(operand, Formula) and not operand.leaves <= values.keys()
 
 
-def _whole(value: Fraction) -> Any:
-    return value.numerator if value.denominator == 1 else value
-
-
 def _root(target: Fraction, place: int, exponent: Fraction) -> Fraction:
     if place:
         raise ValueError
@@ -146,17 +141,12 @@ _ONE_TO_ONE = frozenset([operator.add, operator.sub, operator.mul, operator.true
 class Ledger:
     """The formulas of one building, each once.
 
-    Attributes:
-        is_sure: Whether every number is known to come from where its formula says. A number that python turned into a
-            plain one (``int(width / heads)``) is recognised by its value alone.
+    A number that python turned into a plain one (``int(width / heads)``) is recognised by its value.
     """
 
     def __init__(self) -> None:
         self._known: dict[Any, Formula] = {}
-        self._escaped: dict[Any, Formula] = {}
-        self.is_sure = True
-        self.doubtful: set[Where] = set()
-        """Numbers that others were turned plain with."""
+        self._plain: dict[int, Formula] = {}
 
     def number(self, value: Any, path: Where) -> Any:
         """The number of the configuration that is at ``path``."""
@@ -164,46 +154,24 @@ class Ledger:
 
     def computed(self, value: Any, operation: Callable[..., Any], *operands: Any) -> Any:
         """What an operation gave, with its formula."""
-        formulas = tuple([self.formula(one) for one in operands])
-        return _numbered(self, self._formula(operation, formulas, value))
+        return _numbered(self, self._formula(operation, tuple([self.formula(one) for one in operands]), value))
 
-    def escape(self, formula: Formula) -> None:
+    def made_plain(self, operation: Callable[..., Any], formula: Formula, value: Any) -> None:
         """Notes that python made a plain number of one with this formula."""
-        self.doubtful |= formula.leaves
-        self.is_sure = False
-        # Small numbers are everywhere.
-        if type(formula.value) is int and formula.value > 4:
-            self._escaped[formula.value] = formula
-
-    def doubt(self, formula: Formula) -> None:
-        """Notes that a formula was only found by its value."""
-        self.doubtful |= formula.leaves
-        self.is_sure = False
-
-    def guessed(self, value: int) -> Any:
-        """The number of the configuration that has this value, if one has."""
-        found = next((one for one in self._known.values() if one.operation is None and one.value == value), None)
-        if found is not None:
-            self.doubt(found)
-            return found
-        self.is_sure = False
-        self.doubtful |= {one.operands for one in self._known.values() if one.operation is None}
-        return value
+        if type(value) is int and value > _EVERYWHERE:
+            same = type(formula.value) is int
+            self._plain[value] = formula if same else self._formula(operation, (formula,), value)
 
     def formula(self, number: Any) -> Any:
         """The formula of a number, which is itself where it has none."""
         kind = type(number)
         if kind is Whole or kind is Decimal:
             return number.formula
-        return self._escaped.get(number, number) if self._escaped and kind is int else number
+        return self._plain.get(number, number) if self._plain and kind is int else number
 
-    def has_plain(self, numbers: Sequence[Any]) -> bool:
-        """Whether some of these are numbers that python made plain."""
-        return bool(self._escaped) and not self._escaped.keys().isdisjoint(numbers)
-
-    def rounded(self, operation: Callable[..., Any], formula: Formula, value: Any) -> Formula:
-        """The formula of a number that python makes plain."""
-        return formula if type(formula.value) is type(value) else self._formula(operation, (formula,), value)
+    def knows_some(self, numbers: Sequence[Any]) -> bool:
+        """Whether some of these have formulas."""
+        return any(type(one) is Whole for one in numbers) or not self._plain.keys().isdisjoint(numbers)
 
     def _formula(self, operation: Callable[..., Any] | None, operands: tuple[Any, ...], value: Any) -> Formula:
         key = (operation, *[id(one) if isinstance(one, Formula) else (type(one), one) for one in operands])
@@ -211,6 +179,10 @@ class Ledger:
         if found is None:
             found = self._known[key] = Formula(operation, operands, value)
         return found
+
+
+_EVERYWHERE = 4
+"""Up to this, a plain number is taken for itself."""
 
 
 class Whole(int):
@@ -271,19 +243,11 @@ def _unary(operation: Callable[..., Any]) -> Callable[..., Any]:
     return method
 
 
-def _escaping(operation: Callable[[Any], Any]) -> Callable[[Any], Any]:
+def _made_plain(operation: Callable[[Any], Any]) -> Callable[[Any], Any]:
     def method(self: Any) -> Any:
         value = operation(self.formula.value)
-        self.ledger.escape(self.ledger.rounded(operation, self.formula, value))
+        self.ledger.made_plain(operation, self.formula, value)
         return value
-
-    return method
-
-
-def _doubted(name: str) -> Callable[..., Any]:
-    def method(self: Any, *others: Any) -> Any:
-        self.ledger.doubt(self.formula)
-        return getattr(self.formula.value, name)(*map(_plain, others))
 
     return method
 
@@ -310,10 +274,7 @@ for _kind in (Whole, Decimal):
         ("ceil", math.ceil),
     ):
         setattr(_kind, f"__{_name}__", _unary(_operation))
-    for _name in ("divmod", "rdivmod", "lshift", "rlshift", "rshift", "rrshift", "and", "or", "xor"):
-        if hasattr(_kind, f"__{_name}__"):
-            setattr(_kind, f"__{_name}__", _doubted(f"__{_name}__"))
     for _name, _operation in (("int", int), ("float", float)):
-        setattr(_kind, f"__{_name}__", _escaping(_operation))
+        setattr(_kind, f"__{_name}__", _made_plain(_operation))
     _kind.__copy__ = _kind.__deepcopy__ = _itself  # pyright: ignore[reportAttributeAccessIssue]
     _kind.__reduce_ex__ = _reduce  # pyright: ignore[reportAttributeAccessIssue]

@@ -17,7 +17,7 @@ from typing import Any
 from netopt.prune.building import Drawing, Shapes
 from netopt.prune.formulas import Formula, Where
 
-__all__ = ["Equation", "Solution", "equations", "out_of_proportion", "solved", "unlike"]
+__all__ = ["Equation", "Solution", "equations", "out_of_proportion", "solved"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,17 +52,26 @@ class Solution:
     is_only: bool
 
 
-def equations(drawing: Drawing, wanted: Shapes, attributes: Mapping[tuple[str, str], Any]) -> list[Equation]:
-    """Each once: first those of tensors, then those of whole numbers of modules, then those of other numbers."""
+def equations(
+    drawing: Drawing, wanted: Shapes, attributes: Mapping[tuple[str, str], tuple[Any, Any]]
+) -> list[Equation]:
+    """Each once: first those of tensors, then those of whole numbers of modules, then those of other numbers.
+
+    Args:
+        drawing: Has the formulas.
+        wanted: The shapes.
+        attributes: What modules hold, and what they are to hold, by the module's name and their own.
+    """
     found: dict[Any, Equation] = {}
     for name, shape in wanted.items():
         for dim, (formula, size) in enumerate(zip(drawing.sizes[name], shape, strict=True)):
             found.setdefault((formula, size), Equation(formula, size, name, dim))
+    memo: dict[Formula, Any] = {}
     for kind in (int, float):
-        for path, value in attributes.items():
+        for path, (value, new) in attributes.items():
             formula = drawing.attributes.get(path)
-            if formula is not None and type(value) is kind:
-                found.setdefault((formula, value), Equation(formula, value, ".".join(path)))
+            if formula is not None and type(new) is kind and formula.at(drawing.dense, memo) == value:
+                found.setdefault((formula, new), Equation(formula, new, ".".join(path)))
     return list(found.values())
 
 
@@ -113,12 +122,13 @@ def out_of_proportion(drawing: Drawing, wanted: Shapes) -> str | None:
     Returns:
         The reason; None if there is no such pair.
     """
-    values = unlike(drawing.values())
+    values = _unlike({path: drawing.dense[path] for path in drawing.leaves})
     memo: dict[Formula, Any] = {}
+    dense: dict[Formula, Any] = {}
     known: dict[Any, tuple[Fraction, str, int]] = {}
     for name, shape in wanted.items():
-        for dim, (formula, size) in enumerate(zip(drawing.sizes[name], drawing.shapes[name], strict=True)):
-            if size == 0 or not isinstance(formula, Formula):
+        for dim, formula in enumerate(drawing.sizes[name]):
+            if not isinstance(formula, Formula) or (size := formula.at(drawing.dense, dense)) == 0:
                 continue
             try:
                 growth = Fraction(formula.at(values, memo)) / size
@@ -134,7 +144,7 @@ def out_of_proportion(drawing: Drawing, wanted: Shapes) -> str | None:
     return None
 
 
-def unlike(values: Mapping[Where, Any]) -> dict[Where, Any]:
+def _unlike(values: Mapping[Where, Any]) -> dict[Where, Any]:
     """Other values, each multiplied by another number, where what divided another still does."""
     factor, found = 1, {}
     for prime, path in zip(_primes(), sorted(values, key=lambda path: values[path]), strict=False):
