@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-__all__ = ["Answer", "Decimal", "Formula", "Ledger", "Where", "Whole", "formula_of"]
+__all__ = ["Answer", "Decimal", "Formula", "Ledger", "Where", "Whole"]
 
 Where = tuple[Any, ...]
 """The place of a number in a configuration: attributes, and places in lists."""
@@ -41,22 +41,23 @@ class Formula:
             self.leaves = frozenset().union(*[one.leaves for one in operands if isinstance(one, Formula)])
 
     def at(self, values: Mapping[Where, Any], memo: dict[Formula, Any]) -> Any:
-        """Its value with other numbers of the configuration, which are all in ``values``.
+        """Its value with other numbers of the configuration, which are all in ``values``; None if it has none.
 
         Whole numbers and fractions are divided exactly; what is known of parts is kept in ``memo``.
         """
         if self.operation is None:
             return values[self.operands]
-        known = memo.get(self)
-        if known is None:
+        if self not in memo:
             operands = [one.at(values, memo) if isinstance(one, Formula) else one for one in self.operands]
-            if self.operation is operator.truediv and not any(isinstance(one, float) for one in operands):
-                known = Fraction(operands[0]) / operands[1]
-                known = known.numerator if known.denominator == 1 else known
-            else:
-                known = self.operation(*operands)
-            memo[self] = known
-        return known
+            try:
+                if self.operation is operator.truediv and not any(isinstance(one, float) for one in operands):
+                    exact = Fraction(operands[0]) / operands[1]
+                    memo[self] = exact.numerator if exact.denominator == 1 else exact
+                else:
+                    memo[self] = self.operation(*operands)
+            except (ArithmeticError, ValueError, TypeError):
+                memo[self] = None
+        return memo[self]
 
     def is_exact(self) -> bool:
         """Whether nothing was lost when it was made whole, as where a number of heads divides a width."""
@@ -147,6 +148,7 @@ class Ledger:
     def __init__(self) -> None:
         self._known: dict[Any, Formula] = {}
         self._plain: dict[int, Formula] = {}
+        self._left = _MOST
 
     def number(self, value: Any, path: Where) -> Any:
         """The number of the configuration that is at ``path``."""
@@ -154,6 +156,9 @@ class Ledger:
 
     def computed(self, value: Any, operation: Callable[..., Any], *operands: Any) -> Any:
         """What an operation gave, with its formula."""
+        self._left -= 1
+        if not self._left:
+            raise RuntimeError(f"{_MOST} numbers were computed: something that is counted in a loop was enlarged")
         return _numbered(self, self._formula(operation, tuple([self.formula(one) for one in operands]), value))
 
     def made_plain(self, operation: Callable[..., Any], formula: Formula, value: Any) -> None:
@@ -181,6 +186,7 @@ class Ledger:
         return found
 
 
+_MOST = 20_000
 _EVERYWHERE = 4
 """Up to this, a plain number is taken for itself."""
 
@@ -199,11 +205,6 @@ class Decimal(float):
     ledger: Ledger
 
 
-def formula_of(number: Any) -> Formula | None:
-    """The formula of a number, if it has one."""
-    return number.formula if type(number) in (Whole, Decimal) else None
-
-
 def _numbered(ledger: Ledger, formula: Formula) -> Any:
     value = formula.value
     kind = type(value)
@@ -218,8 +219,7 @@ def _numbered(ledger: Ledger, formula: Formula) -> Any:
 
 
 def _plain(number: Any) -> Any:
-    formula = formula_of(number)
-    return number if formula is None else formula.value
+    return number.formula.value if type(number) in (Whole, Decimal) else number
 
 
 def _binary(operation: Callable[[Any, Any], Any]) -> tuple[Callable[..., Any], Callable[..., Any]]:

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from netopt.prune.building import Drawing, Shapes
+from netopt.prune.building import Shapes
+from netopt.prune.drawing import Drawing
 from netopt.prune.formulas import Formula, Where
 
 __all__ = ["Equation", "Solution", "equations", "out_of_proportion", "solved"]
@@ -110,10 +111,7 @@ def solved(all_: Sequence[Equation], dense: Mapping[Where, Any]) -> Solution:
 
 def _holds(equation: Equation, values: Mapping[Where, Any]) -> bool:
     formula = equation.formula
-    try:
-        return (formula.at(values, {}) if isinstance(formula, Formula) else formula) == equation.wanted
-    except (ArithmeticError, ValueError, TypeError):
-        return False
+    return (formula.at(values, {}) if isinstance(formula, Formula) else formula) == equation.wanted
 
 
 def out_of_proportion(drawing: Drawing, wanted: Shapes) -> str | None:
@@ -126,16 +124,17 @@ def out_of_proportion(drawing: Drawing, wanted: Shapes) -> str | None:
     memo: dict[Formula, Any] = {}
     dense: dict[Formula, Any] = {}
     known: dict[Any, tuple[Fraction, str, int]] = {}
+    seen: set[tuple[Formula, int]] = set()
     for name, shape in wanted.items():
         for dim, formula in enumerate(drawing.sizes[name]):
-            if not isinstance(formula, Formula) or (size := formula.at(drawing.dense, dense)) == 0:
+            if not isinstance(formula, Formula) or (formula, shape[dim]) in seen:
                 continue
-            try:
-                growth = Fraction(formula.at(values, memo)) / size
-            except (ArithmeticError, ValueError, TypeError):
+            seen.add((formula, shape[dim]))
+            size, grown = formula.at(drawing.dense, dense), formula.at(values, memo)
+            if not size or grown is None:
                 continue
             change = Fraction(shape[dim], size)
-            before, other, place = known.setdefault(growth, (change, name, dim))
+            before, other, place = known.setdefault(Fraction(grown) / size, (change, name, dim))
             if before != change:
                 return (
                     f"`{other}` has shape {wanted[other]} and `{name}` {shape}, and every configuration keeps "

@@ -1,0 +1,210 @@
+"""How the sizes of a model are computed from the numbers of its configuration.
+
+Another model is built from other numbers, which remember what is computed from them. The formulas of its sizes must
+also give the sizes of the model itself: what holds at two points that have little in common was not recognised by
+chance.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+import operator
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from netopt.prune.building import SHARES, Shapes, Unfilled, alone, entries, plant
+from netopt.prune.formulas import Decimal, Formula, Ledger, Where, Whole
+from netopt.surgery import named_parameters_and_buffers
+
+__all__ = ["Drawing", "drawn"]
+
+_MOST = 5
+"""With so many times as many tensors as the model has, what is built is another: something counted is a size too."""
+_STEPS, _ODD = 3, (1, 3, 5)
+"""By how many powers of two numbers are multiplied, and by what else: what one is to another is then another."""
+
+
+@dataclass(frozen=True, eq=False)
+class Drawing:
+    """Formulas of a model's sizes.
+
+    Attributes:
+        sizes: The dimensions of every tensor: formulas, and numbers no configuration changes.
+        attributes: Formulas of numbers that modules hold, by the module's name and their own.
+        dense: The numbers of the configuration as it is.
+    """
+
+    sizes: Mapping[str, tuple[Any, ...]]
+    attributes: Mapping[tuple[str, str], Formula]
+    dense: Mapping[Where, Any]
+
+    @functools.cached_property
+    def leaves(self) -> frozenset[Where]:
+        """The places of all numbers that sizes are computed from."""
+        formulas = {one for dims in self.sizes.values() for one in dims if isinstance(one, Formula)}
+        return frozenset().union(*[one.leaves for one in formulas])
+
+    def at(self, values: Mapping[Where, Any], names: Iterable[str]) -> dict[str, tuple[Any, ...]]:
+        """The shapes of tensors where numbers of the configuration have other values; None for what has no value."""
+        values, memo = {**self.dense, **values}, {}
+        return {
+            name: tuple([one.at(values, memo) if isinstance(one, Formula) else one for one in self.sizes[name]])
+            for name in names
+        }
+
+
+def drawn(
+    kind: type[nn.Module], config: Any, optional: Mapping[Where, Any], shapes: Shapes, counts: Collection[int]
+) -> Drawing | None:
+    """The formulas of a model's sizes, from building another one.
+
+    Args:
+        kind: The class of the model, which takes a configuration.
+        config: Of the model; not changed.
+        optional: Numbers the configuration lacks, to be built with.
+        shapes: Of the model.
+        counts: Numbers that may say how many parts the model has, and stay.
+
+    Returns:
+        None if nothing like the model is built, or some size of it is not explained.
+    """
+    config, ledger = copy.deepcopy(config), Ledger()
+    dense = {path: value for path, value in entries(config) if type(value) is int or (value and _is_share(path))}
+    dense |= optional
+    for path, value in _others(dense, counts).items():
+        plant(config, path, ledger.number(value, path))
+    watch = _Watch(ledger, _MOST * len(shapes))
+    with alone(), watch:
+        try:
+            other = kind(config)
+        except Exception:
+            # Whatever a constructor or a configuration raises, nothing is built from these values.
+            return None
+    parameters = named_parameters_and_buffers(other)[0]
+    if parameters.keys() != shapes.keys():
+        return None
+    sizes = _explained({name: watch.sizes(tensor) for name, tensor in parameters.items()}, parameters, dense, shapes)
+    attributes = {
+        (prefix, name): value.formula
+        for prefix, module in other.named_modules()
+        for name, value in vars(module).items()
+        if type(value) is Whole or type(value) is Decimal
+    }
+    return None if sizes is None else Drawing(sizes, attributes, dense)
+
+
+def _is_share(path: Where) -> bool:
+    return any(word in str(part) for part in path for word in SHARES)
+
+
+def _others(dense: Mapping[Where, Any], counts: Collection[int]) -> dict[Where, Any]:
+    """Other numbers: equal where they are equal, greater where they are greater, and divided by what divides them.
+
+    What may count parts stays, and what may switch one off.
+    """
+    changed = {path: value for path, value in dense.items() if value > 1 and (value not in counts or _is_share(path))}
+    numbers = sorted(set(changed.values()))
+    factors, odd = {}, itertools.cycle(_ODD)
+    for rank, value in enumerate(numbers):
+        divides = any(other % value == 0 for other in numbers[rank + 1 :])
+        factors[value] = 2 ** (1 + _STEPS * rank // len(numbers)) * (1 if divides else next(odd))
+    return {path: value * factors[value] if path in changed else value for path, value in dense.items()}
+
+
+def _explained(
+    sizes: Mapping[str, tuple[Any, ...]], parameters: Mapping[str, Tensor], dense: Mapping[Where, Any], shapes: Shapes
+) -> dict[str, tuple[Any, ...]] | None:
+    """Formulas that give both the shapes of the parameters and those of the model.
+
+    One that does not is replaced by a multiple of another that grew as much; None if there is none.
+    """
+    memo: dict[Formula, Any] = {}
+    known = dict.fromkeys([one for dims in sizes.values() for one in dims if isinstance(one, Formula)])
+    found = {}
+    for name, dims in sizes.items():
+        if len(dims) != len(shapes[name]):
+            return None
+        right = []
+        for one, size, grown in zip(dims, shapes[name], parameters[name].shape, strict=True):
+            if (one.at(dense, memo) if isinstance(one, Formula) else one) == size:
+                right.append(one)
+                continue
+            like = [base for base in known if base.value and grown % base.value == 0]
+            like = [base for base in like if size * base.value == grown * (base.at(dense, memo) or 0)]
+            if not like:
+                return None
+            nearest = max(like, key=lambda base: base.value)
+            right.append(Formula(operator.mul, (grown // nearest.value, nearest), grown))
+        found[name] = tuple(right)
+    return found
+
+
+class _Watch(Unfilled):
+    """Notes how the sizes of tensors were computed.
+
+    Args:
+        ledger: Has the formulas.
+        most: With more tensors than this made, the model is not what was to be built.
+    """
+
+    def __init__(self, ledger: Ledger, most: int) -> None:
+        super().__init__()
+        self._ledger, self._most = ledger, most
+        self._made: dict[int, tuple[Tensor, tuple[Any, ...]]] = {}
+        """By the tensor's id, which stays its own while it is kept alive."""
+        self._stored: dict[Any, tuple[Any, ...]] = {}
+        """By storage and shape, which a parameter shares with the tensor it was made of."""
+        self._seen = 0
+
+    def sizes(self, tensor: Tensor) -> tuple[Any, ...]:
+        """The formulas of a tensor's dimensions, or their sizes."""
+        known = self._find(tensor)
+        return tuple(tensor.shape) if known is None else known
+
+    def note(self, made: Tensor, args: Any, kwargs: Any) -> None:
+        """Notes the formulas of a tensor's sizes: as they were given, else as their values tell."""
+        numbers: list[Any] = []
+        tensors: list[Tensor] = []
+        _sort(args or kwargs.values(), numbers, tensors)
+        known = [one for tensor in tensors for one in self._find(tensor) or ()]
+        if not known and not self._ledger.knows_some(numbers):
+            return
+        formulas = [self._ledger.formula(one) for one in numbers]
+        if tensors or tuple(numbers) != tuple(made.shape):
+            by_size = {one.value: one for one in (*known, *formulas) if isinstance(one, Formula)}
+            formulas = [by_size.get(size, size) for size in made.shape]
+        self._made[id(made)] = made, tuple(formulas)
+        if len(self._made) > self._most:
+            raise RuntimeError("more is built than there was")
+
+    def _find(self, tensor: Tensor) -> tuple[Any, ...] | None:
+        found = self._made.get(id(tensor))
+        if found is not None:
+            return found[1]
+        if type(tensor) is Tensor:
+            return None
+        for made, formulas in itertools.islice(self._made.values(), self._seen, None):
+            self._stored.setdefault(_key(made), formulas)
+        self._seen = len(self._made)
+        return self._stored.get(_key(tensor))
+
+
+def _key(tensor: Tensor) -> tuple[int, tuple[int, ...]]:
+    return tensor.untyped_storage()._cdata, tuple(tensor.shape)
+
+
+def _sort(values: Any, numbers: list[Any], tensors: list[Tensor]) -> None:
+    """Integers and tensors among arguments, in lists and tuples too."""
+    for value in values:
+        kind = type(value)
+        if kind is int or kind is Whole:
+            numbers.append(value)
+        elif isinstance(value, Tensor):
+            tensors.append(value)
+        elif isinstance(value, (list, tuple)):
+            _sort(value, numbers, tensors)
