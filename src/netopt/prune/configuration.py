@@ -108,8 +108,9 @@ class _Sought:
 
     def draw(self, optional: Mapping[Where, int]) -> Drawing | None:
         """How the model is computed from its configuration, with some sizes that were left to a default."""
-        counts = {len(part._modules) for part in self.modules.values() if "0" in part._modules}
-        return drawn(self.kind, self.config, optional, self.shapes, counts)
+        lengths = {len(part._modules) for part in self.modules.values() if "0" in part._modules}
+        counts = lengths | {length + 1 for length in lengths}  # one of them may be apart
+        return drawn(self.kind, self.config, optional, shapes=self.shapes, wanted=self.wanted, counts=counts)
 
     def solve(self, drawing: Drawing) -> Solution:
         """The values that give what is wanted."""
@@ -160,23 +161,21 @@ def _computed(sought: _Sought, drawing: Drawing, hints: Hints) -> Changes | str 
     if why is not None:
         return f"{_CANNOT}: {why}"
     solution = sought.solve(drawing)
-    if solution.broken is not None and solution.is_only:
-        return _broken(solution.broken, drawing, solution.values, sought.wanted)
-    drawings = [drawing]
-    if not drawing.leaves.isdisjoint(_optional(sought.config, hints)):
+    known, optional = dict(entries(sought.trial)), _optional(sought.config, hints).keys()
+    if solution.broken is None:
+        changes = {path: value for path, value in solution.values.items() if known.get(path) != value}
         # What can be said without writing a default down is said without.
-        plain = sought.draw({})
-        drawings = [drawing] if plain is None else [plain, drawing]
-    known, why = dict(entries(sought.trial)), None
-    for one in drawings:
-        solution = sought.solve(one)
-        if solution.broken is None:
-            changes = {path: value for path, value in solution.values.items() if known.get(path) != value}
-            why = sought.refuse(changes)
+        plain = {path: value for path, value in changes.items() if path not in optional}
+        for some in (plain, changes):
+            why = sought.refuse(some)
             if why is None:
-                return changes
-    if solution.broken is None and solution.is_only and why != _OTHER:
-        return why
+                return some
+        if solution.is_only and why != _OTHER:
+            return why
+    elif solution.is_only:
+        return _broken(solution.broken, drawing, solution.values, sought.wanted)
+    plainly = None if drawing.leaves.isdisjoint(optional) else sought.draw({})
+    drawings = [drawing] if plainly is None else [plainly, drawing]
     found = Search(lambda one: _foretold(sought, drawings, one), sought.wanted, sought.refuse).run(sought.trial, hints)
     return None if found == _OTHER else found
 

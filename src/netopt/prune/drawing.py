@@ -59,7 +59,13 @@ class Drawing:
 
 
 def drawn(
-    kind: type[nn.Module], config: Any, optional: Mapping[Where, Any], shapes: Shapes, counts: Collection[int]
+    kind: type[nn.Module],
+    config: Any,
+    optional: Mapping[Where, Any],
+    *,
+    shapes: Shapes,
+    wanted: Shapes,
+    counts: Collection[int],
 ) -> Drawing | None:
     """The formulas of a model's sizes, from building another one.
 
@@ -68,10 +74,11 @@ def drawn(
         config: Of the model; not changed.
         optional: Numbers the configuration lacks, to be built with.
         shapes: Of the model.
+        wanted: Shapes to be; a size that stays need not be explained.
         counts: Numbers that may say how many parts the model has, and stay.
 
     Returns:
-        None if nothing like the model is built, or some size of it is not explained.
+        None if nothing like the model is built, or some size is not explained.
     """
     config, ledger = copy.deepcopy(config), Ledger()
     dense = {path: value for path, value in entries(config) if type(value) is int or (value and _is_share(path))}
@@ -88,14 +95,22 @@ def drawn(
     parameters = named_parameters_and_buffers(other)[0]
     if parameters.keys() != shapes.keys():
         return None
-    sizes = _explained({name: watch.sizes(tensor) for name, tensor in parameters.items()}, parameters, dense, shapes)
+    sizes = {name: watch.sizes(tensor) for name, tensor in parameters.items()}
+    known = dict.fromkeys([one for dims in sizes.values() for one in dims if isinstance(one, Formula)])
+    memo: dict[Formula, Any] = {}
+    for name, dims in sizes.items():
+        grown, size = tuple(parameters[name].shape), shapes[name]
+        right = _explained(dims, grown, size, wanted[name], known, dense, memo) if len(dims) == len(size) else None
+        if right is None:
+            return None
+        sizes[name] = right
     attributes = {
         (prefix, name): value.formula
         for prefix, module in other.named_modules()
         for name, value in vars(module).items()
         if type(value) is Whole or type(value) is Decimal
     }
-    return None if sizes is None else Drawing(sizes, attributes, dense)
+    return Drawing(sizes, attributes, dense)
 
 
 def _is_share(path: Where) -> bool:
@@ -117,31 +132,33 @@ def _others(dense: Mapping[Where, Any], counts: Collection[int]) -> dict[Where, 
 
 
 def _explained(
-    sizes: Mapping[str, tuple[Any, ...]], parameters: Mapping[str, Tensor], dense: Mapping[Where, Any], shapes: Shapes
-) -> dict[str, tuple[Any, ...]] | None:
-    """Formulas that give both the shapes of the parameters and those of the model.
+    dims: Iterable[Any],
+    grown: Iterable[int],
+    shape: Iterable[int],
+    wanted: Iterable[int],
+    known: Collection[Formula],
+    dense: Mapping[Where, Any],
+    memo: dict[Formula, Any],
+) -> tuple[Any, ...] | None:
+    """Formulas of a tensor's dimensions that give both the sizes they grew to and the model's.
 
-    One that does not is replaced by a multiple of another that grew as much; None if there is none.
+    One that does not is replaced by a multiple of one that is known and grew as much; None if there is none.
     """
-    memo: dict[Formula, Any] = {}
-    known = dict.fromkeys([one for dims in sizes.values() for one in dims if isinstance(one, Formula)])
-    found = {}
-    for name, dims in sizes.items():
-        if len(dims) != len(shapes[name]):
-            return None
-        right = []
-        for one, size, grown in zip(dims, shapes[name], parameters[name].shape, strict=True):
-            if (one.at(dense, memo) if isinstance(one, Formula) else one) == size:
-                right.append(one)
-                continue
-            like = [base for base in known if base.value and grown % base.value == 0]
-            like = [base for base in like if size * base.value == grown * (base.at(dense, memo) or 0)]
-            if not like:
-                return None
+    right = []
+    for one, new, size, target in zip(dims, grown, shape, wanted, strict=True):
+        if (one.at(dense, memo) if isinstance(one, Formula) else one) == size:
+            right.append(one)
+            continue
+        like = [base for base in known if base.value and new % base.value == 0]
+        like = [base for base in like if size * base.value == new * (base.at(dense, memo) or 0)]
+        if like:
             nearest = max(like, key=lambda base: base.value)
-            right.append(Formula(operator.mul, (grown // nearest.value, nearest), grown))
-        found[name] = tuple(right)
-    return found
+            right.append(Formula(operator.mul, (new // nearest.value, nearest), new))
+        elif size == target:
+            right.append(size)
+        else:
+            return None
+    return tuple(right)
 
 
 class _Watch(Unfilled):
