@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,14 +15,20 @@ from torch.utils._device import DeviceContext
 from netopt.prune.formulas import Where
 from netopt.restore import random_state_kept
 
-__all__ = ["SHARES", "UNSET", "Shapes", "Unfilled", "alone", "built", "entries", "plant", "with_changes"]
+__all__ = ["Shapes", "Unfilled", "alone", "built", "entries", "is_share", "is_size", "plant", "with_changes"]
 
 Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
 
-UNSET = ("dim", "inner", "size")
-"""Words in the names of sizes, which may be left to a default."""
-SHARES = ("ratio", "mult", "expan")
-"""Words in the names of ratios of sizes."""
+
+@functools.cache
+def is_size(name: str) -> bool:
+    """Whether a number of this name is a size, which may be left to a default."""
+    return any(word in name for word in ("dim", "inner", "size"))
+
+
+def is_share(path: Where) -> bool:
+    """Whether a number of this name is a ratio of sizes."""
+    return any(word in str(part) for part in path for word in ("ratio", "mult", "expan"))
 
 
 def built(kind: Callable[[Any], nn.Module], config: Any) -> nn.Module | None:
@@ -80,7 +87,7 @@ def entries(config: Any, path: Where = ()) -> Iterator[tuple[Where, Any]]:
             continue
         if type(value) in (int, float):
             yield (*path, name), value
-        elif value is None and any(word in name for word in UNSET):
+        elif value is None and is_size(name):
             yield (*path, name), None
         elif isinstance(value, (list, tuple)):
             yield from (((*path, name, place), one) for place, one in enumerate(value) if type(one) in (int, float))

@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from netopt.plan import Plan, shapes_of
-from netopt.prune.building import UNSET, Shapes, built, entries, with_changes
+from netopt.prune.building import Shapes, built, entries, is_size, with_changes
 from netopt.prune.drawing import Drawing, drawn
 from netopt.prune.formulas import Where
 from netopt.prune.searching import Changes, Hints, Search, distance
@@ -56,11 +56,12 @@ def configured(model: nn.Module, plan: Plan) -> tuple[tuple[tuple[Path, float], 
     given = {path[2:]: value for path, value in plan.attributes if path[:2] == ("", "config")}
     wanted = {name: after[name] for name in shapes}
     sought = _Sought(type(model), plan, modules, config, with_changes(config, given), shapes, wanted, decimals)
-    hints = _hints(sought)
-    drawing = _drawing(sought, hints)
-    found = None if drawing is None else _computed(sought, drawing, hints)
+    drawing = sought.draw(sought.optional)
+    if drawing is None and sought.optional:
+        drawing = sought.draw({})
+    found = None if drawing is None else _computed(sought, drawing)
     if found is None:
-        found = _searched(sought, hints)
+        found = _searched(sought)
     if isinstance(found, str):
         return (), found if found == _UNKNOWN else f"{found}; {_ADVICE}"
     found |= decimals
@@ -106,6 +107,38 @@ class _Sought:
             if type(value) is float or (type(value) is int and (prefix, name) in planned)
         }
 
+    @functools.cached_property
+    def said(self) -> dict[str, int]:
+        """What modules say of their own sizes, by the name of the attribute, where all of them agree."""
+        sizes: dict[str, set[int]] = {}
+        for module in self.modules.values():
+            for name, value in vars(module).items():
+                if type(value) is int and is_size(name):
+                    sizes.setdefault(name, set()).add(value)
+        return {name: next(iter(values)) for name, values in sizes.items() if len(values) == 1}
+
+    @functools.cached_property
+    def optional(self) -> dict[Where, int]:
+        """Sizes that were left to a default, with the value they seem to have."""
+        unset = [path for path, value in entries(self.config) if value is None]
+        names = {path[-1] for path in unset}
+        most = max(size for shape in self.shapes.values() for size in shape) if unset else 0
+        return {path: self.said.get(path[-1], most) for path in unset} | {
+            (name,): value
+            for name, value in self.said.items()
+            if name not in names and getattr(self.config, name, None) is None
+        }
+
+    @functools.cached_property
+    def hints(self) -> Hints:
+        """What the plan tells of the values to try."""
+        ratios: dict[str, set[Fraction]] = {}
+        for cut in self.plan.axes:
+            # Neurons of one layer multiply: heads are groups times heads of a group.
+            known = ratios.setdefault(cut.name.partition("/")[0], set())
+            known |= {Fraction(len(cut.kept), cut.size)} | {one * Fraction(len(cut.kept), cut.size) for one in known}
+        return Hints(_replacements(self.plan), set().union(*ratios.values()), self.said)
+
     def draw(self, optional: Mapping[Where, int]) -> Drawing | None:
         """How the model is computed from its configuration, with some sizes that were left to a default."""
         lengths = {len(part._modules) for part in self.modules.values() if "0" in part._modules}
@@ -138,30 +171,13 @@ class _Sought:
         return None
 
 
-def _drawing(sought: _Sought, hints: Hints) -> Drawing | None:
-    """How the model is computed from its configuration, with sizes that were left to a default if that is possible."""
-    optional = _optional(sought.config, hints)
-    found = sought.draw(optional)
-    return sought.draw({}) if found is None and optional else found
-
-
-def _optional(config: Any, hints: Hints) -> dict[Where, int]:
-    """Sizes that were left to a default, with the value they seem to have."""
-    unset = [path for path, value in entries(config) if value is None]
-    names = {path[-1] for path in unset}
-    more = {name: value for name, value in hints.sizes.items() if name not in names}
-    return {path: hints.sizes.get(path[-1], max(hints.replacements)) for path in unset} | {
-        (name,): value for name, value in more.items() if getattr(config, name, None) is None
-    }
-
-
-def _computed(sought: _Sought, drawing: Drawing, hints: Hints) -> Changes | str | None:
+def _computed(sought: _Sought, drawing: Drawing) -> Changes | str | None:
     """The changes, or why there are none, by computing; None if that does not tell."""
     why = out_of_proportion(drawing, sought.wanted)
     if why is not None:
         return f"{_CANNOT}: {why}"
     solution = sought.solve(drawing)
-    known, optional = dict(entries(sought.trial)), _optional(sought.config, hints).keys()
+    known, optional = dict(entries(sought.trial)), sought.optional.keys()
     if solution.broken is None:
         changes = {path: value for path, value in solution.values.items() if known.get(path) != value}
         # What can be said without writing a default down is said without.
@@ -176,7 +192,8 @@ def _computed(sought: _Sought, drawing: Drawing, hints: Hints) -> Changes | str 
         return _broken(solution.broken, drawing, solution.values, sought.wanted)
     plainly = None if drawing.leaves.isdisjoint(optional) else sought.draw({})
     drawings = [drawing] if plainly is None else [plainly, drawing]
-    found = Search(lambda one: _foretold(sought, drawings, one), sought.wanted, sought.refuse).run(sought.trial, hints)
+    search = Search(lambda one: _foretold(sought, drawings, one), sought.wanted, sought.refuse)
+    found = search.run(sought.trial, sought.hints)
     return None if found == _OTHER else found
 
 
@@ -198,10 +215,11 @@ def _foretold(sought: _Sought, drawings: Sequence[Drawing], config: Any) -> Shap
     return shapes if possible else None
 
 
-def _searched(sought: _Sought, hints: Hints) -> Changes | str:
+def _searched(sought: _Sought) -> Changes | str:
     """The changes, or why there are none, by building models."""
     if distance(sought.build(sought.config), sought.shapes) > 0:
         return _UNKNOWN
+    hints = sought.hints
     varied = next((old for old, news in hints.replacements.items() if len(news) > _SIZES), None)
     if varied is not None:
         many = len(hints.replacements[varied])
@@ -215,22 +233,6 @@ def _unsaved_buffers(modules: Mapping[str, nn.Module]) -> Iterator[str]:
     for prefix, module in modules.items():
         for name in module._non_persistent_buffers_set:
             yield f"{prefix}.{name}" if prefix else name
-
-
-def _hints(sought: _Sought) -> Hints:
-    """What the plan tells of the values to try."""
-    ratios: dict[str, set[Fraction]] = {}
-    for cut in sought.plan.axes:
-        # Neurons of one layer multiply: heads are groups times heads of a group.
-        known = ratios.setdefault(cut.name.partition("/")[0], set())
-        known |= {Fraction(len(cut.kept), cut.size)} | {one * Fraction(len(cut.kept), cut.size) for one in known}
-    sizes: dict[str, set[int]] = {}
-    for module in sought.modules.values():
-        for name, value in vars(module).items():
-            if type(value) is int and any(word in name for word in UNSET):
-                sizes.setdefault(name, set()).add(value)
-    alike = {name: next(iter(values)) for name, values in sizes.items() if len(values) == 1}
-    return Hints(_replacements(sought.plan), set().union(*ratios.values()), alike)
 
 
 def _decimals(model: nn.Module, plan: Plan, config: Any) -> dict[Where, float]:

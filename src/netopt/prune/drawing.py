@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from netopt.prune.building import SHARES, Shapes, Unfilled, alone, entries, plant
+from netopt.prune.building import Shapes, Unfilled, alone, entries, is_share, plant
 from netopt.prune.formulas import Decimal, Formula, Ledger, Where, Whole
 from netopt.surgery import named_parameters_and_buffers
 
@@ -35,13 +35,23 @@ class Drawing:
 
     Attributes:
         sizes: The dimensions of every tensor: formulas, and numbers no configuration changes.
-        attributes: Formulas of numbers that modules hold, by the module's name and their own.
         dense: The numbers of the configuration as it is.
+        other: The model that was built.
     """
 
     sizes: Mapping[str, tuple[Any, ...]]
-    attributes: Mapping[tuple[str, str], Formula]
     dense: Mapping[Where, Any]
+    other: nn.Module
+
+    @functools.cached_property
+    def attributes(self) -> dict[tuple[str, str], Formula]:
+        """Formulas of numbers that modules hold, by the module's name and their own."""
+        return {
+            (prefix, name): value.formula
+            for prefix, module in self.other.named_modules()
+            for name, value in vars(module).items()
+            if type(value) is Whole or type(value) is Decimal
+        }
 
     @functools.cached_property
     def leaves(self) -> frozenset[Where]:
@@ -81,7 +91,7 @@ def drawn(
         None if nothing like the model is built, or some size is not explained.
     """
     config, ledger = copy.deepcopy(config), Ledger()
-    dense = {path: value for path, value in entries(config) if type(value) is int or (value and _is_share(path))}
+    dense = {path: value for path, value in entries(config) if type(value) is int or (value and is_share(path))}
     dense |= optional
     for path, value in _others(dense, counts).items():
         plant(config, path, ledger.number(value, path))
@@ -104,17 +114,7 @@ def drawn(
         if right is None:
             return None
         sizes[name] = right
-    attributes = {
-        (prefix, name): value.formula
-        for prefix, module in other.named_modules()
-        for name, value in vars(module).items()
-        if type(value) is Whole or type(value) is Decimal
-    }
-    return Drawing(sizes, attributes, dense)
-
-
-def _is_share(path: Where) -> bool:
-    return any(word in str(part) for part in path for word in SHARES)
+    return Drawing(sizes, dense, other)
 
 
 def _others(dense: Mapping[Where, Any], counts: Collection[int]) -> dict[Where, Any]:
@@ -122,7 +122,7 @@ def _others(dense: Mapping[Where, Any], counts: Collection[int]) -> dict[Where, 
 
     What may count parts stays, and what may switch one off.
     """
-    changed = {path: value for path, value in dense.items() if value > 1 and (value not in counts or _is_share(path))}
+    changed = {path: value for path, value in dense.items() if value > 1 and (value not in counts or is_share(path))}
     numbers = sorted(set(changed.values()))
     factors, odd = {}, itertools.cycle(_ODD)
     for rank, value in enumerate(numbers):

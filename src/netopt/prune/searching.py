@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from netopt.prune.building import SHARES, Shapes, entries, with_changes
+from netopt.prune.building import Shapes, entries, is_share, with_changes
 from netopt.prune.formulas import Where
 from netopt.prune.probing import out_of_proportion
 
@@ -228,7 +228,7 @@ def _others(config: Any, hints: Hints) -> list[tuple[Where, tuple[Any, ...]]]:
     found: dict[Where, Any] = {}
     for path, said in known.items():
         value = hints.sizes.get(path[-1], max(hints.replacements)) if said is None else said
-        if (type(value) is int and value > 0) or any(word in str(part) for part in path for word in SHARES):
+        if (type(value) is int and value > 0) or is_share(path):
             found[path] = value
     found |= {(name,): value for name, value in hints.sizes.items() if name not in set_already | unset}
     return [(path, (2 * value, value // 2) if value // 2 else (2 * value,)) for path, value in found.items()]
@@ -242,6 +242,6 @@ def _scaled(config: Any, hints: Hints) -> Moves:
         if type(value) is int:
             scaled = {int(value * one) for one in ratios if (value * one).denominator == 1}
             moves += [((path,), new) for new in sorted((scaled | hints.replacements.get(value, set())) - {value})]
-        elif type(value) is float and any(word in str(part) for part in path for word in SHARES):
+        elif type(value) is float and is_share(path):
             moves += [((path,), float(value * one)) for one in sorted(ratios) if one != 1]
     return moves
