@@ -1,7 +1,8 @@
 """Keeps a model's configuration in step, so that it builds the smaller model again.
 
-Some models (those of Hugging Face among them) are built from a ``config`` object. Which of its integers mean which size
-is found by trying: a model built from the changed configuration, without memory, has to have the shapes wanted.
+Some models (those of Hugging Face among them) are built from a ``config`` object. How they come to their sizes is
+learned by building another one, and what the configuration has to be is computed from that, or else found by trying. A
+model built from the changed configuration, without memory, has to have the shapes wanted.
 """
 
 from __future__ import annotations
@@ -57,8 +58,6 @@ def configured(model: nn.Module, plan: Plan) -> tuple[tuple[tuple[Path, float], 
     wanted = {name: after[name] for name in shapes}
     sought = _Sought(type(model), plan, modules, config, with_changes(config, given), shapes, wanted, decimals)
     drawing = sought.draw(sought.optional)
-    if drawing is None and sought.optional:
-        drawing = sought.draw({})
     found = None if drawing is None else _computed(sought, drawing)
     if found is None:
         found = _searched(sought)
@@ -165,9 +164,9 @@ class _Sought:
 
     def _computed_anew(self, fresh: nn.Module) -> str | None:
         modules = dict(fresh.named_modules())
-        for (prefix, name), (_, wanted) in self.attributes.items():
-            if type(wanted) is float and getattr(modules.get(prefix), name, wanted) != wanted:
-                return f"{_CANNOT}: `{prefix}.{name}` is computed from it, and stays"
+        for path, (_, wanted) in self.attributes.items():
+            if type(wanted) is float and getattr(modules.get(path[0]), path[1], wanted) != wanted:
+                return f"{_CANNOT}: `{'.'.join(filter(None, path))}` is computed from it, and stays"
         return None
 
 
@@ -199,7 +198,8 @@ def _computed(sought: _Sought, drawing: Drawing) -> Changes | str | None:
 
 def _broken(equation: Equation, drawing: Drawing, values: Mapping[Where, Any], wanted: Shapes) -> str:
     if equation.dim is None:
-        return f"{_CANNOT}: `{equation.name}` is computed from it, and stays"
+        target = "stays" if type(equation.wanted) is float else f"is to be {equation.wanted}"
+        return f"{_CANNOT}: `{equation.name}` is computed from it, and {target}"
     nearest = drawing.at(values, [equation.name])[equation.name]
     return (
         f"{_CANNOT}: `{equation.name}` has shape {wanted[equation.name]}, and the nearest configuration gives {nearest}"

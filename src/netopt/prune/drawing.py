@@ -23,9 +23,9 @@ from netopt.surgery import named_parameters_and_buffers
 
 __all__ = ["Drawing", "drawn"]
 
-_MOST = 5
-"""With so many times as many tensors as the model has, what is built is another: something counted is a size too."""
-_STEPS, _ODD = 3, (1, 3, 5)
+_MOST, _ANYWAY = 30, 1000
+"""With more computed than so much for each tensor, and so much in any case, what was enlarged is counted in a loop."""
+_STEPS, _ODD = 2, (1, 3)
 """By how many powers of two numbers are multiplied, and by what else: what one is to another is then another."""
 
 
@@ -82,7 +82,7 @@ def drawn(
     Args:
         kind: The class of the model, which takes a configuration.
         config: Of the model; not changed.
-        optional: Numbers the configuration lacks, to be built with.
+        optional: Numbers the configuration lacks, to be built with, and what they may be now.
         shapes: Of the model.
         wanted: Shapes to be; a size that stays need not be explained.
         counts: Numbers that may say how many parts the model has, and stay.
@@ -90,30 +90,41 @@ def drawn(
     Returns:
         None if nothing like the model is built, or some size is not explained.
     """
-    config, ledger = copy.deepcopy(config), Ledger()
+    config, ledger = copy.deepcopy(config), Ledger(_MOST * len(shapes) + _ANYWAY)
     dense = {path: value for path, value in entries(config) if type(value) is int or (value and is_share(path))}
-    dense |= optional
-    for path, value in _others(dense, counts).items():
+    for path, value in _others({**dense, **optional}, counts).items():
         plant(config, path, ledger.number(value, path))
-    watch = _Watch(ledger, _MOST * len(shapes))
+    watch = _Watch(ledger, _MOST * len(shapes) + _ANYWAY)
     with alone(), watch:
         try:
             other = kind(config)
         except Exception:
             # Whatever a constructor or a configuration raises, nothing is built from these values.
             return None
+        finally:
+            ledger.close()
     parameters = named_parameters_and_buffers(other)[0]
     if parameters.keys() != shapes.keys():
         return None
     sizes = {name: watch.sizes(tensor) for name, tensor in parameters.items()}
+    if any(len(dims) != len(shapes[name]) for name, dims in sizes.items()):
+        return None
+    dense |= _left_out(sizes, shapes, dense, optional)
     known = dict.fromkeys([one for dims in sizes.values() for one in dims if isinstance(one, Formula)])
     memo: dict[Formula, Any] = {}
     for name, dims in sizes.items():
-        grown, size = tuple(parameters[name].shape), shapes[name]
-        right = _explained(dims, grown, size, wanted[name], known, dense, memo) if len(dims) == len(size) else None
-        if right is None:
-            return None
-        sizes[name] = right
+        right = []
+        for one, new, size, target in zip(dims, parameters[name].shape, shapes[name], wanted[name], strict=True):
+            if (one.at(dense, memo) if isinstance(one, Formula) else one) == size:
+                right.append(one)
+                continue
+            if isinstance(one, Formula) and not one.leaves.isdisjoint(optional):
+                return None
+            like = _alike(known, new, size, dense, memo)
+            if like is None and size != target:
+                return None
+            right.append(size if like is None else like)
+        sizes[name] = tuple(right)
     return Drawing(sizes, dense, other)
 
 
@@ -131,34 +142,30 @@ def _others(dense: Mapping[Where, Any], counts: Collection[int]) -> dict[Where, 
     return {path: value * factors[value] if path in changed else value for path, value in dense.items()}
 
 
-def _explained(
-    dims: Iterable[Any],
-    grown: Iterable[int],
-    shape: Iterable[int],
-    wanted: Iterable[int],
-    known: Collection[Formula],
-    dense: Mapping[Where, Any],
-    memo: dict[Formula, Any],
-) -> tuple[Any, ...] | None:
-    """Formulas of a tensor's dimensions that give both the sizes they grew to and the model's.
+def _left_out(
+    sizes: Mapping[str, tuple[Any, ...]], shapes: Shapes, dense: Mapping[Where, Any], optional: Mapping[Where, Any]
+) -> dict[Where, Any]:
+    """The values of numbers that the configuration lacks, as the shapes of the model tell."""
+    found = dict(optional)
+    for name, dims in sizes.items():
+        for one, size in zip(dims, shapes[name], strict=True):
+            if isinstance(one, Formula) and not one.leaves <= dense.keys():
+                answer = one.solve(size, dense)
+                if answer is not None and answer.value is not None:
+                    found[answer.place] = answer.value
+    return found
 
-    One that does not is replaced by a multiple of one that is known and grew as much; None if there is none.
-    """
-    right = []
-    for one, new, size, target in zip(dims, grown, shape, wanted, strict=True):
-        if (one.at(dense, memo) if isinstance(one, Formula) else one) == size:
-            right.append(one)
-            continue
-        like = [base for base in known if base.value and new % base.value == 0]
-        like = [base for base in like if size * base.value == new * (base.at(dense, memo) or 0)]
-        if like:
-            nearest = max(like, key=lambda base: base.value)
-            right.append(Formula(operator.mul, (new // nearest.value, nearest), new))
-        elif size == target:
-            right.append(size)
-        else:
-            return None
-    return tuple(right)
+
+def _alike(
+    known: Iterable[Formula], new: int, size: int, dense: Mapping[Where, Any], memo: dict[Formula, Any]
+) -> Formula | None:
+    """A multiple of a formula that grew as much as a size of the model did."""
+    like = [one for one in known if one.value and new % one.value == 0]
+    like = [one for one in like if size * one.value == new * (one.at(dense, memo) or 0)]
+    if not like:
+        return None
+    nearest = max(like, key=lambda one: one.value)
+    return Formula(operator.mul, (new // nearest.value, nearest), new)
 
 
 class _Watch(Unfilled):
@@ -166,7 +173,7 @@ class _Watch(Unfilled):
 
     Args:
         ledger: Has the formulas.
-        most: With more tensors than this made, the model is not what was to be built.
+        most: Of tensors to be made.
     """
 
     def __init__(self, ledger: Ledger, most: int) -> None:
@@ -197,7 +204,7 @@ class _Watch(Unfilled):
             formulas = [by_size.get(size, size) for size in made.shape]
         self._made[id(made)] = made, tuple(formulas)
         if len(self._made) > self._most:
-            raise RuntimeError("more is built than there was")
+            raise RuntimeError(f"more than {self._most} tensors are made")
 
     def _find(self, tensor: Tensor) -> tuple[Any, ...] | None:
         found = self._made.get(id(tensor))

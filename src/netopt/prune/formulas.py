@@ -143,12 +143,19 @@ class Ledger:
     """The formulas of one building, each once.
 
     A number that python turned into a plain one (``int(width / heads)``) is recognised by its value.
+
+    Args:
+        most: Of numbers to be computed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most: int) -> None:
         self._known: dict[Any, Formula] = {}
         self._plain: dict[int, Formula] = {}
-        self._left = _MOST
+        self._left, self._most, self._is_open = most, most, True
+
+    def close(self) -> None:
+        """From now on, numbers that someone kept are as plain as any."""
+        self._is_open = False
 
     def number(self, value: Any, path: Where) -> Any:
         """The number of the configuration that is at ``path``."""
@@ -156,9 +163,11 @@ class Ledger:
 
     def computed(self, value: Any, operation: Callable[..., Any], *operands: Any) -> Any:
         """What an operation gave, with its formula."""
+        if not self._is_open:
+            return value
         self._left -= 1
-        if not self._left:
-            raise RuntimeError(f"{_MOST} numbers were computed: something that is counted in a loop was enlarged")
+        if self._left < 0:
+            raise RuntimeError(f"more than {self._most} numbers are computed")
         return _numbered(self, self._formula(operation, tuple([self.formula(one) for one in operands]), value))
 
     def made_plain(self, operation: Callable[..., Any], formula: Formula, value: Any) -> None:
@@ -186,7 +195,6 @@ class Ledger:
         return found
 
 
-_MOST = 20_000
 _EVERYWHERE = 4
 """Up to this, a plain number is taken for itself."""
 

@@ -72,7 +72,7 @@ def equations(
         for path, (value, new) in attributes.items():
             formula = drawing.attributes.get(path)
             if formula is not None and type(new) is kind and formula.at(drawing.dense, memo) == value:
-                found.setdefault((formula, new), Equation(formula, new, ".".join(path)))
+                found.setdefault((formula, new), Equation(formula, new, ".".join(filter(None, path))))
     return list(found.values())
 
 
@@ -95,6 +95,10 @@ def solved(all_: Sequence[Equation], dense: Mapping[Where, Any]) -> Solution:
                 if answer.value is None:
                     return Solution(values, one, is_only)
                 values[answer.place] = answer.value
+                if type(answer.value) is float and not _holds(one, values):
+                    values[answer.place] = math.nextafter(
+                        answer.value, math.inf
+                    )  # what is then cut off is the wrong way
             elif missing:
                 left.append(one)
                 continue
