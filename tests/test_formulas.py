@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import pickle
 from types import SimpleNamespace
 
 import pytest
 import torch
-from tests.test_configuration import IDS, SMALL, families, family
+from tests.test_configuration import FOUND, IDS, SMALL, families, family, halved
 from torch import nn
 
 from netopt.plan import shapes_of
@@ -153,6 +154,19 @@ def test_what_cannot_be_learned_is_tried(kind):
     assert "config" not in report.settings
     assert (model.config.width, model.config.positions) == (4, 50)
     assert Looping.steps < 10_000
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "qwen2", "mamba", "clip"])
+def test_trying_finds_what_is_computed(name, monkeypatch):
+    """Nothing is learned from building another model: the same is found, and the same refused."""
+    monkeypatch.setattr("netopt.prune.configuration.drawn", lambda *args, **kwargs: None)
+    for include, sizes in FOUND[name]:
+        model, inputs = family(name)
+        assert halved(model, inputs, include) is None
+        for key, value in sizes.items():
+            assert functools.reduce(getattr, key.split("."), model.config) == value
+    if name in ("bert", "gpt2", "clip"):
+        assert "in proportion" in halved(*family(name))
 
 
 class Fused(nn.Module):

@@ -64,12 +64,14 @@ class Unfilled(DeviceContext):
         """Runs every call but those that only write into their first argument."""
         kwargs = kwargs or {}
         filled = args[0] if args else kwargs.get("tensor")
-        if isinstance(filled, Tensor):
+        if isinstance(filled, Tensor) and filled.is_meta:
             name = getattr(func, "__name__", "")
-            if name.endswith("_") and not name.endswith("__") and name not in _SHAPED and filled.is_meta:
+            if name[-1:] == "_" and name[-2:] != "__" and name not in _SHAPED:
                 return filled
-        made = super().__torch_function__(func, types, args, kwargs)
-        if isinstance(made, Tensor) and made is not filled:
+            made = func(*args, **kwargs)
+        else:
+            made = super().__torch_function__(func, types, args, kwargs)
+        if made is not filled and isinstance(made, Tensor):
             self.note(made, args, kwargs)
         return made
 

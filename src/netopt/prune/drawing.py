@@ -109,19 +109,19 @@ def drawn(
     sizes = {name: watch.sizes(tensor) for name, tensor in parameters.items()}
     if any(len(dims) != len(shapes[name]) for name, dims in sizes.items()):
         return None
-    dense |= _left_out(sizes, shapes, dense, optional)
-    known = dict.fromkeys([one for dims in sizes.values() for one in dims if isinstance(one, Formula)])
+    known = {one: size for name, dims in sizes.items() for one, size in zip(dims, shapes[name], strict=True)}
+    known = {one: size for one, size in known.items() if isinstance(one, Formula)}
+    dense |= _left_out(known, dense, optional)
     memo: dict[Formula, Any] = {}
+    values = {one: one.at(dense, memo) for one in known}
     for name, dims in sizes.items():
+        if tuple([values.get(one, one) for one in dims]) == shapes[name]:
+            continue
         right = []
         for one, new, size, target in zip(dims, parameters[name].shape, shapes[name], wanted[name], strict=True):
-            if (one.at(dense, memo) if isinstance(one, Formula) else one) == size:
-                right.append(one)
-                continue
-            if isinstance(one, Formula) and not one.leaves.isdisjoint(optional):
-                return None
-            like = _alike(known, new, size, dense, memo)
-            if like is None and size != target:
+            like = one if values.get(one, one) == size else _alike(values, new, size)
+            wrong = like is not one and isinstance(one, Formula) and not one.leaves.isdisjoint(optional)
+            if wrong or (like is None and size != target):
                 return None
             right.append(size if like is None else like)
         sizes[name] = tuple(right)
@@ -143,25 +143,22 @@ def _others(dense: Mapping[Where, Any], counts: Collection[int]) -> dict[Where, 
 
 
 def _left_out(
-    sizes: Mapping[str, tuple[Any, ...]], shapes: Shapes, dense: Mapping[Where, Any], optional: Mapping[Where, Any]
+    known: Mapping[Formula, int], dense: Mapping[Where, Any], optional: Mapping[Where, Any]
 ) -> dict[Where, Any]:
-    """The values of numbers that the configuration lacks, as the shapes of the model tell."""
+    """The values of numbers that the configuration lacks, as the sizes of the model tell."""
     found = dict(optional)
-    for name, dims in sizes.items():
-        for one, size in zip(dims, shapes[name], strict=True):
-            if isinstance(one, Formula) and not one.leaves <= dense.keys():
-                answer = one.solve(size, dense)
-                if answer is not None and answer.value is not None:
-                    found[answer.place] = answer.value
+    for formula, size in known.items():
+        if not formula.leaves <= dense.keys():
+            answer = formula.solve(size, dense)
+            if answer is not None and answer.value is not None:
+                found[answer.place] = answer.value
     return found
 
 
-def _alike(
-    known: Iterable[Formula], new: int, size: int, dense: Mapping[Where, Any], memo: dict[Formula, Any]
-) -> Formula | None:
+def _alike(values: Mapping[Formula, Any], new: int, size: int) -> Formula | None:
     """A multiple of a formula that grew as much as a size of the model did."""
-    like = [one for one in known if one.value and new % one.value == 0]
-    like = [one for one in like if size * one.value == new * (one.at(dense, memo) or 0)]
+    like = [one for one in values if one.value and new % one.value == 0]
+    like = [one for one in like if size * one.value == new * (values[one] or 0)]
     if not like:
         return None
     nearest = max(like, key=lambda one: one.value)
