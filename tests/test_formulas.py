@@ -76,8 +76,9 @@ def test_what_is_foretold_is_built(name):
     """Each number of the configuration doubled by itself gives the shapes that its formulas say."""
     model, _ = family(name)
     shapes, checked = shapes_of(model), 0
+    wanted = {name: tuple(size + 1 for size in shape) for name, shape in shapes.items()}
     counts = {len(part._modules) for part in model.modules()}
-    drawing = drawn(type(model), model.config, {}, shapes=shapes, wanted=shapes, counts=counts)
+    drawing = drawn(type(model), model.config, {}, shapes=shapes, wanted=wanted, counts=counts, least=2)
     assert drawing.at({}, shapes) == shapes
     known = dict(entries(model.config))
     for path in sorted(drawing.leaves):

@@ -28,7 +28,8 @@ def is_size(name: str) -> bool:
 
 def is_share(path: Where) -> bool:
     """Whether a number of this name is a ratio of sizes."""
-    return any(word in str(part) for part in path for word in ("ratio", "mult", "expan"))
+    name = next(step for step in reversed(path) if isinstance(step, str))
+    return any(word in name for word in ("ratio", "mult", "expan"))
 
 
 def built(kind: Callable[[Any], nn.Module], config: Any) -> nn.Module | None:

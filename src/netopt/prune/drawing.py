@@ -25,7 +25,7 @@ __all__ = ["Drawing", "drawn"]
 
 _MOST, _ANYWAY = 30, 1000
 """With more computed than so much for each tensor, and so much in any case, what was enlarged is counted in a loop."""
-_STEPS, _ODD = 2, (1, 3)
+_STEPS, _ODD = 2, 3
 """By how many powers of two numbers are multiplied, and by what else: what one is to another is then another."""
 
 
@@ -76,6 +76,7 @@ def drawn(
     shapes: Shapes,
     wanted: Shapes,
     counts: Collection[int],
+    least: int,
 ) -> Drawing | None:
     """The formulas of a model's sizes, from building another one.
 
@@ -86,13 +87,17 @@ def drawn(
         shapes: Of the model.
         wanted: Shapes to be; a size that stays need not be explained.
         counts: Numbers that may say how many parts the model has, and stay.
+        least: Numbers below stay too.
 
     Returns:
         None if nothing like the model is built, or some size is not explained.
     """
     config, ledger = copy.deepcopy(config), Ledger(_MOST * len(shapes) + _ANYWAY)
     dense = {path: value for path, value in entries(config) if type(value) is int or (value and is_share(path))}
-    for path, value in _others({**dense, **optional}, counts).items():
+    sizes = {
+        size for name, shape in shapes.items() for size, new in zip(shape, wanted[name], strict=True) if size != new
+    }
+    for path, value in _others({**dense, **optional}, sizes, counts, least).items():
         plant(config, path, ledger.number(value, path))
     watch = _Watch(ledger, _MOST * len(shapes) + _ANYWAY)
     with alone(), watch:
@@ -115,30 +120,39 @@ def drawn(
     memo: dict[Formula, Any] = {}
     values = {one: one.at(dense, memo) for one in known}
     for name, dims in sizes.items():
-        if tuple([values.get(one, one) for one in dims]) == shapes[name]:
-            continue
         right = []
         for one, new, size, target in zip(dims, parameters[name].shape, shapes[name], wanted[name], strict=True):
-            like = one if values.get(one, one) == size else _alike(values, new, size)
-            wrong = like is not one and isinstance(one, Formula) and not one.leaves.isdisjoint(optional)
-            if wrong or (like is None and size != target):
+            like = one
+            if values.get(one, one) != size:
+                if isinstance(one, Formula) and not one.leaves.isdisjoint(optional):
+                    return None
+                like = _alike(values, new, size) or size
+            if size != target and not isinstance(like, Formula):
                 return None
-            right.append(size if like is None else like)
+            right.append(like)
         sizes[name] = tuple(right)
     return Drawing(sizes, dense, other)
 
 
-def _others(dense: Mapping[Where, Any], counts: Collection[int]) -> dict[Where, Any]:
+def _others(
+    dense: Mapping[Where, Any], sizes: Collection[int], counts: Collection[int], least: int
+) -> dict[Where, Any]:
     """Other numbers: equal where they are equal, greater where they are greater, and divided by what divides them.
 
-    What may count parts stays, and what may switch one off.
+    Only those that divide one of the sizes, or are divided by one, which is what may come from them.
     """
-    changed = {path: value for path, value in dense.items() if value > 1 and (value not in counts or is_share(path))}
+    kin = {value for value in dense.values() if any(value and not (size % value and value % size) for size in sizes)}
+    changed = {
+        path: value
+        for path, value in dense.items()
+        if value >= least and (is_share(path) or (value in kin and value not in counts))
+    }
     numbers = sorted(set(changed.values()))
-    factors, odd = {}, itertools.cycle(_ODD)
-    for rank, value in enumerate(numbers):
-        divides = any(other % value == 0 for other in numbers[rank + 1 :])
-        factors[value] = 2 ** (1 + _STEPS * rank // len(numbers)) * (1 if divides else next(odd))
+    factors = {value: 2 ** (1 + _STEPS * rank // len(numbers)) for rank, value in enumerate(numbers)}
+    for value, *greater in [numbers[rank:] for rank in range(len(numbers))]:
+        odd = value * factors[value] * _ODD
+        if all(odd < other * factors[other] and other % value for other in greater):
+            factors[value] *= _ODD
     return {path: value * factors[value] if path in changed else value for path, value in dense.items()}
 
 
