@@ -25,8 +25,8 @@ __all__ = ["Drawing", "drawn"]
 
 _MOST, _ANYWAY = 30, 1000
 """With more computed than so much for each tensor, and so much in any case, what was enlarged is counted in a loop."""
-_STEPS, _ODD = 2, 3
-"""By how many powers of two numbers are multiplied, and by what else: what one is to another is then another."""
+_STEPS = 2
+"""By how many powers of two numbers are multiplied: what one is to another is then another."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,10 +149,6 @@ def _others(
     }
     numbers = sorted(set(changed.values()))
     factors = {value: 2 ** (1 + _STEPS * rank // len(numbers)) for rank, value in enumerate(numbers)}
-    for value, *greater in [numbers[rank:] for rank in range(len(numbers))]:
-        odd = value * factors[value] * _ODD
-        if all(odd < other * factors[other] and other % value for other in greater):
-            factors[value] *= _ODD
     return {path: value * factors[value] if path in changed else value for path, value in dense.items()}
 
 
