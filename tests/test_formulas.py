@@ -108,6 +108,14 @@ def test_one_building_refuses_and_two_find(include, count):
     assert Counted.count == count
 
 
+def test_building_gives_back_the_default_device():
+    model, inputs = family("bert")
+    with torch.device("cpu"):
+        assert halved(model, inputs, "*intermediate.dense") is None
+        assert torch.empty(1).device.type == torch.get_default_device().type == "cpu"
+    assert next(model.parameters()).device.type == "cpu"
+
+
 class Config(SimpleNamespace):
     """What makes a namespace a configuration."""
 
