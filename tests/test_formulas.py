@@ -156,6 +156,31 @@ class Looping(nn.Module):
         return self.down(self.up(x).relu())
 
 
+class Adapted(nn.Module):
+    """Has another part if a size is given."""
+
+    count = 0
+
+    def __init__(self, config):
+        super().__init__()
+        Adapted.count += 1
+        self.config = config
+        self.up, self.down = nn.Linear(3, config.width), nn.Linear(config.width, 3)
+        self.adapter = nn.Linear(config.width, config.adapter_dim) if config.adapter_dim else None
+
+    def forward(self, x):
+        return self.down(self.up(x).relu())
+
+
+def test_a_default_that_stands_for_parts_that_are_not_there_is_left_alone():
+    model = Adapted(Config(width=8, adapter_dim=None))
+    Adapted.count = 0
+    report = prune_neurons(model, torch.randn(2, 3), 0.5, importance="magnitude", progress=False)
+    assert "config" not in report.settings
+    assert (model.config.width, model.config.adapter_dim) == (4, None)
+    assert Adapted.count == 3
+
+
 @pytest.mark.parametrize("kind", [Picky, Looping])
 def test_what_cannot_be_learned_is_tried(kind):
     model = kind(Config(width=8, positions=50))

@@ -30,7 +30,7 @@ __all__ = ["configured"]
 _SIZES = 6
 """With more different sizes in place of one, layers differ, and a configuration has one size for all of them."""
 _LEAST = (2, 17)
-"""Numbers from which on others are built with, first and if that fails."""
+"""From where on numbers are enlarged, first and if that fails: what is small may count parts in other ways."""
 _CANNOT = "the configuration cannot express it"
 _ADVICE = "save with torch.save, or replay the plan on a fresh model"
 _OTHER = "the configuration builds something else"
@@ -144,10 +144,13 @@ class _Sought:
         """How the model is computed from its configuration, with some sizes that were left to a default."""
         lengths = {len(part._modules) for part in self.modules.values() if "0" in part._modules}
         counts = lengths | {length + 1 for length in lengths}  # one of them may be apart
-        shapes = {"shapes": self.shapes, "wanted": self.wanted}
-        # What is small may switch parts on, if it is more than one, or be counted in other ways.
-        tried = (drawn(self.kind, self.config, optional, **shapes, counts=counts, least=least) for least in _LEAST)
-        return next((found for found in tried if found is not None), None)
+        for least in _LEAST:
+            found = drawn(
+                self.kind, self.config, optional, shapes=self.shapes, wanted=self.wanted, counts=counts, least=least
+            )
+            if found is not None:
+                return found
+        return None
 
     def solve(self, drawing: Drawing) -> Solution:
         """The values that give what is wanted."""

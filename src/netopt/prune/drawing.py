@@ -92,17 +92,17 @@ def drawn(
     Returns:
         None if nothing like the model is built, or some size is not explained.
     """
-    config, ledger = copy.deepcopy(config), Ledger(_MOST * len(shapes) + _ANYWAY)
+    changed, ledger = copy.deepcopy(config), Ledger(_MOST * len(shapes) + _ANYWAY)
     dense = {path: value for path, value in entries(config) if type(value) is int or (value and is_share(path))}
     sizes = {
         size for name, shape in shapes.items() for size, new in zip(shape, wanted[name], strict=True) if size != new
     }
     for path, value in _others({**dense, **optional}, sizes, counts, least).items():
-        plant(config, path, ledger.number(value, path))
+        plant(changed, path, ledger.number(value, path))
     watch = _Watch(ledger, _MOST * len(shapes) + _ANYWAY)
     with alone(), watch:
         try:
-            other = kind(config)
+            other = kind(changed)
         except Exception:
             # Whatever a constructor or a configuration raises, nothing is built from these values.
             return None
@@ -110,7 +110,13 @@ def drawn(
             ledger.close()
     parameters = named_parameters_and_buffers(other)[0]
     if parameters.keys() != shapes.keys():
-        return None
+        # A size left to its default may stand for parts that are not there: then no solution sets it.
+        more = [watch.sizes(parameters[name]) for name in parameters.keys() - shapes.keys()]
+        leaves = {leaf for dims in more for one in dims if isinstance(one, Formula) for leaf in one.leaves}
+        fewer = {path: value for path, value in optional.items() if path not in leaves}
+        again = {"shapes": shapes, "wanted": wanted, "counts": counts, "least": least}
+        return drawn(kind, config, fewer, **again) if len(fewer) < len(optional) else None
+    grown = {name: tuple(tensor.shape) for name, tensor in parameters.items()}
     sizes = {name: watch.sizes(tensor) for name, tensor in parameters.items()}
     if any(len(dims) != len(shapes[name]) for name, dims in sizes.items()):
         return None
@@ -120,17 +126,16 @@ def drawn(
     memo: dict[Formula, Any] = {}
     values = {one: one.at(dense, memo) for one in known}
     for name, dims in sizes.items():
-        right = []
-        for one, new, size, target in zip(dims, parameters[name].shape, shapes[name], wanted[name], strict=True):
-            like = one
-            if values.get(one, one) != size:
-                if isinstance(one, Formula) and not one.leaves.isdisjoint(optional):
-                    return None
-                like = _alike(values, new, size) or size
-            if size != target and not isinstance(like, Formula):
-                return None
-            right.append(like)
-        sizes[name] = tuple(right)
+        proved = [
+            _proved(one, values, new, size, optional)
+            for one, new, size in zip(dims, grown[name], shapes[name], strict=True)
+        ]
+        if any(
+            one is None or (size != new and not isinstance(one, Formula))
+            for one, size, new in zip(proved, shapes[name], wanted[name], strict=True)
+        ):
+            return None
+        sizes[name] = tuple(proved)
     return Drawing(sizes, dense, other)
 
 
@@ -165,14 +170,21 @@ def _left_out(
     return found
 
 
-def _alike(values: Mapping[Formula, Any], new: int, size: int) -> Formula | None:
-    """A multiple of a formula that grew as much as a size of the model did."""
-    like = [one for one in values if one.value and new % one.value == 0]
-    like = [one for one in like if size * one.value == new * (values[one] or 0)]
-    if not like:
+def _proved(formula: Any, values: Mapping[Formula, Any], grown: int, size: int, optional: Mapping[Where, Any]) -> Any:
+    """A formula that gives both a size of the model and what it grew to; the size where it is not known.
+
+    One that does not is replaced by a multiple of another, but None is returned if it comes from a number left out.
+    """
+    if values.get(formula, formula) == size:
+        return formula
+    if isinstance(formula, Formula) and not formula.leaves.isdisjoint(optional):
         return None
+    like = [one for one in values if one.value and grown % one.value == 0]
+    like = [one for one in like if size * one.value == grown * (values[one] or 0)]
+    if not like:
+        return size
     nearest = max(like, key=lambda one: one.value)
-    return Formula(operator.mul, (new // nearest.value, nearest), new)
+    return Formula(operator.mul, (grown // nearest.value, nearest), grown)
 
 
 class _Watch(Unfilled):

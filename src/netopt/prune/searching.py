@@ -1,4 +1,4 @@
-"""Which values of a configuration build the shapes wanted, found by trying.
+"""Which values of a configuration build the shapes wanted, found by trying, where they cannot be computed.
 
 First every size that was replaced is looked for among the integers, alone and where several are equal. If that is not
 all, what was left to a default is given the value it has, and numbers are multiplied by what became of the axes: a
