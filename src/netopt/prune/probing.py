@@ -14,9 +14,10 @@ from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, TypeAlias, TypeGuard
 
-__all__ = ["Shapes", "out_of_proportion"]
+from netopt.prune.building import Shapes
 
-Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
+__all__ = ["out_of_proportion"]
+
 Numbers: TypeAlias = Mapping[Any, Any]
 """New values by their place in the configuration."""
 

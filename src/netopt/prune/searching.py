@@ -1,4 +1,4 @@
-"""Which values of a configuration build the shapes wanted, found by trying.
+"""Which values of a configuration build the shapes wanted, found by trying, where they cannot be computed.
 
 First every size that was replaced is looked for among the integers, alone and where several are equal. If that is not
 all, what was left to a default is given the value it has, and numbers are multiplied by what became of the axes: a
@@ -8,24 +8,22 @@ together with what could put the other right again.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from netopt.prune.probing import Shapes, out_of_proportion
+from netopt.prune.building import Shapes, entries, is_share, with_changes
+from netopt.prune.formulas import Where
+from netopt.prune.probing import out_of_proportion
 
-Where = tuple[Any, ...]
+__all__ = ["Changes", "Hints", "Search", "distance"]
+
 Changes = dict[Where, Any]
 Moves = list[tuple[tuple[Where, ...], Any]]
 """Entries that are set to one value together, and the value."""
 
-UNSET = ("dim", "inner", "size")
-"""Words in the names of sizes, which may be left to a default."""
-_SHARES = ("ratio", "mult", "expan")
-"""Words in the names of ratios of sizes."""
 _ROUNDS = 12
 _SOLUTIONS = 3
 _TRIES = 160
@@ -112,7 +110,7 @@ class Search:
         changes, shapes = self._descend(config, pinned, moves)
         if distance(shapes, self._wanted) == 0:
             return pinned, changes, shapes
-        start = _with(config, changes)
+        start = with_changes(config, changes)
         for paths, new in _scaled(start, hints):
             tried = self._move(start, paths, new)
             if tried is not None and self._rights_one(tried, shapes):
@@ -149,7 +147,7 @@ class Search:
         for _ in range(_ROUNDS):
             if distance(shapes, self._wanted) == 0:
                 break
-            best = self._nearest(_with(config, changes), shapes, moves)
+            best = self._nearest(with_changes(config, changes), shapes, moves)
             if best is None:
                 break
             paths, new, shapes = best
@@ -187,7 +185,7 @@ class Search:
 
     def _shapes(self, config: Any, changes: Mapping[Where, Any]) -> Shapes | None:
         try:
-            return self._build(_with(config, changes))
+            return self._build(with_changes(config, changes))
         except Exception:
             # Whatever a constructor or a configuration raises, nothing is built from these values.
             return None
@@ -230,7 +228,7 @@ def _others(config: Any, hints: Hints) -> list[tuple[Where, tuple[Any, ...]]]:
     found: dict[Where, Any] = {}
     for path, said in known.items():
         value = hints.sizes.get(path[-1], max(hints.replacements)) if said is None else said
-        if (type(value) is int and value > 0) or any(word in str(part) for part in path for word in _SHARES):
+        if (type(value) is int and value > 0) or is_share(path):
             found[path] = value
     found |= {(name,): value for name, value in hints.sizes.items() if name not in set_already | unset}
     return [(path, (2 * value, value // 2) if value // 2 else (2 * value,)) for path, value in found.items()]
@@ -244,48 +242,6 @@ def _scaled(config: Any, hints: Hints) -> Moves:
         if type(value) is int:
             scaled = {int(value * one) for one in ratios if (value * one).denominator == 1}
             moves += [((path,), new) for new in sorted((scaled | hints.replacements.get(value, set())) - {value})]
-        elif type(value) is float and any(word in str(part) for part in path for word in _SHARES):
+        elif type(value) is float and is_share(path):
             moves += [((path,), float(value * one)) for one in sorted(ratios) if one != 1]
     return moves
-
-
-def entries(config: Any, path: Where = ()) -> Iterator[tuple[Where, Any]]:
-    """The numbers of a configuration, of lists in it and of those inside it; None where a size is left to a default."""
-    for name, value in vars(config).items():
-        if name.startswith("_"):
-            continue
-        if type(value) in (int, float):
-            yield (*path, name), value
-        elif value is None and any(word in name for word in UNSET):
-            yield (*path, name), None
-        elif isinstance(value, (list, tuple)):
-            yield from (((*path, name, place), one) for place, one in enumerate(value) if type(one) in (int, float))
-        elif hasattr(value, "to_dict") and len(path) < 2:
-            yield from entries(value, (*path, name))
-
-
-def _with(config: Any, changes: Mapping[Where, Any]) -> Any:
-    """A copy of a configuration with some values changed."""
-    config = copy.deepcopy(config)
-    for path, value in changes.items():
-        set_at(config, path, value)
-    return config
-
-
-def set_at(config: Any, path: Where, value: Any) -> None:
-    """Sets one value of a configuration, in its lists and tuples and in what is inside it."""
-    holders = [config]
-    for step in path[:-1]:
-        holders.append(_get(holders[-1], step))
-    for holder, step in zip(reversed(holders), reversed(path), strict=True):
-        if not isinstance(holder, tuple):
-            if isinstance(holder, (dict, list)):
-                holder[step] = value
-            else:
-                setattr(holder, step, value)
-            return
-        value = type(holder)([*holder[:step], value, *holder[step + 1 :]])
-
-
-def _get(holder: Any, step: Any) -> Any:
-    return holder[step] if isinstance(holder, (Mapping, list, tuple)) else getattr(holder, step)
