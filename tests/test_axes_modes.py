@@ -328,6 +328,42 @@ def test_a_part_that_does_something_else_does(part):
     assert times == (1 if part is Failing else 2)
 
 
+class Around(Own):
+    """Asks, and then runs a part that asks for itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.extra = Noise(), nn.Parameter(torch.randn(8))
+
+    def forward(self, x):
+        scale = self.extra if self.training else None
+        x = self.inner(x)
+        return x if scale is None else x + scale
+
+
+def test_a_part_inside_one_that_asks_does_not_answer_for_it():
+    model = nn.Sequential(nn.Linear(5, 8), Around(), nn.Linear(8, 3))
+    members = {str(member.tensor) for member in find_axes(model, torch.randn(4, 5))["0"].members}
+    assert members == {"0.weight", "0.bias", "1.extra", "2.weight"}
+
+
+class ByItsForward(nn.Module):
+    """Calls the forward of a part that asks."""
+
+    def __init__(self):
+        super().__init__()
+        self.part = Around()
+
+    def forward(self, x):
+        return self.part.forward(x)
+
+
+def test_a_part_that_is_not_called_as_a_module_is_seen_in_both_modes():
+    model = nn.Sequential(nn.Linear(5, 8), ByItsForward(), nn.Linear(8, 3))
+    members = {str(member.tensor) for member in find_axes(model, torch.randn(4, 5))["0"].members}
+    assert members == {"0.weight", "0.bias", "1.part.extra", "2.weight"}
+
+
 def test_a_part_that_gives_another_shape_is_run_twice_and_stays():
     model = nn.Sequential(nn.Linear(5, 8), Narrower())
     times = []

@@ -99,7 +99,7 @@ def find_axes(model: nn.Module, example_inputs: Inputs, *, outputs: Outputs = No
             if twins:
                 with standing_in(twins, trace), attributes.in_mode(model, training=False):
                     _run(model, parts, attributes, example_inputs, Watch(model, parts, trace, modes), outputs)
-            if modes.differ:
+            if modes.differ or modes.asking:  # one that was not called as a module, but by its forward
                 watch = Watch(model, parts, trace, modes)
                 # Batch norm fails in training mode on a single sample.
                 with contextlib.suppress(ForwardError), attributes.in_mode(model, training=True):

@@ -50,11 +50,12 @@ class _WatchedFlag:
     def __get__(self, module: nn.Module | None, owner: type | None = None) -> Any:
         if module is None:
             return self
-        if not self._modes.differ:
+        asking = self._modes.asking
+        if not self._modes.differ and not (asking and asking[-1] is module):
             frame = sys._getframe(1)
             if frame.f_code.co_filename not in _HANDING_ON and not only_switches_dropout(frame):
                 if frame.f_code is type(module).forward.__code__ and is_small(module):
-                    self._modes.asking.append(module)
+                    asking.append(module)
                 else:
                     self._modes.differ = True
         try:

@@ -85,13 +85,14 @@ class Watch(CallNames):
         modes = self.modes
         if modes.asking and modes.asking[-1] is module and not modes.differ:
             stack, visits, readings = self._stack[-1], self._visits.copy(), len(self.readings)
+            depth = len(modes.asking) - 1
             self._stack[-1] = (stack[0], stack[1], {})
             modes.differ = not self._trials.is_alike(module, args, kwargs, result)
             modes.differ |= len(self.readings) > readings  # what is contracted there is not found in evaluation
             self._stack[-1] = stack
             self._visits.clear()
             self._visits.update(visits)
-            modes.asking.clear()
+            del modes.asking[depth:]  # one that contains this module may be asking too
 
     @property
     def reached(self) -> frozenset[str]:
