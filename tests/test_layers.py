@@ -25,7 +25,7 @@ LAYERS = (
     {"axes", "importance", "measure"},
     {"calls"},
     {"batches", "flops", "parameters", "selectors", "restore"},
-    {"errors"},
+    {"errors", "held"},
 )
 OPTIONAL = {"matplotlib", "IPython", "transformers", "timm", "torchvision", "lightning_fabric", "accelerate", "sklearn"}
 

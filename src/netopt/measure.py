@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -21,12 +21,15 @@ from netopt import batches
 from netopt.batches import Inputs
 from netopt.errors import InvalidArgumentError
 from netopt.flops import EXTRA
+from netopt.held import Held
+from netopt.parameters import count_nonzero
 from netopt.restore import given_back
 
 __all__ = [
     "Cost",
     "Latency",
     "cost",
+    "cost_of",
     "count_macs",
     "count_parameters",
     "latencies",
@@ -80,12 +83,17 @@ def cost(model: nn.Module, inputs: Inputs | None = None) -> Cost:
         Cost(params=16, nonzero=16, bytes=64, macs=12)
     """
     macs = None if inputs is None else count_macs(model, inputs)
-    held = list(_parameters(model))
-    buffers = dict.fromkeys(one for module in model.modules() for one in module._buffers.values() if one is not None)
+    return cost_of(Held(model), macs)
+
+
+def cost_of(held: Held, macs: int | None = None) -> Cost:
+    """As :func:`cost`, of a model that is listed already and whose operations are counted already."""
+    parameters = _parameters(held)
+    buffers = dict.fromkeys(held.buffers.values())
     return Cost(
-        params=sum(parameter.numel() for parameter, _ in held),
-        nonzero=_nonzero_of(held),
-        bytes=sum(parameter.nbytes for parameter, _ in held) + sum(buffer.nbytes for buffer in buffers),
+        params=sum([parameter.numel() for parameter, _ in parameters]),
+        nonzero=_nonzero_of(parameters),
+        bytes=sum([parameter.nbytes for parameter, _ in parameters]) + sum([buffer.nbytes for buffer in buffers]),
         macs=macs,
     )
 
@@ -104,21 +112,16 @@ def nonzero_parameters(model: nn.Module) -> int:
         >>> nonzero_parameters(layer)
         10
     """
-    return _nonzero_of(_parameters(model))
+    return _nonzero_of(_parameters(Held(model)))
 
 
-def _parameters(model: nn.Module) -> Iterator[tuple[nn.Parameter, Tensor | None]]:
+def _parameters(held: Held) -> Collection[tuple[Tensor, Tensor | None]]:
     """Each parameter once, with the mask that ``torch.nn.utils.prune`` put on it."""
-    seen: set[int] = set()
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is None or id(parameter) in seen:
-                continue
-            seen.add(id(parameter))
-            yield (
-                parameter,
-                module._buffers.get(name.removesuffix("_orig") + "_mask") if name.endswith("_orig") else None,
-            )
+    found: dict[int, tuple[Tensor, Tensor | None]] = {}
+    for name, parameter in held.parameters.items():
+        if id(parameter) not in found:
+            found[id(parameter)] = (parameter, held.mask_of(name))
+    return found.values()
 
 
 def size_bytes(model: nn.Module) -> int:
@@ -218,21 +221,17 @@ def _summary(times: list[float]) -> Latency:
 
 
 def _nonzero_of(held: Iterable[tuple[Tensor, Tensor | None]]) -> int:
-    """Counts what is not zero in tensors with their masks; small ones, of which models have many, are joined."""
+    """Counts what is not zero in tensors with their masks; vectors, of which models have many, are joined."""
     total, small = 0, defaultdict[tuple[torch.device, torch.dtype], list[Tensor]](list)
     for parameter, mask in held:
         values = parameter.detach()
-        if mask is None and values.dim() == 1 and len(values) < _SMALL and type(values) is Tensor:
+        if values.is_meta:
+            total += values.numel()
+        elif mask is None and values.dim() == 1 and values.numel() < _SMALL and type(values) is Tensor:
             small[values.device, values.dtype].append(values)
         else:
-            total += _nonzero(values, mask)
-    return total + sum(_nonzero(torch.cat(several), None) for several in small.values())
-
-
-def _nonzero(values: Tensor, mask: Tensor | None) -> int:
-    if values.is_meta:
-        return values.numel()
-    return int(torch.count_nonzero(values if mask is None else (values != 0) & mask.bool()))
+            total += count_nonzero(values, mask)
+    return total + sum([count_nonzero(torch.cat(several)) for several in small.values()])
 
 
 @contextmanager

@@ -6,9 +6,8 @@ the unmasked model, whoever else holds it too; and a weight is seen as a matrix 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -16,15 +15,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from netopt.held import Held
+
 __all__ = ["Orientation", "Place", "count_nonzero", "effective", "places"]
 
 CHUNK = 1 << 16
-_PLAIN = {
-    torch.float16: torch.int16,
-    torch.bfloat16: torch.int16,
-    torch.float32: torch.int32,
-    torch.float64: torch.int64,
-}
+_SMALL = 1 << 12
+_HALVES = (torch.float16, torch.bfloat16)
+_PLAIN = frozenset([*_HALVES, torch.float32, torch.float64])
 
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
@@ -133,31 +131,32 @@ def effective(weight: Tensor, mask: Tensor) -> Tensor:
 def count_nonzero(weight: Tensor, mask: Tensor | None = None) -> int:
     """Counts the entries that are not zero, and not masked if a mask is given; exact for every dtype.
 
-    On a CPU it runs in cache-sized pieces and makes no second tensor of the weight's size.
+    On a CPU a large weight is read in cache-sized pieces, and no second tensor of its size is made.
     """
     if weight.is_meta or weight.numel() == 0:
         return 0
-    if weight.device.type != "cpu" or not weight.is_contiguous() or weight.dtype not in _PLAIN:
-        kept = weight != 0
-        return int(torch.count_nonzero(kept if mask is None else kept & mask.bool()))
-    # As integers, which have the same zeros but for the sign bit, shifted out.
-    values = weight.detach().reshape(-1).view(_PLAIN[weight.dtype]).numpy()
+    small = mask is None and weight.numel() < _SMALL
+    plain = type(weight) is Tensor and weight.is_cpu and weight.is_contiguous() and weight.dtype in _PLAIN
+    if small or not plain:
+        return int(torch.count_nonzero(weight if mask is None else (weight != 0) & mask.bool()))
+    is_half = weight.dtype in _HALVES
+    values = weight.detach().reshape(-1)
+    entries = (values.view(torch.int16) if is_half else values).numpy()
     kept_by_mask = None if mask is None else mask.reshape(-1).bool().numpy()
-    flags = np.empty(min(CHUNK, len(values)), np.bool_)
-    shifted = np.empty(len(flags), values.dtype)
+    flags = np.empty(min(CHUNK, len(entries)), np.bool_)
     total = 0
-    for start in range(0, len(values), CHUNK):
-        part = values[start : start + CHUNK]
-        size = len(part)
-        np.left_shift(part, 1, out=shifted[:size])
-        np.not_equal(shifted[:size], 0, out=flags[:size])
+    for start in range(0, len(entries), CHUNK):
+        part = entries[start : start + CHUNK]
+        here = flags[: len(part)]
+        # As integers, halves have the same zeros but for the sign bit, shifted out.
+        np.not_equal(part << 1 if is_half else part, 0, out=here)
         if kept_by_mask is not None:
-            np.logical_and(flags[:size], kept_by_mask[start : start + CHUNK], out=flags[:size])
-        total += int(np.count_nonzero(flags[:size]))
+            np.logical_and(here, kept_by_mask[start : start + CHUNK], out=here)
+        total += int(np.count_nonzero(here))
     return total
 
 
-def places(model: nn.Module) -> dict[str, Place]:
+def places(model: nn.Module | Held) -> dict[str, Place]:
     """Lists every parameter of ``model`` once, by its unmasked name, in the order of ``named_parameters``.
 
     Example:
@@ -165,25 +164,21 @@ def places(model: nn.Module) -> dict[str, Place]:
         >>> list(places(model))
         ['0.weight', '0.bias', '1.weight', '1.bias']
     """
+    held = Held.of(model)
     found: dict[int, Place] = {}
-    for name, module, attribute, parameter, mask in _held(model):
-        place = found.setdefault(id(parameter), Place(name, parameter, mask))
+    for full, parameter in held.parameters.items():
+        owner, _, attribute = full.rpartition(".")
+        mask, name = held.mask_of(full), full
+        if mask is not None:
+            name, attribute = full.removesuffix("_orig"), attribute.removesuffix("_orig")
+        place = found.get(id(parameter))
+        if place is None:
+            place = found[id(parameter)] = Place(name, cast("nn.Parameter", parameter), mask)
         place.names.append(name)
-        if not any(owner is module and held == attribute for owner, held in place.owners):
+        module = held.modules[owner]
+        if not any(one is module and other == attribute for one, other in place.owners):
             place.owners.append((module, attribute))
     return {place.name: place for place in found.values()}
-
-
-def _held(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter, Tensor | None]]:
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        for key, parameter in module._parameters.items():
-            if parameter is None:
-                continue
-            mask, attribute = None, key
-            if key.endswith("_orig"):
-                mask = module._buffers.get(f"{key.removesuffix('_orig')}_mask")
-                attribute = key if mask is None else key.removesuffix("_orig")
-            yield (f"{prefix}.{attribute}" if prefix else attribute), module, attribute, parameter, mask
 
 
 def _is_layer_weight(module: nn.Module, attribute: str) -> bool:

@@ -7,7 +7,7 @@ of the axis itself, its activations and its weights. What an axis is, is not kno
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,11 +24,12 @@ from netopt.errors import (
     NonFiniteError,
     ShapeMismatchError,
 )
+from netopt.held import Held
 from netopt.importance.activations import Saliency, Tap, activations, gather, over_others, saliency
 from netopt.importance.evidence import Evidence
 from netopt.importance.registry import Criterion, Importance, criterion, lookup
 from netopt.importance.scores import scores
-from netopt.parameters import places
+from netopt.parameters import effective, places
 
 __all__ = ["Member", "NeuronScores", "Neurons", "neuron_scores", "reduce", "saliency_within"]
 
@@ -93,7 +94,7 @@ class NeuronScores:
 
 
 def neuron_scores(
-    model: nn.Module,
+    model: nn.Module | Held,
     members: Mapping[str, Sequence[Member]],
     taps: Callable[[str], Sequence[Tap]],
     sizes: Mapping[str, int],
@@ -132,7 +133,8 @@ def neuron_scores(
         raise MissingDataError(
             f"importance {chosen.name!r} needs {', '.join(sorted(chosen.needs))}; pass data=, a list of batches."
         )
-    values = _values(model, {name for axis in sizes for name, _, _ in members[axis]})
+    held = Held.of(model)
+    values, model = _values(held, {name for axis in sizes for name, _, _ in members[axis]}), held.model
     if chosen.of == "weights" and not chosen.needs:
         return NeuronScores(_streamed(chosen, values, members, sizes, progress=progress))
     _check_finite(values)
@@ -173,43 +175,49 @@ def _streamed(
 ) -> dict[str, Tensor]:
     """Scores of a criterion that judges each weight by itself: one tensor of scores exists at a time, or a part."""
     totals = {name: torch.zeros(size, dtype=torch.float64) for name, size in sizes.items()}
-    readers: dict[str, list[tuple[str, int, Tensor | None]]] = {}
+    readers: dict[str, dict[int, list[tuple[str, Tensor | None]]]] = {}
     for axis, size in sizes.items():
         whole: dict[int, Tensor | None] = {}  # most dimensions are the axis itself, position by position
         for tensor, dim, positions in members[axis]:
             if id(positions) not in whole:
                 whole[id(positions)] = None if torch.equal(positions, torch.arange(size)) else positions
-            readers.setdefault(_bare(tensor), []).append((axis, dim, whole[id(positions)]))
+            readers.setdefault(_bare(tensor), {}).setdefault(dim, []).append((axis, whole[id(positions)]))
     shown = tqdm(values.items(), desc="importance", leave=False) if progress else values.items()
     for name, value in shown:
-        own = readers.get(name, [])
-        sums = _sums(chosen, name, value, {dim for _, dim, _ in own})
-        for axis, dim, positions in own:
-            totals[axis] += sums[dim] if positions is None else gather(sums[dim], positions, sizes[axis])
-    if totals and not bool(torch.isfinite(torch.cat([*totals.values()]).sum())):
-        _check_finite(values)
+        own = readers.get(name, {})
+        sums = _sums(chosen, name, value, own)
+        for dim, several in own.items():
+            for axis, positions in several:
+                totals[axis] += sums[dim] if positions is None else gather(sums[dim], positions, sizes[axis])
+    if not totals or bool(torch.isfinite(torch.cat([*totals.values()]).sum())):
+        return totals
+    _check_finite(values)
     return {name: _checked(one, name, sizes[name]) for name, one in totals.items()}
 
 
-def _sums(chosen: Criterion, name: str, value: Tensor, dims: set[int]) -> dict[int, Tensor]:
+def _sums(chosen: Criterion, name: str, value: Tensor, dims: Collection[int]) -> dict[int, Tensor]:
     """A weight's scores summed over every dimension but one, for each of ``dims``."""
     sums: dict[int, Tensor] = {}
+    blocks: list[Tensor] = []
     for rows, score in chosen.parts(Evidence(name, value, {})):
         if not isinstance(score, Tensor):
             raise ArgumentTypeError(f"the score of {name!r} must be a tensor, not {type(score).__name__}.")
-        whole = rows == slice(None)
-        part = value.shape if whole else (len(value[rows]), *value.shape[1:])
-        if score.shape != part:
+        if score.shape != rows.shape:
             raise ShapeMismatchError(
-                f"the score of {name!r} has shape {tuple(score.shape)} and the weight {tuple(part)}."
+                f"the score of {name!r} has shape {tuple(score.shape)} and the weight {tuple(rows.shape)}."
             )
         for dim in dims:
             own = over_others(score, dim).cpu()
-            if whole:
+            if rows is value:
                 sums[dim] = own
-                continue
-            total = sums.setdefault(dim, torch.zeros(value.shape[dim], dtype=torch.float64))
-            (total[rows] if dim == 0 else total).add_(own)
+            elif dim == 0:
+                blocks.append(own)
+            elif dim in sums:
+                sums[dim] += own
+            else:
+                sums[dim] = own.double()
+    if blocks:
+        sums[0] = torch.cat(blocks)
     return sums
 
 
@@ -331,11 +339,15 @@ def _floating(tensor: Tensor) -> bool:
     return tensor.is_floating_point()
 
 
-def _values(model: nn.Module, wanted: set[str]) -> dict[str, Tensor]:
+def _values(held: Held, wanted: set[str]) -> dict[str, Tensor]:
     """Values of the floating parameters named, zero where masked, by the name without masks."""
-    bare = {_bare(name) for name in wanted}
-    found = {name: place for name, place in places(model).items() if name in bare and _floating(place.parameter)}
-    return {name: place.value for name, place in found.items()}
+    values = {}
+    for name, parameter in held.parameters.items():
+        if name in wanted and parameter.is_floating_point():
+            mask = held.mask_of(name)
+            value = parameter.detach()
+            values[_bare(name)] = value if mask is None else effective(value, mask)
+    return values
 
 
 def _check_finite(values: Mapping[str, Tensor]) -> None:

@@ -8,7 +8,7 @@ moments of its inputs it decides what is kept, and returns new values for that.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
 from torch import Tensor
@@ -52,16 +52,16 @@ class Criterion:
         """Returns the scores of one tensor, or what a criterion of layers decides."""
         return self.function(evidence)
 
-    def parts(self, evidence: Any) -> Iterator[tuple[slice, Tensor]]:
-        """Yields the scores of one tensor, some of its rows at a time where that is possible."""
+    def parts(self, evidence: Any) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields a weight and its scores, some of its rows at a time where that is possible."""
         weight = evidence.weight
         if not (self.entrywise and weight.numel() > PART):
-            yield slice(None), self(evidence)
+            yield weight, self(evidence)
             return
-        step = max(1, PART * len(weight) // weight.numel())
-        for start in range(0, len(weight), step):
-            rows = slice(start, start + step)
-            yield rows, self(replace(evidence, weight=weight[rows]))
+        for rows in weight.split(max(1, PART * weight.shape[0] // weight.numel())):
+            part = object.__new__(type(evidence))
+            part.__dict__.update(evidence.__dict__, weight=rows)
+            yield rows, self(part)
 
 
 Importance: TypeAlias = str | Criterion | Callable[[Any], Tensor]

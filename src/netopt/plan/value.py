@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 
 from netopt import surgery
 from netopt.errors import InvalidArgumentError, PlanMismatchError
+from netopt.held import Held
 from netopt.plan.checkpoint import rewrite
 from netopt.plan.codes import Pool, pack, unpack
 from netopt.surgery.attributes import Path, show
@@ -87,11 +88,15 @@ class Plan:
 
     def __post_init__(self) -> None:
         seen: dict[int, tuple[Any, Tensor]] = {}
-        tensors = {
-            name: MappingProxyType({int(dim): _indices(kept, name, dim, seen) for dim, kept in sorted(dims.items())})
-            for name, dims in sorted(self.tensors.items())
-            if dims
-        }
+        tensors: dict[str, Mapping[int, Tensor]] = {}
+        for name, dims in sorted(self.tensors.items()):
+            own: dict[int, Tensor] = {}
+            for dim, kept in sorted(dims.items()) if len(dims) > 1 else dims.items():
+                if id(kept) not in seen:  # what several dimensions share is checked once and stays shared
+                    seen[id(kept)] = (kept, _indices(kept, name, dim))
+                own[int(dim)] = seen[id(kept)][1]
+            if own:
+                tensors[name] = MappingProxyType(own)
         normal: dict[str, Any] = {
             "tensors": MappingProxyType(tensors),
             "attributes": tuple(
@@ -145,20 +150,21 @@ class Plan:
         """
         return self.prepare(model, optimizer).run(_nothing)
 
-    def prepare(self, model: nn.Module, optimizer: Optimizer | Iterable[Optimizer] | None = None) -> surgery.Operation:
+    def prepare(
+        self, model: nn.Module | Held, optimizer: Optimizer | Iterable[Optimizer] | None = None
+    ) -> surgery.Operation:
         """Everything :meth:`apply` needs, built and checked, with nothing changed yet."""
-        target = self._unwrap(model)
-        named = surgery.named_parameters_and_buffers(target)
-        self._check(target, *named)
+        held = model if isinstance(model, Held) else Held(self._unwrap(model))
+        self._check(held)
         return surgery.prepare(
-            target,
+            held.model,
             self.tensors,
             attributes=self.attributes,
             values=self.values,
             shifts=self.shifts,
             scales=self.scales,
             optimizer=optimizer,
-            named=named[0] | named[1],
+            held=held,
         )
 
     def apply_to_checkpoint(self, source: str | os.PathLike[str], target: str | os.PathLike[str]) -> FilePath:
@@ -188,14 +194,15 @@ class Plan:
         Raises:
             PlanMismatchError: They differ; the message names the first difference.
         """
-        self._check(model, *surgery.named_parameters_and_buffers(model))
+        self._check(Held(model))
 
-    def _check(self, model: nn.Module, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
+    def _check(self, held: Held) -> None:
         if not self.shapes:
             return
-        found = _shapes(model, parameters, buffers, self.shapes)
-        after = self.shapes_after
-        if found == after and found != dict(self.shapes):
+        found, model = shapes_of(held, self.shapes), held.model
+        if found == dict(self.shapes):
+            return
+        if found == self.shapes_after:
             raise PlanMismatchError(f"this {type(model).__name__} has the plan's sizes already: it was carried out")
         for name, shape in self.shapes.items():
             if name not in found:
@@ -433,41 +440,37 @@ class Plan:
         return f"<p>{html.escape(self._heading())}</p><table>{head}{rows}</table>"
 
 
-def shapes_of(model: nn.Module, also: Iterable[str] = ()) -> dict[str, tuple[int, ...]]:
+def shapes_of(model: nn.Module | Held, also: Iterable[str] = ()) -> dict[str, tuple[int, ...]]:
     """Shapes of the model's parameters by the names they have without masks, and of the buffers named in ``also``."""
-    return _shapes(model, *surgery.named_parameters_and_buffers(model), also)
-
-
-def _shapes(
-    model: nn.Module, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], also: Iterable[str]
-) -> dict[str, tuple[int, ...]]:
+    held = Held.of(model)
     shapes = {}
-    for name, tensor in parameters.items():
-        masked = name.endswith("_orig") and surgery.find_tensor(model, f"{name.removesuffix('_orig')}_mask") is not None
+    for name, tensor in held.parameters.items():
+        masked = name.endswith("_orig") and _has_mask(held.model, name)
         shapes[name.removesuffix("_orig") if masked else name] = tuple(tensor.shape)
     for name in also:
         if name not in shapes:
-            found = buffers[name] if name in buffers else surgery.find_tensor(model, name)
+            found = held.buffers[name] if name in held.buffers else surgery.find_tensor(held.model, name)
             if found is not None:
                 shapes[name] = tuple(found.shape)
     return shapes
+
+
+def _has_mask(model: nn.Module, name: str) -> bool:
+    return surgery.find_tensor(model, f"{name.removesuffix('_orig')}_mask") is not None
 
 
 def _nothing() -> None:
     """Nothing is left to be done after the changes."""
 
 
-def _indices(kept: Tensor | Sequence[int], name: str, dim: int, seen: dict[int, tuple[Any, Tensor]]) -> Tensor:
-    """The kept indices of one dimension, checked; what several dimensions share is checked once and stays shared."""
-    known = seen.get(id(kept))
-    if known is not None:
-        return known[1]
+def _indices(kept: Tensor | Sequence[int], name: str, dim: int) -> Tensor:
+    """The kept indices of one dimension, checked."""
     indices = torch.as_tensor(kept, dtype=torch.int64, device="cpu").detach().clone()
-    if indices.dim() != 1 or not len(indices):
+    if indices.dim() != 1 or not indices.shape[0]:
         raise InvalidArgumentError(f"dimension {dim} of `{name}` needs a list of one or more kept indices")
-    if int(indices[0]) < 0 or bool((indices.diff() <= 0).any()):
+    numbers = indices.numpy()
+    if numbers[0] < 0 or bool((numbers[1:] <= numbers[:-1]).any()):
         raise InvalidArgumentError(f"the kept indices of dimension {dim} of `{name}` must ascend from 0 or more")
-    seen[id(kept)] = (kept, indices)
     return indices
 
 

@@ -19,6 +19,7 @@ from netopt import batches
 from netopt.axes import Axes, Axis, Tap
 from netopt.batches import Inputs
 from netopt.calls import Call, CallNames
+from netopt.held import Held
 from netopt.parameters import Place, places
 from netopt.plan import Plan
 from netopt.restore import given_back
@@ -26,31 +27,31 @@ from netopt.restore import given_back
 __all__ = ["Carried", "carried", "dead", "operand", "suspects"]
 
 
-def suspects(model: nn.Module, plan: Plan) -> bool:
+def suspects(held: Held, plan: Plan) -> bool:
     """Whether some neuron that ``plan`` removes may be dead: a whole slice of some weight is zero. Cheap."""
-    known = places(model)
-    if any(place.parameter.is_meta for place in known.values()):
+    if any(parameter.is_meta for parameter in held.parameters.values()):
         return False
     for name, cuts in plan.tensors.items():
-        place = known.get(name.removesuffix("_orig"))
-        if place is None or place.parameter.dim() < 2:
+        weight, mask = held.parameters.get(name), held.mask_of(name)
+        if weight is None or weight.dim() < 2:
             continue
         for dim, kept in cuts.items():
-            if not _may_be_zero(place, dim):
+            if mask is None and not _may_be_zero(weight, dim):
                 continue
-            goes = torch.ones(place.parameter.shape[dim], dtype=torch.bool)
+            goes = torch.ones(weight.shape[dim], dtype=torch.bool)
             goes[kept] = False
-            if bool(_zero(place, dim, goes).any()):
+            if bool(_zero(weight, mask, dim, goes).any()):
                 return True
     return False
 
 
-def _may_be_zero(place: Place, dim: int) -> bool:
+def _may_be_zero(weight: Tensor, dim: int) -> bool:
     """Whether some slice along ``dim`` begins with zero; almost none does that is not zero altogether."""
-    if place.mask is not None:
-        return True
-    first = tuple(slice(None) if index == dim else 0 for index in range(place.parameter.dim()))
-    return not bool(place.parameter.detach()[first].all())
+    first = weight.detach()
+    for other in range(weight.dim()):
+        if other != dim:
+            first = first.select(int(other > dim), 0)
+    return not bool(first.all())
 
 
 def dead(model: nn.Module, axes: Axes, axis: Axis, makers: set[str]) -> Tensor | None:
@@ -72,7 +73,7 @@ def dead(model: nn.Module, axes: Axes, axis: Axis, makers: set[str]) -> Tensor |
             continue
         found = True
         here = positions >= 0
-        zero[positions[here & ~_zero(place, dim, here)]] = False
+        zero[positions[here & ~_zero(place.parameter, place.mask, dim, here)]] = False
     return zero if found else None
 
 
@@ -86,16 +87,16 @@ def _passes(known: Mapping[str, Place], tap: Tap) -> bool:
     )
 
 
-def _zero(place: Place, dim: int, asked: Tensor) -> Tensor:
+def _zero(weight: Tensor, mask: Tensor | None, dim: int, asked: Tensor) -> Tensor:
     """At which of the indices asked for a weight is zero or masked throughout; ``False`` at the others."""
     at = torch.nonzero(asked).flatten()
     # Most are seen to be alive at their first entries.
     for share in (2, None):
-        rows = place.parameter.detach().movedim(dim, 0)[(slice(None), *[slice(share)] * (place.parameter.dim() - 1))]
+        part = (slice(None), *[slice(share)] * (weight.dim() - 1))
+        rows = weight.detach().movedim(dim, 0)[part]
         used = rows.index_select(0, at.to(rows.device)) != 0
-        if place.mask is not None:
-            mask = place.mask.movedim(dim, 0)[(slice(None), *[slice(share)] * (place.parameter.dim() - 1))]
-            used &= mask.index_select(0, at.to(rows.device)).bool()
+        if mask is not None:
+            used &= mask.movedim(dim, 0)[part].index_select(0, at.to(rows.device)).bool()
         at = at[~used.flatten(1).any(1).cpu()]
     found = torch.zeros(len(asked), dtype=torch.bool)
     found[at] = True

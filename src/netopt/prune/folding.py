@@ -23,6 +23,7 @@ from netopt import batches, surgery
 from netopt.axes import Axes, Tap
 from netopt.batches import Inputs
 from netopt.calls import Call, CallNames
+from netopt.held import Held
 from netopt.plan import Plan
 from netopt.prune.candidates import names_of
 from netopt.prune.constants import Carried, carried, dead, operand, suspects
@@ -98,7 +99,7 @@ def folds(
 
 
 def fold_removed(
-    model: nn.Module,
+    model: nn.Module | Held,
     axes: Axes,
     kept: Mapping[str, Tensor],
     plan: Plan,
@@ -119,8 +120,10 @@ def fold_removed(
     Returns:
         The plan; by axis, the positions removed and folded; by axis, what is to be said of it.
     """
-    if not suspects(model, plan):
+    held = Held.of(model)
+    if not suspects(held, plan):
         return plan, {}, {}
+    model = held.model
     names, found = names_of(model, axes), {}
     for row in plan.axes:
         zero = dead(model, axes, axes[row.name], names[row.name]) if axes[row.name].exact else None

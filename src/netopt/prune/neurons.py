@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from netopt.axes import Axes, Axis, Outputs, find_axes
 from netopt.axes.find import counted_outputs
 from netopt.batches import Batch, Inputs
 from netopt.errors import ArgumentTypeError, InvalidArgumentError, UnknownNameError
+from netopt.held import Held
 from netopt.importance import Importance, lookup
 from netopt.importance.activations import recordable
 from netopt.importance.neurons import NeuronScores, neuron_scores
@@ -109,11 +110,11 @@ def prune_neurons(
         (12, 12)
     """
     request = _Request(amount, threshold, max_params, max_macs, scope, Limits(round_to))
-    _check(model, request, mode, repair, loss_fn, importance)
+    held = _check(model, request, mode, repair, loss_fn, importance)
     optimizers = surgery.as_optimizers(optimizer)
     sources = _Sources(importance, data, loss_fn, progress)
     # A budget of operations is one of those counted in a run; elsewhere those of the traced forward are counted.
-    before = measure.cost(model, None if max_macs is None else example_inputs)
+    before = measure.cost_of(held, None if max_macs is None else measure.count_macs(model, example_inputs))
     selectors = {"include": include, "exclude": exclude, "outputs": outputs}
     # A mask can be taken off; what is folded into a bias could not.
     decision = _decide(model, example_inputs, before, request, sources, **selectors, fold=mode == "remove")
@@ -146,7 +147,7 @@ def prune_neurons(
     if mode == "mask":
         masking.put(model, _parameter_masks(model, plan))
         return report()
-    operation = plan.prepare(model, optimizers)
+    operation = plan.prepare(decision.held, optimizers)
     if not verify:
         return operation.run(report)
     promised = promise(
@@ -239,6 +240,7 @@ class _Sources:
 class _Decision:
     """A plan and what it was made from."""
 
+    held: Held
     axes: Axes
     chosen: list[Axis]
     kept_out: dict[str, str]
@@ -303,6 +305,7 @@ def _decide(
     with torch.inference_mode(False):
         example_inputs = recordable(example_inputs)
         axes = find_axes(model, example_inputs, outputs=outputs)
+    held = Held(model)
     chosen, kept_out = candidates(model, axes, include, exclude)
 
     def counted(result: Any) -> list[Tensor]:
@@ -312,7 +315,7 @@ def _decide(
         return [tensor for tensor in counted(result) if tensor.is_floating_point()]
 
     scored = neuron_scores(
-        model,
+        held,
         {axis.name: axes.members(axis) for axis in chosen},
         lambda name: axes.taps(axes[name]),
         {axis.name: axis.size for axis in chosen},
@@ -328,8 +331,8 @@ def _decide(
         model,
         axes,
         kept,
-        make_plan(model, axes, kept),
-        make_plan=lambda some: make_plan(model, axes, some),
+        make_plan(held, axes, kept),
+        make_plan=lambda some: make_plan(held, axes, some),
         inputs=example_inputs,
         counted=counted,
     )
@@ -339,11 +342,11 @@ def _decide(
     folded: dict[str, Tensor] = {}
     notes: dict[str, str] = {}
     if fold:
-        plan, folded, notes = fold_removed(model, axes, kept, plan, inputs=example_inputs, counted=counted)
-    return _Decision(axes, chosen, kept_out, scored, kept, plan, counted, unsaid, folded, notes)
+        plan, folded, notes = fold_removed(held, axes, kept, plan, inputs=example_inputs, counted=counted)
+    return _Decision(held, axes, chosen, kept_out, scored, kept, plan, counted, unsaid, folded, notes)
 
 
-def make_plan(model: nn.Module, axes: Axes, kept: Mapping[str, Tensor]) -> Plan:
+def make_plan(model: nn.Module | Held, axes: Axes, kept: Mapping[str, Tensor]) -> Plan:
     """The plan that keeps these positions of these axes.
 
     Args:
@@ -351,36 +354,45 @@ def make_plan(model: nn.Module, axes: Axes, kept: Mapping[str, Tensor]) -> Plan:
         axes: All of them.
         kept: Positions that stay, ascending, by axis name; axes not named keep all.
     """
-    less = {name: positions for name, positions in kept.items() if len(positions) < axes[name].size}
-    names: dict[int, list[str]] = {}
-    for name, tensor in surgery.named_tensors(model).items():
-        names.setdefault(id(tensor), []).append(name)
-    tied = {several[0]: several for several in names.values() if len(several) > 1}
+    held = Held.of(model)
+    less = {name: positions for name, positions in kept.items() if positions.shape[0] < axes[name].size}
+    tied, transient = _tied(held), _transient(held)
     # Under every name a tied tensor has, so that the plan also fits where the tie is not yet made.
-    tensors = {other: cuts for name, cuts in axes.tensor_indices(less).items() for other in tied.get(name, [name])}
-    counts = {name: len(positions) for name, positions in less.items()}
+    tensors = {other: cuts for name, cuts in axes.tensor_indices(less).items() for other in tied.get(name, (name,))}
+    counts = {name: positions.shape[0] for name, positions in less.items()}
     cuts = (AxisCut(name, axes[name].size, kept, axes[name].exact, axes[name].inexact) for name, kept in less.items())
+    # A saved model has one name of a tie, and not all buffers.
+    saved = (held.parameters.keys() | held.buffers.keys()) - transient
+    saved.difference_update(other for names in tied.values() for other in [one for one in names if one in saved][1:])
     return Plan(
         tensors,
         tuple((tuple(path), value) for path, value in axes.attribute_values(counts)) if less else (),
         values=axes.values(less),
         axes=tuple(cuts),
-        shapes=shapes_of(model, tensors),
-        unsaved=tuple(_unsaved(model, tensors)),
+        shapes=shapes_of(held, tensors),
+        unsaved=tuple(name for name in tensors if name not in saved),
     )
 
 
-def _unsaved(model: nn.Module, names: Iterable[str]) -> Iterator[str]:
-    """Those of the tensors named that a saved model may lack."""
-    saved: dict[int, str] = {}
-    for prefix, module in model.named_modules():
-        start, transient = f"{prefix}." if prefix else "", module._non_persistent_buffers_set
-        for held in (module._parameters, module._buffers):
-            for key, tensor in held.items() if held else ():
-                if tensor is not None and key not in transient:
-                    saved.setdefault(id(tensor), start + key)
-    known = set(saved.values())
-    yield from (name for name in names if name not in known)
+def _tied(held: Held) -> dict[str, list[str]]:
+    """All names of every tensor that has several, under the first."""
+    named = held.tensors
+    if len(set(map(id, named.values()))) == len(named):
+        return {}
+    names: dict[int, list[str]] = {}
+    for name, tensor in named.items():
+        names.setdefault(id(tensor), []).append(name)
+    return {several[0]: several for several in names.values() if len(several) > 1}
+
+
+def _transient(held: Held) -> set[str]:
+    """Names of the buffers that are not saved."""
+    return {
+        f"{prefix}.{key}" if prefix else key
+        for prefix, module in held.modules.items()
+        if module._non_persistent_buffers_set
+        for key in module._non_persistent_buffers_set
+    }
 
 
 def _select(
@@ -457,12 +469,13 @@ def _check(
     repair: Any,
     loss_fn: Any,
     importance: Importance | Mapping[str, Tensor],
-) -> None:
-    """Checks every argument that can be checked before the model is looked at."""
+) -> Held:
+    """Checks every argument that can be checked before the model is looked at; what the model holds."""
     if not isinstance(model, nn.Module):
         shown = model.__name__ if isinstance(model, type) else type(model).__name__
         raise ArgumentTypeError(f"model must be a torch.nn.Module, not {shown}.")
-    lazy = next((name for name, one in model.named_parameters() if nn.parameter.is_lazy(one)), None)
+    held = Held(model)
+    lazy = next((name for name, one in held.parameters.items() if nn.parameter.is_lazy(one)), None)
     if lazy is not None:
         raise InvalidArgumentError(f"{lazy!r} is not initialised yet; run the model once before pruning it.")
     _check_request(request)
@@ -474,6 +487,7 @@ def _check(
         raise ArgumentTypeError(f"loss_fn must be a function of result and targets, not {type(loss_fn).__name__}.")
     if not isinstance(importance, Mapping):
         lookup(importance, of="neurons")
+    return held
 
 
 def _check_request(request: _Request) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from netopt.surgery.attributes import Path, read
 from netopt.surgery.commit import Operation, prepare
 from netopt.surgery.optimizers import as_optimizers
-from netopt.surgery.tensors import Exchange, find_tensor, named_parameters_and_buffers, named_tensors, narrow, successor
+from netopt.surgery.tensors import Exchange, find_tensor, named_tensors, narrow, successor
 
 __all__ = [
     "Exchange",
@@ -13,7 +13,6 @@ __all__ = [
     "Path",
     "as_optimizers",
     "find_tensor",
-    "named_parameters_and_buffers",
     "named_tensors",
     "narrow",
     "prepare",

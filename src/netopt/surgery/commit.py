@@ -6,7 +6,7 @@ undo, still ends with the model as it was.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -16,9 +16,10 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from netopt.errors import PlanMismatchError, ShapeMismatchError
+from netopt.held import Held
 from netopt.surgery.attributes import Assignment, Path, described, read
 from netopt.surgery.optimizers import FORMER, as_optimizers, narrowed_states
-from netopt.surgery.tensors import Cuts, Exchange, companions, locate, named_tensors, retire, successor
+from netopt.surgery.tensors import Cuts, Exchange, companions, locate, retire, successor
 
 Result = TypeVar("Result")
 
@@ -38,9 +39,9 @@ class Change(Protocol):
 class Operation:
     """Changes that are ready and not yet done; see :func:`prepare`."""
 
-    def __init__(self, model: nn.Module, changes: Iterable[Change]) -> None:
+    def __init__(self, model: nn.Module, changes: Iterable[Change], held: Held | None = None) -> None:
         self.changes = tuple(changes)
-        self._model = model
+        self._held = Held(model) if held is None else held
         self._retired: list[RemovableHandle] = []
 
     def run(self, finish: Callable[[], Result]) -> Result:
@@ -58,9 +59,11 @@ class Operation:
             self._flatten()
             result = finish()
             exchanged = [change for change in self.changes if isinstance(change, Exchange)]
-            FORMER.add(self._model, {id(change.tensor): change.new.shape for change in exchanged})
+            FORMER.add(self._held, {id(change.tensor): change.new.shape for change in exchanged})
             for change in exchanged:
-                self._retired.extend(retire(change.new))
+                handle = retire(change.new)
+                if handle is not None:
+                    self._retired.append(handle)
             return result
 
         return self._undone_on_failure(work)
@@ -112,7 +115,7 @@ class Operation:
 
     def _flatten(self) -> None:
         """Recurrent modules keep their weights in one block on some devices."""
-        for module in self._model.modules():
+        for module in self._held.modules.values():
             flatten = getattr(type(module), "flatten_parameters", None)
             if flatten is not None and any(
                 parameter.is_cuda for parameter in module.parameters(recurse=False)
@@ -129,7 +132,7 @@ def prepare(
     shifts: Mapping[str, Tensor] | None = None,
     scales: Mapping[str, float | Tensor] | None = None,
     optimizer: Optimizer | Iterable[Optimizer] | None = None,
-    named: Mapping[str, Tensor] | None = None,
+    held: Held | None = None,
 ) -> Operation:
     """Builds every new tensor, attribute and optimizer state and checks them; changes nothing.
 
@@ -141,32 +144,32 @@ def prepare(
         shifts: What is added to narrowed tensors, by name.
         scales: Factors on narrowed tensors, by name, applied after the shifts.
         optimizer: Whose state follows; one, several or none.
-        named: The model's parameters and buffers, if they are listed already.
+        held: What the model holds, if it is listed already.
 
     Raises:
         PlanMismatchError: A tensor or attribute is missing, or has another shape.
         OptimizerStateError: Some optimizer state cannot be narrowed.
     """
     optimizers = as_optimizers(optimizer)
+    held = Held(model) if held is None else held
     # Tensors born in inference mode could never be trained again.
     with torch.inference_mode(False), torch.no_grad():
-        named = named_tensors(model) if named is None else named
+        named = held.tensors
         cuts, shapes = _collect(model, tensors, named)
         replacements = _replacements(cuts, values or {}, shifts or {}, scales or {}, model, named)
-        modules = dict(model.named_modules(remove_duplicate=False))
         assignments = list(attributes)
         for path, _ in assignments:
-            read(model, path, modules)
-        assignments += described(modules, named, shapes, dict(assignments))
+            read(model, path, held.modules)
+        assignments += described(held.modules, named, shapes, dict(assignments))
         changes: list[Change] = [*narrowed_states(optimizers, {id(tensor): (tensor, cut) for tensor, cut in cuts})]
         changes += [Exchange(tensor, new) for tensor, new in replacements]
-        changes += [Assignment(modules[path[0]], path, value) for path, value in assignments]
-    return Operation(model, changes)
+        changes += [Assignment(held.modules[path[0]], path, value) for path, value in assignments]
+    return Operation(model, changes, held)
 
 
 def _collect(
     model: nn.Module, tensors: Mapping[str, Cuts], named: Mapping[str, Tensor]
-) -> tuple[list[tuple[Tensor, Cuts]], dict[str, torch.Size]]:
+) -> tuple[list[tuple[Tensor, Cuts]], dict[str, Sequence[int]]]:
     """Each tensor once with its cuts, however many names it has; and the shape to come under every name."""
     found: dict[int, tuple[Tensor, Cuts, str]] = {}
     last: dict[int, int] = {}
@@ -175,24 +178,22 @@ def _collect(
         if place is None:
             continue
         stored, tensor = place
-        for label, one in ((stored, tensor), *companions(model, stored, tensor)):
+        for label, one in (place, *companions(model, stored, tensor)):
             _check(label, one, cuts, last)
             known = found.get(id(one))
             if known is not None and not same_cuts(known[1], cuts):
                 raise PlanMismatchError(f"`{label}` and `{known[2]}` are one tensor, and the plan cuts it differently")
             found[id(one)] = (one, cuts, label)
-    shapes: dict[str, torch.Size] = {}
-    for name, tensor in named.items():
-        if id(tensor) in found:
-            shapes[name] = _new_shape(tensor, found[id(tensor)][1])
+    after = {key: _new_shape(tensor, cuts) for key, (tensor, cuts, _) in found.items()}
+    shapes = {name: after[id(tensor)] for name, tensor in named.items() if id(tensor) in after}
     return [(tensor, cuts) for tensor, cuts, _ in found.values()], shapes
 
 
-def _new_shape(tensor: Tensor, cuts: Cuts) -> torch.Size:
+def _new_shape(tensor: Tensor, cuts: Cuts) -> Sequence[int]:
     shape = list(tensor.shape)
     for dim, kept in cuts.items():
         shape[dim] = kept.shape[0]
-    return torch.Size(shape)
+    return shape
 
 
 def same_cuts(first: Cuts, second: Cuts) -> bool:
@@ -204,13 +205,14 @@ def same_cuts(first: Cuts, second: Cuts) -> bool:
 
 def _check(name: str, tensor: Tensor, cuts: Cuts, last: dict[int, int]) -> None:
     """Whether the tensor has what is to be kept of it; ``last`` notes the largest index of what was seen before."""
+    shape = tensor.shape
     for dim, kept in cuts.items():
-        if id(kept) not in last:
-            last[id(kept)] = int(kept[-1])
-        if dim >= tensor.dim() or last[id(kept)] >= tensor.shape[dim]:
+        largest = last.get(id(kept))
+        if largest is None:
+            largest = last[id(kept)] = int(kept[-1])
+        if dim >= len(shape) or largest >= shape[dim]:
             raise PlanMismatchError(
-                f"the plan keeps index {int(kept[-1])} of dimension {dim} of `{name}`, whose shape is "
-                f"{tuple(tensor.shape)}"
+                f"the plan keeps index {largest} of dimension {dim} of `{name}`, whose shape is {tuple(shape)}"
             )
 
 
@@ -223,15 +225,13 @@ def _replacements(
     named: Mapping[str, Tensor],
 ) -> list[tuple[Tensor, Tensor]]:
     built: dict[int, tuple[Tensor, Tensor]] = {}
-    shared: dict[Any, tuple[Tensor, Cuts]] = {}
+    shared: dict[int, list[tuple[Tensor, Tensor, Cuts]]] = {}
     for tensor, own in cuts:
-        view = _memory(tensor)
-        alias, alias_cuts = shared.get(view, (None, own))
-        alias = alias if alias is not None and same_cuts(alias_cuts, own) else None
+        alike = shared.setdefault(_address(tensor), [])
+        alias = next((new for one, new, its in alike if _is_same_view(one, tensor) and same_cuts(its, own)), None)
         new = successor(tensor, own, alias)
         built[id(tensor)] = (tensor, new)
-        if view is not None:
-            shared.setdefault(view, (new, own))
+        alike.append((tensor, new, own))
     for name, shift in shifts.items():
         tensor, new = _pending(model, name, built, named)
         if new.shape != shift.shape:
@@ -266,9 +266,18 @@ def _pending(
     return built.get(id(tensor)) or (tensor, successor(tensor, {}))
 
 
-def _memory(tensor: Tensor) -> Any:
-    """What two tensors that are the same view of the same memory have in common; None where memory is not real."""
+def _address(tensor: Tensor) -> int:
+    """Where the memory of a tensor starts; a number of its own where that is not real."""
     if tensor.layout is not torch.strided or tensor.is_meta or isinstance(tensor, FakeTensor):
-        return None
-    start = tensor.data_ptr()
-    return (start, tensor.shape, tensor.stride(), tensor.dtype, tensor.device) if start else None
+        return -id(tensor)
+    return tensor.data_ptr() or -id(tensor)
+
+
+def _is_same_view(first: Tensor, second: Tensor) -> bool:
+    """Whether tensors whose memory starts at the same place are the same view of it."""
+    return (
+        first.shape == second.shape
+        and first.stride() == second.stride()
+        and first.dtype == second.dtype
+        and first.device == second.device
+    )

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from netopt.errors import ArgumentTypeError, InvalidArgumentError, OptimizerStateError
+from netopt.held import Held
 from netopt.surgery.tensors import Cuts, narrow
 
 Cut = tuple[Tensor, Cuts]
@@ -97,19 +98,18 @@ class _Former:
         self._checked: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
         self._times = 0
 
-    def add(self, model: nn.Module, shapes: Mapping[int, torch.Size]) -> None:
-        """Notes the shapes, by parameter's id, that parameters of ``model`` had until now."""
+    def add(self, held: Held, shapes: Mapping[int, torch.Size]) -> None:
+        """Notes the shapes, by parameter's id, that parameters of a model had until now."""
         if not self._times:
             register_optimizer_step_pre_hook(self._refuse)
         self._times += 1
-        known = next((shapes for held, shapes in self._shapes if held() is model), {})
-        others = [(held, shapes) for held, shapes in self._shapes if held() is not None and held() is not model]
-        self._shapes = [*others, (weakref.ref(model), known)]
-        for prefix, module in model.named_modules():
-            for key, parameter in module._parameters.items():
-                if parameter is not None and shapes.get(id(parameter), parameter.shape) != parameter.shape:
-                    name = f"{prefix}.{key}" if prefix else key
-                    known.setdefault(name, set()).add(shapes[id(parameter)])
+        known = next((shapes for model, shapes in self._shapes if model() is held.model), {})
+        others = [one for one in self._shapes if (model := one[0]()) is not None and model is not held.model]
+        self._shapes = [*others, (weakref.ref(held.model), known)]
+        for name, parameter in held.parameters.items():
+            before = shapes.get(id(parameter))
+            if before is not None and before != parameter.shape:
+                known.setdefault(name, set()).add(before)
 
     def _refuse(self, optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
         """Looks, once after each surgery, whether a step would use memory of what is gone."""

@@ -18,6 +18,7 @@ from torch._subclasses import FakeTensor
 from torch.utils.hooks import RemovableHandle
 
 from netopt.errors import PlanMismatchError, SurgeryError
+from netopt.held import Held
 
 Cuts = Mapping[int, Tensor]
 """Kept indices of each narrowed dimension of one tensor, ascending."""
@@ -28,24 +29,13 @@ _STEP = re.compile(r"\.?([^.\[\]]+)|\[([^\]]+)\]")
 # a weight norm (``weight_v``) computes it; ``weight`` is then a plain attribute of the same shape.
 _STORED = ("_orig", "_v")
 
+_BLOCK = 1 << 18
+"""Entries copied at a time."""
+
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """All parameters and buffers of ``model`` by dotted name; a tied tensor appears under each of its names."""
-    parameters, buffers = named_parameters_and_buffers(model)
-    return parameters | buffers
-
-
-def named_parameters_and_buffers(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The parameters and the buffers of ``model`` by dotted name, with all names of what is tied, in one walk."""
-    parameters: dict[str, Tensor] = {}
-    buffers: dict[str, Tensor] = {}
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        start = f"{prefix}." if prefix else ""
-        for own, found in ((module._parameters, parameters), (module._buffers, buffers)):
-            for key, tensor in own.items() if own else ():
-                if tensor is not None:
-                    found[start + key] = tensor
-    return parameters, buffers
+    return Held(model).tensors
 
 
 def step_into(holder: Any, step: Any) -> Any:
@@ -118,8 +108,6 @@ def locate(model: nn.Module, name: str, named: Mapping[str, Tensor]) -> tuple[st
 
 def companions(model: nn.Module, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
     """What torch keeps beside a computed tensor and must keep its shape: the mask, and the attribute last computed."""
-    if not name.endswith(_STORED):
-        return
     for stored in _STORED:
         if not name.endswith(stored):
             continue
@@ -132,14 +120,32 @@ def companions(model: nn.Module, name: str, tensor: Tensor) -> Iterator[tuple[st
 
 def narrow(tensor: Tensor, cuts: Cuts) -> Tensor:
     """A detached copy of ``tensor`` with only the kept indices of each cut dimension, its memory laid out alike."""
-    kept = tensor.detach()
+    whole = tensor.detach()
+    if not cuts:
+        kept = whole.clone()
+    elif len(cuts) > 1 and 0 in cuts and whole.is_cpu and type(whole) is Tensor and whole.numel() > _BLOCK:
+        kept = _by_rows(whole, cuts)
+    else:
+        kept = _selected(whole, cuts)
+    return like_layout(kept, tensor)
+
+
+def _selected(tensor: Tensor, cuts: Cuts) -> Tensor:
     # The dimension that loses most goes first, so that the copies in between are small.
     order = cuts if len(cuts) < 2 else sorted(cuts, key=lambda dim: cuts[dim].shape[0] / max(tensor.shape[dim], 1))
     for dim in order:
-        kept = kept.index_select(dim, _beside(cuts[dim], kept))
-    if not cuts:
-        kept = kept.clone()
-    return like_layout(kept, tensor)
+        tensor = tensor.index_select(dim, _beside(cuts[dim], tensor))
+    return tensor
+
+
+def _by_rows(tensor: Tensor, cuts: Cuts) -> Tensor:
+    """A large tensor some rows at a time: memory for the copies in between would be new, and new memory is slow."""
+    kept = tensor.new_empty([cuts[dim].shape[0] if dim in cuts else size for dim, size in enumerate(tensor.shape)])
+    step = max(1, _BLOCK * tensor.shape[0] // tensor.numel())
+    for start in range(0, kept.shape[0], step):
+        rows = slice(start, start + step)
+        kept[rows] = _selected(tensor, {**cuts, 0: cuts[0][rows]})
+    return kept
 
 
 def _beside(indices: Tensor, tensor: Tensor) -> Tensor:
@@ -222,14 +228,15 @@ def _refuse_gradient(_: tuple[Tensor, ...]) -> None:
     )
 
 
-def retire(old: Tensor) -> Iterator[RemovableHandle]:
+def retire(old: Tensor) -> RemovableHandle | None:
     """Makes a backward pass through a graph older than the surgery fail instead of filling a tensor nobody sees.
 
-    Yields:
+    Returns:
         What takes that back, where there is such a graph.
     """
     held = old._use_count()  # pyright: ignore[reportAttributeAccessIssue]
-    if old.is_leaf and old.requires_grad and held > 1:
-        with torch.inference_mode(False):
-            node = torch.autograd.graph.get_gradient_edge(old).node
-        yield node.register_prehook(_refuse_gradient)  # pyright: ignore[reportArgumentType]
+    if not (held > 1 and old.is_leaf and old.requires_grad):
+        return None
+    with torch.inference_mode(False):
+        node = torch.autograd.graph.get_gradient_edge(old).node
+    return node.register_prehook(_refuse_gradient)  # pyright: ignore[reportArgumentType]
