@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -86,14 +86,23 @@ def cost(model: nn.Module, inputs: Inputs | None = None) -> Cost:
     return cost_of(Held(model), macs)
 
 
-def cost_of(held: Held, macs: int | None = None) -> Cost:
-    """As :func:`cost`, of a model that is listed already and whose operations are counted already."""
+def cost_of(held: Held, macs: int | None = None, nonzero: Mapping[str, int] | None = None) -> Cost:
+    """As :func:`cost`, of a model that is listed and whose operations are counted already.
+
+    Args:
+        held: What the model holds.
+        macs: Its multiply-accumulate operations.
+        nonzero: Entries that are not zero of those parameters, by name, where they are counted already.
+    """
+    known = nonzero or {}
     parameters = _parameters(held)
     buffers = dict.fromkeys(held.buffers.values())
     return Cost(
-        params=sum([parameter.numel() for parameter, _ in parameters]),
-        nonzero=_nonzero_of(parameters),
-        bytes=sum([parameter.nbytes for parameter, _ in parameters]) + sum([buffer.nbytes for buffer in buffers]),
+        params=sum([one.numel() for one, _ in parameters.values()]),
+        nonzero=sum(known[name] for name in parameters if name in known)
+        + _nonzero_of([one for name, one in parameters.items() if name not in known]),
+        bytes=sum([parameter.nbytes for parameter, _ in parameters.values()])
+        + sum([buffer.nbytes for buffer in buffers]),
         macs=macs,
     )
 
@@ -112,16 +121,13 @@ def nonzero_parameters(model: nn.Module) -> int:
         >>> nonzero_parameters(layer)
         10
     """
-    return _nonzero_of(_parameters(Held(model)))
+    return _nonzero_of(_parameters(Held(model)).values())
 
 
-def _parameters(held: Held) -> Collection[tuple[Tensor, Tensor | None]]:
-    """Each parameter once, with the mask that ``torch.nn.utils.prune`` put on it."""
-    found: dict[int, tuple[Tensor, Tensor | None]] = {}
-    for name, parameter in held.parameters.items():
-        if id(parameter) not in found:
-            found[id(parameter)] = (parameter, held.mask_of(name))
-    return found.values()
+def _parameters(held: Held) -> dict[str, tuple[Tensor, Tensor | None]]:
+    """Each parameter once, under its first name, with the mask that ``torch.nn.utils.prune`` put on it."""
+    once = {id(parameter): name for name, parameter in reversed(held.parameters.items())}
+    return {name: (held.parameters[name], held.mask_of(name)) for name in once.values()}
 
 
 def size_bytes(model: nn.Module) -> int:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -162,10 +163,9 @@ def select(
 
 def best(scores: Scores, counts: Mapping[str, int]) -> dict[str, Tensor]:
     """The positions of the ``counts`` best neurons of every axis, ascending; of equal ones the first."""
-    return {
-        name: torch.sort(one, descending=True, stable=True).indices[: counts[name]].sort().values
-        for name, one in scores.items()
-    }
+    # Tensors take several times as long to sort a few hundred numbers.
+    order = {name: np.argsort(-one.double().numpy(), kind="stable") for name, one in scores.items()}
+    return {name: torch.from_numpy(np.sort(first[: counts[name]])) for name, first in order.items()}
 
 
 def select_within(
@@ -318,8 +318,11 @@ def _check_scores(scores: Scores) -> None:
     if not scores:
         raise NothingToPruneError("no axis has scores, so there is nothing to select from")
     for name, one in scores.items():
-        if one.dim() != 1 or not len(one):
+        if one.dim() != 1 or not one.shape[0]:
             raise InvalidArgumentError(f"axis `{name}` needs one score a neuron, got shape {tuple(one.shape)}")
+    if bool(torch.cat([*scores.values()]).sum(dtype=torch.float64).isfinite()):
+        return  # as nothing is in the sum then
+    for name, one in scores.items():
         if not bool(one.isfinite().all()):
             raise NonFiniteError(f"scores of axis `{name}` are not finite; look for NaN or infinity in its weights")
 

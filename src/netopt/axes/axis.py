@@ -442,7 +442,12 @@ def work_of(work: Work, sizes: dict[Atom, int]) -> int:
             return value
         first = type(value[0])
         if first in LAYOUTS:
-            return tuple([count(one, sizes) for one in value])
+            return tuple(
+                [
+                    sizes.get(one, one.size) if type(one) is Atom and one.bound is None else count(one, sizes)
+                    for one in value
+                ]
+            )
         return value if first is int else kind([shape(one) for one in value])
 
     named = {name: shape(value) for name, value in work.kwargs.items()} if work.kwargs else {}

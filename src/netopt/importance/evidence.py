@@ -49,6 +49,10 @@ class Evidence:
     weight: Tensor
     collected: Mapping[str, Tensor]
 
+    def of(self, weight: Tensor) -> Evidence:
+        """The same evidence about other values, or a part of them."""
+        return Evidence(self.name, weight, self.collected)
+
     def __getattr__(self, need: str) -> Tensor:
         collected = self.__dict__.get("collected", {})
         if need in collected:

@@ -52,16 +52,15 @@ class Criterion:
         """Returns the scores of one tensor, or what a criterion of layers decides."""
         return self.function(evidence)
 
-    def parts(self, evidence: Any) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields a weight and its scores, some of its rows at a time where that is possible."""
+    def parts(self, evidence: Any) -> Iterator[tuple[slice, Tensor]]:
+        """Yields the scores of one tensor, some of its rows at a time where that is possible."""
         weight = evidence.weight
         if not (self.entrywise and weight.numel() > PART):
-            yield weight, self(evidence)
+            yield slice(None), self(evidence)
             return
-        for rows in weight.split(max(1, PART * weight.shape[0] // weight.numel())):
-            part = object.__new__(type(evidence))
-            part.__dict__.update(evidence.__dict__, weight=rows)
-            yield rows, self(part)
+        step = max(1, PART * weight.shape[0] // weight.numel())
+        for index, rows in enumerate(weight.split(step)):
+            yield slice(index * step, (index + 1) * step), self(evidence.of(rows))
 
 
 Importance: TypeAlias = str | Criterion | Callable[[Any], Tensor]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -66,4 +66,4 @@ class _Stored(Criterion):
 
 
 def _with(evidence: Evidence, weight: Tensor) -> Evidence:
-    return replace(evidence, weight=weight.to(torch.promote_types(weight.dtype, torch.float32)))
+    return evidence.of(weight.to(torch.promote_types(weight.dtype, torch.float32)))

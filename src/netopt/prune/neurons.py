@@ -110,17 +110,18 @@ def prune_neurons(
         (12, 12)
     """
     request = _Request(amount, threshold, max_params, max_macs, scope, Limits(round_to))
-    held = _check(model, request, mode, repair, loss_fn, importance)
+    _check(model, request, mode, repair, loss_fn, importance)
     optimizers = surgery.as_optimizers(optimizer)
     sources = _Sources(importance, data, loss_fn, progress)
     # A budget of operations is one of those counted in a run; elsewhere those of the traced forward are counted.
-    before = measure.cost_of(held, None if max_macs is None else measure.count_macs(model, example_inputs))
+    macs = None if max_macs is None else measure.count_macs(model, example_inputs)
     selectors = {"include": include, "exclude": exclude, "outputs": outputs}
     # A mask can be taken off; what is folded into a bias could not.
-    decision = _decide(model, example_inputs, before, request, sources, **selectors, fold=mode == "remove")
+    decision = _decide(model, example_inputs, macs, request, sources, **selectors, fold=mode == "remove")
     plan, counted = decision.plan, decision.counted
-    if before.macs is None:
-        before = dataclasses.replace(before, macs=decision.axes.macs())
+    if macs is None:
+        macs = decision.axes.macs()
+    before = measure.cost_of(decision.held, macs, decision.scores.nonzero)
 
     def report() -> PruningReport:
         settings = request.settings() | {"importance": _name(importance), "mode": mode}
@@ -128,10 +129,11 @@ def prune_neurons(
             settings["config"] = decision.unsaid
         if decision.scores.saliency is not None:
             settings["saliency"] = decision.scores.saliency.summary()
-        after = measure.cost(model, None if max_macs is None else example_inputs)
-        if after.macs is None:
-            counts = {name: len(kept) for name, kept in decision.kept.items()} if mode == "remove" else {}
-            after = dataclasses.replace(after, macs=decision.axes.macs(counts))
+        if max_macs is None:
+            left = decision.axes.macs(decision.counts() if mode == "remove" else {})
+        else:
+            left = measure.count_macs(model, example_inputs)
+        after = measure.cost_of(Held(model), left)
         predicted = _predicted(before, after)
         return PruningReport(
             call="prune_neurons",
@@ -202,7 +204,7 @@ def plan_neurons(
     sources = _Sources(importance, data, loss_fn, progress)
     before = measure.cost(model, example_inputs)
     selectors = {"include": include, "exclude": exclude, "outputs": outputs}
-    decision = _decide(model, example_inputs, before, request, sources, **selectors)
+    decision = _decide(model, example_inputs, before.macs, request, sources, **selectors)
     after = decision.plan.prepare(model).rehearse(lambda: measure.cost(model, example_inputs))
     return decision.plan.with_prediction(_predicted(before, after))
 
@@ -255,13 +257,17 @@ class _Decision:
     notes: Mapping[str, str]
     """What is to be said of axes with dead neurons."""
 
+    def counts(self) -> dict[str, int]:
+        """How many neurons each axis keeps."""
+        return {name: len(kept) for name, kept in self.kept.items()}
+
     def rows(self) -> tuple[Row, ...]:
         """One row an axis that could lose neurons."""
         rows = []
         exact = {cut.name: (cut.exact, cut.reason) for cut in self.plan.axes}
         for axis in self.chosen:
             scores = self.scores.scores[axis.name]
-            low, high = float(scores.min()), float(scores.max())
+            low, high = map(float, torch.aminmax(scores))
             equal, reason = exact.get(axis.name, (True, None))
             notes = [f"scores {low:.2g} to {high:.2g}", *filter(None, (reason, self.notes.get(axis.name)))]
             rows.append(Row(axis.name, axis.size, len(self.kept[axis.name]), equal, "; ".join(notes)))
@@ -292,7 +298,7 @@ def _parameter_masks(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
 def _decide(
     model: nn.Module,
     example_inputs: Inputs,
-    before: measure.Cost,
+    macs: int | None,
     request: _Request,
     sources: _Sources,
     *,
@@ -326,7 +332,7 @@ def _decide(
         outputs=None if outputs is None else differentiated,
         progress=sources.progress,
     )
-    kept = _select(model, example_inputs, axes, chosen, scored.scores, request=request, macs=before.macs)
+    kept = _select(model, example_inputs, axes, chosen, scored.scores, request=request, macs=macs)
     plan = compensated(
         model,
         axes,
@@ -469,13 +475,12 @@ def _check(
     repair: Any,
     loss_fn: Any,
     importance: Importance | Mapping[str, Tensor],
-) -> Held:
-    """Checks every argument that can be checked before the model is looked at; what the model holds."""
+) -> None:
+    """Checks every argument that can be checked before the model is looked at."""
     if not isinstance(model, nn.Module):
         shown = model.__name__ if isinstance(model, type) else type(model).__name__
         raise ArgumentTypeError(f"model must be a torch.nn.Module, not {shown}.")
-    held = Held(model)
-    lazy = next((name for name, one in held.parameters.items() if nn.parameter.is_lazy(one)), None)
+    lazy = next((name for name, one in Held(model).parameters.items() if nn.parameter.is_lazy(one)), None)
     if lazy is not None:
         raise InvalidArgumentError(f"{lazy!r} is not initialised yet; run the model once before pruning it.")
     _check_request(request)
@@ -487,7 +492,6 @@ def _check(
         raise ArgumentTypeError(f"loss_fn must be a function of result and targets, not {type(loss_fn).__name__}.")
     if not isinstance(importance, Mapping):
         lookup(importance, of="neurons")
-    return held
 
 
 def _check_request(request: _Request) -> None:

@@ -6,11 +6,10 @@ around the new value.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from netopt.errors import PlanMismatchError
@@ -166,7 +165,11 @@ DESCRIPTIONS = (
 )
 
 
-_DESCRIBING = frozenset(row.attribute for row in DESCRIPTIONS)
+_ROWS_OF = {
+    name: tuple(row for row in DESCRIPTIONS if row.attribute == name)
+    for name in dict.fromkeys(row.attribute for row in DESCRIPTIONS)
+}
+"""The rows of each attribute."""
 
 # An integer that is another divided by a third: attribute, dividend, divisor. It follows where the dividend is set;
 # where only the divisor is, as by code that keeps its own width, the quotient is what the equations made it.
@@ -187,7 +190,7 @@ def stored_under(module: nn.Module, tensor: str) -> str | None:
 def described(
     modules: Mapping[str, nn.Module],
     named: Mapping[str, Tensor],
-    shapes: Mapping[str, torch.Size],
+    shapes: Mapping[str, Sequence[int]],
     taken: Mapping[Path, Any],
 ) -> Iterator[tuple[Path, int]]:
     """Describing integers that are true now and will not be once the tensors have these shapes.
@@ -210,7 +213,7 @@ def described(
         seen.add(id(module))
         settled = set_here.get(prefix, set()).copy()
         yield from _quotients(module, prefix, taken, settled)
-        if prefix in owners and not _DESCRIBING.isdisjoint(vars(module)):
+        if prefix in owners:
             yield from _said_by(module, prefix, named, shapes, taken, settled)
 
 
@@ -218,14 +221,14 @@ def _said_by(
     module: nn.Module,
     prefix: str,
     named: Mapping[str, Tensor],
-    shapes: Mapping[str, torch.Size],
+    shapes: Mapping[str, Sequence[int]],
     taken: Mapping[Path, Any],
     settled: set[Any],
 ) -> Iterator[tuple[Path, int]]:
     """The integers of one module that describe its tensors; ``settled`` are those decided already, and grows."""
     own = vars(module)
-    for row in DESCRIPTIONS:
-        said = own.get(row.attribute)
+    for row in (row for attribute in own if attribute in _ROWS_OF for row in _ROWS_OF[attribute]):
+        said = own[row.attribute]
         if type(said) is not int or row.attribute in settled:
             continue
         name = stored_under(module, row.tensor)
@@ -245,7 +248,7 @@ def _said_by(
             yield (prefix, row.attribute), becomes[dim] * groups
 
 
-def _shrinking(name: str, tensor: str, shapes: Mapping[str, torch.Size]) -> str | None:
+def _shrinking(name: str, tensor: str, shapes: Mapping[str, Sequence[int]]) -> str | None:
     """The tensor of this name if it shrinks, or another that the same parametrization computes with and that does."""
     if name in shapes:
         return name

@@ -29,8 +29,8 @@ _STEP = re.compile(r"\.?([^.\[\]]+)|\[([^\]]+)\]")
 # a weight norm (``weight_v``) computes it; ``weight`` is then a plain attribute of the same shape.
 _STORED = ("_orig", "_v")
 
-_BLOCK = 1 << 18
-"""Entries copied at a time."""
+_LARGE, _BLOCK = 1 << 22, 1 << 18
+"""Entries of tensors that are copied some rows at a time, and entries copied at a time."""
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -123,7 +123,7 @@ def narrow(tensor: Tensor, cuts: Cuts) -> Tensor:
     whole = tensor.detach()
     if not cuts:
         kept = whole.clone()
-    elif len(cuts) > 1 and 0 in cuts and whole.is_cpu and type(whole) is Tensor and whole.numel() > _BLOCK:
+    elif len(cuts) > 1 and 0 in cuts and whole.is_cpu and type(whole) is Tensor and whole.numel() > _LARGE:
         kept = _by_rows(whole, cuts)
     else:
         kept = _selected(whole, cuts)
