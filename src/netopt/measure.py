@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -86,23 +86,13 @@ def cost(model: nn.Module, inputs: Inputs | None = None) -> Cost:
     return cost_of(Held(model), macs)
 
 
-def cost_of(held: Held, macs: int | None = None, nonzero: Mapping[str, int] | None = None) -> Cost:
-    """As :func:`cost`, of a model that is listed and whose operations are counted already.
-
-    Args:
-        held: What the model holds.
-        macs: Its multiply-accumulate operations.
-        nonzero: Entries that are not zero of those parameters, by name, where they are counted already.
-    """
-    known = nonzero or {}
+def cost_of(held: Held, macs: int | None = None) -> Cost:
+    """As :func:`cost`, of a model that is listed and whose operations are counted already."""
     parameters = _parameters(held)
-    buffers = dict.fromkeys(held.buffers.values())
     return Cost(
-        params=sum([one.numel() for one, _ in parameters.values()]),
-        nonzero=sum(known[name] for name in parameters if name in known)
-        + _nonzero_of([one for name, one in parameters.items() if name not in known]),
-        bytes=sum([parameter.nbytes for parameter, _ in parameters.values()])
-        + sum([buffer.nbytes for buffer in buffers]),
+        params=sum([parameter.numel() for parameter, _ in parameters]),
+        nonzero=_nonzero_of(parameters),
+        bytes=sum([one.nbytes for one, _ in parameters]) + sum([one.nbytes for one in set(held.buffers.values())]),
         macs=macs,
     )
 
@@ -121,13 +111,13 @@ def nonzero_parameters(model: nn.Module) -> int:
         >>> nonzero_parameters(layer)
         10
     """
-    return _nonzero_of(_parameters(Held(model)).values())
+    return _nonzero_of(_parameters(Held(model)))
 
 
-def _parameters(held: Held) -> dict[str, tuple[Tensor, Tensor | None]]:
-    """Each parameter once, under its first name, with the mask that ``torch.nn.utils.prune`` put on it."""
+def _parameters(held: Held) -> list[tuple[Tensor, Tensor | None]]:
+    """Each parameter once, with the mask that ``torch.nn.utils.prune`` put on it."""
     once = {id(parameter): name for name, parameter in reversed(held.parameters.items())}
-    return {name: (held.parameters[name], held.mask_of(name)) for name in once.values()}
+    return [(held.parameters[name], held.mask_of(name)) for name in once.values()]
 
 
 def size_bytes(model: nn.Module) -> int:

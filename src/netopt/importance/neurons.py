@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from netopt.importance.activations import Saliency, Tap, activations, gather, ov
 from netopt.importance.evidence import Evidence
 from netopt.importance.registry import Criterion, Importance, criterion, lookup
 from netopt.importance.scores import scores
-from netopt.parameters import count_nonzero, effective, places
+from netopt.parameters import effective, places
 
 __all__ = ["Member", "NeuronScores", "Neurons", "neuron_scores", "reduce", "saliency_within"]
 
@@ -87,12 +87,10 @@ class NeuronScores:
     Attributes:
         scores: One score a neuron, by axis, float64.
         saliency: How the saliency was computed, if it was.
-        nonzero: Of weights that were read anyway, by name: how many entries are not zero.
     """
 
     scores: dict[str, Tensor]
     saliency: Saliency | None = None
-    nonzero: Mapping[str, int] = field(default_factory=dict)
 
 
 def neuron_scores(
@@ -138,7 +136,7 @@ def neuron_scores(
     held = Held.of(model)
     values, model = _values(held, {name for axis in sizes for name, _, _ in members[axis]}), held.model
     if chosen.of == "weights" and not chosen.needs:
-        return _streamed(chosen, values, members, sizes, progress=progress)
+        return NeuronScores(_streamed(chosen, values, members, sizes, progress=progress))
     _check_finite(values)
     if chosen.of == "weights":
         wanted = {name: place for name, place in places(model).items() if name in values and _floating(place.parameter)}
@@ -174,7 +172,7 @@ def _streamed(
     sizes: Mapping[str, int],
     *,
     progress: bool,
-) -> NeuronScores:
+) -> dict[str, Tensor]:
     """Scores of a criterion that judges each weight by itself: one tensor of scores exists at a time, or a part."""
     totals = {name: torch.zeros(size, dtype=torch.float64) for name, size in sizes.items()}
     readers: dict[str, dict[int, list[tuple[str, Tensor | None]]]] = {}
@@ -184,28 +182,23 @@ def _streamed(
             if id(positions) not in whole:
                 whole[id(positions)] = None if torch.equal(positions, torch.arange(size)) else positions
             readers.setdefault(_bare(tensor), {}).setdefault(dim, []).append((axis, whole[id(positions)]))
-    nonzero: dict[str, int] = {}
     shown = tqdm(values.items(), desc="importance", leave=False) if progress else values.items()
     for name, value in shown:
         own = readers.get(name, {})
-        sums, counted = _sums(chosen, name, value, own)
-        if counted is not None:
-            nonzero[name] = counted
+        sums = _sums(chosen, name, value, own)
         for dim, several in own.items():
             for axis, positions in several:
                 totals[axis] += sums[dim] if positions is None else gather(sums[dim], positions, sizes[axis])
     if totals and not bool(torch.isfinite(torch.cat([*totals.values()]).sum())):
         _check_finite(values)
-        totals = {name: _checked(one, name, sizes[name]) for name, one in totals.items()}
-    return NeuronScores(totals, nonzero=nonzero)
+        return {name: _checked(one, name, sizes[name]) for name, one in totals.items()}
+    return totals
 
 
-def _sums(chosen: Criterion, name: str, value: Tensor, dims: Collection[int]) -> tuple[dict[int, Tensor], int | None]:
-    """A weight's scores summed over every dimension but one, for each of ``dims``; its entries that are not zero."""
+def _sums(chosen: Criterion, name: str, value: Tensor, dims: Collection[int]) -> dict[int, Tensor]:
+    """A weight's scores summed over every dimension but one, for each of ``dims``."""
     sums: dict[int, Tensor] = {}
     blocks: list[Tensor] = []
-    # Of a large weight they are counted while a part is in the cache.
-    nonzero = 0 if value.dim() > 1 and not value.is_meta else None
     for rows, score in chosen.parts(Evidence(name, value, {})):
         if not isinstance(score, Tensor):
             raise ArgumentTypeError(f"the score of {name!r} must be a tensor, not {type(score).__name__}.")
@@ -215,8 +208,6 @@ def _sums(chosen: Criterion, name: str, value: Tensor, dims: Collection[int]) ->
             raise ShapeMismatchError(
                 f"the score of {name!r} has shape {tuple(score.shape)} and the weight {tuple(shape)}."
             )
-        if nonzero is not None:
-            nonzero += count_nonzero(value if whole else value[rows])
         for dim in dims:
             own = over_others(score, dim).cpu()
             if whole:
@@ -229,7 +220,7 @@ def _sums(chosen: Criterion, name: str, value: Tensor, dims: Collection[int]) ->
                 sums[dim] = own.double()
     if blocks:
         sums[0] = torch.cat(blocks)
-    return sums, nonzero
+    return sums
 
 
 def reduce(elementwise: Mapping[str, Tensor], members: Sequence[Member], size: int) -> Tensor:

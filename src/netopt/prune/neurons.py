@@ -121,7 +121,7 @@ def prune_neurons(
     plan, counted = decision.plan, decision.counted
     if macs is None:
         macs = decision.axes.macs()
-    before = measure.cost_of(decision.held, macs, decision.scores.nonzero)
+    before = measure.cost_of(decision.held, macs)
 
     def report() -> PruningReport:
         settings = request.settings() | {"importance": _name(importance), "mode": mode}
