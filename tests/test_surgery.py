@@ -548,7 +548,7 @@ def test_a_fault_at_any_step_leaves_everything_as_it_was():
             with pytest.raises(ZeroDivisionError), restore.random_state_kept():
                 operation.run(lambda: None)
             assert snapshot(model, optimizer) == before, f"step {place}, {type(change).__name__}"
-    assert kinds == {"Exchange", "Assignment", "StateEntry"}
+    assert kinds == {"Exchange", "Assignment", "Entry"}
 
 
 # Python delivers no interruption at a return, and one there would come when all is done.

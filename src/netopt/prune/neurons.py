@@ -110,18 +110,18 @@ def prune_neurons(
         (12, 12)
     """
     request = _Request(amount, threshold, max_params, max_macs, scope, Limits(round_to))
-    _check(model, request, mode, repair, loss_fn, importance)
+    held = _check(model, request, mode, repair, loss_fn, importance)
     optimizers = surgery.as_optimizers(optimizer)
     sources = _Sources(importance, data, loss_fn, progress)
     # A budget of operations is one of those counted in a run; elsewhere those of the traced forward are counted.
     macs = None if max_macs is None else measure.count_macs(model, example_inputs)
     selectors = {"include": include, "exclude": exclude, "outputs": outputs}
     # A mask can be taken off; what is folded into a bias could not.
-    decision = _decide(model, example_inputs, macs, request, sources, **selectors, fold=mode == "remove")
+    decision = _decide(held, example_inputs, macs, request, sources, **selectors, fold=mode == "remove")
     plan, counted = decision.plan, decision.counted
     if macs is None:
         macs = decision.axes.macs()
-    before = measure.cost_of(decision.held, macs)
+    before = measure.cost_of(held, macs)
 
     def report() -> PruningReport:
         settings = request.settings() | {"importance": _name(importance), "mode": mode}
@@ -133,7 +133,7 @@ def prune_neurons(
             left = decision.axes.macs(decision.counts() if mode == "remove" else {})
         else:
             left = measure.count_macs(model, example_inputs)
-        after = measure.cost_of(Held(model), left)
+        after = measure.cost_of(held if mode == "remove" else Held(model), left)
         predicted = _predicted(before, after)
         return PruningReport(
             call="prune_neurons",
@@ -149,7 +149,7 @@ def prune_neurons(
     if mode == "mask":
         masking.put(model, _parameter_masks(model, plan))
         return report()
-    operation = plan.prepare(decision.held, optimizers)
+    operation = plan.prepare(held, optimizers)
     if not verify:
         return operation.run(report)
     promised = promise(
@@ -200,11 +200,11 @@ def plan_neurons(
         (212, 160, 16)
     """
     request = _Request(amount, threshold, max_params, max_macs, scope, Limits(round_to))
-    _check(model, request, "remove", None, loss_fn, importance)
+    held = _check(model, request, "remove", None, loss_fn, importance)
     sources = _Sources(importance, data, loss_fn, progress)
     before = measure.cost(model, example_inputs)
     selectors = {"include": include, "exclude": exclude, "outputs": outputs}
-    decision = _decide(model, example_inputs, before.macs, request, sources, **selectors)
+    decision = _decide(held, example_inputs, before.macs, request, sources, **selectors)
     after = decision.plan.prepare(model).rehearse(lambda: measure.cost(model, example_inputs))
     return decision.plan.with_prediction(_predicted(before, after))
 
@@ -242,7 +242,6 @@ class _Sources:
 class _Decision:
     """A plan and what it was made from."""
 
-    held: Held
     axes: Axes
     chosen: list[Axis]
     kept_out: dict[str, str]
@@ -296,7 +295,7 @@ def _parameter_masks(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
 
 
 def _decide(
-    model: nn.Module,
+    held: Held,
     example_inputs: Inputs,
     macs: int | None,
     request: _Request,
@@ -307,11 +306,11 @@ def _decide(
     outputs: Outputs,
     fold: bool = True,
 ) -> _Decision:
+    model = held.model
     # In inference mode some operations hide from a trace, and none has a gradient.
     with torch.inference_mode(False):
         example_inputs = recordable(example_inputs)
         axes = find_axes(model, example_inputs, outputs=outputs)
-    held = Held(model)
     chosen, kept_out = candidates(model, axes, include, exclude)
 
     def counted(result: Any) -> list[Tensor]:
@@ -349,7 +348,7 @@ def _decide(
     notes: dict[str, str] = {}
     if fold:
         plan, folded, notes = fold_removed(held, axes, kept, plan, inputs=example_inputs, counted=counted)
-    return _Decision(held, axes, chosen, kept_out, scored, kept, plan, counted, unsaid, folded, notes)
+    return _Decision(axes, chosen, kept_out, scored, kept, plan, counted, unsaid, folded, notes)
 
 
 def make_plan(model: nn.Module | Held, axes: Axes, kept: Mapping[str, Tensor]) -> Plan:
@@ -475,12 +474,13 @@ def _check(
     repair: Any,
     loss_fn: Any,
     importance: Importance | Mapping[str, Tensor],
-) -> None:
-    """Checks every argument that can be checked before the model is looked at."""
+) -> Held:
+    """Checks every argument that can be checked before the model is looked at; what the model holds."""
     if not isinstance(model, nn.Module):
         shown = model.__name__ if isinstance(model, type) else type(model).__name__
         raise ArgumentTypeError(f"model must be a torch.nn.Module, not {shown}.")
-    lazy = next((name for name, one in Held(model).parameters.items() if nn.parameter.is_lazy(one)), None)
+    held = Held(model)
+    lazy = next((name for name, one in held.parameters.items() if nn.parameter.is_lazy(one)), None)
     if lazy is not None:
         raise InvalidArgumentError(f"{lazy!r} is not initialised yet; run the model once before pruning it.")
     _check_request(request)
@@ -492,6 +492,7 @@ def _check(
         raise ArgumentTypeError(f"loss_fn must be a function of result and targets, not {type(loss_fn).__name__}.")
     if not isinstance(importance, Mapping):
         lookup(importance, of="neurons")
+    return held
 
 
 def _check_request(request: _Request) -> None:

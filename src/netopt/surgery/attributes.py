@@ -102,6 +102,32 @@ class Assignment:
         self._place = (holder, step)
 
 
+class Entry:
+    """One entry of a dictionary gets a new value; doing and undoing may be called again."""
+
+    def __init__(self, holder: dict[str, Any], key: str, new: Any) -> None:
+        self._holder, self._key, self._new = holder, key, new
+        self._old = holder[key]
+
+    def do(self) -> None:
+        """Puts the new value in."""
+        self._holder[self._key] = self._new
+
+    def undo(self) -> None:
+        """Puts the old value back."""
+        self._holder[self._key] = self._old
+
+
+def assignment(module: nn.Module, path: Path, value: Any) -> Assignment | Entry:
+    """The change that puts ``value`` at ``path``, which begins at ``module``."""
+    own, kind = vars(module), type(module)
+    is_own = len(path) == 2 and type(own.get(path[1])) is int
+    # By far the most. Setting an attribute comes down to this, unless the class has a say.
+    if is_own and kind.__setattr__ is nn.Module.__setattr__ and not hasattr(kind, path[1]):
+        return Entry(own, path[1], value)
+    return Assignment(module, path, value)
+
+
 def _plain_class_attribute(holder: Any, name: str) -> bool:
     found = getattr(type(holder), name, _ABSENT)
     return found is not _ABSENT and not hasattr(found, "__set__") and hasattr(holder, "__dict__")
@@ -178,8 +204,11 @@ QUOTIENTS = (("head_dim", "embed_dim", "num_heads"),)
 
 def stored_under(module: nn.Module, tensor: str) -> str | None:
     """The name below ``module`` of the parameter or buffer behind its attribute ``tensor``."""
+    parameters, buffers = module._parameters, module._buffers
+    if parameters.get(tensor) is not None:
+        return tensor
     for name in (tensor, f"{tensor}_orig", f"{tensor}_v"):
-        if module._parameters.get(name) is not None or module._buffers.get(name) is not None:
+        if parameters.get(name) is not None or buffers.get(name) is not None:
             return name
     if "parametrizations" not in module._modules:
         return None
@@ -212,7 +241,8 @@ def described(
             continue
         seen.add(id(module))
         settled = set_here.get(prefix, set()).copy()
-        yield from _quotients(module, prefix, taken, settled)
+        if settled:
+            yield from _quotients(module, prefix, taken, settled)
         if prefix in owners:
             yield from _said_by(module, prefix, named, shapes, taken, settled)
 
@@ -227,13 +257,13 @@ def _said_by(
 ) -> Iterator[tuple[Path, int]]:
     """The integers of one module that describe its tensors; ``settled`` are those decided already, and grows."""
     own = vars(module)
-    for row in (row for attribute in own if attribute in _ROWS_OF for row in _ROWS_OF[attribute]):
+    for row in [row for attribute in own if attribute in _ROWS_OF for row in _ROWS_OF[attribute]]:
         said = own[row.attribute]
         if type(said) is not int or row.attribute in settled:
             continue
         name = stored_under(module, row.tensor)
-        full = _shrinking(f"{prefix}.{name}" if prefix else str(name), row.tensor, shapes)
-        if name is None or full is None:
+        full = None if name is None else _shrinking(f"{prefix}.{name}" if prefix else name, row.tensor, shapes)
+        if full is None:
             continue
         dim = row.transposed if row.transposed is not None and getattr(module, "transposed", False) else row.dim
         was, becomes = named[full].shape, shapes[full]

@@ -17,9 +17,9 @@ from torch.utils.hooks import RemovableHandle
 
 from netopt.errors import PlanMismatchError, ShapeMismatchError
 from netopt.held import Held
-from netopt.surgery.attributes import Assignment, Path, described, read
+from netopt.surgery.attributes import Path, assignment, described, read
 from netopt.surgery.optimizers import FORMER, as_optimizers, narrowed_states
-from netopt.surgery.tensors import Cuts, Exchange, companions, locate, retire, successor
+from netopt.surgery.tensors import STORED, Cuts, Exchange, companions, locate, retire, successor
 
 Result = TypeVar("Result")
 
@@ -163,7 +163,7 @@ def prepare(
         assignments += described(held.modules, named, shapes, dict(assignments))
         changes: list[Change] = [*narrowed_states(optimizers, {id(tensor): (tensor, cut) for tensor, cut in cuts})]
         changes += [Exchange(tensor, new) for tensor, new in replacements]
-        changes += [Assignment(held.modules[path[0]], path, value) for path, value in assignments]
+        changes += [assignment(held.modules[path[0]], path, value) for path, value in assignments]
     return Operation(model, changes, held)
 
 
@@ -177,8 +177,8 @@ def _collect(
         place = locate(model, name, named)
         if place is None:
             continue
-        stored, tensor = place
-        for label, one in (place, *companions(model, stored, tensor)):
+        several = [place, *companions(model, *place)] if place[0].endswith(STORED) else [place]
+        for label, one in several:
             _check(label, one, cuts, last)
             known = found.get(id(one))
             if known is not None and not same_cuts(known[1], cuts):

@@ -17,26 +17,11 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from netopt.errors import ArgumentTypeError, InvalidArgumentError, OptimizerStateError
 from netopt.held import Held
+from netopt.surgery.attributes import Entry
 from netopt.surgery.tensors import Cuts, narrow
 
 Cut = tuple[Tensor, Cuts]
 """A tensor and its kept indices."""
-
-
-class StateEntry:
-    """One entry of a dictionary gets a new value; doing and undoing may be called again."""
-
-    def __init__(self, holder: dict[str, Any], key: str, new: Any) -> None:
-        self._holder, self._key, self._new = holder, key, new
-        self._old = holder[key]
-
-    def do(self) -> None:
-        """Puts the new value in."""
-        self._holder[self._key] = self._new
-
-    def undo(self) -> None:
-        """Puts the old value back."""
-        self._holder[self._key] = self._old
 
 
 def as_optimizers(optimizer: Optimizer | Iterable[Optimizer] | None) -> tuple[Optimizer, ...]:
@@ -57,7 +42,7 @@ def as_optimizers(optimizer: Optimizer | Iterable[Optimizer] | None) -> tuple[Op
     return found
 
 
-def narrowed_states(optimizers: Iterable[Optimizer], cuts: Mapping[int, Cut]) -> Iterator[StateEntry]:
+def narrowed_states(optimizers: Iterable[Optimizer], cuts: Mapping[int, Cut]) -> Iterator[Entry]:
     """The entries of every optimizer's state that change when the parameters in ``cuts`` (by id) are narrowed.
 
     Raises:
@@ -80,10 +65,10 @@ def narrowed_states(optimizers: Iterable[Optimizer], cuts: Mapping[int, Cut]) ->
                     where = f"state {key!r} of {type(optimizer).__name__}"
                     new = _narrowed(value, parameter, kept, flat, where)
                     if new is not value:
-                        yield StateEntry(state, key, new)
+                        yield Entry(state, key, new)
             # LBFGS keeps the length of its flat vectors; the only such number in torch.optim.
             if flat.changes and vars(optimizer).get("_numel_cache") is not None:
-                yield StateEntry(vars(optimizer), "_numel_cache", None)
+                yield Entry(vars(optimizer), "_numel_cache", None)
 
 
 class _Former:

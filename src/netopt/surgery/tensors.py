@@ -27,7 +27,7 @@ _STEP = re.compile(r"\.?([^.\[\]]+)|\[([^\]]+)\]")
 
 # Where torch keeps the tensor behind ``weight`` once a mask (torch.nn.utils.prune, spectral_norm: ``weight_orig``) or
 # a weight norm (``weight_v``) computes it; ``weight`` is then a plain attribute of the same shape.
-_STORED = ("_orig", "_v")
+STORED = ("_orig", "_v")
 
 _LARGE, _BLOCK = 1 << 22, 1 << 18
 """Entries of tensors that are copied some rows at a time, and entries copied at a time."""
@@ -95,7 +95,7 @@ def locate(model: nn.Module, name: str, named: Mapping[str, Tensor]) -> tuple[st
     direct = find_tensor(model, name)
     if isinstance(direct, nn.Parameter) or (direct is not None and find_tensor(model, f"{name}_orig") is None):
         return name, direct
-    for stored in _STORED:
+    for stored in STORED:
         behind = find_tensor(model, f"{name}{stored}")
         if isinstance(behind, nn.Parameter):
             return f"{name}{stored}", behind
@@ -108,7 +108,7 @@ def locate(model: nn.Module, name: str, named: Mapping[str, Tensor]) -> tuple[st
 
 def companions(model: nn.Module, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
     """What torch keeps beside a computed tensor and must keep its shape: the mask, and the attribute last computed."""
-    for stored in _STORED:
+    for stored in STORED:
         if not name.endswith(stored):
             continue
         base = name.removesuffix(stored)
@@ -123,18 +123,20 @@ def narrow(tensor: Tensor, cuts: Cuts) -> Tensor:
     whole = tensor.detach()
     if not cuts:
         kept = whole.clone()
-    elif len(cuts) > 1 and 0 in cuts and whole.is_cpu and type(whole) is Tensor and whole.numel() > _LARGE:
+    elif len(cuts) > 1 and 0 in cuts and whole.numel() > _LARGE and whole.is_cpu and type(whole) is Tensor:
         kept = _by_rows(whole, cuts)
     else:
         kept = _selected(whole, cuts)
-    return like_layout(kept, tensor)
+    return kept if whole.is_contiguous() else like_layout(kept, whole)
 
 
 def _selected(tensor: Tensor, cuts: Cuts) -> Tensor:
+    shape = tensor.shape
     # The dimension that loses most goes first, so that the copies in between are small.
-    order = cuts if len(cuts) < 2 else sorted(cuts, key=lambda dim: cuts[dim].shape[0] / max(tensor.shape[dim], 1))
+    order = cuts if len(cuts) < 2 else sorted(cuts, key=lambda dim: cuts[dim].shape[0] / max(shape[dim], 1))
+    here = tensor.is_cpu and type(tensor) is Tensor
     for dim in order:
-        tensor = tensor.index_select(dim, _beside(cuts[dim], tensor))
+        tensor = tensor.index_select(dim, cuts[dim] if here else _beside(cuts[dim], tensor))
     return tensor
 
 
