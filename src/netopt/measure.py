@@ -9,10 +9,11 @@ from __future__ import annotations
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -34,6 +35,7 @@ __all__ = [
     "count_parameters",
     "latencies",
     "latency",
+    "nonzero_of",
     "nonzero_parameters",
     "size_bytes",
 ]
@@ -86,13 +88,14 @@ def cost(model: nn.Module, inputs: Inputs | None = None) -> Cost:
     return cost_of(Held(model), macs)
 
 
-def cost_of(held: Held, macs: int | None = None) -> Cost:
-    """As :func:`cost`, of a model that is listed and whose operations are counted already."""
-    parameters = _parameters(held)
+def cost_of(held: Held, macs: int | None = None, nonzero: Mapping[str, int] | None = None) -> Cost:
+    """As :func:`cost`, of a model that is listed and whose operations, or entries by parameter, are counted already."""
+    nonzero = nonzero_of(held) if nonzero is None else nonzero
+    parameters = [held.parameters[name] for name in nonzero]
     return Cost(
-        params=sum([parameter.numel() for parameter, _ in parameters]),
-        nonzero=_nonzero_of(parameters),
-        bytes=sum([one.nbytes for one, _ in parameters]) + sum([one.nbytes for one in set(held.buffers.values())]),
+        params=sum([one.numel() for one in parameters]),
+        nonzero=sum(nonzero.values()),
+        bytes=sum([one.nbytes for one in parameters]) + sum([one.nbytes for one in set(held.buffers.values())]),
         macs=macs,
     )
 
@@ -111,13 +114,28 @@ def nonzero_parameters(model: nn.Module) -> int:
         >>> nonzero_parameters(layer)
         10
     """
-    return _nonzero_of(_parameters(Held(model)))
+    return sum(nonzero_of(Held(model)).values())
 
 
-def _parameters(held: Held) -> list[tuple[Tensor, Tensor | None]]:
-    """Each parameter once, with the mask that ``torch.nn.utils.prune`` put on it."""
+def nonzero_of(held: Held) -> dict[str, int]:
+    """As :func:`nonzero_parameters`, of each parameter by itself, a shared one under the first of its names."""
+    counts: dict[str, int] = {}
+    vectors = defaultdict[tuple[torch.device, torch.dtype], dict[str, Tensor]](dict)
     once = {id(parameter): name for name, parameter in reversed(held.parameters.items())}
-    return [(held.parameters[name], held.mask_of(name)) for name in once.values()]
+    for name in reversed(once.values()):
+        values, mask = held.parameters[name].detach(), held.mask_of(name)
+        if values.is_meta:
+            counts[name] = values.numel()
+        elif mask is None and values.dim() == 1 and 0 < values.numel() < _SMALL and type(values) is Tensor:
+            vectors[values.device, values.dtype][name] = values
+        else:
+            counts[name] = count_nonzero(values, mask)
+    for several in vectors.values():  # models have many: joined, they are read at once
+        kept = (torch.cat([*several.values()]) != 0).cpu().numpy()
+        ends = np.cumsum([one.shape[0] for one in several.values()])
+        found = np.add.reduceat(kept, [0, *ends[:-1]], dtype=np.int64)
+        counts.update(zip(several, found.tolist(), strict=True))
+    return counts
 
 
 def size_bytes(model: nn.Module) -> int:
@@ -214,20 +232,6 @@ def _summary(times: list[float]) -> Latency:
         return Latency(times[0], 0.0)
     low, median, high = statistics.quantiles(times, n=4, method="inclusive")
     return Latency(median, high - low)
-
-
-def _nonzero_of(held: Iterable[tuple[Tensor, Tensor | None]]) -> int:
-    """Counts what is not zero in tensors with their masks; vectors, of which models have many, are joined."""
-    total, small = 0, defaultdict[tuple[torch.device, torch.dtype], list[Tensor]](list)
-    for parameter, mask in held:
-        values = parameter.detach()
-        if values.is_meta:
-            total += values.numel()
-        elif mask is None and values.dim() == 1 and values.numel() < _SMALL and type(values) is Tensor:
-            small[values.device, values.dtype].append(values)
-        else:
-            total += count_nonzero(values, mask)
-    return total + sum([count_nonzero(torch.cat(several)) for several in small.values()])
 
 
 @contextmanager

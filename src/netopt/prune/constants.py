@@ -27,31 +27,29 @@ from netopt.restore import given_back
 __all__ = ["Carried", "carried", "dead", "operand", "suspects"]
 
 
-def suspects(held: Held, plan: Plan) -> bool:
-    """Whether some neuron that ``plan`` removes may be dead: a whole slice of some weight is zero. Cheap."""
+def suspects(held: Held, plan: Plan, nonzero: Mapping[str, int]) -> bool:
+    """Whether some neuron that ``plan`` removes may be dead: a whole slice of some weight is zero. Cheap.
+
+    Args:
+        held: What the model holds.
+        plan: What is going to be removed.
+        nonzero: How many entries of each parameter are not zero.
+    """
     if any(parameter.is_meta for parameter in held.parameters.values()):
         return False
     for name, cuts in plan.tensors.items():
-        weight, mask = held.parameters.get(name), held.mask_of(name)
+        weight = held.parameters.get(name)
         if weight is None or weight.dim() < 2:
             continue
+        zeros = weight.numel() - nonzero.get(name, 0)
         for dim, kept in cuts.items():
-            if mask is None and not _may_be_zero(weight, dim):
-                continue
+            if zeros < weight.numel() // weight.shape[dim]:
+                continue  # too few for a whole slice
             goes = torch.ones(weight.shape[dim], dtype=torch.bool)
             goes[kept] = False
-            if bool(_zero(weight, mask, dim, goes).any()):
+            if bool(_zero(weight, held.mask_of(name), dim, goes).any()):
                 return True
     return False
-
-
-def _may_be_zero(weight: Tensor, dim: int) -> bool:
-    """Whether some slice along ``dim`` begins with zero; almost none does that is not zero altogether."""
-    first = weight.detach()
-    for other in range(weight.dim()):
-        if other != dim:
-            first = first.select(int(other > dim), 0)
-    return not bool(first.all())
 
 
 def dead(model: nn.Module, axes: Axes, axis: Axis, makers: set[str]) -> Tensor | None:

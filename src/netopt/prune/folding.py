@@ -23,10 +23,9 @@ from netopt import batches, surgery
 from netopt.axes import Axes, Tap
 from netopt.batches import Inputs
 from netopt.calls import Call, CallNames
-from netopt.held import Held
 from netopt.plan import Plan
 from netopt.prune.candidates import names_of
-from netopt.prune.constants import Carried, carried, dead, operand, suspects
+from netopt.prune.constants import Carried, carried, dead, operand
 from netopt.prune.lacking import RefusedError, Visit, equal, within
 from netopt.prune.verify import Promise, Tensors, masked_tensors, promise, zeroed
 from netopt.restore import given_back
@@ -99,7 +98,7 @@ def folds(
 
 
 def fold_removed(
-    model: nn.Module | Held,
+    model: nn.Module,
     axes: Axes,
     kept: Mapping[str, Tensor],
     plan: Plan,
@@ -120,10 +119,6 @@ def fold_removed(
     Returns:
         The plan; by axis, the positions removed and folded; by axis, what is to be said of it.
     """
-    held = Held.of(model)
-    if not suspects(held, plan):
-        return plan, {}, {}
-    model = held.model
     names, found = names_of(model, axes), {}
     for row in plan.axes:
         zero = dead(model, axes, axes[row.name], names[row.name]) if axes[row.name].exact else None

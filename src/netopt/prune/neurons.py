@@ -25,6 +25,7 @@ from netopt.plan import AxisCut, Plan, shapes_of
 from netopt.prune.candidates import AxisSelector, candidates
 from netopt.prune.compensation import compensated
 from netopt.prune.configuration import configured
+from netopt.prune.constants import suspects
 from netopt.prune.folding import fold_removed
 from netopt.prune.verify import Tensors, promise
 from netopt.report import PruningReport, Row
@@ -121,7 +122,7 @@ def prune_neurons(
     plan, counted = decision.plan, decision.counted
     if macs is None:
         macs = decision.axes.macs()
-    before = measure.cost_of(held, macs)
+    before = measure.cost_of(held, macs, decision.nonzero)
 
     def report() -> PruningReport:
         settings = request.settings() | {"importance": _name(importance), "mode": mode}
@@ -255,6 +256,8 @@ class _Decision:
     """Positions removed whose constants are folded into what reads them, by axis."""
     notes: Mapping[str, str]
     """What is to be said of axes with dead neurons."""
+    nonzero: Mapping[str, int]
+    """Entries that are not zero now, by parameter."""
 
     def counts(self) -> dict[str, int]:
         """How many neurons each axis keeps."""
@@ -346,9 +349,10 @@ def _decide(
         plan = dataclasses.replace(plan, attributes=(*plan.attributes, *more))
     folded: dict[str, Tensor] = {}
     notes: dict[str, str] = {}
-    if fold:
-        plan, folded, notes = fold_removed(held, axes, kept, plan, inputs=example_inputs, counted=counted)
-    return _Decision(axes, chosen, kept_out, scored, kept, plan, counted, unsaid, folded, notes)
+    nonzero = measure.nonzero_of(held)
+    if fold and suspects(held, plan, nonzero):
+        plan, folded, notes = fold_removed(model, axes, kept, plan, inputs=example_inputs, counted=counted)
+    return _Decision(axes, chosen, kept_out, scored, kept, plan, counted, unsaid, folded, notes, nonzero)
 
 
 def make_plan(model: nn.Module | Held, axes: Axes, kept: Mapping[str, Tensor]) -> Plan:
