@@ -122,8 +122,8 @@ class Axes(Sequence[Axis]):
 
     def __init__(self, trace: Trace, readings: Sequence[Any], results: Sequence[Sequence[Layout]]) -> None:
         self._tensors = {name: tuple(tensor.shape) for name, tensor in trace.members.items()}
-        self._dims: dict[str, tuple[Layout, ...]] = {
-            name: tuple([resolve(dim.layout) for dim in _peek(trace, tensor)]) for name, tensor in trace.members.items()
+        self._dims: dict[str, list[Layout]] = {
+            name: [resolve(dim.layout) for dim in _peek(trace, tensor)] for name, tensor in trace.members.items()
         }
         self._makes = dict(trace.makes)
         self._pointers = dict(trace.pointers)
@@ -131,8 +131,9 @@ class Axes(Sequence[Axis]):
         self._work = trace.work
         self.operations = trace.operations
         self.unknown = tuple(sorted(trace.unknown))
-        self._freeze_rest(trace)
-        groups = self._group({atom for layout in trace.kernels for atom in atoms(layout)})
+        found = self._appearances(trace)
+        self._freeze_rest(trace, found)
+        groups = self._group(found, {atom for layout in trace.kernels for atom in atoms(layout)})
         free = {index: group.atoms for index, group in enumerate(groups) if all(a.frozen is None for a in group.atoms)}
         self._counts = Counts(free, trace.ledger)
         for index, why in self._counts.stuck().items():
@@ -156,38 +157,34 @@ class Axes(Sequence[Axis]):
 
     # Building.
 
-    def _freeze_rest(self, trace: Trace) -> None:
-        touching: dict[Atom, bool] = {}
+    def _appearances(self, trace: Trace) -> dict[Atom, list[Member]]:
+        """Where each atom appears, in the order of the tensors; what is of no use is frozen."""
+        found: dict[Atom, list[Member]] = {}
         for name, dims in self._dims.items():
-            is_parameter = name in trace.parameters
-            for layout in dims:
-                for atom in atoms(layout):
-                    touching[atom] = touching.get(atom, False) or is_parameter
-                    if name not in trace.touched and atom.frozen is None:
-                        freeze(atom, "is not used by the forward")
+            is_touched = name in trace.touched
+            for dim, layout in enumerate(dims):
+                member = Member(name, dim)
+                for atom in (layout,) if type(layout) is Atom else atoms(layout):
+                    members = found.setdefault(atom, [])
+                    if not members or members[-1] is not member:
+                        members.append(member)
+                    if not is_touched and atom.frozen is None:
+                        atom.frozen = "is not used by the forward"
+        return found
+
+    def _freeze_rest(self, trace: Trace, found: Mapping[Atom, list[Member]]) -> None:
         read = {atom for layout in trace.taken for atom in atoms(layout)}
         for layout in trace.left_out:
             for atom in atoms(layout):
                 if atom not in read:
                     freeze(atom, "is passed over by a slice of a weight, at these inputs")
-        for atom, has_parameter in touching.items():
-            if not has_parameter:
+        for atom, members in found.items():
+            # Parameters come first.
+            if members[0].tensor not in trace.parameters:
                 freeze(atom, "belongs to no parameter")
         settle_unsaid(trace.unsaid, trace.ledger)
 
-    def _appearances(self) -> dict[Atom, list[Member]]:
-        """Where each atom appears, in the order of the tensors."""
-        found: dict[Atom, list[Member]] = {}
-        for name, dims in self._dims.items():
-            for dim, layout in enumerate(dims):
-                for atom in atoms(layout):
-                    members = found.setdefault(atom, [])
-                    if not members or members[-1] != Member(name, dim):
-                        members.append(Member(name, dim))
-        return found
-
-    def _group(self, kernels: set[Atom]) -> list[_Group]:
-        found = self._appearances()
+    def _group(self, found: Mapping[Atom, list[Member]], kernels: set[Atom]) -> list[_Group]:
         groups: list[_Group] = []
         bundles: dict[tuple[Any, ...], _Group] = {}
         for atom, members in found.items():
@@ -227,10 +224,11 @@ class Axes(Sequence[Axis]):
         made: dict[Atom, str] = {}
         self._layers: dict[str, list[Atom]] = defaultdict(list)
         for tensor in self._tensors:
+            layer = _layer(tensor) if tensor in self._makes else ""
             for layout in self._makes.get(tensor, ()):
                 for atom in atoms(layout):
-                    made.setdefault(atom, _layer(tensor))
-                    self._layers[_layer(tensor)].append(atom)
+                    made.setdefault(atom, layer)
+                    self._layers[layer].append(atom)
         bases = []
         for group in groups:
             base = next((made[atom] for atom in group.atoms if atom in made), None)

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from netopt import surgery
 from netopt.axes import Axes, Axis
 from netopt.batches import Inputs
 from netopt.errors import NetoptError
+from netopt.held import Held
 from netopt.plan import Plan
 from netopt.prune.verify import Promise, promise
 
@@ -27,6 +27,8 @@ __all__ = ["compensated"]
 
 _TRIALS = 64
 _EPS = ("eps", "variance_epsilon")
+_REDUCED = ("is reduced", "is normalised", "is summed")
+"""How reasons begin that no factor on queries makes up for: fewer entries are reduced, whatever the scale."""
 
 MakePlan = Callable[[Mapping[str, Tensor]], Plan]
 
@@ -43,7 +45,7 @@ class Proposal:
 class _Subject:
     """What is to be compensated, and how it is tried."""
 
-    model: nn.Module
+    held: Held
     axes: Axes
     kept: Mapping[str, Tensor]
     plan: Plan
@@ -58,16 +60,18 @@ class _Subject:
         found = self.axes.feasible(counts)
         if any(found[axis.name] != counts.get(axis.name, axis.size) for axis in self.axes.free):
             return False
-        plan = _with(self.make_plan(chosen), proposals)
+        model = self.held.model
+        whole = self.plan if len(chosen) == len(self.kept) else self.make_plan(chosen)
+        plan = _with(whole, proposals)
         try:
-            promised: Promise = promise(self.model, self.inputs, self.counted, plan.tensors)
-            return plan.prepare(self.model).rehearse(lambda: promised.is_kept(self.model, self.inputs, self.counted))
+            promised: Promise = promise(model, self.inputs, self.counted, plan.tensors)
+            return plan.prepare(self.held).rehearse(lambda: promised.is_kept(model, self.inputs, self.counted))
         except NetoptError:
             return False
 
 
 def compensated(
-    model: nn.Module,
+    held: Held,
     axes: Axes,
     kept: Mapping[str, Tensor],
     plan: Plan,
@@ -79,7 +83,7 @@ def compensated(
     """The plan with compensations for the axes that have one; those axes are exact in it.
 
     Args:
-        model: In which the axes were found; given back as it was.
+        held: What the model holds in which the axes were found; it is given back as it was.
         axes: All of them.
         kept: Positions that stay, by axis name.
         plan: Made of these.
@@ -87,17 +91,17 @@ def compensated(
         inputs: Of one forward call.
         counted: From a result to the outputs that count.
     """
-    if plan.exact or any(tensor.is_meta for tensor in model.parameters()):
+    if plan.exact or any(tensor.is_meta for tensor in held.parameters.values()):
         return plan
-    subject = _Subject(model, axes, kept, plan, make_plan, inputs, counted)
+    subject = _Subject(held, axes, kept, plan, make_plan, inputs, counted)
     cut = [axes[row.name] for row in plan.axes if not row.exact]
-    for inner in (False, True):
-        proposals = dict(_proposals(subject, cut, inner=inner))
-        if not proposals:
-            return plan
-        if subject.holds(proposals):
-            return _exact(_with(plan, proposals), proposals)
     proposals = dict(_proposals(subject, cut, inner=False))
+    if not proposals:
+        return plan
+    others = dict(_proposals(subject, cut, inner=True))
+    for tried in (proposals, others) if _differ(proposals, others) else (proposals,):
+        if subject.holds(tried):
+            return _exact(_with(plan, tried), tried)
     alone = {
         name: proposal
         for name, proposal in list(proposals.items())[:_TRIALS]
@@ -106,15 +110,29 @@ def compensated(
     return _exact(_with(plan, alone), alone) if alone else plan
 
 
+def _differ(first: Mapping[str, Proposal], second: Mapping[str, Proposal]) -> bool:
+    """Whether two proposals for the same axes scale some tensor differently."""
+    return any(
+        not torch.equal(torch.as_tensor(factor), torch.as_tensor(second[axis].scales[name]))
+        for axis, proposal in first.items()
+        for name, factor in proposal.scales.items()
+    )
+
+
 def _proposals(subject: _Subject, cut: list[Axis], *, inner: bool) -> Iterator[tuple[str, Proposal]]:
-    modules = dict(subject.model.named_modules())
+    modules = subject.held.modules
     for axis in cut:
         norms = [
             (member.tensor.rpartition(".")[0], member.tensor)
             for member in axis.members
             if _eps(modules.get(member.tensor.rpartition(".")[0])) is not None
         ]
-        proposal = _of_norms(subject, modules, norms) if norms else _of_queries(subject, axis, inner=inner)
+        if norms:
+            proposal = _of_norms(subject, modules, norms)
+        elif (axis.inexact or "").startswith(_REDUCED):
+            proposal = None
+        else:
+            proposal = _of_queries(subject, axis, inner=inner)
         if proposal is not None:
             yield axis.name, proposal
 
@@ -139,7 +157,7 @@ def _of_queries(subject: _Subject, axis: Axis, *, inner: bool) -> Proposal | Non
     """For attention's default scale: the weights that make queries, of one layer or in a block of a fused one."""
     size, left = axis.size, len(subject.kept[axis.name])
     factor = math.sqrt(left / size)
-    tensors = surgery.named_tensors(subject.model)
+    tensors = subject.held.tensors
     makers = [
         (name, positions)
         for name, dim, positions in subject.axes.members(axis)

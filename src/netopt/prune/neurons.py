@@ -336,7 +336,7 @@ def _decide(
     )
     kept = _select(model, example_inputs, axes, chosen, scored.scores, request=request, macs=macs)
     plan = compensated(
-        model,
+        held,
         axes,
         kept,
         make_plan(held, axes, kept),
