@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from netopt import batches
@@ -39,9 +37,6 @@ __all__ = [
     "nonzero_parameters",
     "size_bytes",
 ]
-
-
-_SMALL = 4096
 
 
 @dataclass(frozen=True)
@@ -120,21 +115,13 @@ def nonzero_parameters(model: nn.Module) -> int:
 def nonzero_of(held: Held) -> dict[str, int]:
     """As :func:`nonzero_parameters`, of each parameter by itself, a shared one under the first of its names."""
     counts: dict[str, int] = {}
-    vectors = defaultdict[tuple[torch.device, torch.dtype], dict[str, Tensor]](dict)
     once = {id(parameter): name for name, parameter in reversed(held.parameters.items())}
     for name in reversed(once.values()):
-        values, mask = held.parameters[name].detach(), held.mask_of(name)
-        if values.is_meta:
-            counts[name] = values.numel()
-        elif mask is None and values.dim() == 1 and 0 < values.numel() < _SMALL and type(values) is Tensor:
-            vectors[values.device, values.dtype][name] = values
+        parameter = held.parameters[name]
+        if parameter.is_meta:
+            counts[name] = parameter.numel()
         else:
-            counts[name] = count_nonzero(values, mask)
-    for several in vectors.values():  # models have many: joined, they are read at once
-        kept = (torch.cat([*several.values()]) != 0).cpu().numpy()
-        ends = np.cumsum([one.shape[0] for one in several.values()])
-        found = np.add.reduceat(kept, [0, *ends[:-1]], dtype=np.int64)
-        counts.update(zip(several, found.tolist(), strict=True))
+            counts[name] = count_nonzero(parameter.detach(), held.mask_of(name))
     return counts
 
 

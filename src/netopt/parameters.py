@@ -133,11 +133,12 @@ def count_nonzero(weight: Tensor, mask: Tensor | None = None) -> int:
 
     On a CPU a large weight is read in cache-sized pieces, and no second tensor of its size is made.
     """
-    if weight.is_meta or weight.numel() == 0:
+    if weight.is_meta:
         return 0
-    small = mask is None and weight.numel() < _SMALL
+    if mask is None and weight.numel() < _SMALL:
+        return int(torch.count_nonzero(weight))
     plain = type(weight) is Tensor and weight.is_cpu and weight.is_contiguous() and weight.dtype in _PLAIN
-    if small or not plain:
+    if not plain:
         return int(torch.count_nonzero(weight if mask is None else (weight != 0) & mask.bool()))
     is_half = weight.dtype in _HALVES
     values = weight.detach().reshape(-1)
