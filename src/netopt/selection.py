@@ -320,7 +320,7 @@ def _check_scores(scores: Scores) -> None:
     for name, one in scores.items():
         if one.dim() != 1 or not one.shape[0]:
             raise InvalidArgumentError(f"axis `{name}` needs one score a neuron, got shape {tuple(one.shape)}")
-    if bool(torch.cat([*scores.values()]).sum(dtype=torch.float64).isfinite()):
+    if math.isfinite(torch.cat([*scores.values()]).sum(dtype=torch.float64).item()):
         return  # as nothing is in the sum then
     for name, one in scores.items():
         if not bool(one.isfinite().all()):

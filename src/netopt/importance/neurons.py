@@ -6,6 +6,7 @@ of the axis itself, its activations and its weights. What an axis is, is not kno
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -174,7 +175,6 @@ def _streamed(
     progress: bool,
 ) -> dict[str, Tensor]:
     """Scores of a criterion that judges each weight by itself: one tensor of scores exists at a time, or a part."""
-    totals = {name: torch.zeros(size, dtype=torch.float64) for name, size in sizes.items()}
     readers: dict[str, dict[int, list[tuple[str, Tensor | None]]]] = {}
     for axis, size in sizes.items():
         whole: dict[int, Tensor | None] = {}  # most dimensions are the axis itself, position by position
@@ -182,14 +182,18 @@ def _streamed(
             if id(positions) not in whole:
                 whole[id(positions)] = None if torch.equal(positions, torch.arange(size)) else positions
             readers.setdefault(_bare(tensor), {}).setdefault(dim, []).append((axis, whole[id(positions)]))
+    found: dict[str, Tensor] = {}
     shown = tqdm(values.items(), desc="importance", leave=False) if progress else values.items()
     for name, value in shown:
         own = readers.get(name, {})
-        sums = _sums(chosen, name, value, own)
-        for dim, several in own.items():
-            for axis, positions in several:
-                totals[axis] += sums[dim] if positions is None else gather(sums[dim], positions, sizes[axis])
-    if totals and not bool(torch.isfinite(torch.cat([*totals.values()]).sum())):
+        for dim, total in _sums(chosen, name, value, own).items():
+            for axis, positions in own[dim]:
+                here = total if positions is None else gather(total, positions, sizes[axis])
+                found[axis] = found[axis] + here if axis in found else here.double()
+    totals = {
+        name: found[name] if name in found else torch.zeros(size, dtype=torch.float64) for name, size in sizes.items()
+    }
+    if totals and not math.isfinite(torch.cat([*totals.values()]).sum().item()):
         _check_finite(values)
         return {name: _checked(one, name, sizes[name]) for name, one in totals.items()}
     return totals
