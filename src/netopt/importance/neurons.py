@@ -28,7 +28,7 @@ from netopt.errors import (
 from netopt.held import Held
 from netopt.importance.activations import Saliency, Tap, activations, gather, over_others, saliency
 from netopt.importance.evidence import Evidence
-from netopt.importance.registry import Criterion, Importance, criterion, lookup
+from netopt.importance.registry import PART, Criterion, Importance, criterion, lookup
 from netopt.importance.scores import scores
 from netopt.parameters import effective, places
 
@@ -183,10 +183,14 @@ def _streamed(
                 whole[id(positions)] = None if torch.equal(positions, torch.arange(size)) else positions
             readers.setdefault(_bare(tensor), {}).setdefault(dim, []).append((axis, whole[id(positions)]))
     found: dict[str, Tensor] = {}
+    # Models have many vectors, each read in its only dimension.
+    vectors = [name for name, value in values.items() if value.dim() == 1 and value.numel() <= PART]
+    judged = dict(zip(vectors, chosen.together([Evidence(name, values[name], {}) for name in vectors]), strict=False))
     shown = tqdm(values.items(), desc="importance", leave=False) if progress else values.items()
     for name, value in shown:
         own = readers.get(name, {})
-        for dim, total in _sums(chosen, name, value, own).items():
+        parts = [(slice(None), judged[name])] if name in judged else chosen.parts(Evidence(name, value, {}))
+        for dim, total in _sums(parts, name, value, own).items():
             for axis, positions in own[dim]:
                 here = total if positions is None else gather(total, positions, sizes[axis])
                 found[axis] = found[axis] + here if axis in found else here.double()
@@ -199,11 +203,11 @@ def _streamed(
     return totals
 
 
-def _sums(chosen: Criterion, name: str, value: Tensor, dims: Collection[int]) -> dict[int, Tensor]:
+def _sums(parts: Iterable[tuple[slice, Any]], name: str, value: Tensor, dims: Collection[int]) -> dict[int, Tensor]:
     """A weight's scores summed over every dimension but one, for each of ``dims``."""
     sums: dict[int, Tensor] = {}
     blocks: list[Tensor] = []
-    for rows, score in chosen.parts(Evidence(name, value, {})):
+    for rows, score in parts:
         if not isinstance(score, Tensor):
             raise ArgumentTypeError(f"the score of {name!r} must be a tensor, not {type(score).__name__}.")
         whole = rows == slice(None)

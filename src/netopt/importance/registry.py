@@ -7,10 +7,11 @@ moments of its inputs it decides what is kept, and returns new values for that.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
+import torch
 from torch import Tensor
 
 from netopt.errors import ArgumentTypeError, InvalidArgumentError, UnknownNameError
@@ -61,6 +62,16 @@ class Criterion:
         step = max(1, PART * weight.shape[0] // weight.numel())
         for index, rows in enumerate(weight.split(step)):
             yield slice(index * step, (index + 1) * step), self(evidence.of(rows))
+
+    def together(self, evidence: Sequence[Any]) -> Sequence[Tensor]:
+        """Returns the scores of several vectors, judged as one; none where each has to be judged by itself."""
+        weights = [one.weight for one in evidence]
+        if not self.entrywise or len({(weight.device, weight.dtype) for weight in weights}) != 1:
+            return ()
+        joined = torch.cat(weights)
+        scores = self(evidence[0].of(joined))
+        alike = isinstance(scores, Tensor) and scores.shape == joined.shape
+        return scores.split([weight.shape[0] for weight in weights]) if alike else ()
 
 
 Importance: TypeAlias = str | Criterion | Callable[[Any], Tensor]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,6 +58,11 @@ class _Stored(Criterion):
             return
         for rows, weight in self._shard(evidence).blocks(evidence.name):
             yield rows, self.function(_with(evidence, weight))
+
+    def together(self, evidence: Sequence[Any]) -> Sequence[Tensor]:
+        """Returns nothing: each tensor is read by itself."""
+        del evidence
+        return ()
 
     def _shard(self, evidence: Evidence) -> Shard:
         if evidence.name not in self.places:
