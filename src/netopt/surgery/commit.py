@@ -172,6 +172,7 @@ def _collect(
 ) -> tuple[list[tuple[Tensor, Cuts]], dict[str, Sequence[int]]]:
     """Each tensor once with its cuts, however many names it has; and the shape to come under every name."""
     found: dict[int, tuple[Tensor, Cuts, str]] = {}
+    after: dict[int, Sequence[int]] = {}
     last: dict[int, int] = {}
     for name, cuts in tensors.items():
         place = locate(model, name, named)
@@ -179,19 +180,26 @@ def _collect(
             continue
         several = [place, *companions(model, *place)] if place[0].endswith(STORED) else [place]
         for label, one in several:
-            _check(label, one, cuts, last)
             known = found.get(id(one))
             if known is not None and not same_cuts(known[1], cuts):
                 raise PlanMismatchError(f"`{label}` and `{known[2]}` are one tensor, and the plan cuts it differently")
+            after[id(one)] = _new_shape(label, one, cuts, last)
             found[id(one)] = (one, cuts, label)
-    after = {key: _new_shape(tensor, cuts) for key, (tensor, cuts, _) in found.items()}
     shapes = {name: after[id(tensor)] for name, tensor in named.items() if id(tensor) in after}
     return [(tensor, cuts) for tensor, cuts, _ in found.values()], shapes
 
 
-def _new_shape(tensor: Tensor, cuts: Cuts) -> Sequence[int]:
+def _new_shape(name: str, tensor: Tensor, cuts: Cuts, last: dict[int, int]) -> Sequence[int]:
+    """The shape to come, if the tensor has what is to be kept; ``last`` notes the largest index of what was seen."""
     shape = list(tensor.shape)
     for dim, kept in cuts.items():
+        largest = last.get(id(kept))
+        if largest is None:
+            largest = last[id(kept)] = int(kept[-1])
+        if dim >= len(shape) or largest >= shape[dim]:
+            raise PlanMismatchError(
+                f"the plan keeps index {largest} of dimension {dim} of `{name}`, whose shape is {tuple(tensor.shape)}"
+            )
         shape[dim] = kept.shape[0]
     return shape
 
@@ -201,19 +209,6 @@ def same_cuts(first: Cuts, second: Cuts) -> bool:
     return first.keys() == second.keys() and all(
         first[dim] is second[dim] or torch.equal(first[dim], second[dim]) for dim in first
     )
-
-
-def _check(name: str, tensor: Tensor, cuts: Cuts, last: dict[int, int]) -> None:
-    """Whether the tensor has what is to be kept of it; ``last`` notes the largest index of what was seen before."""
-    shape = tensor.shape
-    for dim, kept in cuts.items():
-        largest = last.get(id(kept))
-        if largest is None:
-            largest = last[id(kept)] = int(kept[-1])
-        if dim >= len(shape) or largest >= shape[dim]:
-            raise PlanMismatchError(
-                f"the plan keeps index {largest} of dimension {dim} of `{name}`, whose shape is {tuple(shape)}"
-            )
 
 
 def _replacements(
