@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from netopt.prune import prune_neurons
+from netopt.prune import compensation, prune_neurons
 from netopt.surgery import named_tensors
 
 
@@ -104,6 +104,18 @@ def test_what_has_no_compensation_stays_inexact():
     assert rows == {"first": False, "inner": True}
     assert not report.plan.exact
     assert not report.plan.scales
+
+
+def test_nothing_is_tried_where_no_factor_can_help(monkeypatch):
+    class Averaged(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            hidden = self[0](x).relu()
+            return self[1](hidden) + hidden.mean(1, keepdim=True)
+
+    monkeypatch.setattr(compensation, "promise", None)
+    model, x = Averaged(nn.Linear(5, 8), nn.Linear(8, 3)), torch.randn(4, 5)
+    report = prune_neurons(model, x, 0.5, scope="layer", importance="magnitude", verify=False, progress=False)
+    assert [(row.name, row.after, row.exact) for row in report.rows] == [("0", 4, False)]
 
 
 def test_one_that_has_one_is_exact_beside_one_that_has_none():

@@ -11,8 +11,11 @@ from torch import nn
 
 from conftest import unchanged
 from netopt.axes import find_axes
+from netopt.held import Held
+from netopt.measure import nonzero_of
 from netopt.plan import Plan
 from netopt.prune import plan_neurons, prune_neurons, shrink
+from netopt.prune.constants import suspects
 
 DEAD = [1, 4]
 
@@ -308,3 +311,20 @@ def test_a_constant_that_only_the_example_makes_stays():
     assert len(model.first.bias) == 6
     assert "not the same everywhere" in report.frozen["first"]
     torch.testing.assert_close(model(other), before)
+
+
+def test_zeros_here_and_there_are_no_dead_neuron():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    plan = Plan({"0.weight": {0: [0, 1, 2]}, "0.bias": {0: [0, 1, 2]}, "2.weight": {1: [0, 1, 2]}})
+    held = Held(model)
+    with torch.no_grad():
+        for row in range(6):
+            model[0].weight[row, row % 4] = 0
+    assert not suspects(held, plan, nonzero_of(held))
+    with torch.no_grad():
+        model[0].weight[1] = 0  # stays
+    assert not suspects(held, plan, nonzero_of(held))
+    with torch.no_grad():
+        model[0].weight[4] = 0
+    assert suspects(held, plan, nonzero_of(held))

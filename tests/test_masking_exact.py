@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from netopt import parameters
 from netopt.errors import ArgumentTypeError, InvalidArgumentError, NonFiniteError
 from netopt.masking import patterns, quantile
 from netopt.masking.patterns import Shape, expand_blocks, keep_n_of_m, keep_per_row, mean_of_blocks, parse
@@ -73,7 +74,11 @@ def test_as_many_as_asked_and_the_lowest(population, sizes):
 def test_zeros_are_counted_exactly(values, data):
     tensor = torch.tensor(values).to(data.draw(st.sampled_from(DTYPES)))
     mask = torch.tensor(data.draw(st.lists(st.booleans(), min_size=len(values), max_size=len(values)))).bool()
-    assert count_nonzero(tensor) == int((tensor != 0).sum())
+    for small, chunk in ((1 << 12, 1 << 16), (0, 1 << 16), (0, 3)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(parameters, "_SMALL", small)
+            patch.setattr(parameters, "CHUNK", chunk)
+            assert count_nonzero(tensor) == int((tensor != 0).sum())
     assert count_nonzero(tensor, mask) == int(((tensor != 0) & mask).sum())
     assert count_nonzero(tensor[::2], mask[::2]) == int(((tensor != 0) & mask)[::2].sum())
 

@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 import netopt
+from conftest import unchanged
 from netopt import importance
 from netopt.axes import find_axes
 from netopt.errors import InvalidArgumentError, MissingDataError, NonFiniteError, ShapeMismatchError, UnknownNameError
 from netopt.importance import activations as activations_module
-from netopt.importance import names
+from netopt.importance import names, registry
 from netopt.importance.activations import saliency
 from netopt.importance.neurons import neuron_scores, reduce
 from netopt.surgery import named_tensors
@@ -313,3 +314,34 @@ def test_frozen_parameters_do_not_hide_activations(frozen):
     found = saliency(model, taps, sizes, [x]).scores
     for name, one in expected.items():
         torch.testing.assert_close(found[name], one)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_judged_in_parts_or_together_is_judged_one_by_one(monkeypatch, name):
+    model, x = built(name, torch.float32)
+    taps, sizes, members = read(model, x)
+    seen = []
+
+    def cubes(evidence):
+        seen.append(evidence.weight.shape)
+        return evidence.weight.abs() ** 3
+
+    alone = importance.Criterion("cubes", cubes)
+    each = neuron_scores(model, members, taps.__getitem__, sizes, importance=alone).scores
+    one_by_one = len(seen)
+    monkeypatch.setattr(registry, "PART", 24)
+    parts = neuron_scores(
+        model, members, taps.__getitem__, sizes, importance=importance.Criterion("cubes", cubes, entrywise=True)
+    ).scores
+    vectors = [shape for shape in seen[one_by_one:] if len(shape) == 1]
+    assert len(vectors) == 1
+    assert len([shape for shape in seen[one_by_one:] if len(shape) > 1]) > one_by_one // 2
+    for axis in sizes:
+        torch.testing.assert_close(parts[axis], each[axis], rtol=1e-6, atol=0)
+
+
+def test_scores_share_no_memory_with_the_weights_they_are():
+    model, x = built("mlp")
+    taps, sizes, members = read(model, x)
+    with unchanged(model):
+        neuron_scores(model, members, taps.__getitem__, sizes, importance=lambda evidence: evidence.weight)

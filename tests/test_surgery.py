@@ -147,6 +147,46 @@ def test_dtype_survives(dtype):
     assert linear(torch.randn(2, 4).to(dtype)).shape == (2, 3)
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_large_tensor_is_cut_some_rows_at_a_time(monkeypatch, memory_format):
+    tensor = torch.randn(7, 5, 3, 2).to(memory_format=memory_format)
+    cuts = {0: torch.tensor([0, 2, 3, 6]), 1: torch.tensor([1, 4]), 3: torch.tensor([1])}
+    expected = tensor[cuts[0]][:, cuts[1]][..., cuts[3]]
+    for entries in (0, 60, 10_000):
+        monkeypatch.setattr(surgery.tensors, "_LARGE", entries - 1)
+        monkeypatch.setattr(surgery.tensors, "_BLOCK", entries)
+        narrowed = surgery.narrow(tensor, cuts)
+        assert torch.equal(narrowed, expected)
+        assert narrowed.is_contiguous(memory_format=memory_format)
+
+
+def test_a_class_that_sets_its_attributes_itself_is_asked():
+    class Told(nn.Linear):
+        told: tuple[int, ...] = ()
+
+        def __setattr__(self, name, value):
+            super().__setattr__(name, value)
+            if name == "out_features":
+                super().__setattr__("told", (*self.told, value))
+
+    class Derived(nn.Linear):
+        @property
+        def in_features(self):
+            return self.width
+
+        @in_features.setter
+        def in_features(self, value):
+            self.width = value
+
+    model = nn.Sequential(Told(4, 6), Derived(6, 2))
+    plan = Plan({"0.weight": {0: KEPT}, "0.bias": {0: KEPT}, "1.weight": {1: KEPT}}, ((("1", "in_features"), 3),))
+    plan.prepare(model).rehearse(lambda: None)
+    assert (model[0].told, model[1].width) == ((6, 3, 6), 6)
+    plan.apply(model)
+    assert (model[0].told, model[1].width) == ((6, 3, 6, 3), 3)
+    assert model(torch.zeros(1, 4)).shape == (1, 2)
+
+
 def test_ties_stay_ties():
     embedding, head = nn.Embedding(7, 6), nn.Linear(6, 7, bias=False)
     head.weight = embedding.weight
