@@ -182,7 +182,7 @@ def _streamed(
             if id(positions) not in whole:
                 whole[id(positions)] = None if torch.equal(positions, torch.arange(size)) else positions
             readers.setdefault(_bare(tensor), {}).setdefault(dim, []).append((axis, whole[id(positions)]))
-    found: dict[str, Tensor] = {}
+    sums: dict[str, list[Tensor]] = {axis: [] for axis in sizes}
     # Models have many vectors, each read in its only dimension.
     vectors = [name for name, value in values.items() if value.dim() == 1 and value.numel() <= PART]
     judged = dict(zip(vectors, chosen.together([Evidence(name, values[name], {}) for name in vectors]), strict=False))
@@ -192,10 +192,10 @@ def _streamed(
         parts = [(slice(None), judged[name])] if name in judged else chosen.parts(Evidence(name, value, {}))
         for dim, total in _sums(parts, name, value, own).items():
             for axis, positions in own[dim]:
-                here = total if positions is None else gather(total, positions, sizes[axis])
-                found[axis] = found[axis] + here if axis in found else here.double()
+                sums[axis].append(total if positions is None else gather(total, positions, sizes[axis]))
     totals = {
-        name: found[name] if name in found else torch.zeros(size, dtype=torch.float64) for name, size in sizes.items()
+        axis: torch.stack(several).sum(0, dtype=torch.float64) if several else torch.zeros(sizes[axis]).double()
+        for axis, several in sums.items()
     }
     if totals and not math.isfinite(torch.cat([*totals.values()]).sum().item()):
         _check_finite(values)
