@@ -351,12 +351,12 @@ def _floating(tensor: Tensor) -> bool:
 
 def _values(held: Held, wanted: set[str]) -> dict[str, Tensor]:
     """Values of the floating parameters named, zero where masked, by the name without masks."""
-    values = {}
+    bare, values = {_bare(name) for name in wanted}, {}
     for name, parameter in held.parameters.items():
-        if name in wanted and parameter.is_floating_point():
-            mask = held.mask_of(name)
-            value = parameter.detach()
-            values[_bare(name)] = value if mask is None else effective(value, mask)
+        mask = held.mask_of(name)
+        known = name if mask is None else _bare(name)
+        if known in bare and parameter.is_floating_point():
+            values[known] = parameter.detach() if mask is None else effective(parameter.detach(), mask)
     return values
 
 
