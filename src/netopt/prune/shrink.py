@@ -24,7 +24,7 @@ from netopt.plan import Plan
 from netopt.prune.candidates import names_of
 from netopt.prune.constants import carried, dead
 from netopt.prune.folding import Folds, folds, shifted
-from netopt.prune.neurons import make_plan
+from netopt.prune.making import make_plan
 from netopt.prune.verify import Promise, promise
 from netopt.report import PruningReport, Row
 
