@@ -87,10 +87,11 @@ def cost_of(held: Held, macs: int | None = None, nonzero: Mapping[str, int] | No
     """As :func:`cost`, of a model that is listed and whose operations, or entries by parameter, are counted already."""
     nonzero = nonzero_of(held) if nonzero is None else nonzero
     parameters = [held.parameters[name] for name in nonzero]
+    buffers = {id(buffer): buffer for buffer in held.buffers.values()}
     return Cost(
         params=sum([one.numel() for one in parameters]),
         nonzero=sum(nonzero.values()),
-        bytes=sum([one.nbytes for one in parameters]) + sum([one.nbytes for one in set(held.buffers.values())]),
+        bytes=sum([one.nbytes for one in parameters]) + sum([one.nbytes for one in buffers.values()]),
         macs=macs,
     )
 
