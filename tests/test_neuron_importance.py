@@ -330,6 +330,7 @@ def test_judged_in_parts_or_together_is_judged_one_by_one(monkeypatch, name):
     each = neuron_scores(model, members, taps.__getitem__, sizes, importance=alone).scores
     one_by_one = len(seen)
     monkeypatch.setattr(registry, "PART", 24)
+    monkeypatch.setattr(registry, "MANY", 2)
     parts = neuron_scores(
         model, members, taps.__getitem__, sizes, importance=importance.Criterion("cubes", cubes, entrywise=True)
     ).scores

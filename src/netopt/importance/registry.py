@@ -19,6 +19,8 @@ from netopt.errors import ArgumentTypeError, InvalidArgumentError, UnknownNameEr
 __all__ = ["Criterion", "Importance", "criterion", "lookup", "names", "updates_layers"]
 
 KINDS = ("weights", "neurons", "layers")
+MANY = 8
+"""So many vectors are worth being joined."""
 PART = 1 << 17
 """Entries judged at a time where each is judged by itself: what fits in a cache is not written to memory and back."""
 
@@ -64,9 +66,11 @@ class Criterion:
             yield slice(index * step, (index + 1) * step), self(evidence.of(rows))
 
     def together(self, evidence: Sequence[Any]) -> Sequence[Tensor]:
-        """Returns the scores of several vectors, judged as one; none where each has to be judged by itself."""
+        """Returns the scores of many vectors, judged as one; none where few are, or each has to be judged by itself."""
+        if not self.entrywise or len(evidence) < MANY:
+            return ()
         weights = [one.weight for one in evidence]
-        if not self.entrywise or len({(weight.device, weight.dtype) for weight in weights}) != 1:
+        if len({(weight.device, weight.dtype) for weight in weights}) != 1:
             return ()
         joined = torch.cat(weights)
         scores = self(evidence[0].of(joined))

@@ -240,7 +240,7 @@ def described(
         if id(module) in seen or (prefix not in owners and prefix not in set_here):
             continue
         seen.add(id(module))
-        settled = set_here.get(prefix, set()).copy()
+        settled = set_here.get(prefix, set())
         if settled:
             yield from _quotients(module, prefix, taken, settled)
         if prefix in owners:
@@ -253,29 +253,28 @@ def _said_by(
     named: Mapping[str, Tensor],
     shapes: Mapping[str, Sequence[int]],
     taken: Mapping[Path, Any],
-    settled: set[Any],
+    settled: Collection[Any],
 ) -> Iterator[tuple[Path, int]]:
-    """The integers of one module that describe its tensors; ``settled`` are those decided already, and grows."""
-    own = vars(module)
-    for row in [row for attribute in own if attribute in _ROWS_OF for row in _ROWS_OF[attribute]]:
-        said = own[row.attribute]
-        if type(said) is not int or row.attribute in settled:
-            continue
-        name = stored_under(module, row.tensor)
-        full = None if name is None else _shrinking(f"{prefix}.{name}" if prefix else name, row.tensor, shapes)
-        if full is None:
-            continue
-        dim = row.transposed if row.transposed is not None and getattr(module, "transposed", False) else row.dim
-        was, becomes = named[full].shape, shapes[full]
-        if dim is None or dim >= len(was):
-            continue
-        factor = getattr(module, "groups", 1) if row.grouped else 1
-        if said != was[dim] * factor:
-            continue
-        groups = taken.get((prefix, "groups"), factor) if row.grouped else 1
-        settled.add(row.attribute)
-        if becomes[dim] * groups != said:
-            yield (prefix, row.attribute), becomes[dim] * groups
+    """The integers of one module that describe its tensors; ``settled`` are those decided already."""
+    own, start = vars(module), f"{prefix}." if prefix else ""
+    for attribute in [attribute for attribute in own if attribute in _ROWS_OF and attribute not in settled]:
+        said = own[attribute]
+        for row in _ROWS_OF[attribute] if type(said) is int else ():
+            name = stored_under(module, row.tensor)
+            full = None if name is None else _shrinking(start + name, row.tensor, shapes)
+            if full is None:
+                continue
+            dim = row.transposed if row.transposed is not None and getattr(module, "transposed", False) else row.dim
+            was, becomes = named[full].shape, shapes[full]
+            if dim is None or dim >= len(was):
+                continue
+            factor = getattr(module, "groups", 1) if row.grouped else 1
+            if said != was[dim] * factor:
+                continue
+            groups = taken.get((prefix, "groups"), factor) if row.grouped else 1
+            if becomes[dim] * groups != said:
+                yield (prefix, attribute), becomes[dim] * groups
+            break
 
 
 def _shrinking(name: str, tensor: str, shapes: Mapping[str, Sequence[int]]) -> str | None:
