@@ -488,3 +488,22 @@ def test_repair_is_reserved():
     model, x = built("mlp")
     with pytest.raises(InvalidArgumentError, match="reserved"):
         prune_quietly(model, x, 0.5, repair="least_squares")
+
+
+@pytest.mark.parametrize("verify", [False, True])
+@pytest.mark.parametrize("mode", ["remove", "mask"])
+@pytest.mark.parametrize("zeros", ["none", "a few", "a neuron's", "a bias's"])
+def test_what_is_not_zero_is_counted_before_and_after(zeros, mode, verify):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)), torch.randn(2, 8)
+    with torch.no_grad():
+        if zeros == "a few":
+            model[0].weight[:, 3] = 0
+        elif zeros == "a neuron's":
+            model[0].weight[5] = 0
+        elif zeros == "a bias's":
+            model[2].bias.zero_()
+    before = measure.nonzero_parameters(model)
+    report = prune_quietly(model, x, 0.5, importance="magnitude", mode=mode, verify=verify)
+    assert (report.nonzero_before, report.nonzero_after) == (before, measure.nonzero_parameters(model))
+    assert (report.params_after, report.bytes_after) == (measure.count_parameters(model), measure.size_bytes(model))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -113,13 +113,18 @@ def nonzero_parameters(model: nn.Module) -> int:
     return sum(nonzero_of(Held(model)).values())
 
 
-def nonzero_of(held: Held) -> dict[str, int]:
-    """As :func:`nonzero_parameters`, of each parameter by itself, a shared one under the first of its names."""
+def nonzero_of(held: Held, full: Collection[str] = ()) -> dict[str, int]:
+    """As :func:`nonzero_parameters`, of each parameter by itself, a shared one under the first of its names.
+
+    Args:
+        held: What the model holds.
+        full: Names of parameters that are known to have no zero; they are not read.
+    """
     counts: dict[str, int] = {}
     once = {id(parameter): name for name, parameter in reversed(held.parameters.items())}
     for name in reversed(once.values()):
         parameter = held.parameters[name]
-        if parameter.is_meta:
+        if parameter.is_meta or name in full:
             counts[name] = parameter.numel()
         else:
             counts[name] = count_nonzero(parameter.detach(), held.mask_of(name))

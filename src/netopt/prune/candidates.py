@@ -32,7 +32,7 @@ def candidates(
         SelectorError: An entry selects nothing.
         NothingToPruneError: No axis is left; the message lists the reasons.
     """
-    if next(model.parameters(), None) is None:
+    if not axes.free and next(model.parameters(), None) is None:
         raise NothingToPruneError(f"{type(model).__name__} has no parameters, so it has no neurons to remove.")
     if include is not None and not _entries(include):
         raise SelectorError("include is empty, so nothing would be touched; leave it out to include everything.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -125,7 +125,13 @@ def prune_neurons(
         macs = decision.axes.macs()
     before = measure.cost_of(held, macs, decision.nonzero)
 
-    def report() -> PruningReport:
+    # A part of what has no zero has none, unless something is done to it besides.
+    changed = mode == "mask" or plan.shifts or plan.scales or plan.values
+    full = (
+        () if changed else {name for name, count in decision.nonzero.items() if count == held.parameters[name].numel()}
+    )
+
+    def report(full: Collection[str] = ()) -> PruningReport:
         settings = request.settings() | {"importance": _name(importance), "mode": mode}
         if decision.unsaid is not None:
             settings["config"] = decision.unsaid
@@ -135,7 +141,8 @@ def prune_neurons(
             left = decision.axes.macs(decision.counts() if mode == "remove" else {})
         else:
             left = measure.count_macs(model, example_inputs)
-        after = measure.cost_of(held if mode == "remove" else Held(model), left)
+        now = held if mode == "remove" else Held(model)
+        after = measure.cost_of(now, left, measure.nonzero_of(now, full))
         predicted = _predicted(before, after)
         return PruningReport(
             call="prune_neurons",
@@ -153,7 +160,7 @@ def prune_neurons(
         return report()
     operation = plan.prepare(held, optimizers)
     if not verify:
-        return operation.run(report)
+        return operation.run(lambda: report(full))
     promised = promise(
         model, example_inputs, counted, decision.computing() if plan.exact else None, steady=decision.axes.steady
     )
