@@ -17,9 +17,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from netopt.held import Held
 from netopt.prune.building import Shapes, Unfilled, alone, entries, is_share, plant
 from netopt.prune.formulas import Decimal, Formula, Ledger, Where, Whole
-from netopt.surgery import named_parameters_and_buffers
 
 __all__ = ["Drawing", "drawn"]
 
@@ -108,7 +108,7 @@ def drawn(
             return None
         finally:
             ledger.close()
-    parameters = named_parameters_and_buffers(other)[0]
+    parameters = Held(other).parameters
     if parameters.keys() != shapes.keys():
         # A size left to its default may stand for parts that are not there: then no solution sets it.
         more = [watch.sizes(parameters[name]) for name in parameters.keys() - shapes.keys()]
