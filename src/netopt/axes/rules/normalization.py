@@ -67,7 +67,8 @@ def layer_norm(
     """Statistics over the last dimensions."""
     dims = list(op.dims(tensor))
     start = len(dims) - len(shape)
-    op.inexact(dims[start:], f"is normalised over by {op.short}")
+    name = op.short.removeprefix("native_")  # as the user's code calls it
+    op.inexact(dims[start:], f"is normalised over by {name}")
     terms = [one for one in (weight, bias) if isinstance(one, Tensor)]
     for index in range(start, len(dims)):
         for term in terms:
