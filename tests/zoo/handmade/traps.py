@@ -176,6 +176,7 @@ def binomial(channels):
     inputs=(2, 3, 12),
     other=(3, 3, 9),
     share=0.0,
+    warm=True,
     fake="a function keeps what the first model made",
     frozen={"conv.weight:0!": "meets the literal 6|meets a constant tensor"},
 )
