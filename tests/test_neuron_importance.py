@@ -233,6 +233,20 @@ def test_scores_of_weights_are_summed_over_every_member():
     torch.testing.assert_close(squares, expected.detach().sqrt())
 
 
+@pytest.mark.filterwarnings("ignore:.*spectral_norm.*is deprecated")
+def test_weights_behind_a_norm_by_hooks_are_scored():
+    plain = mlp().double()
+    normed = copy.deepcopy(plain)
+    nn.utils.spectral_norm(normed[0])
+    axes = find_axes(plain, torch.randn(2, 5, dtype=torch.float64))
+    expected = neuron_scores(plain, {"0": axes.members(axes["0"])}, axes.taps, {"0": 6}, importance="magnitude")
+    axes = find_axes(normed, torch.randn(2, 5, dtype=torch.float64))
+    found = axes.free[0]
+    scored = neuron_scores(normed, {"0": axes.members(found)}, axes.taps, {"0": 6}, importance="magnitude")
+    # The vector of the power iteration is one more member, and no weight.
+    assert torch.allclose(scored.scores["0"], expected.scores["0"])
+
+
 def test_products_and_concatenations_reduce_alike():
     weight = torch.arange(12.0).view(6, 2)
     rows = weight.sum(1)

@@ -59,7 +59,7 @@ def memos_passed_by() -> Iterator[None]:
 
 def _search() -> None:
     """Notes what files of the user's and of model libraries hold; each is searched once."""
-    if len(sys.modules) == len(_searched):
+    if next(reversed(sys.modules)) in _searched and len(sys.modules) <= len(_searched):
         return
     new = sys.modules.keys() - _searched
     _searched.update(new)

@@ -341,7 +341,7 @@ def _turns(positions: Tensor) -> Tensor:
 
 
 def _bare(name: str) -> str:
-    """A member's name without the mask that is on it."""
+    """A member's name without what computes it: a mask, or a spectral norm by hooks."""
     return name.removesuffix("_orig")
 
 
@@ -354,7 +354,7 @@ def _values(held: Held, wanted: set[str]) -> dict[str, Tensor]:
     bare, values = {_bare(name) for name in wanted}, {}
     for name, parameter in held.parameters.items():
         mask = held.mask_of(name)
-        known = name if mask is None else _bare(name)
+        known = _bare(name)  # that of a mask or of a spectral norm by hooks
         if known in bare and parameter.is_floating_point():
             values[known] = parameter.detach() if mask is None else effective(parameter.detach(), mask)
     return values
