@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._C._functorch import maybe_current_level  # pyright: ignore[reportMissingModuleSource]
 from torch._subclasses import FakeTensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from netopt.axes.attributes import NUMBERS
@@ -338,6 +339,7 @@ class Trace(TorchDispatchMode):
             torch.is_grad_enabled()
             or torch._C._len_torch_dispatch_stack() != 1
             or maybe_current_level() is not None
+            or forward_ad._current_level >= 0  # derivatives that go along are computed inside
             or torch._C._is_any_autocast_enabled()  # it keeps what it has cast for other operations
             or not _PLAIN.issuperset(map(type, tensors))
             or str in map(type, args)  # such as the padding "same", which is worked out inside

@@ -115,9 +115,14 @@ def _like(watch: Watch, args: Any, kwargs: Any, result: Any) -> None:
 
 def _pad(watch: Watch, args: Any, kwargs: Any, result: Any) -> None:
     """What is padded stays, so that a computed amount must stay as large."""
-    for amount in _argument(args, kwargs, 1, "pad"):
-        if isinstance(amount, Size) and watch.trace.ledger.knows(amount):
-            watch.trace.ledger.conditions.append(Condition(operator.eq, amount, plain(amount), True, caller()))
+    _keep(watch, _argument(args, kwargs, 1, "pad"))
+
+
+def _keep(watch: Watch, numbers: Any) -> None:
+    """States that these numbers must stay, where they are computed from sizes."""
+    for number in numbers if isinstance(numbers, (tuple, list)) else (numbers,):
+        if type(number) is Size and watch.trace.ledger.knows(number):
+            watch.trace.ledger.conditions.append(Condition(operator.eq, number, plain(number), True, caller()))
 
 
 def _unflatten(watch: Watch, args: Any, kwargs: Any, result: Any) -> None:
@@ -141,6 +146,19 @@ def _grouped(position: int, name: str) -> Callable[..., None]:
             watch.equate(_argument(args, kwargs, position, name, 1), watch.trace.groups, name)
 
     return speak
+
+
+_GROUPS = 6
+
+
+def _convolved(watch: Watch, args: Any, kwargs: Any, result: Any) -> None:
+    """Strides, paddings and dilations are no sizes of neurons, and say how large the result is."""
+    for numbers in (*args[3:_GROUPS], *args[_GROUPS + 1 :]):  # after tensor, weight and bias
+        _keep(watch, numbers)
+    for name, numbers in kwargs.items():
+        if name not in ("input", "weight", "bias", "groups"):
+            _keep(watch, numbers)
+    _grouped(_GROUPS, "groups")(watch, args, kwargs, result)
 
 
 def _split(watch: Watch, args: Any, kwargs: Any, result: Any) -> None:
@@ -320,8 +338,8 @@ _SPEAKERS: dict[str, Callable[..., None]] = {
     "layer_norm": _normalized,
     "rms_norm": _normalized,
     "group_norm": _grouped(1, "num_groups"),
-    **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _grouped(6, "groups")),
-    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _grouped(6, "groups")),
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _convolved),
+    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _convolved),
     "channel_shuffle": _grouped(1, "groups"),
     "deform_conv2d": _grouped(11, "groups"),
     **dict.fromkeys(("split", "split_with_sizes", "unsafe_split"), _split),

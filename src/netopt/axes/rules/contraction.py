@@ -208,12 +208,28 @@ def attention(op: Operation, query: Tensor, key: Tensor, value: Tensor, *args: A
 
 @rule("aten::scaled_dot_product_attention")
 def attention_called(
-    op: Operation, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *rest: Any, **kwargs: Any
+    op: Operation,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **kwargs: Any,
 ) -> Dims:
     """Attention as the user's code calls it, with as many heads of keys as of queries."""
+    q, k, v = op.dims(query), op.dims(key), op.dims(value)
+    if is_causal:
+        if q[-2].size == k[-2].size:
+            op.same(q[-2], k[-2])  # a triangle without some rows and the same columns is a triangle
+        else:
+            op.freeze([q[-2], k[-2]], "is masked by its position")
+    op.contract(query, [q[-1]], [q[-2]])
+    op.contract(key, [k[-1]], [k[-2]])
+    op.contract(value, [v[-2]], [v[-1]])
     result = attention(op, query, key, value)[0]
     if attn_mask is not None:
-        scores = [*op.dims(query)[:-1], op.dims(key)[-2]]
+        scores = [*q[:-1], k[-2]]
         for right, dim in enumerate(reversed(op.dims(attn_mask)), 1):
             if dim.size > 1:
                 op.same(scores[-right], dim)
