@@ -57,10 +57,12 @@ class Attributes:
 
     Attributes:
         own: Of each module, its attributes that not every module has, flags and texts left out.
+        flags_alone: Whether a change of mode changes flags and nothing else; known once one was made.
     """
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
+        self.flags_alone = True
         self._kept: list[tuple[Any, Any]] = []
         self._empty: list[Any] = []
         self._holding: list[tuple[str, Any]] = []
@@ -111,16 +113,24 @@ class Attributes:
             _refill(container, before)
 
     @contextmanager
-    def in_mode(self, model: nn.Module, *, training: bool) -> Iterator[None]:
-        """Puts the model these modules are of in training or evaluation mode, and puts all back on leaving."""
+    def in_mode(self, model: nn.Module, *, training: bool) -> Iterator[bool]:
+        """Puts the model these modules are of in training or evaluation mode, and puts all back on leaving.
+
+        Gives whether this changed more than flags, as where a model's own ``train`` sets up something else.
+        """
         try:
-            if not _set_mode(model, self._parts, training):
+            self.flags_alone = _set_mode(model, self._parts, training)
+            if not self.flags_alone:
                 self.own = own_attributes(self._parts)
-            yield
+            yield not self.flags_alone and self._are_changed()
         finally:
             self.put_back()
             for module, flag in self._scripted:
                 module.training = flag
+
+    def _are_changed(self) -> bool:
+        """Whether something else than flags is not as it was."""
+        return any(self._empty) or any(map(_differs, *zip(*self._kept, strict=True)))
 
     def tensors(self) -> tuple[dict[str, Tensor], frozenset[str]]:
         """Parameters, buffers, then other tensors, each under its first name; and the names of the parameters."""
@@ -163,20 +173,32 @@ def attributes_given_back(parts: Parts) -> Iterator[None]:
 
 
 def _set_mode(model: nn.Module, parts: Parts, training: bool) -> bool:
-    """Sets the mode; says whether flags alone were set, since no class of the model does more in ``train``."""
-    if all(module.__dict__.get("training") is training for _, module in parts):
-        return True
-    if all(map(_changes_flags_alone, {type(module) for _, module in parts})):
+    """Sets the mode; says whether flags alone were set, since nothing in the model does more in ``train``."""
+    own = any("train" in module.__dict__ or "eval" in module.__dict__ for _, module in parts)
+    if not own and all(map(_changes_flags_alone, {type(module) for _, module in parts})):
         for _, module in parts:
             module.__dict__["training"] = training
         return True
-    model.train(training) if training else model.eval()
+    if training:
+        model.train()
+    elif any(module.training for _, module in parts):
+        model.eval()
     return False
 
 
 def _changes_flags_alone(kind: type[nn.Module]) -> bool:
     plain = nn.Module
     return kind.train is plain.train and kind.eval is plain.eval and kind.__setattr__ is plain.__setattr__
+
+
+def _differs(container: Any, before: Any) -> bool:
+    if isinstance(container, dict):
+        if container.keys() != before.keys():
+            return True
+        return any(value is not before[key] and key != "training" for key, value in container.items())
+    if isinstance(container, list):
+        return len(container) != len(before) or not all(map(operator.is_, container, before))
+    return container != before
 
 
 def _common_of(attributes: dict[str, Any]) -> Sequence[Any]:

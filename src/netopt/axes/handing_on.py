@@ -33,6 +33,20 @@ _TAKERS = (
     torch.dropout_,
     torch.feature_dropout,
 )
+_LOOKING = frozenset(["locals", "vars", "eval", "exec"])
+_QUIET = (
+    ast.Name,
+    ast.Attribute,
+    ast.Constant,
+    ast.Compare,
+    ast.BoolOp,
+    ast.UnaryOp,
+    ast.boolop,
+    ast.unaryop,
+    ast.cmpop,
+    ast.expr_context,
+)
+"""What a condition may consist of without doing anything."""
 _TAIL = 4
 """Lines that may follow the last one with code: closing brackets."""
 
@@ -42,16 +56,28 @@ def only_switches_dropout(frame: types.FrameType) -> bool:
     found = _use(frame.f_code, frame.f_lasti)
     if found is None:
         return False
-    node, argument = found
-    if isinstance(node, ast.Call):
-        return _drops(_value(node.func, frame.f_globals, types.ModuleType), argument)
+    node, place = found
     names = ChainMap(frame.f_locals, frame.f_globals)
+    if isinstance(node, ast.Call):
+        return _drops(_value(node.func, names, types.ModuleType), place)
     if isinstance(node, ast.BoolOp):
-        deciding = isinstance(node.op, ast.Or)
-        sides = [_told(one, names) for one in node.values]
-        return any(side is not _UNKNOWN and bool(side) is deciding for side in sides)
-    # A tensor that is taken in one mode only would be met in that mode only.
-    return all(isinstance(_value(one, names, object), (int, float)) for one in (node.body, node.orelse))
+        assert isinstance(place, int)
+        return _is_decided(node, place, names)
+    # A tensor that is taken in one mode only would be met in that mode only; a whole number may count anything.
+    values = [_value(one, names, object) for one in (node.body, node.orelse)]
+    return all(type(value) is float or (type(value) is int and value == 0) for value in values)
+
+
+def _is_decided(condition: ast.BoolOp, place: int, names: Mapping[str, Any]) -> bool:
+    """Whether a condition has a value that does not depend on its side at ``place``, and no other side does more."""
+    deciding = isinstance(condition.op, ast.Or)
+    for side in condition.values[place + 1 :]:
+        value = _told(side, names)
+        if value is not _UNKNOWN and bool(value) is deciding:
+            return True
+        if not all(isinstance(one, _QUIET) for one in ast.walk(side)):
+            return False  # what it does is done in one mode only
+    return False
 
 
 def _drops(function: Any, argument: Any) -> bool:
@@ -72,9 +98,13 @@ def _handed_on(code: types.CodeType, argument: int | str | None) -> Sequence[ast
     if argument not in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount] or tree is None:
         return ()
     parents = _parents(tree)
-    uses = [node for node in parents if isinstance(node, ast.Name) and node.id == argument]
-    calls = [_taking(node, parents)[0] for node in uses]
-    return [call for call in calls if call is not None] if None not in calls else ()
+    names = [node for node in parents if isinstance(node, ast.Name)]
+    calls = [_taking(node, parents)[0] for node in names if node.id == argument]
+    taken = [call for call in calls if call is not None]
+    if len(taken) < len(calls) or not _LOOKING.isdisjoint(node.id for node in names):
+        return ()
+    bound = _bound(tree)  # what a name stands for must not be another thing by the time of the call
+    return taken if all(bound.isdisjoint(_names_in(call.func)) for call in taken) else ()
 
 
 @functools.lru_cache(maxsize=4096)
@@ -97,11 +127,41 @@ def _use(code: types.CodeType, instruction: int) -> tuple[ast.Call | ast.IfExp |
     parent = parents[node]
     while isinstance(parent, ast.UnaryOp) and isinstance(parent.op, ast.Not):
         node, parent = parent, parents[parent]
-    if isinstance(parent, ast.BoolOp) or (
-        isinstance(parent, ast.IfExp) and node is parent.test and _chooses_zero(parent)
-    ):
-        return parent, None
-    return None
+    if isinstance(parent, ast.BoolOp) and isinstance(node, ast.expr):
+        return parent, parent.values.index(node)
+    chosen = isinstance(parent, ast.IfExp) and node is parent.test and _chooses_zero(parent)
+    return (parent, None) if chosen and _is_given_away(parent, parents) else None
+
+
+def _is_given_away(node: ast.AST, parents: Mapping[ast.AST, ast.AST]) -> bool:
+    """Whether all that is done with a value is to give it to calls, at once or under a name of its own."""
+    parent = parents[node]
+    if isinstance(parent, ast.Assign) and len(parent.targets) == 1 and isinstance(parent.targets[0], ast.Name):
+        name = parent.targets[0].id
+        uses = [one for one in parents if isinstance(one, ast.Name) and one.id == name]
+        return all(one is parent.targets[0] or _taking(one, parents)[0] is not None for one in uses)
+    return _taking(node, parents)[0] is not None
+
+
+def _names_in(expression: ast.AST) -> set[str]:
+    return {node.id for node in ast.walk(expression) if isinstance(node, ast.Name)}
+
+
+def _bound(tree: ast.AST) -> set[str]:
+    """The names that a function's text gives to something itself."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
+            found.add(node.id)
+        elif isinstance(node, ast.arg):
+            found.add(node.arg)
+        elif isinstance(node, ast.alias):
+            found.add((node.asname or node.name).partition(".")[0])
+        elif isinstance(node, (ast.Global, ast.Nonlocal)):
+            found.update(node.names)
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.ExceptHandler)) and node.name:
+            found.add(node.name)
+    return found
 
 
 def _parents(tree: ast.AST) -> dict[ast.AST, ast.AST]:
@@ -130,7 +190,10 @@ def _is_at(node: ast.AST, place: tuple[Any, ...]) -> bool:
 
 def _chooses_zero(choice: ast.IfExp) -> bool:
     """Whether one of both is the number 0, and the other is read and not computed."""
-    zeros = [isinstance(one, ast.Constant) and one.value == 0 for one in (choice.body, choice.orelse)]
+    zeros = [
+        isinstance(one, ast.Constant) and one.value == 0 and one.value is not False
+        for one in (choice.body, choice.orelse)
+    ]
     plain = [isinstance(one, (ast.Constant, ast.Name, ast.Attribute)) for one in (choice.body, choice.orelse)]
     return any(zeros) and all(plain)
 
@@ -211,5 +274,14 @@ def _held(expression: ast.AST, names: Mapping[str, Any]) -> Any:
         return names.get(expression.id, _UNKNOWN)
     if isinstance(expression, ast.Attribute) and expression.attr != "training":
         holder = _held(expression.value, names)
+        if _is_computed(type(holder), expression.attr):
+            return _UNKNOWN
         return getattr(holder, "__dict__", {}).get(expression.attr, _UNKNOWN)
     return _UNKNOWN
+
+
+def _is_computed(kind: type, name: str) -> bool:
+    """Whether an attribute of a class's objects may be another than the one they hold, as a property is."""
+    if isinstance(kind.__getattribute__, types.FunctionType):
+        return True
+    return any(hasattr(type(vars(base)[name]), "__set__") for base in kind.__mro__ if name in vars(base))

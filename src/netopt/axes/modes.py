@@ -54,7 +54,7 @@ class _WatchedFlag:
         if not self._modes.differ and not (asking and asking[-1] is module):
             frame = sys._getframe(1)
             if frame.f_code.co_filename not in _HANDING_ON and not only_switches_dropout(frame):
-                if frame.f_code is type(module).forward.__code__ and is_small(module):
+                if frame.f_code is getattr(type(module).forward, "__code__", None) and is_small(module):
                     asking.append(module)
                 else:
                     self._modes.differ = True

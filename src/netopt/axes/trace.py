@@ -131,6 +131,7 @@ class Trace(TorchDispatchMode):
         work: What each operation that costs multiplications was given: its formula, arguments and result, with every
             tensor as the layouts of its dimensions. Of the first run only.
         counting: Whether work is being noted.
+        looks: How often values of tensors were looked at.
         complete: Whether every tensor an operation read is known to be given or made by an operation seen.
         pointers: Names of integer members whose entries are positions of a layout.
         by_value: Whether sizes may depend on values: something was selected by value, read as a plain number, or given
@@ -164,6 +165,7 @@ class Trace(TorchDispatchMode):
         self.pointers: dict[str, Layout] = {}
         self.in_call = False
         self.by_value = False
+        self.looks = 0
         self.complete = True
         self._alive: list[_Known] = []
         self._marks: list[Mark] = []
@@ -264,6 +266,7 @@ class Trace(TorchDispatchMode):
 
     def reach(self, tensors: Iterable[Tensor]) -> None:
         """Notes that the values of these tensors count: they are results, or the code looks at them."""
+        self.looks += 1
         for tensor in tensors:
             known = self._met(tensor)
             self._alive += [known, *known.memory]

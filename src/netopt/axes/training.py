@@ -8,16 +8,17 @@ the rest of the model need not be run in that mode to know.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_iter
 
-from netopt.axes.attributes import COMMON, NUMBERS, attributes_given_back
+from netopt.axes.attributes import COMMON, NUMBERS, attributes_given_back, is_configuration, is_library
 from netopt.axes.layout import Layout, atoms, unify
-from netopt.axes.sizes import Extent, Scalar, Size, leaves
+from netopt.axes.operation import Dim
+from netopt.axes.sizes import Extent, Scalar, Size, leaves, plain
 from netopt.axes.trace import Trace
 from netopt.restore import version_of
 
@@ -41,19 +42,21 @@ class Trials:
     def __init__(self, trace: Trace) -> None:
         self._trace = trace
         self._alike: set[Any] = set()
+        self._kept: list[Any] = []
 
     def is_alike(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> bool:
         """Whether ``module``, in training mode, makes of its arguments a tensor with the dimensions of ``result``.
 
         The two are then stated to be the same. Attributes are as before afterwards; values of buffers are not.
         """
-        parts = [part for _, part in module.named_modules()]
+        parts = list(module.modules())
         with torch._C.DisableTorchFunction():  # what is asked here is no question of the user's code
-            kind = (self._signature(args), self._signature(kwargs), *map(self._part, parts))
-            if kind in self._alike:
-                return True
             given = [leaf for leaf in tree_iter((args, kwargs)) if isinstance(leaf, Tensor)]
             touched = [*given, *module.parameters(), *module.buffers()]
+            signature = _Signature(self._trace, parts, touched, self._kept)
+            kind = (signature.of(args), signature.of(kwargs), *map(signature.of_part, parts))
+            if kind in self._alike:
+                return True
             told, noted = self._told(touched), self._noted()
         if not _is_alike(self._trace, module, args, kwargs, result):
             return False
@@ -68,9 +71,9 @@ class Trials:
         return True
 
     def _noted(self) -> tuple[int, ...]:
-        """How much was noted of integers, and of tensors."""
-        ledger = self._trace.ledger
-        return len(ledger.conditions), len(ledger.equations), len(ledger.numbers), len(self._trace.touched)
+        """How much was noted of integers, of tensors, and of values that were looked at."""
+        trace, ledger = self._trace, self._trace.ledger
+        return len(ledger.conditions), len(ledger.equations), len(ledger.numbers), len(trace.touched), trace.looks
 
     def _told(self, tensors: Iterable[Tensor]) -> list[Any]:
         """What is known of the dimensions of tensors."""
@@ -80,28 +83,74 @@ class Trials:
             for layout, zero in self._trace.dims(tensor)
         ]
 
-    def _part(self, part: nn.Module) -> Any:
-        held = vars(part).items()
-        own = [(key, self._signature(one)) for key, one in held if key not in COMMON or one]
-        return type(part), tuple(own)
 
-    def _signature(self, value: Any) -> Any:
-        """What a value is but for the sizes in it that may change, to be compared with that of others."""
+class _Signature:
+    """What a module and its arguments are but for the sizes that may change, to be compared with that of others.
+
+    Args:
+        trace: The trace they run in.
+        parts: The module and those in it.
+        tensors: Which they hold and are given: an integer that is none of their sizes is taken as it is.
+        kept: Objects that are told apart by their address, so that it is not reused.
+    """
+
+    def __init__(self, trace: Trace, parts: Sequence[nn.Module], tensors: Iterable[Tensor], kept: list[Any]) -> None:
+        self._trace = trace
+        self._parts = {id(part): place for place, part in enumerate(parts)}
+        self._layouts: dict[int, int] = {}
+        self._known = kept
+        self._inside: set[int] = set()
+        sizes = {layout.size for tensor in tensors for layout, _ in trace.dims(tensor) if not _stays(layout)}
+        self._sizes = sizes - {1}
+
+    def of_part(self, part: nn.Module) -> Any:
+        own = [(key, self.of(one)) for key, one in vars(part).items() if key not in COMMON or one]
+        return type(part), tuple(own), _class_values(type(part))
+
+    def of(self, value: Any) -> Any:
         kind = type(value)
-        if kind in (Size, Scalar):
+        if kind is Size:
+            number = plain(value)
+            return kind, None if number in self._sizes else number
+        if kind is Scalar:
             return kind
         if kind in NUMBERS:
             return kind, value
         if isinstance(value, Tensor):
-            sizes = [layout.size if _stays(layout) else layout.size == 1 for layout, _ in self._trace.dims(value)]
-            return kind, value.dtype, value.device, value.layout, tuple(sizes)
+            return kind, value.dtype, value.device, value.layout, *map(self._of_dim, self._trace.dims(value))
         if kind in (tuple, list):
-            return kind, tuple(map(self._signature, value))
+            return kind, tuple(map(self.of, value))
         if kind is set:
-            return kind, frozenset(map(self._signature, value))
+            return kind, frozenset(map(self.of, value))
         if kind in (dict, OrderedDict):
-            return kind, tuple([(key, self._signature(one)) for key, one in value.items()])
-        return kind if isinstance(value, nn.Module) else id(value)
+            return kind, tuple([(key, self.of(one)) for key, one in value.items()])
+        if id(value) in self._parts:
+            return kind, self._parts[id(value)]
+        self._known.append(value)
+        if not is_configuration(value) or id(value) in self._inside:
+            return id(value)
+        self._inside.add(id(value))
+        return id(value), self.of(vars(value))
+
+    def _of_dim(self, dim: Dim) -> Any:
+        """Which dimensions are the same, which are zero where they are masked, and what of them stays."""
+        layout, zero = dim
+        fixed = tuple([atom.frozen is not None for atom in atoms(layout)])
+        place = self._layouts.setdefault(id(layout), len(self._layouts))
+        return place, zero, fixed, layout.size if all(fixed) else layout.size == 1
+
+
+def _class_values(kind: type[nn.Module]) -> Any:
+    """The plain values of a module's classes, which its code may have changed."""
+    return tuple(
+        [
+            (key, value)
+            for base in kind.__mro__
+            if not is_library(base.__module__)
+            for key, value in vars(base).items()
+            if type(value) in NUMBERS and not key.startswith("__")
+        ]
+    )
 
 
 def _stays(layout: Layout) -> bool:
