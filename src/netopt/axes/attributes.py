@@ -20,6 +20,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from netopt.axes.writes import Writes
+from netopt.errors import ForwardError
+
 __all__ = [
     "COMMON",
     "DEPTH",
@@ -113,18 +116,25 @@ class Attributes:
             _refill(container, before)
 
     @contextmanager
-    def in_mode(self, model: nn.Module, *, training: bool) -> Iterator[bool]:
+    def in_mode(self, model: nn.Module, *, training: bool, writes: Writes | None = None) -> Iterator[bool]:
         """Puts the model these modules are of in training or evaluation mode, and puts all back on leaving.
 
-        Gives whether this changed more than flags, as where a model's own ``train`` sets up something else.
+        Gives whether this changed more than flags, as where a model's own ``train`` sets up something else. What is
+        written into parameters is undone by ``writes``.
         """
+        writes = Writes(()) if writes is None else writes
         try:
-            self.flags_alone = _set_mode(model, self._parts, training)
+            try:
+                self.flags_alone = _set_mode(model, self._parts, writes, training)
+            except Exception as error:
+                name = "train" if training else "eval"
+                raise ForwardError(f"{name}() of {type(model).__name__} failed; see the chained exception.") from error
             if not self.flags_alone:
                 self.own = own_attributes(self._parts)
             yield not self.flags_alone and self._are_changed()
         finally:
             self.put_back()
+            writes.undo()
             for module, flag in self._scripted:
                 module.training = flag
 
@@ -172,17 +182,18 @@ def attributes_given_back(parts: Parts) -> Iterator[None]:
         attributes.put_back()
 
 
-def _set_mode(model: nn.Module, parts: Parts, training: bool) -> bool:
+def _set_mode(model: nn.Module, parts: Parts, writes: Writes, training: bool) -> bool:
     """Sets the mode; says whether flags alone were set, since nothing in the model does more in ``train``."""
     own = any("train" in module.__dict__ or "eval" in module.__dict__ for _, module in parts)
     if not own and all(map(_changes_flags_alone, {type(module) for _, module in parts})):
         for _, module in parts:
             module.__dict__["training"] = training
         return True
-    if training:
-        model.train()
-    elif any(module.training for _, module in parts):
-        model.eval()
+    with writes.seen():
+        if training:
+            model.train()
+        elif any(module.training for _, module in parts):
+            model.eval()
     return False
 
 

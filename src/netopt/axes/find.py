@@ -89,7 +89,7 @@ def find_axes(model: nn.Module, example_inputs: Inputs, *, outputs: Outputs = No
                 borrowed.enter_context(context)
             trace.inputs(leaf for leaf in tree_iter(batches.normalize(example_inputs)) if isinstance(leaf, Tensor))
             _freeze_scripted(parts, trace)
-            with attributes.in_mode(model, training=False) as more, modes_watched() as modes:
+            with attributes.in_mode(model, writes=trace.writes, training=False) as more, modes_watched() as modes:
                 watch = Watch(model, parts, trace, modes)
                 trace.counting = True
                 results = _run(model, parts, attributes, example_inputs, watch, outputs)
@@ -98,11 +98,14 @@ def find_axes(model: nn.Module, example_inputs: Inputs, *, outputs: Outputs = No
             readings = watch.readings
             twins = unreached(parts, watch.reached, trace.touched)
             if twins:
-                with standing_in(twins, trace), attributes.in_mode(model, training=False):
+                with standing_in(twins, trace), attributes.in_mode(model, writes=trace.writes, training=False):
                     _run(model, parts, attributes, example_inputs, Watch(model, parts, trace, modes), outputs)
             if modes.differ or not attributes.flags_alone:
-                # Batch norm fails in training mode on a single sample.
-                with contextlib.suppress(ForwardError), attributes.in_mode(model, training=True) as more:
+                # Batch norm fails in training mode on a single sample, and a model may refuse to be trained.
+                with (
+                    contextlib.suppress(ForwardError),
+                    attributes.in_mode(model, writes=trace.writes, training=True) as more,
+                ):
                     if modes.differ or more:
                         watch = Watch(model, parts, trace, modes)
                         _run(model, parts, attributes, example_inputs, watch, outputs)

@@ -129,8 +129,9 @@ def _use(code: types.CodeType, instruction: int) -> tuple[ast.Call | ast.IfExp |
         node, parent = parent, parents[parent]
     if isinstance(parent, ast.BoolOp) and isinstance(node, ast.expr):
         return parent, parent.values.index(node)
-    chosen = isinstance(parent, ast.IfExp) and node is parent.test and _chooses_zero(parent)
-    return (parent, None) if chosen and _is_given_away(parent, parents) else None
+    if not isinstance(parent, ast.IfExp) or node is not parent.test:
+        return None
+    return (parent, None) if _chooses_zero(parent) and _is_given_away(parent, parents) else None
 
 
 def _is_given_away(node: ast.AST, parents: Mapping[ast.AST, ast.AST]) -> bool:

@@ -22,6 +22,7 @@ from netopt.axes.attributes import NUMBERS
 from netopt.axes.layout import Atom, Layout, freeze, resolve
 from netopt.axes.operation import Dim, Dims, Mark, Operation, find_rule
 from netopt.axes.sizes import Ledger, caller, plain, show_place
+from netopt.axes.writes import Writes, storage_of
 from netopt.errors import TraceError
 from netopt.flops import formula
 
@@ -109,6 +110,9 @@ class _Known:
         self.marks: Sequence[Mark] = ()
         self.memory: list[_Known] = []  # shared by a tensor and its views: the last write, if there was one
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Known:
+        return self  # what is known of a tensor holds of its copy
+
 
 class Trace(TorchDispatchMode):
     """The equations of one model, collected while its forward runs.
@@ -131,6 +135,7 @@ class Trace(TorchDispatchMode):
         work: What each operation that costs multiplications was given: its formula, arguments and result, with every
             tensor as the layouts of its dimensions. Of the first run only.
         counting: Whether work is being noted.
+        writes: Values of parameters from before something was written to them.
         looks: How often values of tensors were looked at.
         complete: Whether every tensor an operation read is known to be given or made by an operation seen.
         pointers: Names of integer members whose entries are positions of a layout.
@@ -171,8 +176,7 @@ class Trace(TorchDispatchMode):
         self._marks: list[Mark] = []
         self._marked: list[Tensor] = []
         self._dirty: dict[int, Any] = {}
-        self._stored: dict[int, Tensor] | None = None
-        self._saved: dict[int, tuple[Tensor, Tensor]] = {}
+        self.writes = Writes([members[name] for name in parameters])
         for name, tensor in members.items():
             zero = tensor.is_floating_point() or tensor.is_complex()
             vars(tensor)[self._note] = _Known([Dim(Atom(size), zero) for size in tensor.shape], data=False, source=name)
@@ -180,10 +184,7 @@ class Trace(TorchDispatchMode):
 
     def forget(self) -> None:
         """Takes the notes off the tensors that outlive the trace, and undoes what the forward wrote into parameters."""
-        with torch.no_grad():
-            for parameter, value in self._saved.values():
-                parameter.copy_(value)
-        self._saved.clear()
+        self.writes.undo()
         for tensor in self._marked:
             vars(tensor).pop(self._note, None)
         self._marked.clear()
@@ -202,7 +203,7 @@ class Trace(TorchDispatchMode):
             known = self._met(tensor)
         elif known.source is not None:
             self.touched.add(known.source)
-        if self._dirty and _storage(tensor) in self._dirty:
+        if self._dirty and storage_of(tensor) in self._dirty:
             known.dims = [Dim(resolve(layout), False) for layout, _ in known.dims]
             return known.dims
         for layout, _ in known.dims:
@@ -299,6 +300,13 @@ class Trace(TorchDispatchMode):
     def _known(self, tensor: Tensor) -> _Known | None:
         return tensor.__dict__.get(self._note)
 
+    def know_again(self, tensor: Tensor, other: Any) -> None:
+        """States that ``other`` is ``tensor`` in another guise, with the same dimensions and the same memory."""
+        known = self._known(tensor)
+        if known is not None and isinstance(other, Tensor):
+            vars(other)[self._note] = known
+            self._marked.append(other)
+
     def _learn(self, tensor: Tensor, dims: Dims, *, data: bool, source: str | None, mark: bool = False) -> _Known:
         known = _Known(dims, data=data, source=source)
         vars(tensor)[self._note] = known
@@ -323,7 +331,7 @@ class Trace(TorchDispatchMode):
             _tensors_in(kwargs.values(), tensors)
         known = self._read(tensors, traits)
         if traits.writes:
-            self._save(tensors)
+            self.writes.save(tensors)
         out = function(*args, **kwargs)
         self._hear(traits, args, kwargs, tensors, known, out)
         return out
@@ -478,15 +486,6 @@ class Trace(TorchDispatchMode):
                 if dim.size > 1:
                     freeze(dim.layout, f"reaches {op.name}, which has no rule, at {self.where()}")
 
-    def _save(self, tensors: list[Tensor]) -> None:
-        """Copies a parameter before an operation may write into it, as a teacher's moving average does."""
-        if self._stored is None:
-            self._stored = {_storage(self.members[name]): self.members[name] for name in self.parameters}
-        for tensor in tensors:
-            key = _storage(tensor)
-            if key in self._stored and key not in self._saved:
-                self._saved[key] = (self._stored[key], self._stored[key].detach().clone())
-
     def _disagree(self, name: str, tensor: Tensor, dims: Dims) -> NoReturn:
         sizes = tuple(dim.size for dim in dims)
         raise TraceError(f"the rule of {name} gives sizes {sizes} to a result of shape {tuple(tensor.shape)}.")
@@ -499,7 +498,7 @@ class Trace(TorchDispatchMode):
             and any(tensor is one for one in tensors)
             and any(old.zero and not new.zero for old, new in zip(before, after, strict=True) if old.size > 1)
         ):
-            self._dirty[_storage(tensor)] = tensor  # kept alive, so that its address is not reused
+            self._dirty[storage_of(tensor)] = tensor  # kept alive, so that its address is not reused
 
 
 def _tensors_in(values: Iterable[Any], found: list[Tensor]) -> list[Tensor]:
@@ -516,7 +515,3 @@ def _tensors_in(values: Iterable[Any], found: list[Tensor]) -> list[Tensor]:
         elif kind is dict:
             _tensors_in(value.values(), found)
     return found
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)

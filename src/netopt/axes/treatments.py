@@ -307,6 +307,17 @@ def _looked_at(watch: Watch, args: Any, kwargs: Any, result: Any) -> None:
     watch.trace.reach([args[0]])
 
 
+def _given_away(watch: Watch, args: Any, kwargs: Any, result: Any) -> None:
+    """As many values leave torch as there are neurons, and may come back as if they came from outside."""
+    _looked_at(watch, args, kwargs, result)
+    for dim in watch.trace.dims(args[0]):
+        freeze(dim.layout, f"leaves torch at {watch.trace.where()}")
+
+
+def _wrapped(watch: Watch, args: Any, kwargs: Any, result: Any) -> None:
+    watch.trace.know_again(args[0], result)
+
+
 def _attention(watch: Watch, args: Any, kwargs: Any, result: Any) -> None:
     query, key = (watch.trace.dims(_argument(args, kwargs, i, name)) for i, name in enumerate(("query", "key")))
     if len(query) > 2 and query[-3].size > key[-3].size:
@@ -350,7 +361,9 @@ _SPEAKERS: dict[str, Callable[..., None]] = {
     "arange": _arange,
     "view_as_complex": _as_complex,
     "scaled_dot_product_attention": _attention,
-    **dict.fromkeys(("numpy", "tolist", "__array__", "data_ptr"), _looked_at),
+    **dict.fromkeys(("numpy", "tolist", "__array__"), _given_away),
+    "data_ptr": _looked_at,
+    "as_subclass": _wrapped,
 }
 
 
