@@ -828,3 +828,32 @@ def test_a_table_of_relative_positions_stays_and_its_heads_may_go(side):
     assert by_member["table", 0].frozen
     assert by_member["qkv.weight", 1].frozen
     assert by_member["table", 1].size == 2
+
+
+LEAVING = {
+    "numpy": lambda x: torch.from_numpy(x.detach().numpy()),
+    "a list": lambda x: torch.tensor(x.tolist()),
+}
+
+
+class Handing(nn.Module):
+    """Something is done with a tensor between two layers."""
+
+    def __init__(self, handed):
+        super().__init__()
+        self.first, self.last, self.handed = nn.Linear(5, 8), nn.Linear(8, 3), handed
+
+    def forward(self, x):
+        return self.last(self.handed(self.first(x)))
+
+
+@pytest.mark.parametrize("how", LEAVING)
+def test_what_leaves_torch_stays_as_it_is(how):
+    axes = find_axes(Handing(LEAVING[how]), torch.randn(2, 5))
+    assert re.search(f"leaves torch at {here()}", axes["first"].frozen)
+
+
+def test_a_copied_tensor_has_the_same_dimensions():
+    axes = find_axes(Handing(lambda x: copy.deepcopy(x.detach())), torch.randn(2, 5))
+    assert {str(member) for member in axes["first"].members} == {"first.weight:0", "first.bias:0", "last.weight:1"}
+    assert axes["last"].frozen

@@ -124,6 +124,69 @@ class HandedAmongOthers(Base):
         return added(self.linear(x), *given, self.training)
 
 
+class ChosenFlag(Base):
+    def forward(self, x):
+        flag = self.flag if self.training else False
+        return self.linear(x.flip(-1) if flag else x)
+
+    flag = True
+
+
+class ChosenNumber(Base):
+    def forward(self, x):
+        times = 1 if self.training else 0
+        return self.linear(x) + sum(x for _ in range(times))
+
+
+class ChosenAndAsked(Base):
+    def forward(self, x):
+        rate = self.p if self.training else 0.0
+        return self.linear(x.flip(-1) if rate > 0 else x)
+
+
+class CalledByANameOfItsOwn(Base):
+    def forward(self, x):
+        F = Named()
+        return F.dropout(self.linear(x), self.p, self.training)
+
+
+class Named:
+    def dropout(self, x, p, training):
+        return x.flip(-1) if training else x
+
+
+class HandedToOneThatNames(Base):
+    def forward(self, x):
+        return naming(self.linear(x), self.p, self.training)
+
+
+class HandedToOneThatLooksAtAllItHas(Base):
+    def forward(self, x):
+        return looking_at_all(self.linear(x), self.p, self.training)
+
+
+class DoneBeforeItIsDecided(Base):
+    def forward(self, x):
+        self.seen = None
+        if self.training and self.see(x) and self.p < 0:
+            return x
+        return self.linear(x) if self.seen is None else self.seen
+
+    def see(self, x):
+        self.seen = x
+        return True
+
+
+def naming(x, p, training):
+    F = Named()
+    return F.dropout(x, p, training)
+
+
+def looking_at_all(x, p, training):
+    y = F.dropout(x, p, training)
+    return y.flip(-1) if locals()["training"] else y
+
+
 def added(x, residual, prob, drop=False):
     """As that of BLOOM: what is dropped, and what it is added to."""
     return residual + F.dropout(x, p=prob, training=drop)
@@ -167,6 +230,11 @@ class Undecided(Base):
     def __init__(self, read):
         super().__init__()
         self.rate, self.reads, self.read = 0.5, 0, read
+        vars(self)["held"] = 0
+
+    @property
+    def held(self):
+        return self.rate
 
     @property
     def counted(self):
@@ -187,6 +255,7 @@ READINGS = {
     "numbers that do not compare": lambda one: one.training and one.rate > "0",
     "a chain": lambda one: one.training and 0 < one.rate < 0.1,
     "another flag": lambda one: one.training and one.linear.training,
+    "a property over what is held": lambda one: one.training and one.held,
 }
 
 
@@ -234,6 +303,13 @@ QUESTIONS = (
     HandedToOneThatLooks,
     HandedToOneThatSetsItAnew,
     HandedAmongOthers,
+    ChosenFlag,
+    ChosenNumber,
+    ChosenAndAsked,
+    CalledByANameOfItsOwn,
+    HandedToOneThatNames,
+    HandedToOneThatLooksAtAllItHas,
+    DoneBeforeItIsDecided,
 )
 
 
@@ -428,3 +504,141 @@ def test_one_run_tells_what_two_tell(case: Case, monkeypatch):
 def _noted(made, kind):
     made.append(kind())
     return made[-1]
+
+
+class Switched(nn.Module):
+    """Adds a vector in training, where a switch is on."""
+
+    def __init__(self, switch):
+        super().__init__()
+        self.extra, self.switch = nn.Parameter(torch.randn(8)), switch
+
+    def is_on(self, given):
+        return self.switch
+
+    def forward(self, x, given=None):
+        return x + self.extra if self.training and self.is_on(given) else x
+
+
+class SwitchedByABuffer(Switched):
+    def __init__(self, switch):
+        super().__init__(None)
+        self.register_buffer("value", torch.tensor(float(switch)))
+
+    def is_on(self, given):
+        return self.value.item() > 0
+
+
+class SwitchedByAKind(Switched):
+    def __init__(self, switch):
+        super().__init__(3 if switch else 2)
+
+    def is_on(self, given):
+        return (None, None, False, True)[self.switch]
+
+
+class SwitchedByWhatItIsGiven(Switched):
+    def is_on(self, given):
+        return given.switch
+
+
+class InRows(nn.Module):
+    """Two of a kind, the first switched off."""
+
+    def __init__(self, kind, *, one_object=False):
+        super().__init__()
+        self.first, self.last = nn.Linear(5, 8), nn.Linear(8, 3)
+        self.off, self.on, self.one_object = kind(False), kind(True), one_object
+
+    def forward(self, x):
+        given = types.SimpleNamespace(switch=False)
+        x = self.off(self.first(x), given)
+        given = given if self.one_object else types.SimpleNamespace()
+        given.switch = True
+        return self.last(self.on(x * 1.0, given)) + 0 * (self.on.extra.sum() + self.off.extra.sum())
+
+
+@pytest.mark.parametrize("kind", [Switched, SwitchedByABuffer, SwitchedByAKind, SwitchedByWhatItIsGiven])
+@pytest.mark.parametrize("one_object", [False, True])
+def test_what_tells_parts_of_a_kind_apart_is_seen(kind, one_object):
+    axes = find_axes(InRows(kind, one_object=one_object).eval(), torch.randn(4, 5))
+    assert "on.extra:0" in map(str, axes["first"].members)
+
+
+class TiedBefore(nn.Module):
+    """Two of a kind; what the first adds in training is added to its input in any mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.middle, self.last = nn.Linear(5, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.one, self.other = Switched(True), Switched(True)
+
+    def forward(self, x):
+        x = self.one(self.first(x) + self.one.extra)
+        x = self.other(self.middle(x))
+        return self.last(x) + 0 * self.other.extra.sum()
+
+
+def test_what_is_tied_already_tells_nothing_of_others():
+    axes = find_axes(TiedBefore().eval(), torch.randn(4, 5))
+    assert "other.extra:0" in map(str, axes["middle"].members)
+
+
+class AddedNoise(nn.Module):
+    def forward(self, x):
+        return x + torch.randn_like(x) if self.training else x
+
+
+class NoisyTwice(nn.Module):
+    """Noise is added to what is not zero where it is masked, and then to what is."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.middle, self.last = nn.Linear(5, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.one, self.other = AddedNoise(), AddedNoise()
+
+    def forward(self, x):
+        x = self.other(self.middle(self.one(self.first(x).sigmoid())))
+        return self.last(x) + x.square().sum(-1, keepdim=True)
+
+
+def test_noise_on_what_is_zero_is_another_thing():
+    assert not find_axes(NoisyTwice().eval(), torch.randn(4, 5))["middle"].exact
+
+
+class WithATrainOfItsOwn(nn.Module):
+    """Has another attribute for its mode, and merges a weight for evaluation."""
+
+    def __init__(self, refuses=False):
+        super().__init__()
+        self.first, self.last = nn.Linear(5, 8), nn.Linear(8, 3)
+        self.extra, self.merged, self.refuses = nn.Parameter(torch.randn(8)), False, refuses
+
+    def train(self, mode=True):
+        if mode and self.refuses:
+            raise RuntimeError("is not to be trained")
+        if self.merged is mode:
+            self.first.bias.data += -self.extra.data if mode else self.extra.data
+            self.merged = not mode
+        return super().train(mode)
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.last(x if self.merged else x + self.extra) + 0 * self.extra.sum()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_train_of_its_own_is_run_and_undone(training):
+    model = WithATrainOfItsOwn().train(training)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    axes = find_axes(model, torch.randn(4, 5))
+    assert "extra:0" in map(str, axes["first"].members)
+    assert model.merged is not training
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_a_model_that_refuses_to_be_trained_is_evaluated():
+    model = WithATrainOfItsOwn(refuses=True).eval()
+    assert find_axes(model, torch.randn(4, 5))["first"].frozen is None
+    assert model.merged

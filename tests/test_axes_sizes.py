@@ -528,3 +528,27 @@ def test_what_stands_for_a_missing_package_is_left_alone(monkeypatch):
     Net.__module__ = "lacking"
     with remembering_literals([("", Net())]):
         assert Net()(1.0) == 0.5
+
+
+class Strided(nn.Module):
+    """A stride, a padding or a dilation that is computed from a number of channels."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.first, self.name = nn.Conv2d(5, 8, 1), name
+        self.weight, self.last = nn.Parameter(torch.randn(6, 8, 3, 3)), nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = self.first(x)
+        number = x.shape[1] // 4
+        if self.name == "stride":
+            x = nn.functional.conv2d(x, self.weight, None, number)
+        else:
+            x = nn.functional.conv2d(x, self.weight, **{self.name: number})
+        return self.last(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("name", ["stride", "padding", "dilation"])
+def test_what_says_where_a_convolution_looks_stays(name):
+    axes = find_axes(Strided(name), torch.randn(2, 5, 8, 8))
+    assert [axis.name for axis in axes.free] == ["weight"]

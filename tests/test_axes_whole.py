@@ -8,6 +8,7 @@ from tests.zoo.case import Case
 from tests.zoo.handmade import HANDMADE
 from tests.zoo.language import CASES as FAMILIES
 from torch import nn
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from netopt import measure
@@ -123,3 +124,70 @@ def test_what_autocast_keeps_is_seen_being_made():
     model, x = _Autocast(), torch.randn(4, 6)
     assert find_axes(model, x)["weight"].frozen is None
     assert prune_neurons(model, x, 0.5, importance="magnitude").plan.shapes_after["weight"] == (4, 6)
+
+
+class _Latent(nn.Module):
+    """Attention from learned queries, of which some may go unless a triangle says which keys each may see."""
+
+    def __init__(self, **how):
+        super().__init__()
+        self.how, self.queries = how, nn.Parameter(torch.randn(6, 8))
+        self.key, self.value, self.out = nn.Linear(5, 8), nn.Linear(5, 8), nn.Linear(6, 3)
+
+    def forward(self, x):
+        queries = self.queries.expand(x.shape[0], -1, -1)
+        seen = nn.functional.scaled_dot_product_attention(queries, self.key(x), self.value(x), **self.how)
+        return self.out(seen.transpose(1, 2)).sum(1)
+
+
+@pytest.mark.parametrize("how", [{}, {"is_causal": True}, {"is_causal": True, "scale": 0.3}], ids=str)
+def test_a_triangle_ties_queries_to_keys(how, monkeypatch):
+    model, x = _Latent(**how), torch.randn(2, 6, 5)
+    whole = told(model, x)
+    monkeypatch.setattr(watch, "WHOLE", {})
+    assert whole == told(model, x)
+    queries = next(axis for axis in whole[1] if any(str(member) == "queries:0" for member in axis[2]))
+    assert queries[4] is ("is_causal" not in how)
+
+
+class _Channels(nn.Module):
+    """Causal attention between channels; the numbers of both may differ."""
+
+    def __init__(self, keys):
+        super().__init__()
+        self.query, self.key, self.value = nn.Linear(5, 8), nn.Linear(5, keys), nn.Linear(5, keys)
+        self.out = nn.Linear(8, 3)
+
+    def forward(self, x):
+        q, k, v = (layer(x).transpose(1, 2) for layer in (self.query, self.key, self.value))
+        seen = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0)
+        return self.out(seen.transpose(1, 2))
+
+
+@pytest.mark.parametrize("keys", [8, 7])
+def test_channels_under_a_triangle_go_together_or_stay(keys, monkeypatch):
+    model, x = _Channels(keys), torch.randn(2, 6, 5)
+    assert {axis.name: axis.size for axis in find_axes(model, x).free} == ({"query": 8} if keys == 8 else {})
+    whole = told(model, x)
+    monkeypatch.setattr(watch, "WHOLE", {})
+    assert whole == told(model, x)
+
+
+class _Along(nn.Module):
+    """Reads a derivative that is computed along with a layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(5, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        with forward_ad.dual_level():
+            made = self.first(forward_ad.make_dual(x, torch.ones_like(x)))
+            return self.last(forward_ad.unpack_dual(made).tangent.tanh())
+
+
+def test_derivatives_that_go_along_are_seen(monkeypatch):
+    model, x = _Along(), torch.randn(2, 5)
+    whole = told(model, x)
+    monkeypatch.setattr(watch, "WHOLE", {})
+    assert whole == told(model, x)

@@ -300,13 +300,6 @@ class Trace(TorchDispatchMode):
     def _known(self, tensor: Tensor) -> _Known | None:
         return tensor.__dict__.get(self._note)
 
-    def know_again(self, tensor: Tensor, other: Any) -> None:
-        """States that ``other`` is ``tensor`` in another guise, with the same dimensions and the same memory."""
-        known = self._known(tensor)
-        if known is not None and isinstance(other, Tensor):
-            vars(other)[self._note] = known
-            self._marked.append(other)
-
     def _learn(self, tensor: Tensor, dims: Dims, *, data: bool, source: str | None, mark: bool = False) -> _Known:
         known = _Known(dims, data=data, source=source)
         vars(tensor)[self._note] = known

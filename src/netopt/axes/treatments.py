@@ -314,10 +314,6 @@ def _given_away(watch: Watch, args: Any, kwargs: Any, result: Any) -> None:
         freeze(dim.layout, f"leaves torch at {watch.trace.where()}")
 
 
-def _wrapped(watch: Watch, args: Any, kwargs: Any, result: Any) -> None:
-    watch.trace.know_again(args[0], result)
-
-
 def _attention(watch: Watch, args: Any, kwargs: Any, result: Any) -> None:
     query, key = (watch.trace.dims(_argument(args, kwargs, i, name)) for i, name in enumerate(("query", "key")))
     if len(query) > 2 and query[-3].size > key[-3].size:
@@ -363,7 +359,6 @@ _SPEAKERS: dict[str, Callable[..., None]] = {
     "scaled_dot_product_attention": _attention,
     **dict.fromkeys(("numpy", "tolist", "__array__"), _given_away),
     "data_ptr": _looked_at,
-    "as_subclass": _wrapped,
 }
 
 
