@@ -222,3 +222,117 @@ def test_a_number_of_a_module_that_would_be_another_is_named():
     report = prune_neurons(model, torch.randn(2, 6), 0.5, importance="magnitude", scope="layer", progress=False)
     assert (model.heads, model.query.out_features, model.config.width) == (2, 4, 16)
     assert "`heads` is computed from it, and is to be 2" in report.settings["config"]
+
+
+class TwoLayers(nn.Module):
+    """Two widths, computed by subclasses."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        first, second = self.widths(config)
+        self.first, self.second, self.last = nn.Linear(5, first), nn.Linear(first, second), nn.Linear(second, 3)
+
+    def widths(self, config):
+        return config.width, config.inner
+
+    def forward(self, x):
+        return self.last(self.second(self.first(x).relu()).relu())
+
+
+class AtLeast(TwoLayers):
+    def widths(self, config):
+        return config.width, max(config.width // 2, config.inner)
+
+
+class Shifted(TwoLayers):
+    def widths(self, config):
+        return config.width, config.width >> 1
+
+
+class Powers(TwoLayers):
+    def widths(self, config):
+        return 2**config.width, 2**config.width
+
+
+def pruned(model, include=None):
+    report = prune_neurons(
+        model, torch.randn(4, 5), 0.5, importance="magnitude", scope="layer", include=include, progress=False
+    )
+    return report.settings.get("config")
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "include", "after"),
+    [
+        (AtLeast, {"width": 16, "inner": 8}, "first", {"width": 8, "inner": 8}),
+        (Shifted, {"width": 16}, None, {"width": 8}),
+        (Powers, {"width": 4}, None, {"width": 3}),
+    ],
+)
+def test_what_a_comparison_a_shift_or_a_power_makes_is_found(kind, sizes, include, after):
+    model = kind(Config(**sizes))
+    assert pruned(model, include) is None
+    assert vars(model.config) == after
+    assert shapes_of(kind(model.config)) == shapes_of(model)
+
+
+class Stubborn(Config):
+    """Takes multiples of four and nothing else."""
+
+    def __setattr__(self, name, value):
+        if value % 4:
+            raise ValueError(f"{name} must be a multiple of 4")
+        super().__setattr__(name, value)
+
+
+def test_a_configuration_may_refuse_a_value():
+    model = TwoLayers(Stubborn(width=16, inner=12))
+    assert "`second.weight` has shape (6, 8)" in pruned(model)
+    assert vars(model.config) == {"width": 16, "inner": 12}
+
+
+class Choosing(TwoLayers):
+    """What it is, and what it holds, depend on its width."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.wide = config.width > 12 if config.by == "flag" else None
+        self.between = nn.Tanh() if config.by == "part" and config.width <= 12 else nn.ReLU()
+        self.mode = "plain"
+
+    def forward(self, x):
+        x = self.between(self.first(x))
+        return self.last(self.second(x if self.wide is None or self.wide else -x).relu())
+
+
+@pytest.mark.parametrize(("by", "name"), [("flag", "wide"), ("part", "between")])
+def test_what_would_be_chosen_otherwise_is_named(by, name):
+    model = Choosing(Config(width=16, inner=16, by=by))
+    assert f"`{name}` is chosen by it, and stays" in pruned(model)
+    assert model.config.width == 16
+
+
+def test_what_someone_has_set_since_is_no_choice():
+    model = Choosing(Config(width=16, inner=16, by="none"))
+    model.mode = "another"
+    assert pruned(model) is None
+    assert (model.config.width, model.mode) == (8, "another")
+
+
+class OfDoubles(TwoLayers):
+    """Changes the default type, and leaves it so where it fails."""
+
+    def __init__(self, config):
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        if config.width not in (4, 8):
+            raise ValueError("4 or 8")
+        torch.set_default_dtype(before)
+        super().__init__(config)
+
+
+def test_building_gives_back_the_default_type():
+    model = OfDoubles(Config(width=8, inner=8))
+    pruned(model)
+    assert torch.get_default_dtype() is torch.float32

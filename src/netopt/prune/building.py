@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 from torch.utils._device import DeviceContext
 
@@ -49,10 +50,14 @@ def built(kind: Callable[[Any], nn.Module], config: Any) -> nn.Module | None:
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Building leaves the random state as it was, and warns of nothing."""
-    with random_state_kept(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    """Building leaves the random state and the default type of numbers as they were, and warns of nothing."""
+    kind = torch.get_default_dtype()
+    try:
+        with random_state_kept(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.set_default_dtype(kind)
 
 
 class Unfilled(DeviceContext):

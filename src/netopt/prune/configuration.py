@@ -157,6 +157,13 @@ class _Sought:
         known = {path: value for path, value in entries(self.trial) if path in drawing.dense and value is not None}
         return solved(equations(drawing, self.wanted, self.attributes), {**drawing.dense, **known})
 
+    def stands(self, drawing: Drawing, values: Mapping[Where, Any]) -> bool:
+        """Whether formulas say what is built from these values, or nothing is, although comparisons turn out anew."""
+        if not drawing.is_left(values):
+            return True
+        fresh = self._fresh(values)
+        return fresh is None or shapes_of(fresh) == drawing.at(values, self.shapes)
+
     def build(self, config: Any) -> Shapes | None:
         """The shapes of the model that a configuration builds."""
         fresh = built(self.kind, copy.deepcopy(config))
@@ -166,24 +173,60 @@ class _Sought:
         """Why a configuration with these changes is wrong: the shapes built, or what is computed anew, as scales."""
         known, key = self._refusals, frozenset(changes.items())
         if key not in known:
-            fresh = built(self.kind, with_changes(self.trial, {**changes, **self.decimals}))
+            fresh = self._fresh({**changes, **self.decimals})
             known[key] = _OTHER if fresh is None or shapes_of(fresh) != self.wanted else self._computed_anew(fresh)
         return known[key]
 
+    def _fresh(self, changes: Mapping[Where, Any]) -> nn.Module | None:
+        try:
+            config = with_changes(self.trial, changes)
+        except Exception:  # a configuration may refuse a value
+            return None
+        return built(self.kind, config)
+
+    @functools.cached_property
+    def _anew(self) -> dict[str, nn.Module]:
+        """The parts of the model that the configuration builds as it is."""
+        fresh = built(self.kind, copy.deepcopy(self.config))
+        return {} if fresh is None else dict(fresh.named_modules())
+
+    def _chosen_anew(self, modules: Mapping[str, nn.Module]) -> str | None:
+        """Names what the configuration chose by a size, as an activation, and now chooses otherwise."""
+        for prefix, module in self.modules.items():
+            before, after = _choices(module), _choices(modules.get(prefix))
+            for name in [name for name, value in before.items() if after.get(name, value) != value]:
+                # What someone has set since the model was built is no choice of the configuration.
+                if _choices(self._anew.get(prefix)).get(name) == before[name]:
+                    path = ".".join(filter(None, (prefix, name)))
+                    return f"{_CANNOT}: `{path}` is chosen by it, and stays"
+        return None
+
     def _computed_anew(self, fresh: nn.Module) -> str | None:
         modules = dict(fresh.named_modules())
+        chosen = self._chosen_anew(modules)
+        if chosen is not None:
+            return chosen
         for path, (_, wanted) in self.attributes.items():
             if type(wanted) is float and getattr(modules.get(path[0]), path[1], wanted) != wanted:
                 return f"{_CANNOT}: `{'.'.join(filter(None, path))}` is computed from it, and stays"
         return None
 
 
+def _choices(module: nn.Module | None) -> dict[str, Any]:
+    """What a module is, under no name, and the flags and texts it holds."""
+    held = {} if module is None else vars(module)
+    flags = {name: value for name, value in held.items() if type(value) in (bool, str) and name != "training"}
+    return {"": None if module is None else type(module), **flags}
+
+
 def _computed(sought: _Sought, drawing: Drawing) -> Changes | str | None:
     """The changes, or why there are none, by computing; None if that does not tell."""
+    solution = sought.solve(drawing)
+    if solution.broken is not None and not sought.stands(drawing, solution.values):
+        return None
     why = out_of_proportion(drawing, sought.wanted)
     if why is not None:
         return f"{_CANNOT}: {why}"
-    solution = sought.solve(drawing)
     known, optional = dict(entries(sought.trial)), sought.optional.keys()
     if solution.broken is None:
         changes = {path: value for path, value in solution.values.items() if known.get(path) != value}

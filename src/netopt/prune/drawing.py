@@ -11,7 +11,7 @@ import copy
 import functools
 import itertools
 import operator
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from netopt.held import Held
 from netopt.prune.building import Shapes, Unfilled, alone, entries, is_share, plant
-from netopt.prune.formulas import Decimal, Formula, Ledger, Where, Whole
+from netopt.prune.formulas import Comparison, Decimal, Formula, Ledger, Where, Whole
 
 __all__ = ["Drawing", "drawn"]
 
@@ -37,11 +37,23 @@ class Drawing:
         sizes: The dimensions of every tensor: formulas, and numbers no configuration changes.
         dense: The numbers of the configuration as it is.
         other: The model that was built.
+        comparisons: What was asked of numbers while it was built.
     """
 
     sizes: Mapping[str, tuple[Any, ...]]
     dense: Mapping[Where, Any]
     other: nn.Module
+    comparisons: Sequence[Comparison]
+
+    def is_left(self, values: Mapping[Where, Any]) -> bool:
+        """Whether a comparison that was alike in both models turns out otherwise, so that formulas may not hold."""
+        values = {**self.dense, **values}
+        return any(
+            one.at(self.dense) is one.outcome is not one.at(values)
+            for one in self.comparisons
+            if not isinstance(one.left, Formula) or one.left.leaves <= values.keys()
+            if not isinstance(one.right, Formula) or one.right.leaves <= values.keys()
+        )
 
     @functools.cached_property
     def attributes(self) -> dict[tuple[str, str], Formula]:
@@ -136,7 +148,7 @@ def drawn(
         ):
             return None
         sizes[name] = tuple(proved)
-    return Drawing(sizes, dense, other)
+    return Drawing(sizes, dense, other, list(ledger.comparisons.values()))
 
 
 def _others(

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-__all__ = ["Answer", "Decimal", "Formula", "Ledger", "Where", "Whole"]
+__all__ = ["Answer", "Comparison", "Decimal", "Formula", "Ledger", "Where", "Whole"]
 
 Where = tuple[Any, ...]
 """The place of a number in a configuration: attributes, and places in lists."""
@@ -113,14 +113,28 @@ class Answer:
     is_only: bool
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """What the code that builds a model asked of two numbers, and what it was told."""
+
+    compare: Callable[[Any, Any], bool]
+    left: Any
+    right: Any
+    outcome: bool
+
+    def at(self, values: Mapping[Where, Any]) -> bool:
+        """What it would be told with other numbers; the same where one of them has no value."""
+        memo: dict[Formula, Any] = {}
+        sides = [one.at(values, memo) if isinstance(one, Formula) else one for one in (self.left, self.right)]
+        return self.outcome if None in sides else bool(self.compare(*sides))
+
+
 def _is_open(operand: Any, values: Mapping[Where, Any]) -> bool:
     return isinstance(operand, Formula) and not operand.leaves <= values.keys()
 
 
-def _root(target: Fraction, place: int, exponent: Fraction) -> Fraction:
-    if place:
-        raise ValueError
-    root = float(target) ** float(1 / exponent)
+def _root(target: Fraction, place: int, other: Fraction) -> Fraction:
+    root = math.log(target, other) if place else float(target) ** float(1 / other)
     near = round(root)
     return Fraction(near if math.isclose(root, near, rel_tol=1e-9) else root)
 
@@ -152,6 +166,7 @@ class Ledger:
         self._known: dict[Any, Formula] = {}
         self._plain: dict[int, Formula] = {}
         self._left, self._most, self._is_open = most, most, True
+        self.comparisons: dict[Any, Comparison] = {}
 
     def close(self) -> None:
         """From now on, numbers that someone kept are as plain as any."""
@@ -169,6 +184,12 @@ class Ledger:
         if self._left < 0:
             raise RuntimeError(f"more than {self._most} numbers are computed")
         return _numbered(self, self._formula(operation, tuple([self.formula(one) for one in operands]), value))
+
+    def compared(self, outcome: bool, compare: Callable[[Any, Any], bool], left: Any, right: Any) -> None:
+        """Notes a comparison, by which other parts may be built; whether one number divides another is but checked."""
+        sides = self.formula(left), self.formula(right)
+        if self._is_open and not any(isinstance(one, Formula) and one.operation is operator.mod for one in sides):
+            self.comparisons.setdefault((compare, *map(id, sides)), Comparison(compare, *sides, outcome))
 
     def made_plain(self, operation: Callable[..., Any], formula: Formula, value: Any) -> None:
         """Notes that python made a plain number of one with this formula."""
@@ -204,6 +225,7 @@ class Whole(int):
 
     formula: Formula
     ledger: Ledger
+    __hash__ = int.__hash__
 
 
 class Decimal(float):
@@ -211,6 +233,7 @@ class Decimal(float):
 
     formula: Formula
     ledger: Ledger
+    __hash__ = float.__hash__
 
 
 def _numbered(ledger: Ledger, formula: Formula) -> Any:
@@ -251,6 +274,17 @@ def _unary(operation: Callable[..., Any]) -> Callable[..., Any]:
     return method
 
 
+def _comparison(compare: Callable[[Any, Any], bool]) -> Callable[[Any, Any], Any]:
+    def method(self: Any, other: Any) -> Any:
+        if not isinstance(other, (int, float)):
+            return NotImplemented
+        outcome = compare(self.formula.value, _plain(other))
+        self.ledger.compared(outcome, compare, self, other)
+        return outcome
+
+    return method
+
+
 def _made_plain(operation: Callable[[Any], Any]) -> Callable[[Any], Any]:
     def method(self: Any) -> Any:
         value = operation(self.formula.value)
@@ -282,6 +316,8 @@ for _kind in (Whole, Decimal):
         ("ceil", math.ceil),
     ):
         setattr(_kind, f"__{_name}__", _unary(_operation))
+    for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
+        setattr(_kind, f"__{_name}__", _comparison(getattr(operator, _name)))
     for _name, _operation in (("int", int), ("float", float)):
         setattr(_kind, f"__{_name}__", _made_plain(_operation))
     _kind.__copy__ = _kind.__deepcopy__ = _itself  # pyright: ignore[reportAttributeAccessIssue]

@@ -57,6 +57,8 @@ def out_of_proportion(
         if built is None:
             return None
         trials += built
+    if not trials:
+        return None
     known: dict[tuple[Fraction, ...], tuple[Fraction, str, int]] = {}
     for name, shape in dense.items():
         for dim, size in enumerate(shape):
@@ -74,8 +76,8 @@ def out_of_proportion(
 
 
 def _halves(numbers: Sequence[Any]) -> list[list[Any]]:
-    """The fewest selections of which each number is in half, no two numbers in the same."""
-    count = next(count for count in itertools.count(1) if math.comb(count, count // 2) >= len(numbers))
+    """The fewest selections, two at least, of which each number is in half, no two numbers in the same."""
+    count = next(count for count in itertools.count(2) if math.comb(count, count // 2) >= len(numbers))
     parts: list[list[Any]] = [[] for _ in range(count)]
     for number, places in zip(numbers, itertools.combinations(range(count), count // 2), strict=False):
         for place in places:
