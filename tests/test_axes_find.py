@@ -857,3 +857,45 @@ def test_a_copied_tensor_has_the_same_dimensions():
     axes = find_axes(Handing(lambda x: copy.deepcopy(x.detach())), torch.randn(2, 5))
     assert {str(member) for member in axes["first"].members} == {"first.weight:0", "first.bias:0", "last.weight:1"}
     assert axes["last"].frozen
+
+
+class Permuted(nn.Module):
+    """A list of positions, and something else that is done with it."""
+
+    def __init__(self, more):
+        super().__init__()
+        self.first, self.last, self.more = nn.Linear(8, 8), nn.Linear(8, 3), more
+        self.register_buffer("order", torch.randperm(8))
+
+    def forward(self, x):
+        return self.last(self.first(x)[:, self.order]) + self.more(x, self.order).sum(-1, keepdim=True)
+
+
+USES = {
+    "positions of the input": lambda x, order: x[:, order],
+    "positions of a selection": lambda x, order: x.index_select(1, order),
+    "other positions": lambda x, order: x[:, (order + 1) % 8],
+    "values": lambda x, order: x * order,
+    "a list": lambda x, order: x * sum(order.tolist()),
+    "one of them": lambda x, order: x * order[0].item(),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_positions_that_are_something_else_too_are_not_rewritten(use):
+    made = find_axes(Permuted(USES[use]), torch.randn(2, 8)).made_by("first")
+    assert all(axis.frozen for axis in made)
+    assert any("used in another way too" in axis.frozen for axis in made)
+
+
+def test_positions_of_which_nothing_else_is_made_are():
+    axes = find_axes(Permuted(lambda x, order: x), torch.randn(2, 8))
+    assert axes["first"].frozen is None
+
+
+def test_a_long_list_is_not_rewritten_for_another_table():
+    """It repeats positions of the one, which is not followed, and so it is not followed for the other."""
+    model = nn.ModuleDict({"wide": nn.Linear(5, 5000), "narrow": nn.Linear(5, 16), "last": nn.Linear(4200, 3)})
+    model.register_buffer("order", torch.randint(0, 16, (4200,)))
+    model.forward = lambda x: model["last"](model["wide"](x)[:, model.order] + model["narrow"](x)[:, model.order])
+    assert all(axis.frozen for axis in find_axes(model, torch.randn(2, 5)) if axis.name.startswith("wide"))

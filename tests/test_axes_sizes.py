@@ -552,3 +552,20 @@ class Strided(nn.Module):
 def test_what_says_where_a_convolution_looks_stays(name):
     axes = find_axes(Strided(name), torch.randn(2, 5, 8, 8))
     assert [axis.name for axis in axes.free] == ["weight"]
+
+
+class OfOne(nn.Module):
+    """Heads of a single entry, and as many as there are channels in a fourth of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.query, self.last = nn.Linear(5, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.last(self.query(x).unflatten(-1, (4, x.shape[-1] // 4)).flatten(-2))
+
+
+def test_a_quotient_that_is_one_must_not_become_nothing():
+    axes = find_axes(OfOne(), torch.randn(2, 5))
+    assert axes.feasible({axis.name: 2 for axis in axes.free}) == {axis.name: axis.size for axis in axes.free}

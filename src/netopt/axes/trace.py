@@ -61,6 +61,7 @@ class Traits(NamedTuple):
 
 _traits: dict[Any, Traits] = {}
 _PLAIN = frozenset([Tensor, nn.Parameter])
+_POSITIONS = frozenset([torch.int64, torch.int32])
 
 
 def traits_of(function: Any) -> Traits:
@@ -139,6 +140,7 @@ class Trace(TorchDispatchMode):
         looks: How often values of tensors were looked at.
         complete: Whether every tensor an operation read is known to be given or made by an operation seen.
         pointers: Names of integer members whose entries are positions of a layout.
+        follows: The name of such a member, if the operation in progress does nothing else with it.
         by_value: Whether sizes may depend on values: something was selected by value, read as a plain number, or given
             to an operation that nobody has described.
     """
@@ -168,6 +170,9 @@ class Trace(TorchDispatchMode):
         self.work: list[Work] = []
         self.counting = False
         self.pointers: dict[str, Layout] = {}
+        self.follows: str | None = None
+        self._lists = frozenset(name for name, one in members.items() if one.dim() == 1 and one.dtype in _POSITIONS)
+        self._strayed: set[str] = set()
         self.in_call = False
         self.by_value = False
         self.looks = 0
@@ -250,7 +255,7 @@ class Trace(TorchDispatchMode):
         if known is None or known.source is None or self.members[known.source] is not tensor:
             return None
         readable = tensor.dim() == 1 and not tensor.is_meta and not isinstance(tensor, FakeTensor)
-        return known.source if readable and tensor.dtype in (torch.int64, torch.int32) else None
+        return known.source if readable and tensor.dtype in _POSITIONS else None
 
     def note_roles(self, tensor: Tensor, summed: Iterable[Dim], kept: Iterable[Dim]) -> None:
         """Notes, for the member a weight is made of, what a contraction sums over and what it produces."""
@@ -271,6 +276,8 @@ class Trace(TorchDispatchMode):
         for tensor in tensors:
             known = self._met(tensor)
             self._alive += [known, *known.memory]
+            if known.source in self._lists:
+                self._strayed.add(known.source)
 
     def settle(self) -> None:
         """Marks layouts by what reaches a result; where a tensor came from is not always known, then by everything."""
@@ -287,6 +294,8 @@ class Trace(TorchDispatchMode):
         for mark in self._marks:
             if not self.complete or id(mark) in live:
                 mark.state(mark.layout, mark.why)
+        for name in self._strayed & self.pointers.keys():
+            freeze(self.pointers[name], f"is numbered by {name}, whose entries are used in another way too")
 
     @property
     def marks(self) -> int:
@@ -395,7 +404,12 @@ class Trace(TorchDispatchMode):
             self._refuse(op)
             answer: Any = None
         else:
+            self.follows = None
             answer = speak(op, *args, **kwargs)
+        if self._lists:
+            self._strayed.update(
+                one.source for one in known if one.source in self._lists and one.source != self.follows
+            )
         lists = answer if isinstance(answer, tuple) else (answer,)
         for index, tensor in enumerate(outs):
             written = self._known(tensor)

@@ -7,6 +7,7 @@ dimension into an equation. It also notes which calls contract over a dimension,
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from torch.utils._pytree import tree_iter
 from netopt.axes.attributes import Parts
 from netopt.axes.layout import Layout, freeze
 from netopt.axes.modes import Modes
-from netopt.axes.sizes import Extent, Size, plain
+from netopt.axes.sizes import Condition, Extent, Size, caller, plain
 from netopt.axes.trace import Trace
 from netopt.axes.training import Trials
 from netopt.axes.treatments import BOTH, CONTRACTIONS, OPERANDS, TREATMENTS, treatment_of
@@ -105,9 +106,12 @@ class Watch(CallNames):
 
     def equate(self, number: Any, layout: Layout, name: str) -> None:
         """States that ``number``, if it is one, is the size of ``layout``; a plain one freezes it."""
-        if isinstance(number, bool) or not isinstance(number, int) or plain(number) < 0 or layout.size == 1:
+        if isinstance(number, bool) or not isinstance(number, int) or plain(number) < 0:
             return
-        if self.trace.ledger.knows(number):
+        if layout.size == 1:
+            if type(number) is Size and self.trace.ledger.knows(number):  # a quotient, which must not become 0
+                self.trace.ledger.conditions.append(Condition(operator.eq, number, 1, True, caller()))
+        elif self.trace.ledger.knows(number):
             self.trace.ledger.equate(number, layout, name)
         else:
             freeze(layout, f"meets the literal {int(number)} in {name} at {self.trace.where()}")

@@ -61,6 +61,7 @@ def looked_up(op: Operation, dim: Dim, indices: Tensor) -> Dim | None:
     made = Dim(concat(chosen), dim.zero)
     op.same(op.dims(indices)[0], made)
     op.same(op.trace.pointers.setdefault(name, dim.layout), dim)
+    op.trace.follows = name
     return made
 
 
