@@ -9,6 +9,7 @@ from tests.zoo.handmade import HANDMADE
 from tests.zoo.language import CASES as FAMILIES
 from torch import nn
 from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from netopt import measure
@@ -191,3 +192,19 @@ def test_derivatives_that_go_along_are_seen(monkeypatch):
     whole = told(model, x)
     monkeypatch.setattr(watch, "WHOLE", {})
     assert whole == told(model, x)
+
+
+class _Twice(TorchFunctionMode):
+    """Gives what every linear layer makes, and the same once more."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        return torch.cat([made, made], -1) if function is nn.functional.linear else made
+
+
+def test_a_mode_around_the_search_is_seen():
+    model, x = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(8, 3)), torch.randn(2, 5)
+    with _Twice():
+        axes = find_axes(model, x)
+    assert {str(member) for member in axes["0"].members} == {"0.weight:0", "0.bias:0", "2.weight:1"}
+    assert axes["0"].frozen is None

@@ -343,7 +343,7 @@ class Trace(TorchDispatchMode):
 
         Returns:
             The result; ``NotImplemented``, and nothing was run, where these have to be seen: for gradients, for a mode
-            entered by the user's code, within autocast, or for tensors that are no plain ones.
+            of the user's, within autocast, or for tensors that are no plain ones.
         """
         tensors = _tensors_in((*args, *kwargs.values()) if kwargs else args, [])
         if traits.name == "aten::linear":
@@ -351,6 +351,7 @@ class Trace(TorchDispatchMode):
         if (
             torch.is_grad_enabled()
             or torch._C._len_torch_dispatch_stack() != 1
+            or torch._C._len_torch_function_stack()  # of modes entered around the trace, which would be run inside
             or maybe_current_level() is not None
             or forward_ad._current_level >= 0  # derivatives that go along are computed inside
             or torch._C._is_any_autocast_enabled()  # it keeps what it has cast for other operations
