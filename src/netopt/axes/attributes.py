@@ -70,7 +70,7 @@ class Attributes:
         self._empty: list[Any] = []
         self._holding: list[tuple[str, Any]] = []
         self._scripted = [(module, module.training) for _, module in parts if "training" not in module.__dict__]
-        self.own = own_attributes(parts)
+        self.own = self._own = own_attributes(parts)
         waiting: list[tuple[Any, int]] = []
         for (name, module), own in zip(parts, self.own, strict=True):
             attributes = module.__dict__
@@ -129,9 +129,9 @@ class Attributes:
             except Exception as error:
                 name = "train" if training else "eval"
                 raise ForwardError(f"{name}() of {type(model).__name__} failed; see the chained exception.") from error
-            if not self.flags_alone:
-                self.own = own_attributes(self._parts)
-            yield not self.flags_alone and self._are_changed()
+            changed = not self.flags_alone and self._are_changed()
+            self.own = own_attributes(self._parts) if changed else self._own
+            yield changed
         finally:
             self.put_back()
             writes.undo()
@@ -206,6 +206,8 @@ def _differs(container: Any, before: Any) -> bool:
     if isinstance(container, dict):
         if container.keys() != before.keys():
             return True
+        if all(map(operator.is_, container.values(), before.values())):
+            return False
         return any(value is not before[key] and key != "training" for key, value in container.items())
     if isinstance(container, list):
         return len(container) != len(before) or not all(map(operator.is_, container, before))

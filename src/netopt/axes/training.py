@@ -7,6 +7,8 @@ the rest of the model need not be run in that mode to know.
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -135,22 +137,25 @@ class _Signature:
     def _of_dim(self, dim: Dim) -> Any:
         """Which dimensions are the same, which are zero where they are masked, and what of them stays."""
         layout, zero = dim
-        fixed = tuple([atom.frozen is not None for atom in atoms(layout)])
+        fixed = tuple([stays for stays, _ in itertools.groupby(atom.frozen is not None for atom in atoms(layout))])
         place = self._layouts.setdefault(id(layout), len(self._layouts))
         return place, zero, fixed, layout.size if all(fixed) else layout.size == 1
 
 
 def _class_values(kind: type[nn.Module]) -> Any:
     """The plain values of a module's classes, which its code may have changed."""
-    return tuple(
-        [
-            (key, value)
-            for base in kind.__mro__
-            if not is_library(base.__module__)
-            for key, value in vars(base).items()
-            if type(value) in NUMBERS and not key.startswith("__")
-        ]
-    )
+    return tuple([vars(base).get(key) for base, key in _class_names(kind)])
+
+
+@functools.cache
+def _class_names(kind: type[nn.Module]) -> Sequence[tuple[type, str]]:
+    return [
+        (base, key)
+        for base in kind.__mro__
+        if not is_library(base.__module__)
+        for key, value in vars(base).items()
+        if type(value) in NUMBERS and not key.startswith("__")
+    ]
 
 
 def _stays(layout: Layout) -> bool:
