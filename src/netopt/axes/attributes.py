@@ -27,6 +27,7 @@ __all__ = [
     "COMMON",
     "DEPTH",
     "NUMBERS",
+    "OPAQUE",
     "SIMPLE",
     "Attributes",
     "Own",
@@ -49,7 +50,7 @@ DEPTH = 6
 COMMON = vars(nn.Module())
 """What every module has, by name."""
 _common = operator.itemgetter(*(name for name, value in COMMON.items() if isinstance(value, (dict, set))))
-_OPAQUE = (torch.Tensor, nn.Module, type, types.ModuleType, int, float)
+OPAQUE = (torch.Tensor, nn.Module, type, types.ModuleType, int, float)  # a size that is lent already holds its ledger
 
 
 class Attributes:
@@ -232,7 +233,7 @@ def container_of(item: Any) -> Any:
         return None
     if kind is dict or kind is OrderedDict or kind is list:
         return item
-    if isinstance(item, _OPAQUE):
+    if isinstance(item, OPAQUE):
         return None
     if isinstance(item, (dict, list, tuple, set)):
         return item

@@ -237,11 +237,6 @@ def _atoms(layout: Layout) -> Iterable[Atom]:
     return (layout,) if type(layout) is Atom else atoms(layout)
 
 
-def layout_of(dim: Dim | Layout) -> Layout:
-    """The layout itself, of a dimension or a layout."""
-    return dim[0] if type(dim) is Dim else dim
-
-
 def merge(dims: Sequence[Dim]) -> Dim:
     """Dimensions flattened into one, row-major."""
     if len(dims) == 1:

@@ -16,13 +16,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import nn
 
-from netopt.axes.attributes import DEPTH, SIMPLE, Attributes, Own, Parts, is_configuration, is_library
+from netopt.axes.attributes import COMMON, DEPTH, OPAQUE, SIMPLE, Attributes, Own, Parts, is_configuration, is_library
 from netopt.axes.sizes import Ledger, Place, Size
 
-_TORCH_OWN = frozenset(nn.Module().__dict__) | {"call_super_init", "dump_patches"}
+_TORCH_OWN = frozenset(COMMON) | {"call_super_init", "dump_patches"}
 
 
 @contextmanager
@@ -93,7 +92,7 @@ class _Loan:
         kind = type(value)
         if kind is int:
             return self.size(value, path) if value > 1 else value
-        if kind in SIMPLE or isinstance(value, _OPAQUE):
+        if kind in SIMPLE or isinstance(value, OPAQUE):
             return value
         if isinstance(value, tuple):
             return self.entries(value, path, depth)
@@ -159,7 +158,6 @@ def _are_small(values: Sequence[Any]) -> bool:
 
 
 _INTEGER = frozenset([int])
-_OPAQUE = (torch.Tensor, nn.Module, type, types.ModuleType, int, float)  # a size that is lent already holds its ledger
 
 
 @functools.cache

@@ -292,14 +292,14 @@ def _plain(value: Any) -> Any:
 def plain(value: Any) -> Any:
     """A number, or a tuple or list of numbers, without origins."""
     kind = type(value)
-    if kind in _REMEMBERING:
+    if kind in REMEMBERING:
         return _plain(value)
-    if kind in (tuple, list, Shape) and not _REMEMBERING.isdisjoint(map(type, value)):
+    if kind in (tuple, list, Shape) and not REMEMBERING.isdisjoint(map(type, value)):
         return [_plain(one) for one in value]
     return value
 
 
-_REMEMBERING = frozenset([Size, Scalar])
+REMEMBERING = frozenset([Size, Scalar])
 
 
 def remember(operation: Callable[[Any, Any], Any], left: Any, right: Any, known: Size | Scalar) -> Any:

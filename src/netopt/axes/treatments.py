@@ -17,7 +17,7 @@ from torch import Tensor
 
 from netopt.axes.layout import Layout, Product, freeze, mark_inexact, resolve, split_concat, split_product
 from netopt.axes.operation import Mark
-from netopt.axes.sizes import Condition, Extent, Scalar, Shape, Size, caller, plain
+from netopt.axes.sizes import REMEMBERING, Condition, Extent, Scalar, Shape, Size, caller, plain
 
 if TYPE_CHECKING:
     from netopt.axes.watch import Watch
@@ -207,7 +207,7 @@ def _strides(watch: Watch, args: Any, kwargs: Any, result: Any) -> None:
 def _fill(watch: Watch, args: Any, kwargs: Any, result: Any) -> None:
     sizes_first = 1 if args and isinstance(args[0], Tensor) else 0
     _given_sizes(sizes_first)(watch, args[: sizes_first + 1], kwargs, result)
-    watch.note_numbers(args[sizes_first + 1 :], {"fill_value": kwargs.get("fill_value")}, BOTH)
+    watch.note_numbers(args[sizes_first + 1 :], {"fill_value": kwargs.get("fill_value")}, REMEMBERING)
 
 
 def _lstm(watch: Watch, args: Any, kwargs: Any, result: Any) -> None:
@@ -327,10 +327,6 @@ def _attention(watch: Watch, args: Any, kwargs: Any, result: Any) -> None:
         watch.trace.mark(result, [Mark(mark_inexact, query[-1].layout, why)])
 
 
-def _nothing(watch: Watch, args: Any, kwargs: Any, result: Any) -> None:
-    return None
-
-
 _SPEAKERS: dict[str, Callable[..., None]] = {
     **dict.fromkeys(("view", "reshape", "expand", "broadcast_to", "_unsafe_view"), _given_sizes(1)),
     **dict.fromkeys(("new_zeros", "new_ones", "new_empty"), _given_sizes(1)),
@@ -432,7 +428,6 @@ _NO_NUMBERS = frozenset(_SPEAKERS) | frozenset(
     ]
 )
 
-BOTH: frozenset[type] = frozenset({Size, Scalar})
 _FLOATING: frozenset[type] = frozenset({Scalar})
 
 
@@ -456,7 +451,7 @@ def treatment_of(name: str) -> Treatment:
         answer=_SHAPES.get(name),
         contracts=name in CONTRACTIONS,
         speak=_SPEAKERS.get(name),
-        numbers=_FLOATING if name in _NO_NUMBERS else BOTH,
+        numbers=_FLOATING if name in _NO_NUMBERS else REMEMBERING,
         fused=name in _FUSED,
         modal=name in _MODAL,
     )

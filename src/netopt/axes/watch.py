@@ -1,8 +1,9 @@
 """What the user's code says of sizes.
 
-Operations state how dimensions relate; the calls that made them carry integers. This module watches the calls:
-it answers questions about shapes with integers that remember, and turns every integer that sets the size of a
-dimension into an equation. It also notes which calls contract over a dimension, where activations can be read later.
+Operations state how dimensions relate; the calls that made them carry integers. This module watches the calls, and does
+about each what its treatment says: questions about shapes are answered with integers that remember, and every integer
+that sets the size of a dimension becomes an equation. It also notes which calls contract over a dimension, where
+activations can be read later.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from torch.utils._pytree import tree_iter
 from netopt.axes.attributes import Parts
 from netopt.axes.layout import Layout, freeze
 from netopt.axes.modes import Modes
-from netopt.axes.sizes import Condition, Extent, Size, caller, plain
+from netopt.axes.sizes import REMEMBERING, Condition, Extent, Size, caller, plain
 from netopt.axes.trace import Trace
 from netopt.axes.training import Trials
-from netopt.axes.treatments import BOTH, CONTRACTIONS, OPERANDS, TREATMENTS, treatment_of
+from netopt.axes.treatments import CONTRACTIONS, OPERANDS, TREATMENTS, treatment_of
 from netopt.axes.whole import WHOLE
 from netopt.calls import Call, CallNames
 
@@ -139,7 +140,7 @@ class Watch(CallNames):
             if kind in kinds:
                 if value.ledger is self.trace.ledger:
                     self.trace.ledger.numbers.append((value, self.trace.where()))
-            elif kinds is BOTH and isinstance(value, (tuple, list, dict)):
+            elif kinds is REMEMBERING and isinstance(value, (tuple, list, dict)):
                 self.note_numbers(tuple(value.values() if isinstance(value, dict) else value), {}, kinds)
 
     def _note_readings(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
