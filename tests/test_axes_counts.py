@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from netopt.axes import find_axes
-from netopt.axes.counts import Counts
 from netopt.axes.layout import Atom, Concat, Product
-from netopt.axes.sizes import Extent, Ledger, Place, Size
+from netopt.axes.solver import CountSolver
+from netopt.symbolic.number import AttributeRef, Constraints, DimSize, SymbolicInt
 
 MANY = settings(max_examples=120, deadline=None)
 
@@ -24,23 +24,23 @@ class System:
 
     def __init__(self, sizes, attributes=()):
         self.atoms = [Atom(size) for size in sizes]
-        self.ledger = Ledger()
-        self.places = [Place(("block", f"n{index}")) for index in range(len(attributes))]
+        self.constraints = Constraints()
+        self.places = [AttributeRef(("block", f"n{index}")) for index in range(len(attributes))]
         self.attributes = [
-            Size(value, place, self.ledger) for value, place in zip(attributes, self.places, strict=True)
+            SymbolicInt(value, place, self.constraints) for value, place in zip(attributes, self.places, strict=True)
         ]
         self.said = []  # the same ties, as functions of counts and attribute values
 
     def extent(self, index):
-        return Size(self.atoms[index].size, Extent(self.atoms[index]), self.ledger)
+        return SymbolicInt(self.atoms[index].size, DimSize(self.atoms[index]), self.constraints)
 
     def equate(self, number, layout):
         assert int.__int__(number) == layout.size
-        self.ledger.equate(number, layout, "view")
+        self.constraints.equate(number, layout, "view")
 
     def counts(self):
-        self.ledger.is_open = False
-        return Counts({index: [atom] for index, atom in enumerate(self.atoms)}, self.ledger)
+        self.constraints.is_recording = False
+        return CountSolver({index: [atom] for index, atom in enumerate(self.atoms)}, self.constraints)
 
 
 def distance(found, wanted):
@@ -147,11 +147,11 @@ def test_axes_that_are_not_named_move_as_little_as_they_can(system, data):
 def test_the_nearest_is_not_the_nearest_of_the_first_axis():
     """A width, heads and their size, one the product of the others: every wish, against all there is."""
     width, heads, size = Atom(24), Atom(4), Atom(6)
-    ledger = Ledger()
-    ledger.equate(Size(24, Extent(width), ledger), Product((heads, size)), "view")
-    ledger.is_open = False
+    constraints = Constraints()
+    constraints.equate(SymbolicInt(24, DimSize(width), constraints), Product((heads, size)), "view")
+    constraints.is_recording = False
     full = {"width": 24, "heads": 4, "size": 6}
-    counts = Counts({"width": [width], "heads": [heads], "size": [size]}, ledger)
+    counts = CountSolver({"width": [width], "heads": [heads], "size": [size]}, constraints)
     for values in itertools.product(range(1, 25, 3), range(1, 5), range(1, 7)):
         wanted = dict(zip(full, values, strict=True))
         nearest = min(
@@ -220,19 +220,19 @@ def test_an_attribute_follows_what_it_is_the_size_of():
 
 def test_heads_times_width_is_the_width_of_the_block():
     width, heads, size = Atom(32), Atom(4), Atom(8)
-    ledger = Ledger()
+    constraints = Constraints()
     total, number, each = (
-        Size(32, Place(("attn", "embed_dim")), ledger),
-        Size(4, Place(("attn", "num_heads")), ledger),
-        Size(8, Place(("attn", "head_dim")), ledger),
+        SymbolicInt(32, AttributeRef(("attn", "embed_dim")), constraints),
+        SymbolicInt(4, AttributeRef(("attn", "num_heads")), constraints),
+        SymbolicInt(8, AttributeRef(("attn", "head_dim")), constraints),
     )
-    ledger.equate(total, width, "view")
-    ledger.equate(number, heads, "view")
-    ledger.equate(total // number, size, "view")
-    ledger.equate(each, size, "view")
-    ledger.equate(total, Product((heads, size)), "view")
-    ledger.is_open = False
-    counts = Counts({"width": [width], "heads": [heads], "size": [size]}, ledger)
+    constraints.equate(total, width, "view")
+    constraints.equate(number, heads, "view")
+    constraints.equate(total // number, size, "view")
+    constraints.equate(each, size, "view")
+    constraints.equate(total, Product((heads, size)), "view")
+    constraints.is_recording = False
+    counts = CountSolver({"width": [width], "heads": [heads], "size": [size]}, constraints)
     found = counts.nearest({"width": 16, "heads": 2, "size": 8})
     assert found == {"width": 16, "heads": 2, "size": 8}
     found = counts.nearest({"width": 15})
@@ -240,9 +240,9 @@ def test_heads_times_width_is_the_width_of_the_block():
     assert dict(counts.assignments(found)) == {
         place: value
         for place, value, old in (
-            (Place(("attn", "embed_dim")), found["width"], 32),
-            (Place(("attn", "num_heads")), found["heads"], 4),
-            (Place(("attn", "head_dim")), found["size"], 8),
+            (AttributeRef(("attn", "embed_dim")), found["width"], 32),
+            (AttributeRef(("attn", "num_heads")), found["heads"], 4),
+            (AttributeRef(("attn", "head_dim")), found["size"], 8),
         )
         if value != old
     }
@@ -263,7 +263,7 @@ def test_a_group_norm_keeps_a_multiple_of_its_groups():
     groups, size = system.atoms
     system.equate(system.attributes[0], groups)
     whole = Product((groups, size))
-    _ = Size(16, Extent(whole), system.ledger) % 4 == 0  # a literal number of groups, checked
+    _ = SymbolicInt(16, DimSize(whole), system.constraints) % 4 == 0  # a literal number of groups, checked
     counts = system.counts()
     found = counts.nearest({0: 3, 1: 3})
     assert (found[0] * found[1]) % 4 == 0
@@ -272,12 +272,12 @@ def test_a_group_norm_keeps_a_multiple_of_its_groups():
 
 def test_a_sum_of_parts_is_the_whole():
     q, k, whole = Atom(8), Atom(4), Atom(12)
-    ledger = Ledger()
-    number = Size(8, Extent(q), ledger) + 2 * Size(2, Extent(k), ledger)
-    ledger.equate(Size(12, Extent(Concat((q, k))), ledger), whole, "split")
+    constraints = Constraints()
+    number = SymbolicInt(8, DimSize(q), constraints) + 2 * SymbolicInt(2, DimSize(k), constraints)
+    constraints.equate(SymbolicInt(12, DimSize(Concat((q, k))), constraints), whole, "split")
     assert int.__int__(number) == 12
-    ledger.is_open = False
-    counts = Counts({"q": [q], "k": [k], "whole": [whole]}, ledger)
+    constraints.is_recording = False
+    counts = CountSolver({"q": [q], "k": [k], "whole": [whole]}, constraints)
     found = counts.nearest({"q": 5, "k": 2})  # the whole was not asked for, so it follows
     assert found["whole"] == found["q"] + found["k"]
     assert found["whole"] < 12

@@ -19,7 +19,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from conftest import unchanged
 from netopt.axes import Axes, Axis, Member, find_axes, known_operations, rule
-from netopt.calls import Call, CallNames
 from netopt.errors import (
     ArgumentTypeError,
     ForwardError,
@@ -27,6 +26,7 @@ from netopt.errors import (
     TraceError,
     UnknownNameError,
 )
+from netopt.model.calls import Call, CallNames
 from netopt.plan import Plan
 
 

@@ -154,7 +154,6 @@ INEXACT = {
     "divided by the size": lambda m, h: h / h.shape[-1],
     "divided by the root": lambda m, h: h / h.shape[-1] ** 0.5,
     "divided by math.sqrt": lambda m, h: h / math.sqrt(h.shape[-1]),
-    "divided by math.log": lambda m, h: h / math.log(h.shape[-1]),
     "divided by numpy's root": lambda m, h: h / float(np.sqrt(h.shape[-1])),
     "divided by int": lambda m, h: h / int(h.shape[1]),
     "divided by numel": lambda m, h: h / h.numel(),

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from netopt.axes.indices import indices, labels
 from netopt.axes.layout import (
     Atom,
     Concat,
@@ -26,7 +27,6 @@ from netopt.axes.layout import (
     split_product,
     unify,
 )
-from netopt.axes.positions import indices, labels
 
 MANY = settings(max_examples=80, deadline=None)
 

@@ -19,20 +19,19 @@ from hypothesis import strategies as st
 from torch import nn
 
 from netopt.axes import find_axes
-from netopt.axes.attributes import Attributes
 from netopt.axes.layout import Atom
 from netopt.axes.literals import Literal, remembering_literals
-from netopt.axes.places import remembered
-from netopt.axes.sizes import (
-    Extent,
-    Ledger,
-    Place,
-    Scalar,
+from netopt.axes.tracing.attributes import remembered
+from netopt.model.attributes import Attributes
+from netopt.symbolic.number import (
+    AttributeRef,
+    Constraints,
+    DimSize,
     Shape,
-    Size,
+    SymbolicFloat,
+    SymbolicInt,
     evaluate,
     leaves,
-    remembering_functions,
 )
 
 BINARY = [
@@ -45,11 +44,11 @@ BINARY = [
     operator.pow,
 ]
 COMPARE = [operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge]
-WIDTH = Place(("block", "width"))
+WIDTH = AttributeRef(("block", "width"))
 
 
-def size(value, ledger=None, place=WIDTH):
-    return Size(value, place, ledger if ledger is not None else Ledger())
+def size(value, constraints=None, place=WIDTH):
+    return SymbolicInt(value, place, constraints if constraints is not None else Constraints())
 
 
 def plain(value):
@@ -73,7 +72,7 @@ def test_arithmetic_is_that_of_integers_and_can_be_done_again(operation, left, r
         cases.append((operation(right, known), lambda value: operation(right, value)))
     for result, again in cases:
         expected = again(left)
-        assert isinstance(result, (Size, Scalar))
+        assert isinstance(result, (SymbolicInt, SymbolicFloat))
         assert plain(result) == expected
         assert type(plain(result)) is type(expected)
         assert evaluate(result, {}, {}) == expected
@@ -84,10 +83,10 @@ def test_arithmetic_is_that_of_integers_and_can_be_done_again(operation, left, r
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_long_computations_keep_what_they_came_from(data):
-    ledger = Ledger()
-    start = {Place(("a", "x")): 12, Place(("b", "y")): 5}
+    constraints = Constraints()
+    start = {AttributeRef(("a", "x")): 12, AttributeRef(("b", "y")): 5}
     later = {place: data.draw(st.integers(1, 30)) for place in start}
-    terms = [(size(value, ledger, place), value, later[place], {place}) for place, value in start.items()]
+    terms = [(size(value, constraints, place), value, later[place], {place}) for place, value in start.items()]
     for _ in range(data.draw(st.integers(1, 8))):
         operation = data.draw(st.sampled_from([operator.add, operator.mul, operator.sub]))
         a, b = data.draw(st.sampled_from(terms)), data.draw(st.sampled_from(terms))
@@ -106,14 +105,14 @@ def test_numbers_with_a_fraction_keep_their_origin_on_either_side(operation, lef
         (operation(half, right), lambda value: operation(value / 2, right)),
         (operation(right, half), lambda value: operation(right, value / 2)),
     ):
-        assert type(result) is Scalar
+        assert type(result) is SymbolicFloat
         assert plain(result) == again(left)
         assert evaluate(result, {}, {WIDTH: later}) == again(later)
 
 
 def test_an_extent_follows_the_count_of_its_layout():
     atom = Atom(12)
-    number = Size(12, Extent(atom), Ledger())
+    number = SymbolicInt(12, DimSize(atom), Constraints())
     half = number // 2 + 1
     assert half == 7
     assert evaluate(half, {atom: 6}, {}) == 4
@@ -138,30 +137,16 @@ def test_functions_of_numbers():
     assert f"{known} {known:>4d} {known!r}" == "12   12 12"
 
 
-def test_roots_are_remembered_while_asked_for_and_only_then():
+def test_roots_by_powers_are_remembered():
     known = size(16)
-    before = math.sqrt
-    with remembering_functions():
-        root = math.sqrt(known)
-        assert math.sqrt(9) == 3.0
-    assert math.sqrt is before
-    assert plain(root) == 4.0
-    assert evaluate(root, {}, {WIDTH: 25}) == 5.0
-    assert type(known**0.5) is Scalar
+    assert type(known**0.5) is SymbolicFloat
     assert evaluate(known**-0.5, {}, {WIDTH: 25}) == 25**-0.5
-
-
-def test_math_sqrt_is_put_back_after_an_error():
-    before = math.sqrt
-    with pytest.raises(KeyError), remembering_functions():
-        raise KeyError
-    assert math.sqrt is before
 
 
 # Everywhere an int.
 
 
-@pytest.mark.parametrize("known", [size(12), Scalar(0.5, WIDTH, Ledger())], ids=["size", "scalar"])
+@pytest.mark.parametrize("known", [size(12), SymbolicFloat(0.5, WIDTH, Constraints())], ids=["size", "scalar"])
 def test_what_is_written_out_is_a_plain_number(known):
     loaded = pickle.loads(pickle.dumps(known))
     assert loaded == known
@@ -202,37 +187,37 @@ def test_other_types_keep_their_own_rules():
 @settings(max_examples=60, deadline=None)
 @given(st.sampled_from(COMPARE), st.integers(2, 5), st.integers(2, 5))
 def test_a_comparison_is_a_condition_with_its_outcome(compare, left, right):
-    ledger = Ledger()
-    outcome = compare(size(left, ledger), right)
+    constraints = Constraints()
+    outcome = compare(size(left, constraints), right)
     assert outcome is compare(left, right)
-    (condition,) = ledger.conditions
+    (condition,) = constraints.guards
     assert condition.outcome is outcome
     assert {plain(condition.left), plain(condition.right)} == {left, right}
     assert condition.where[0] == __file__
 
 
 def test_an_equation_remembers_the_line_that_stated_it():
-    ledger, atom = Ledger(), Atom(12)
-    ledger.equate(size(12, ledger), atom, "view")
-    (equation,) = ledger.equations
+    constraints, atom = Constraints(), Atom(12)
+    constraints.equate(size(12, constraints), atom, "view")
+    (equation,) = constraints.equations
     assert str(equation).startswith("view (test_axes_sizes.py:")
-    ledger.equate(size(1, ledger), Atom(1), "view")
-    assert len(ledger.equations) == 1  # a dimension of one has nothing to say
+    constraints.equate(size(1, constraints), Atom(1), "view")
+    assert len(constraints.equations) == 1  # a dimension of one has nothing to say
 
 
 def test_a_size_made_a_number_is_noted():
-    ledger = Ledger()
-    assert float(size(12, ledger)) == 12.0
-    assert [(plain(number), where.partition(":")[0]) for number, where in ledger.numbers] == [
+    constraints = Constraints()
+    assert float(size(12, constraints)) == 12.0
+    assert [(plain(number), where.partition(":")[0]) for number, where in constraints.numbers] == [
         (12, "test_axes_sizes.py")
     ]
 
 
 def test_after_the_trace_nothing_is_noted_and_numbers_are_plain():
-    ledger = Ledger()
-    known = size(12, ledger)
+    constraints = Constraints()
+    known = size(12, constraints)
     third = known / 3
-    ledger.is_open = False
+    constraints.is_recording = False
     assert type(known + 1) is int
     assert type(known // 5) is int
     assert type(known / 5) is float
@@ -242,15 +227,15 @@ def test_after_the_trace_nothing_is_noted_and_numbers_are_plain():
     assert third < 5
     assert float(known) == 12.0
     assert float(third) == 4.0
-    assert not ledger.conditions
-    assert not ledger.numbers
+    assert not constraints.guards
+    assert not constraints.numbers
 
 
 def test_ledgers_know_their_own():
-    ledger = Ledger()
-    assert ledger.knows(size(12, ledger))
-    assert not ledger.knows(size(12))
-    assert not ledger.knows(12)
+    constraints = Constraints()
+    assert constraints.knows(size(12, constraints))
+    assert not constraints.knows(size(12))
+    assert not constraints.knows(12)
 
 
 # The integers of a model, lent and given back.
@@ -308,11 +293,11 @@ def numbers(value, path=(), seen=None):
 
 
 def test_every_integer_is_lent_with_its_place_and_given_back():
-    model, ledger = Holder(), Ledger()
+    model, constraints = Holder(), Constraints()
     before = numbers(model)
     parts = list(model.named_modules())
     attributes = Attributes(parts)
-    with attributes.in_mode(model, training=False), remembered(parts, attributes, ledger):
+    with attributes.in_mode(model, training=False), remembered(parts, attributes, constraints):
         lent = {
             one.origin.path
             for one in (
@@ -354,7 +339,11 @@ def test_integers_are_given_back_after_an_error():
     before = numbers(model)
     parts = list(model.named_modules())
     attributes = Attributes(parts)
-    with pytest.raises(KeyError), attributes.in_mode(model, training=False), remembered(parts, attributes, Ledger()):
+    with (
+        pytest.raises(KeyError),
+        attributes.in_mode(model, training=False),
+        remembered(parts, attributes, Constraints()),
+    ):
         raise KeyError
     assert numbers(model) == before
 
@@ -453,19 +442,19 @@ class Averaging(nn.Module):
 
 
 def test_float_constants_ask_sizes_first_and_are_put_back():
-    model, ledger = Averaging(), Ledger()
+    model, constraints = Averaging(), Constraints()
     codes = average.__code__, Averaging.forward.__code__
-    n = Size(8, Place(("", "n")), ledger)
+    n = SymbolicInt(8, AttributeRef(("", "n")), constraints)
     with remembering_literals([("", model)]):
         assert average.__code__ is not codes[0]
         over, (half, _), less, rest, plain = average(n)
     assert (average.__code__, Averaging.forward.__code__) == codes
-    (condition,) = ledger.conditions
+    (condition,) = constraints.guards
     assert condition.outcome is less is True
     assert list(map(float.__float__, (over, half, rest, plain))) == [0.125, 4.0, -6.0, 4.0]
-    assert [type(one) for one in (over, half, rest)] == [Scalar] * 3
+    assert [type(one) for one in (over, half, rest)] == [SymbolicFloat] * 3
     assert type(plain) in (float, Literal)
-    smaller = {Place(("", "n")): 4}
+    smaller = {AttributeRef(("", "n")): 4}
     assert [evaluate(one, {}, smaller) for one in (over, half, rest)] == [0.25, 2.0, -2.0]
     assert average(8)[0] == 0.125
     assert type(average(8)[0]) is float
@@ -489,8 +478,8 @@ def test_a_literal_is_a_float_to_everything_else(operation, other):
 
 
 def test_a_shape_is_a_torch_size_that_remembers():
-    ledger = Ledger()
-    n = Size(3, Place(("", "n")), ledger)
+    constraints = Constraints()
+    n = SymbolicInt(3, AttributeRef(("", "n")), constraints)
     shape = Shape((2, n, 4))
     assert isinstance(shape, torch.Size)
     assert shape == torch.Size([2, 3, 4])
@@ -503,7 +492,7 @@ def test_a_shape_is_a_torch_size_that_remembers():
     ):
         assert type(part) is Shape
         assert part.numel() == entries
-        later = evaluate(part.numel(), {}, {Place(("", "n")): 6})
+        later = evaluate(part.numel(), {}, {AttributeRef(("", "n")): 6})
         assert later == (36 if entries == 9 else 2 * entries)
     assert torch.zeros(shape).shape == torch.zeros(24).view(shape).shape == torch.Size([2, 3, 4])
     assert type(copy.deepcopy(shape)) is torch.Size

@@ -13,7 +13,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from netopt import measure
-from netopt.axes import find_axes, watch
+from netopt.axes import find_axes
+from netopt.axes.tracing import sizes as tracer
 from netopt.prune import prune_neurons
 
 
@@ -31,7 +32,7 @@ def told(model, inputs):
 def test_what_is_seen_whole_is_what_its_operations_say(case: Case, monkeypatch):
     model, inputs = case.build(), case.inputs()
     whole = told(model, inputs)
-    monkeypatch.setattr(watch, "WHOLE", {})
+    monkeypatch.setattr(tracer, "WHOLE", {})
     assert whole == told(model, inputs)
 
 
@@ -145,7 +146,7 @@ class _Latent(nn.Module):
 def test_a_triangle_ties_queries_to_keys(how, monkeypatch):
     model, x = _Latent(**how), torch.randn(2, 6, 5)
     whole = told(model, x)
-    monkeypatch.setattr(watch, "WHOLE", {})
+    monkeypatch.setattr(tracer, "WHOLE", {})
     assert whole == told(model, x)
     queries = next(axis for axis in whole[1] if any(str(member) == "queries:0" for member in axis[2]))
     assert queries[4] is ("is_causal" not in how)
@@ -170,7 +171,7 @@ def test_channels_under_a_triangle_go_together_or_stay(keys, monkeypatch):
     model, x = _Channels(keys), torch.randn(2, 6, 5)
     assert {axis.name: axis.size for axis in find_axes(model, x).free} == ({"query": 8} if keys == 8 else {})
     whole = told(model, x)
-    monkeypatch.setattr(watch, "WHOLE", {})
+    monkeypatch.setattr(tracer, "WHOLE", {})
     assert whole == told(model, x)
 
 
@@ -190,7 +191,7 @@ class _Along(nn.Module):
 def test_derivatives_that_go_along_are_seen(monkeypatch):
     model, x = _Along(), torch.randn(2, 5)
     whole = told(model, x)
-    monkeypatch.setattr(watch, "WHOLE", {})
+    monkeypatch.setattr(tracer, "WHOLE", {})
     assert whole == told(model, x)
 
 

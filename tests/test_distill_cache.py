@@ -9,9 +9,10 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset, WeightedRandomSampler
 
-from netopt.distillation import Cache, distill, losses
-from netopt.distillation import cache as cache_module
-from netopt.distillation.fingerprints import sample_fingerprints
+from netopt.distillation import Cache, distill
+from netopt.distillation.data import cache as cache_module
+from netopt.distillation.data.fingerprints import sample_fingerprints
+from netopt.distillation.loss import losses
 from netopt.errors import InvalidArgumentError
 
 

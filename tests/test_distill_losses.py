@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from netopt.distillation import Hint, distill, losses
-from netopt.distillation import divergence as divergence_module
-from netopt.distillation.divergence import condense, condensed_divergence
-from netopt.distillation.hints import _KINDS
+from netopt.distillation import Hint, distill
+from netopt.distillation.loss import divergence as divergence_module
+from netopt.distillation.loss import losses
+from netopt.distillation.loss.divergence import condense, condensed_divergence
+from netopt.distillation.loss.hints import _KINDS
 from netopt.errors import InvalidArgumentError, NetoptError, ShapeMismatchError, UnknownNameError
 
 DOUBLE = torch.float64
@@ -161,7 +162,7 @@ def test_a_condensed_teacher_says_what_it_says_spread_out(block, monkeypatch):
 
 def test_losses_that_need_every_logit_get_them():
     """A loss without a condensed form, or with options that form lacks, is given all classes."""
-    from netopt.distillation.objective import Items, Kept, Objective, Target
+    from netopt.distillation.loss.objective import Items, Kept, Objective, Target
 
     s, t = torch.randn(4, 30), 4 * torch.randn(4, 30)
     kept = condense(t, 6, temperature=4.0)
@@ -182,7 +183,7 @@ def test_losses_that_need_every_logit_get_them():
 @pytest.mark.parametrize("name", [one for one in losses.names() if losses.get(one).explicit is not None])
 def test_a_gradient_said_beforehand_is_that_of_the_function(name, masked, classes):
     """What a loss says its sum and gradient are is what comes of differentiating it, masked positions left out."""
-    from netopt.distillation.objective import Items, Objective, Record, Target
+    from netopt.distillation.loss.objective import Items, Objective, Record, Target
 
     s, t = torch.randn(6, 3, classes, dtype=DOUBLE), 3 * torch.randn(6, 3, classes, dtype=DOUBLE)
     if name == "kl":

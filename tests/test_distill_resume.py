@@ -15,7 +15,8 @@ from torch import nn
 import distill_killed
 import distill_killed_ranks
 from conftest import unchanged
-from netopt.distillation import distill, shards
+from netopt.distillation import distill
+from netopt.distillation.data import shards
 from netopt.errors import InvalidArgumentError, PlanMismatchError
 
 X = torch.randn(40, 6, generator=torch.Generator().manual_seed(1))

@@ -14,8 +14,8 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, T
 
 from conftest import unchanged
 from netopt.distillation import distill
-from netopt.distillation.loaders import gathers, indexed_loader
-from netopt.distillation.sources import source
+from netopt.distillation.data.loaders import gathers, indexed_loader
+from netopt.distillation.data.sources import source
 
 X = torch.randn(96, 6, generator=torch.Generator().manual_seed(1))
 Y = torch.randint(5, (96,), generator=torch.Generator().manual_seed(2))

@@ -11,11 +11,11 @@ from torch import nn
 
 from conftest import unchanged
 from netopt.axes import find_axes
-from netopt.held import Held
 from netopt.measure import nonzero_of
+from netopt.model.view import ModelView
 from netopt.plan import Plan
 from netopt.prune import plan_neurons, prune_neurons, shrink
-from netopt.prune.constants import suspects
+from netopt.prune.exactness.dead_neurons import suspects
 
 DEAD = [1, 4]
 
@@ -317,7 +317,7 @@ def test_zeros_here_and_there_are_no_dead_neuron():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
     plan = Plan({"0.weight": {0: [0, 1, 2]}, "0.bias": {0: [0, 1, 2]}, "2.weight": {1: [0, 1, 2]}})
-    held = Held(model)
+    held = ModelView(model)
     with torch.no_grad():
         for row in range(6):
             model[0].weight[row, row % 4] = 0

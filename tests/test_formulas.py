@@ -13,11 +13,11 @@ import torch
 from tests.test_configuration import FOUND, IDS, SMALL, families, family, halved
 from torch import nn
 
+from netopt.integrations.huggingface.meta_build import built, entries, with_changes
+from netopt.integrations.huggingface.symbolic_build import drawn
 from netopt.plan import shapes_of
 from netopt.prune import prune_neurons
-from netopt.prune.building import built, entries, with_changes
-from netopt.prune.drawing import drawn
-from netopt.prune.formulas import Ledger, Whole
+from netopt.symbolic.formulas import Ledger, Whole
 
 transformers = pytest.importorskip("transformers")
 
@@ -194,7 +194,7 @@ def test_what_cannot_be_learned_is_tried(kind):
 @pytest.mark.parametrize("name", ["bert", "gpt2", "qwen2", "mamba", "clip"])
 def test_trying_finds_what_is_computed(name, monkeypatch):
     """Nothing is learned from building another model: the same is found, and the same refused."""
-    monkeypatch.setattr("netopt.prune.configuration.drawn", lambda *args, **kwargs: None)
+    monkeypatch.setattr("netopt.integrations.huggingface.config.drawn", lambda *args, **kwargs: None)
     for include, sizes in FOUND[name]:
         model, inputs = family(name)
         assert halved(model, inputs, include) is None

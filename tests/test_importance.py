@@ -22,7 +22,7 @@ from netopt.errors import (
 )
 from netopt.importance.evidence import collect, samples
 from netopt.importance.registry import lookup
-from netopt.parameters import places
+from netopt.model.parameters import places
 
 
 class Mixed(nn.Module):

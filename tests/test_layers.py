@@ -17,15 +17,15 @@ SOURCES = sorted(ROOT.rglob("*.py"))
 # A module may import from rows below its own, and from its own package.
 LAYERS = (
     {"integrations"},
-    {"prune", "gradual", "distillation"},
+    {"prune", "distillation"},
     {"report"},
     {"plan", "reconstruction"},
     {"masking", "surgery"},
-    {"selection", "schedules"},
+    {"selection"},
     {"axes", "importance", "measure"},
-    {"calls"},
-    {"batches", "flops", "parameters", "selectors", "restore"},
-    {"errors", "held"},
+    {"symbolic", "model"},
+    {"batches", "flops", "selectors"},
+    {"errors"},
 )
 OPTIONAL = {"matplotlib", "IPython", "transformers", "timm", "torchvision", "lightning_fabric", "accelerate", "sklearn"}
 

@@ -13,7 +13,7 @@ from torch.nn.utils import prune
 from conftest import bits, unchanged
 from netopt import masking
 from netopt.errors import ArgumentTypeError, MaskError, ShapeMismatchError, UnknownNameError
-from netopt.parameters import places
+from netopt.model.parameters import places
 
 
 class Tied(nn.Module):

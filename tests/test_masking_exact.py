@@ -10,12 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from netopt import parameters
 from netopt.errors import ArgumentTypeError, InvalidArgumentError, NonFiniteError
 from netopt.masking import patterns, quantile
 from netopt.masking.patterns import Shape, expand_blocks, keep_n_of_m, keep_per_row, mean_of_blocks, parse
 from netopt.masking.quantile import Scores, keep_above, keep_best
-from netopt.parameters import count_nonzero
+from netopt.model import parameters
+from netopt.model.parameters import count_nonzero
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 FEW = st.sampled_from([0.0, -0.0, 1.0, -1.0, 0.5, 2.0, -3.0, 1e-30, float("inf"), -float("inf")])

@@ -10,7 +10,7 @@ from torch.nn.utils import prune
 from conftest import unchanged
 from netopt import measure
 from netopt.errors import ForwardError, InvalidArgumentError
-from netopt.held import Held
+from netopt.model.view import ModelView
 
 
 class Attention(nn.Module):
@@ -59,7 +59,7 @@ def test_each_parameter_is_counted_by_itself_and_a_shared_one_under_its_first_na
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.BatchNorm1d(4))
     model[1].weight = model[0].weight
     prune.l1_unstructured(model[0], "weight", amount=6)
-    counts = measure.nonzero_of(Held(model))
+    counts = measure.nonzero_of(ModelView(model))
     assert counts == {"0.bias": 4, "0.weight_orig": 10, "1.bias": 4, "2.weight": 4, "2.bias": 0}
     assert sum(counts.values()) == measure.cost(model).nonzero == measure.nonzero_parameters(model)
 

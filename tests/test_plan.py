@@ -15,7 +15,7 @@ from torch import nn
 from conftest import unchanged
 from netopt.errors import InvalidArgumentError, PlanMismatchError, ShapeMismatchError
 from netopt.plan import AxisCut, Plan, shapes_of
-from netopt.plan.codes import decode, encode, pack, unpack
+from netopt.plan.codec import decode, encode, pack, unpack
 
 
 def mlp(width: int = 6) -> nn.Sequential:

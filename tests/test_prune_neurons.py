@@ -21,7 +21,7 @@ from netopt.errors import InvalidArgumentError, NothingToPruneError, Verificatio
 from netopt.importance.neurons import neuron_scores
 from netopt.plan import Plan
 from netopt.prune import plan_neurons, prune_neurons
-from netopt.prune.verify import Promise
+from netopt.prune.verify import Reference
 from netopt.surgery import named_tensors
 
 ROOT = str(Path(netopt.__file__).parent)
@@ -306,14 +306,14 @@ def test_how_many_results_the_values_select_may_change():
     ((5, 2, 1), (False, True), False),
 ])  # fmt: skip
 def test_only_sizes_that_depend_on_values_may_change(shape, steady, kept):
-    promised = Promise([torch.zeros(3, 2)], equal=True, steady=[steady])
+    reference = Reference([torch.zeros(3, 2)], equal=True, steady=[steady])
 
     class Result(nn.Module):
         def forward(self, x):
             return torch.zeros(shape)
 
     with contextlib.nullcontext() if kept else pytest.raises(VerificationError, match="have shapes"):
-        promised.check(Result(), torch.zeros(1), lambda result: [result])
+        reference.check(Result(), torch.zeros(1), lambda result: [result])
 
 
 class UnitQueries(nn.Module):

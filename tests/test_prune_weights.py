@@ -21,7 +21,7 @@ from netopt.errors import (
     SelectorError,
     UnknownNameError,
 )
-from netopt.parameters import Orientation, places
+from netopt.model.parameters import Orientation, places
 from netopt.prune import prune_weights
 
 SOLVERS = tuple(name for name in importance.names("layers") if name != "wanda_layerwise")

@@ -18,7 +18,7 @@ from netopt import masking
 from netopt.errors import InvalidArgumentError, MissingDataError, ShapeMismatchError
 from netopt.importance import Criterion, criterion, inputs, lookup, names, registry, scores
 from netopt.importance.evidence import collect
-from netopt.parameters import places
+from netopt.model.parameters import places
 from netopt.prune import prune_neurons, prune_weights
 from netopt.reconstruction import Demand, Problem, replay, solvers
 from netopt.reconstruction.solvers import _polished

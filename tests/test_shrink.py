@@ -120,7 +120,7 @@ def test_a_failing_check_undoes_all_rounds_and_folds(monkeypatch):
     def fail(*_, **__):
         raise VerificationError("no")
 
-    monkeypatch.setattr(verify_module.Promise, "check", fail)
+    monkeypatch.setattr(verify_module.Reference, "check", fail)
     with unchanged(model), pytest.raises(VerificationError):
         shrink(model, x)
 

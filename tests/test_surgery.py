@@ -16,8 +16,9 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import netopt
-from netopt import restore, surgery
+from netopt import surgery
 from netopt.errors import ArgumentTypeError, InvalidArgumentError, OptimizerStateError, PlanMismatchError
+from netopt.model import restore
 from netopt.plan import Plan
 
 KEPT = torch.tensor([0, 2, 3])
@@ -180,7 +181,7 @@ def test_a_class_that_sets_its_attributes_itself_is_asked():
 
     model = nn.Sequential(Told(4, 6), Derived(6, 2))
     plan = Plan({"0.weight": {0: KEPT}, "0.bias": {0: KEPT}, "1.weight": {1: KEPT}}, ((("1", "in_features"), 3),))
-    plan.prepare(model).rehearse(lambda: None)
+    plan.prepare(model).dry_run(lambda: None)
     assert (model[0].told, model[1].width) == ((6, 3, 6), 6)
     plan.apply(model)
     assert (model[0].told, model[1].width) == ((6, 3, 6, 3), 3)
@@ -585,10 +586,10 @@ def test_a_fault_at_any_step_leaves_everything_as_it_was():
                 raise ZeroDivisionError
 
             operation.changes[place].do = faulty
-            with pytest.raises(ZeroDivisionError), restore.random_state_kept():
+            with pytest.raises(ZeroDivisionError), restore.preserve_random_state():
                 operation.run(lambda: None)
             assert snapshot(model, optimizer) == before, f"step {place}, {type(change).__name__}"
-    assert kinds == {"Exchange", "Assignment", "Entry"}
+    assert kinds == {"Swap", "Assignment", "Entry"}
 
 
 # Python delivers no interruption at a return, and one there would come when all is done.

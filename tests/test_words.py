@@ -28,7 +28,7 @@ from netopt.errors import (
     SelectorError,
     UnknownNameError,
 )
-from netopt.restore import given_back, random_state_kept
+from netopt.model.restore import preserve_random_state, restored
 from netopt.selectors import chosen, matches
 
 BUILTINS = (ValueError, TypeError, RuntimeError, ImportError, OSError)
@@ -313,7 +313,7 @@ def test_what_is_borrowed_is_given_back(fails):
     model.norm.eval()
     before, chance = state_of(model), random_state()
     try:
-        with given_back(model):
+        with restored(model):
             model.train()
             model.norm.bias.requires_grad_(True)
             model(X).sum().backward()
@@ -340,7 +340,7 @@ def test_tensors_kept_in_plain_containers_are_given_back():
 
     model = Caching()
     cache, seen, last = model.cache, list(model.seen), model.last
-    with given_back(model):
+    with restored(model):
         model.eval()
         model.cache["meta"] = model.last = torch.zeros(1)
         model.seen.append(model.last)
@@ -357,7 +357,7 @@ def test_tensors_kept_in_plain_containers_are_given_back():
 def test_giving_back_does_not_disturb_a_pending_graph():
     model = nn.BatchNorm1d(3).eval()
     loss = model(X.clone().requires_grad_()).sum()
-    with given_back(model):
+    with restored(model):
         model(X)
     loss.backward()
     assert model.weight.grad is not None
@@ -367,7 +367,7 @@ def test_buffers_made_in_inference_mode_are_given_back():
     with torch.inference_mode():
         model = nn.BatchNorm1d(3)
     before = state_of(model)
-    with given_back(model), torch.inference_mode():
+    with restored(model), torch.inference_mode():
         model(X)
     assert state_of(model) == before
 
@@ -376,7 +376,7 @@ def test_a_model_without_values_is_given_back():
     with FakeTensorMode():
         model = nn.BatchNorm1d(3)
         buffers = dict(model.named_buffers())
-        with given_back(model):
+        with restored(model):
             model(torch.randn(4, 3))
         assert all(buffers[name] is buffer for name, buffer in model.named_buffers())
 
@@ -384,10 +384,10 @@ def test_a_model_without_values_is_given_back():
 def test_random_states_may_be_left_alone():
     model = nn.Linear(3, 2)
     before = random_state()
-    with given_back(model, rng=False):
+    with restored(model, rng=False):
         torch.rand(())
     assert random_state()["torch"] != before["torch"]
-    with random_state_kept():
+    with preserve_random_state():
         expected = torch.rand(())
     assert torch.equal(torch.rand(()), expected)
 

@@ -20,9 +20,9 @@ from netopt import batches
 from netopt.batches import Inputs
 from netopt.errors import InvalidArgumentError
 from netopt.flops import EXTRA
-from netopt.held import Held
-from netopt.parameters import count_nonzero
-from netopt.restore import given_back
+from netopt.model.parameters import count_nonzero
+from netopt.model.restore import restored
+from netopt.model.view import ModelView
 
 __all__ = [
     "Cost",
@@ -80,10 +80,10 @@ def cost(model: nn.Module, inputs: Inputs | None = None) -> Cost:
         Cost(params=16, nonzero=16, bytes=64, macs=12)
     """
     macs = None if inputs is None else count_macs(model, inputs)
-    return cost_of(Held(model), macs)
+    return cost_of(ModelView(model), macs)
 
 
-def cost_of(held: Held, macs: int | None = None, nonzero: Mapping[str, int] | None = None) -> Cost:
+def cost_of(held: ModelView, macs: int | None = None, nonzero: Mapping[str, int] | None = None) -> Cost:
     """As :func:`cost`, of a model that is listed and whose operations, or entries by parameter, are counted already."""
     nonzero = nonzero_of(held) if nonzero is None else nonzero
     parameters = [held.parameters[name] for name in nonzero]
@@ -110,10 +110,10 @@ def nonzero_parameters(model: nn.Module) -> int:
         >>> nonzero_parameters(layer)
         10
     """
-    return sum(nonzero_of(Held(model)).values())
+    return sum(nonzero_of(ModelView(model)).values())
 
 
-def nonzero_of(held: Held, full: Collection[str] = ()) -> dict[str, int]:
+def nonzero_of(held: ModelView, full: Collection[str] = ()) -> dict[str, int]:
     """As :func:`nonzero_parameters`, of each parameter by itself, a shared one under the first of its names.
 
     Args:
@@ -154,7 +154,7 @@ def count_macs(model: nn.Module, inputs: Inputs) -> int:
         6912
     """
     counter = FlopCounterMode(display=False, custom_mapping=EXTRA)
-    with given_back(model), torch.no_grad(), _separate_operations():
+    with restored(model), torch.no_grad(), _separate_operations():
         # The counter's hooks stumble over views of parameters that ask for gradients.
         model.eval().requires_grad_(False)
         with counter:
@@ -192,7 +192,7 @@ def latencies(models: Sequence[nn.Module], inputs: Inputs, repeats: int = 30, wa
     if repeats < 1:
         raise InvalidArgumentError(f"repeats must be at least 1, not {repeats}.")
     seconds: list[list[float]] = [[] for _ in models]
-    with given_back(*models), torch.no_grad():
+    with restored(*models), torch.no_grad():
         for model in models:
             model.eval()
             for _ in range(warmup):

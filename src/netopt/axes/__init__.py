@@ -5,7 +5,7 @@ between dimensions, and unification solves them: dimensions that share an axis s
 only: nothing here reads a weight's value or changes the model.
 """
 
-from netopt.axes.axis import Assignment, Axes, Axis, Member, Tap
+from netopt.axes.axes import Assignment, Axes, Axis, Member, Tap
 from netopt.axes.find import Outputs, find_axes
 from netopt.axes.operation import Dim, Operation, known_operations, rule
 

@@ -24,20 +24,19 @@ from torch.utils._pytree import tree_iter
 
 from netopt import batches
 from netopt.axes import rules as _rules  # noqa: F401 - registers the rules
-from netopt.axes.attributes import Attributes, Parts
-from netopt.axes.axis import Axes
+from netopt.axes.axes import Axes
 from netopt.axes.layout import Layout, freeze
 from netopt.axes.literals import remembering_literals
 from netopt.axes.memos import memos_passed_by
 from netopt.axes.modes import modes_watched
-from netopt.axes.places import remembered
-from netopt.axes.sizes import remembering_functions
-from netopt.axes.trace import Trace
-from netopt.axes.unreached import standing_in, unreached
-from netopt.axes.watch import Watch
+from netopt.axes.tracing.attributes import remembered
+from netopt.axes.tracing.dims import DimTracer
+from netopt.axes.tracing.sizes import SizeTracer
+from netopt.axes.tracing.unrouted_experts import twins_substituted, unreached
 from netopt.batches import Inputs
 from netopt.errors import ArgumentTypeError, ForwardError, InvalidArgumentError
-from netopt.restore import gradients_kept, random_state_kept, values_kept
+from netopt.model.attributes import Attributes, Parts
+from netopt.model.restore import preserve_gradients, preserve_random_state, preserve_values
 
 Outputs: TypeAlias = "str | Sequence[str] | Callable[..., Any] | None"
 
@@ -73,14 +72,14 @@ def find_axes(model: nn.Module, example_inputs: Inputs, *, outputs: Outputs = No
         raise ArgumentTypeError(f"model must be a torch.nn.Module, not {type(model).__name__}.")
     parts = list(model.named_modules())
     attributes = Attributes(parts)
-    trace = Trace(*attributes.tensors())
+    trace = DimTracer(*attributes.tensors())
     try:
         with ExitStack() as borrowed:
             for context in (
                 _collection_paused(),
-                random_state_kept(),
-                gradients_kept([trace.members[name] for name in trace.parameters]),
-                values_kept(one for _, module in parts for one in module._buffers.values() if one is not None),
+                preserve_random_state(),
+                preserve_gradients([trace.members[name] for name in trace.parameters]),
+                preserve_values(one for _, module in parts for one in module._buffers.values() if one is not None),
                 _plain_kernels(),
                 torch.inference_mode(False),
                 torch.no_grad(),
@@ -90,16 +89,16 @@ def find_axes(model: nn.Module, example_inputs: Inputs, *, outputs: Outputs = No
             trace.inputs(leaf for leaf in tree_iter(batches.normalize(example_inputs)) if isinstance(leaf, Tensor))
             _freeze_scripted(parts, trace)
             with attributes.in_mode(model, writes=trace.writes, training=False) as more, modes_watched() as modes:
-                watch = Watch(model, parts, trace, modes)
+                tracer = SizeTracer(model, parts, trace, modes)
                 trace.counting = True
-                results = _run(model, parts, attributes, example_inputs, watch, outputs)
+                results = _run(model, parts, attributes, example_inputs, tracer, outputs)
                 trace.counting = False
                 modes.differ |= more or bool(modes.asking)  # one that was not called as a module, but by its forward
-            readings = watch.readings
-            twins = unreached(parts, watch.reached, trace.touched)
+            readings = tracer.readings
+            twins = unreached(parts, tracer.reached, trace.touched)
             if twins:
-                with standing_in(twins, trace), attributes.in_mode(model, writes=trace.writes, training=False):
-                    _run(model, parts, attributes, example_inputs, Watch(model, parts, trace, modes), outputs)
+                with twins_substituted(twins, trace), attributes.in_mode(model, writes=trace.writes, training=False):
+                    _run(model, parts, attributes, example_inputs, SizeTracer(model, parts, trace, modes), outputs)
             if modes.differ or not attributes.flags_alone:
                 # Batch norm fails in training mode on a single sample, and a model may refuse to be trained.
                 with (
@@ -107,30 +106,29 @@ def find_axes(model: nn.Module, example_inputs: Inputs, *, outputs: Outputs = No
                     attributes.in_mode(model, writes=trace.writes, training=True) as more,
                 ):
                     if modes.differ or more:
-                        watch = Watch(model, parts, trace, modes)
-                        _run(model, parts, attributes, example_inputs, watch, outputs)
-        trace.ledger.is_open = False
+                        tracer = SizeTracer(model, parts, trace, modes)
+                        _run(model, parts, attributes, example_inputs, tracer, outputs)
+        trace.constraints.is_recording = False
         trace.settle()
         return Axes(trace, readings, results)
     finally:
-        trace.ledger.is_open = False
+        trace.constraints.is_recording = False
         trace.forget()
 
 
 def _run(
-    model: nn.Module, parts: Parts, attributes: Attributes, inputs: Inputs, watch: Watch, outputs: Outputs
+    model: nn.Module, parts: Parts, attributes: Attributes, inputs: Inputs, tracer: SizeTracer, outputs: Outputs
 ) -> list[tuple[Layout, ...]]:
     """One traced forward; the layouts of the results that count."""
-    trace = watch.trace
+    trace = tracer.trace
     with (
-        remembered(parts, attributes, trace.ledger),
-        remembering_functions(),
+        remembered(parts, attributes, trace.constraints),
         remembering_literals(parts),
         memos_passed_by(),
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")  # such as those that a run without gradients alone gives
-        with trace, watch:
+        with trace, tracer:
             result = batches.call(model, inputs)
         counted = counted_outputs(result, outputs)
         trace.reach(counted)
@@ -197,7 +195,7 @@ def _fake_mode(tensors: Iterable[Tensor]) -> Iterator[None]:
             yield
 
 
-def _freeze_scripted(parts: Parts, trace: Trace) -> None:
+def _freeze_scripted(parts: Parts, trace: DimTracer) -> None:
     """The integers of a scripted module cannot be rewritten."""
     for _, module in parts:
         if isinstance(module, torch.jit.ScriptModule):

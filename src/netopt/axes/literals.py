@@ -19,8 +19,8 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
-from netopt.axes.attributes import Parts, is_library
-from netopt.axes.sizes import Scalar, Size, remember
+from netopt.model.attributes import Parts, is_library
+from netopt.symbolic.number import SymbolicFloat, SymbolicInt, record
 
 _ARITHMETIC = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")
 _COMPARISONS = {"lt": "gt", "le": "ge", "gt": "lt", "ge": "le", "eq": "eq", "ne": "ne"}
@@ -43,8 +43,8 @@ class Literal(float):
 
 def _arithmetic(operation: Callable[[Any, Any], Any], plain: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
     def method(self: Any, other: Any) -> Any:
-        if isinstance(other, (Size, Scalar)):
-            return remember(operation, float(self), other, other)
+        if isinstance(other, (SymbolicInt, SymbolicFloat)):
+            return record(operation, float(self), other, other)
         return plain(self, other)
 
     return method
@@ -52,7 +52,7 @@ def _arithmetic(operation: Callable[[Any, Any], Any], plain: Callable[[Any, Any]
 
 def _comparison(mirrored: str, plain: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
     def method(self: Any, other: Any) -> Any:
-        if isinstance(other, (Size, Scalar)):
+        if isinstance(other, (SymbolicInt, SymbolicFloat)):
             return getattr(other, mirrored)(float(self))
         return plain(self, other)
 

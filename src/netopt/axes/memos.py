@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
-from netopt.axes.attributes import is_library
-from netopt.axes.sizes import Scalar, Size
+from netopt.model.attributes import is_library
+from netopt.symbolic.number import SymbolicFloat, SymbolicInt
 
 _MEMO = type(functools.lru_cache(lambda: None))
 _Held: TypeAlias = "tuple[Any, str, Any, Any]"
@@ -122,5 +122,6 @@ def _passing(memo: Any) -> Any:
 
 def _remember(values: Iterable[Any]) -> bool:
     return any(
-        type(value) in (Size, Scalar) or (isinstance(value, (tuple, list)) and _remember(value)) for value in values
+        type(value) in (SymbolicInt, SymbolicFloat) or (isinstance(value, (tuple, list)) and _remember(value))
+        for value in values
     )

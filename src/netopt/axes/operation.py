@@ -29,7 +29,7 @@ from netopt.axes.layout import unify as unify_layouts
 from netopt.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
-    from netopt.axes.trace import Trace
+    from netopt.axes.tracing.dims import DimTracer
 
 
 @final
@@ -128,7 +128,7 @@ class Operation:
 
     __slots__ = ("_place", "_short", "marks", "name", "out", "tensors", "trace", "when_read")
 
-    def __init__(self, trace: Trace, name: str, tensors: Sequence[Tensor], out: Any) -> None:
+    def __init__(self, trace: DimTracer, name: str, tensors: Sequence[Tensor], out: Any) -> None:
         self._place: str | None = None
         self._short: str | None = None
         self.trace = trace

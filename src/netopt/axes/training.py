@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_iter
 
-from netopt.axes.attributes import COMMON, NUMBERS, attributes_given_back, is_configuration, is_library
 from netopt.axes.layout import Layout, atoms, unify
 from netopt.axes.operation import Dim
-from netopt.axes.sizes import Extent, Scalar, Size, leaves, plain
-from netopt.axes.trace import Trace
-from netopt.restore import version_of
+from netopt.axes.tracing.dims import DimTracer
+from netopt.model.attributes import COMMON, NUMBERS, attributes_given_back, is_configuration, is_library
+from netopt.model.restore import version_of
+from netopt.symbolic.number import DimSize, SymbolicFloat, SymbolicInt, leaves, plain
 
 __all__ = ["Trials", "is_small"]
 
@@ -41,7 +41,7 @@ class Trials:
         trace: The trace they run in.
     """
 
-    def __init__(self, trace: Trace) -> None:
+    def __init__(self, trace: DimTracer) -> None:
         self._trace = trace
         self._alike: set[Any] = set()
         self._kept: list[Any] = []
@@ -62,10 +62,10 @@ class Trials:
             told, noted = self._told(touched), self._noted()
         if not _is_alike(self._trace, module, args, kwargs, result):
             return False
-        ledger, conditions = self._trace.ledger, noted[0]
+        constraints, guards = self._trace.constraints, noted[0]
         fixed = all(
-            isinstance(leaf, Extent) and _stays(leaf.layout)
-            for condition in ledger.conditions[conditions:]
+            isinstance(leaf, DimSize) and _stays(leaf.layout)
+            for condition in constraints.guards[guards:]
             for leaf in (*leaves(condition.left), *leaves(condition.right))
         )
         if fixed and told == self._told(touched) and noted[1:] == self._noted()[1:]:
@@ -74,8 +74,14 @@ class Trials:
 
     def _noted(self) -> tuple[int, ...]:
         """How much was noted of integers, of tensors, and of values that were looked at."""
-        trace, ledger = self._trace, self._trace.ledger
-        return len(ledger.conditions), len(ledger.equations), len(ledger.numbers), len(trace.touched), trace.looks
+        trace, constraints = self._trace, self._trace.constraints
+        return (
+            len(constraints.guards),
+            len(constraints.equations),
+            len(constraints.numbers),
+            len(trace.touched),
+            trace.looks,
+        )
 
     def _told(self, tensors: Iterable[Tensor]) -> list[Any]:
         """What is known of the dimensions of tensors."""
@@ -96,7 +102,9 @@ class _Signature:
         kept: Objects that are told apart by their address, so that it is not reused.
     """
 
-    def __init__(self, trace: Trace, parts: Sequence[nn.Module], tensors: Iterable[Tensor], kept: list[Any]) -> None:
+    def __init__(
+        self, trace: DimTracer, parts: Sequence[nn.Module], tensors: Iterable[Tensor], kept: list[Any]
+    ) -> None:
         self._trace = trace
         self._parts = {id(part): place for place, part in enumerate(parts)}
         self._layouts: dict[int, int] = {}
@@ -111,10 +119,10 @@ class _Signature:
 
     def of(self, value: Any) -> Any:
         kind = type(value)
-        if kind is Size:
+        if kind is SymbolicInt:
             number = plain(value)
             return kind, None if number in self._sizes else number
-        if kind is Scalar:
+        if kind is SymbolicFloat:
             return kind
         if kind in NUMBERS:
             return kind, value
@@ -163,7 +171,7 @@ def _stays(layout: Layout) -> bool:
     return all(atom.frozen is not None for atom in atoms(layout))
 
 
-def _is_alike(trace: Trace, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> bool:
+def _is_alike(trace: DimTracer, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> bool:
     """Runs a module in training mode, to see whether its result has the dimensions of ``result``."""
     given = [leaf for leaf in tree_iter((args, kwargs)) if isinstance(leaf, Tensor)]
     versions, marks = list(map(version_of, given)), trace.marks

@@ -2,7 +2,7 @@
 
 A linear layer is a transposition, a product and two views; attention is a dozen operations. What these say together is
 one rule, which costs a fraction of listening to each. They are looked at all the same where something else may depend
-on them; see :meth:`netopt.axes.trace.Trace.whole`.
+on them; see :meth:`netopt.axes.tracing.dims.Trace.whole`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from netopt.axes.trace import Traits, traits_of
+from netopt.axes.tracing.dims import Traits, traits_of
 
 __all__ = ["WHOLE", "Whole"]
 

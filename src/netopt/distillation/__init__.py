@@ -1,9 +1,9 @@
 """Distillation: a student learns to say what a teacher says."""
 
-from netopt.distillation import losses
-from netopt.distillation.cache import Cache
 from netopt.distillation.call import distill
-from netopt.distillation.hints import Hint
+from netopt.distillation.data.cache import Cache
+from netopt.distillation.loss import losses
+from netopt.distillation.loss.hints import Hint
 from netopt.distillation.report import DistillationReport
 
 __all__ = ["Cache", "DistillationReport", "Hint", "distill", "losses"]

@@ -12,25 +12,25 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from netopt.distillation.cache import Cache, TeacherCache, cache_for
-from netopt.distillation.checkpoint import Checkpoint
-from netopt.distillation.engines import Engine, engine_for, precision
-from netopt.distillation.fingerprints import model_fingerprint
-from netopt.distillation.hints import Hints, hint_terms
-from netopt.distillation.interrupts import graceful
-from netopt.distillation.loop import Loop, Settings
-from netopt.distillation.objective import Objective, SoftLoss
-from netopt.distillation.optimizing import OptimizerLike, SchedulerLike, fused, optimizers_for, scheduler_for
-from netopt.distillation.outputs import Picker, is_causal
-from netopt.distillation.rehearsal import check_finite, check_numbers, check_student, rehearse
+from netopt.distillation.data.cache import Cache, TeacherCache, cache_for
+from netopt.distillation.data.fingerprints import model_fingerprint
+from netopt.distillation.data.sources import Drawn, Source, seed_all, source
+from netopt.distillation.loop.checkpoint import Checkpoint
+from netopt.distillation.loop.dry_run import check_finite, check_numbers, check_student, dry_run
+from netopt.distillation.loop.engines import Engine, engine_for, precision
+from netopt.distillation.loop.interrupts import graceful
+from netopt.distillation.loop.loop import Loop, Settings
+from netopt.distillation.loop.optimizing import OptimizerLike, SchedulerLike, fused, optimizers_for, scheduler_for
+from netopt.distillation.loop.student import Trainee, lent, modes, undone_on_error
+from netopt.distillation.loop.validation import Metric, Validation
+from netopt.distillation.loss.hints import Hints, hint_terms
+from netopt.distillation.loss.objective import Objective, SoftLoss
+from netopt.distillation.loss.outputs import Picker, is_causal
+from netopt.distillation.loss.targets import Labels, Targets
+from netopt.distillation.loss.teachers import Forward, as_teachers, check_apart
 from netopt.distillation.report import DistillationReport
-from netopt.distillation.sources import Drawn, Source, seed_all, source
-from netopt.distillation.student import Trainee, lent, modes, undone_on_error
-from netopt.distillation.targets import Labels, Targets
-from netopt.distillation.teachers import Forward, as_teachers, check_apart
-from netopt.distillation.validating import Metric, Validation
 from netopt.errors import InvalidArgumentError
-from netopt.restore import given_back
+from netopt.model.restore import restored
 
 __all__ = ["distill"]
 
@@ -87,7 +87,8 @@ def distill(
         epochs: Passes over the data.
         steps: Optimizer steps instead, over as many epochs as it takes.
         batch_size: Samples a batch, where batches are made here.
-        loss: A name of :func:`netopt.distillation.losses.names`, a loss such as ``losses.kl.using(standardize=True)``,
+        loss: A name of :func:`netopt.distillation.loss.losses.names`, a loss such as
+            ``losses.kl.using(standardize=True)``,
             a function of ``(student_output, teacher_output)``, or a mapping of these to weights.
         temperature: Softening :math:`T` of the losses on distributions, which are multiplied by :math:`T^2`.
         hard: Weight in [0, 1] of the labels' term; the others weigh ``1 - hard``. Class indices give cross-entropy,
@@ -180,11 +181,11 @@ def distill(
         first = next(drawn, None)
         trainee = Trainee(student, terms, runs[0], pickers[0])
         if first is not None:
-            trainee = rehearse(student, runs[0], pickers[0], first, targets, objective, base, drawn_from.whole)
+            trainee = dry_run(student, runs[0], pickers[0], first, targets, objective, base, drawn_from.whole)
         stack.enter_context(trainee.listening())
         stack.callback(machine.close)
         if checked is not None:
-            checked.rehearse(trainee)
+            checked.dry_run(trainee)
         optimizers = optimizers_for(optimizer, lr, trainee, teachers)
         stack.enter_context(fused(optimizers))
         loop = Loop(
@@ -209,7 +210,7 @@ def distill(
 def _lend(stack: ExitStack, student: nn.Module, teachers: Sequence[nn.Module], optimizer: Any, scheduler: Any) -> None:
     """Enters the contexts that give everything back, and puts the student into the modes it learns in."""
     own = optimizer if isinstance(optimizer, Optimizer) else None
-    stack.enter_context(given_back(*teachers))
+    stack.enter_context(restored(*teachers))
     stack.enter_context(torch.inference_mode(False))
     stack.enter_context(torch.enable_grad())
     stack.enter_context(undone_on_error(student, own, scheduler))

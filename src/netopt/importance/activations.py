@@ -21,11 +21,11 @@ from tqdm import tqdm
 
 from netopt import batches
 from netopt.batches import Batch
-from netopt.calls import Call, CallNames
 from netopt.errors import MissingDataError, NonFiniteError
 from netopt.importance.evidence import _ready
-from netopt.parameters import places
-from netopt.restore import given_back
+from netopt.model.calls import Call, CallNames
+from netopt.model.parameters import places
+from netopt.model.restore import restored
 
 __all__ = ["Saliency", "Tap", "activations", "recordable", "saliency"]
 
@@ -128,7 +128,7 @@ def saliency(
         Optimal Brain Damage (LeCun et al., 1989) for derivatives as importance; Hutchinson's estimator (1990) for the
         random signs.
     """
-    with given_back(model), _differentiable(model):
+    with restored(model), _differentiable(model):
         run = _Differentiation(
             model, taps, sizes, outputs=outputs or _outputs, exact=exact_outputs, error=relative_error
         )
@@ -151,7 +151,7 @@ def activations(
     """
     sums = {name: torch.zeros(size, dtype=torch.float64) for name, size in sizes.items()}
     seen = {name: torch.zeros(size, dtype=torch.float64) for name, size in sizes.items()}
-    with given_back(model), torch.no_grad(), _ready(model, {}, ("input_norm",)):
+    with restored(model), torch.no_grad(), _ready(model, {}, ("input_norm",)):
         for batch in tqdm(batches.iterate(data), desc="activations", disable=not progress, leave=False):
             with _Readings(model, taps, gradients=False) as readings:
                 batches.feed(model, batch)

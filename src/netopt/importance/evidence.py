@@ -18,8 +18,8 @@ from netopt import batches
 from netopt.batches import Batch
 from netopt.errors import InvalidArgumentError, MissingDataError, NonFiniteError, UnknownNameError
 from netopt.importance.inputs import InputWatch, Matrix, Reading, every_contraction
-from netopt.parameters import Place, places
-from netopt.restore import given_back
+from netopt.model.parameters import Place, places
+from netopt.model.restore import restored
 
 __all__ = ["NEEDS", "Evidence", "collect", "samples"]
 
@@ -73,7 +73,7 @@ def collect(
 
     Args:
         model: Run in eval mode, and given back as it was.
-        wanted: The weights, as :func:`netopt.parameters.places` lists them; by default those pruned by default.
+        wanted: The weights, as :func:`netopt.model.parameters.places` lists them; by default those pruned by default.
         needs: Names among the attributes of :class:`Evidence`.
         data: Batches; read once, and not at all where nothing is needed.
         loss_fn: Of the model's result and a batch's targets; by default the ``loss`` the model itself returns.
@@ -93,7 +93,7 @@ def collect(
     if needs:
         if data is None:
             raise MissingDataError(f"this importance needs {', '.join(sorted(needs))}; pass data=, a list of batches.")
-        with given_back(model), _ready(model, wanted, needs):
+        with restored(model), _ready(model, wanted, needs):
             seen = _Pass(model, wanted, frozenset(needs), loss_fn, sums)
             count = seen.run(data, progress)
         for name, place in wanted.items():

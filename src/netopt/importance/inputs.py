@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from netopt.parameters import Place
+from netopt.model.parameters import Place
 
 __all__ = ["Convolution", "InputWatch", "Matrix", "Reading", "every_contraction"]
 

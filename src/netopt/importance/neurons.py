@@ -25,12 +25,12 @@ from netopt.errors import (
     NonFiniteError,
     ShapeMismatchError,
 )
-from netopt.held import Held
 from netopt.importance.activations import Saliency, Tap, activations, gather, over_others, saliency
 from netopt.importance.evidence import Evidence
 from netopt.importance.registry import PART, Criterion, Importance, criterion, lookup
 from netopt.importance.scores import scores
-from netopt.parameters import effective, places
+from netopt.model.parameters import effective, places
+from netopt.model.view import ModelView
 
 __all__ = ["Member", "NeuronScores", "Neurons", "neuron_scores", "reduce", "saliency_within"]
 
@@ -95,7 +95,7 @@ class NeuronScores:
 
 
 def neuron_scores(
-    model: nn.Module | Held,
+    model: nn.Module | ModelView,
     members: Mapping[str, Sequence[Member]],
     taps: Callable[[str], Sequence[Tap]],
     sizes: Mapping[str, int],
@@ -134,7 +134,7 @@ def neuron_scores(
         raise MissingDataError(
             f"importance {chosen.name!r} needs {', '.join(sorted(chosen.needs))}; pass data=, a list of batches."
         )
-    held = Held.of(model)
+    held = ModelView.of(model)
     values, model = _values(held, {name for axis in sizes for name, _, _ in members[axis]}), held.model
     if chosen.of == "weights" and not chosen.needs:
         return NeuronScores(_streamed(chosen, values, members, sizes, progress=progress))
@@ -349,7 +349,7 @@ def _floating(tensor: Tensor) -> bool:
     return tensor.is_floating_point()
 
 
-def _values(held: Held, wanted: set[str]) -> dict[str, Tensor]:
+def _values(held: ModelView, wanted: set[str]) -> dict[str, Tensor]:
     """Values of the floating parameters named, zero where masked, by the name without masks."""
     bare, values = {_bare(name) for name in wanted}, {}
     for name, parameter in held.parameters.items():

@@ -12,7 +12,7 @@ from netopt.batches import Batch
 from netopt.errors import ArgumentTypeError, NonFiniteError, ShapeMismatchError, UnknownNameError
 from netopt.importance.evidence import collect
 from netopt.importance.registry import Importance, lookup
-from netopt.parameters import Place, places
+from netopt.model.parameters import Place, places
 from netopt.selectors import Selector, chosen
 
 __all__ = ["scores"]

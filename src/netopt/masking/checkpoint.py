@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from netopt.errors import MaskError, ShapeMismatchError
 from netopt.masking.lifecycle import adopt, strip
 from netopt.masking.lifecycle import masks as masks_of
-from netopt.parameters import effective, places
+from netopt.model.parameters import effective, places
 
 __all__ = ["load_state_dict", "state_dict"]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from netopt.errors import InvalidArgumentError, NonFiniteError
 from netopt.masking.patterns import Shape, expand_blocks, keep_n_of_m, keep_per_row, mean_of_blocks
 from netopt.masking.quantile import Scores, keep_above, keep_best
-from netopt.parameters import Place
+from netopt.model.parameters import Place
 
 __all__ = ["Request", "decide"]
 

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from netopt.errors import ArgumentTypeError, MaskError, ShapeMismatchError, UnknownNameError
 from netopt.masking.lifecycle import masks as masks_of
-from netopt.parameters import Place, places
+from netopt.model.parameters import Place, places
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from netopt.errors import ArgumentTypeError, ShapeMismatchError, UnknownNameError
 from netopt.masking.method import dress, undress
-from netopt.parameters import Place, places
+from netopt.model.parameters import Place, places
 
 __all__ = ["Sparsity", "adopt", "bake", "masks", "put", "sparsity", "strip"]
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from netopt.parameters import effective
+from netopt.model.parameters import effective
 
 __all__ = ["HeldMask", "dress", "undress"]
 

@@ -22,9 +22,9 @@ from torch.optim import Optimizer
 
 from netopt import surgery
 from netopt.errors import InvalidArgumentError, PlanMismatchError
-from netopt.held import Held
+from netopt.model.view import ModelView
 from netopt.plan.checkpoint import rewrite
-from netopt.plan.codes import Pool, pack, unpack
+from netopt.plan.codec import IndexCodec, pack, unpack
 from netopt.surgery.attributes import Path, show
 
 __all__ = ["AxisCut", "Plan", "shapes_of"]
@@ -151,10 +151,10 @@ class Plan:
         return self.prepare(model, optimizer).run(_nothing)
 
     def prepare(
-        self, model: nn.Module | Held, optimizer: Optimizer | Iterable[Optimizer] | None = None
+        self, model: nn.Module | ModelView, optimizer: Optimizer | Iterable[Optimizer] | None = None
     ) -> surgery.Operation:
         """Everything :meth:`apply` needs, built and checked, with nothing changed yet."""
-        held = model if isinstance(model, Held) else Held(self._unwrap(model))
+        held = model if isinstance(model, ModelView) else ModelView(self._unwrap(model))
         self._check(held)
         return surgery.prepare(
             held.model,
@@ -194,9 +194,9 @@ class Plan:
         Raises:
             PlanMismatchError: They differ; the message names the first difference.
         """
-        self._check(Held(model))
+        self._check(ModelView(model))
 
-    def _check(self, held: Held) -> None:
+    def _check(self, held: ModelView) -> None:
         if not self.shapes:
             return
         found, model = shapes_of(held, self.shapes), held.model
@@ -307,7 +307,7 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """The plan in what JSON knows; indices are ranges or bitmaps, whichever is shorter, and stored once."""
-        pool = Pool()
+        pool = IndexCodec()
         return {
             "format": "netopt.plan",
             "version": VERSION,
@@ -349,7 +349,7 @@ class Plan:
             raise InvalidArgumentError(
                 f"this plan has version {data.get('version')!r} and this library reads {VERSION}; update netopt"
             )
-        indices = Pool(data["indices"]).tensors()
+        indices = IndexCodec(data["indices"]).tensors()
         return cls(
             tensors={
                 name: {int(dim): indices[place] for dim, place in dims.items()}
@@ -440,9 +440,9 @@ class Plan:
         return f"<p>{html.escape(self._heading())}</p><table>{head}{rows}</table>"
 
 
-def shapes_of(model: nn.Module | Held, also: Iterable[str] = ()) -> dict[str, tuple[int, ...]]:
+def shapes_of(model: nn.Module | ModelView, also: Iterable[str] = ()) -> dict[str, tuple[int, ...]]:
     """Shapes of the model's parameters by the names they have without masks, and of the buffers named in ``also``."""
-    held = Held.of(model)
+    held = ModelView.of(model)
     shapes = {}
     for name, tensor in held.parameters.items():
         masked = name.endswith("_orig") and _has_mask(held.model, name)

@@ -17,18 +17,18 @@ from netopt.axes import Axes, Axis, Outputs, find_axes
 from netopt.axes.find import counted_outputs
 from netopt.batches import Batch, Inputs
 from netopt.errors import ArgumentTypeError, InvalidArgumentError, UnknownNameError
-from netopt.held import Held
 from netopt.importance import Importance, lookup
 from netopt.importance.activations import recordable
 from netopt.importance.neurons import NeuronScores, neuron_scores
+from netopt.integrations.huggingface.config import configured
+from netopt.model.view import ModelView
 from netopt.plan import Plan
+from netopt.plan.build import make_plan
 from netopt.prune.candidates import AxisSelector, candidates
-from netopt.prune.compensation import compensated
-from netopt.prune.configuration import configured
-from netopt.prune.constants import suspects
-from netopt.prune.folding import fold_removed
-from netopt.prune.making import make_plan
-from netopt.prune.verify import Tensors, promise
+from netopt.prune.exactness.dead_neurons import suspects
+from netopt.prune.exactness.folding import fold_removed
+from netopt.prune.exactness.rescaling import compensated
+from netopt.prune.verify import Tensors, reference_outputs
 from netopt.report import PruningReport, Row
 from netopt.selection import Amount, Limits, Scope, check_amount, check_scope, check_threshold, select, select_within
 
@@ -133,15 +133,15 @@ def prune_neurons(
 
     def report(full: Collection[str] = ()) -> PruningReport:
         settings = request.settings() | {"importance": _name(importance), "mode": mode}
-        if decision.unsaid is not None:
-            settings["config"] = decision.unsaid
+        if decision.unexpressed is not None:
+            settings["config"] = decision.unexpressed
         if decision.scores.saliency is not None:
             settings["saliency"] = decision.scores.saliency.summary()
         if max_macs is None:
             left = decision.axes.macs(decision.counts() if mode == "remove" else {})
         else:
             left = measure.count_macs(model, example_inputs)
-        now = held if mode == "remove" else Held(model)
+        now = held if mode == "remove" else ModelView(model)
         after = measure.cost_of(now, left, measure.nonzero_of(now, full))
         predicted = _predicted(before, after)
         return PruningReport(
@@ -161,12 +161,12 @@ def prune_neurons(
     operation = plan.prepare(held, optimizers)
     if not verify:
         return operation.run(lambda: report(full))
-    promised = promise(
+    reference = reference_outputs(
         model, example_inputs, counted, decision.computing() if plan.exact else None, steady=decision.axes.steady
     )
 
     def finish() -> PruningReport:
-        promised.check(model, example_inputs, counted)
+        reference.check(model, example_inputs, counted)
         return report()
 
     return operation.run(finish)
@@ -214,7 +214,7 @@ def plan_neurons(
     before = measure.cost(model, example_inputs)
     selectors = {"include": include, "exclude": exclude, "outputs": outputs}
     decision = _decide(held, example_inputs, before.macs, request, sources, **selectors)
-    after = decision.plan.prepare(model).rehearse(lambda: measure.cost(model, example_inputs))
+    after = decision.plan.prepare(model).dry_run(lambda: measure.cost(model, example_inputs))
     return decision.plan.with_prediction(_predicted(before, after))
 
 
@@ -258,7 +258,7 @@ class _Decision:
     kept: dict[str, Tensor]
     plan: Plan
     counted: Callable[[Any], list[Tensor]]
-    unsaid: str | None
+    unexpressed: str | None
     """Why the model's configuration cannot express the smaller model."""
     folded: Mapping[str, Tensor]
     """Positions removed whose constants are folded into what reads them, by axis."""
@@ -306,7 +306,7 @@ def _parameter_masks(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
 
 
 def _decide(
-    held: Held,
+    held: ModelView,
     example_inputs: Inputs,
     macs: int | None,
     request: _Request,
@@ -352,7 +352,7 @@ def _decide(
         inputs=example_inputs,
         counted=counted,
     )
-    more, unsaid = configured(model, plan)
+    more, unexpressed = configured(model, plan)
     if more:
         plan = dataclasses.replace(plan, attributes=(*plan.attributes, *more))
     folded: dict[str, Tensor] = {}
@@ -360,7 +360,7 @@ def _decide(
     nonzero = measure.nonzero_of(held)
     if fold and suspects(held, plan, nonzero):
         plan, folded, notes = fold_removed(model, axes, kept, plan, inputs=example_inputs, counted=counted)
-    return _Decision(axes, chosen, kept_out, scored, kept, plan, counted, unsaid, folded, notes, nonzero)
+    return _Decision(axes, chosen, kept_out, scored, kept, plan, counted, unexpressed, folded, notes, nonzero)
 
 
 def _select(
@@ -394,7 +394,7 @@ def _select(
             return _parameters_left(model, axes.tensor_indices(kept))
         if predictable:
             return axes.macs({name: len(positions) for name, positions in kept.items()})
-        return make_plan(model, axes, kept).prepare(model).rehearse(lambda: measure.count_macs(model, example_inputs))
+        return make_plan(model, axes, kept).prepare(model).dry_run(lambda: measure.count_macs(model, example_inputs))
 
     # Operations are counted by arithmetic where that gives what was measured, else by running the smaller model.
     predictable = request.max_macs is not None and axes.macs() == macs
@@ -437,12 +437,12 @@ def _check(
     repair: Any,
     loss_fn: Any,
     importance: Importance | Mapping[str, Tensor],
-) -> Held:
+) -> ModelView:
     """Checks every argument that can be checked before the model is looked at; what the model holds."""
     if not isinstance(model, nn.Module):
         shown = model.__name__ if isinstance(model, type) else type(model).__name__
         raise ArgumentTypeError(f"model must be a torch.nn.Module, not {shown}.")
-    held = Held(model)
+    held = ModelView(model)
     lazy = next((name for name, one in held.parameters.items() if nn.parameter.is_lazy(one)), None)
     if lazy is not None:
         raise InvalidArgumentError(f"{lazy!r} is not initialised yet; run the model once before pruning it.")

@@ -21,11 +21,11 @@ from netopt.axes.find import counted_outputs
 from netopt.batches import Inputs
 from netopt.errors import ArgumentTypeError
 from netopt.plan import Plan
+from netopt.plan.build import make_plan
 from netopt.prune.candidates import names_of
-from netopt.prune.constants import carried, dead
-from netopt.prune.folding import Folds, folds, shifted
-from netopt.prune.making import make_plan
-from netopt.prune.verify import Promise, promise
+from netopt.prune.exactness.dead_neurons import carried, dead
+from netopt.prune.exactness.folding import Folds, folds, shifted
+from netopt.prune.verify import Reference, reference_outputs
 from netopt.report import PruningReport, Row
 
 __all__ = ["shrink"]
@@ -71,12 +71,12 @@ def shrink(
     def counted(result: Any) -> list[Tensor]:
         return counted_outputs(result, outputs)
 
-    promised = promise(model, example_inputs, counted, None, equal=True)
+    reference = reference_outputs(model, example_inputs, counted, None, equal=True)
     before = measure.cost(model, example_inputs)
-    shrinking = _Shrinking(model, example_inputs, optimizers, outputs, counted, promised)
+    shrinking = _Shrinking(model, example_inputs, optimizers, outputs, counted, reference)
 
     def finish(plan: Plan, notes: Mapping[str, str], staying: Mapping[str, str]) -> PruningReport:
-        promised.check(model, example_inputs, counted)
+        reference.check(model, example_inputs, counted)
         rows = tuple(Row(cut.name, cut.size, len(cut.kept), cut.exact, notes.get(cut.name, "")) for cut in plan.axes)
         after = measure.cost(model, example_inputs)
         return PruningReport(call="shrink", before=before, after=after, rows=rows, plan=plan, frozen=dict(staying))
@@ -107,7 +107,7 @@ class _Shrinking:
     optimizers: Sequence[Optimizer]
     outputs: Outputs
     counted: Callable[[Any], list[Tensor]]
-    promised: Promise
+    reference: Reference
 
     def run(self, done: Plan, notes: Mapping[str, str], finish: Finish) -> PruningReport:
         """Removes what is dead now, then what died of that; at the end ``finish`` is called, and everything stays."""
@@ -132,7 +132,7 @@ class _Shrinking:
         folding = Folds()
         if constant:
             folding = folds(
-                self.model, axes, seen, constant, inputs=self.inputs, counted=self.counted, promised=self.promised
+                self.model, axes, seen, constant, inputs=self.inputs, counted=self.counted, reference=self.reference
             )
             nothing = {name: gone[name] & seen[name].zero for name in folding.refused}
             gone = self._settled(axes, {**gone, **nothing})

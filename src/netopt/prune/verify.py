@@ -12,10 +12,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from netopt import batches
 from netopt.batches import Inputs
 from netopt.errors import ForwardError, VerificationError
-from netopt.restore import given_back, random_state_kept
-from netopt.surgery import Exchange, Operation, find_tensor
+from netopt.model.restore import preserve_random_state, restored
+from netopt.surgery import Operation, Swap, find_tensor
 
-__all__ = ["Promise", "masked_tensors", "promise", "run", "zeroed"]
+__all__ = ["Reference", "masked_tensors", "reference_outputs", "run", "zeroed"]
 
 Counted = Callable[[Any], list[Tensor]]
 
@@ -29,7 +29,7 @@ TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3, torch.float16: 0.1, torch
 """Largest difference allowed, as a share of the largest output: rounding grows with depth, errors are of size 1."""
 
 
-class Promise:
+class Reference:
     """What the model's outputs have to be after the surgery."""
 
     def __init__(self, expected: list[Tensor], *, equal: bool, steady: Steady = None) -> None:
@@ -89,13 +89,13 @@ class Promise:
 
     def _is_random(self, model: nn.Module, inputs: Inputs, counted: Counted, found: list[Tensor]) -> bool:
         """Whether the model gives something else each time it runs, so that nothing can be compared."""
-        with random_state_kept():
+        with preserve_random_state():
             torch.rand(1)
             again = run(model, inputs, counted)
         return _difference(again, found)[0] > 0
 
 
-def promise(
+def reference_outputs(
     model: nn.Module,
     inputs: Inputs,
     counted: Counted,
@@ -103,7 +103,7 @@ def promise(
     *,
     equal: bool = False,
     steady: Steady = None,
-) -> Promise:
+) -> Reference:
     """Runs the model as it is, or with everything but ``kept`` masked, and notes what the smaller one has to return.
 
     Args:
@@ -115,12 +115,12 @@ def promise(
         steady: For each output, which sizes depend on no values, see :class:`~netopt.axes.Axes`; absent: all.
     """
     if kept is None:
-        return Promise(run(model, inputs, counted), equal=equal, steady=steady)
+        return Reference(run(model, inputs, counted), equal=equal, steady=steady)
     operation = Operation(model, masked_tensors(model, kept))
-    return Promise(operation.rehearse(lambda: run(model, inputs, counted)), equal=True, steady=steady)
+    return Reference(operation.dry_run(lambda: run(model, inputs, counted)), equal=True, steady=steady)
 
 
-def masked_tensors(model: nn.Module, kept: Tensors) -> list[Exchange]:
+def masked_tensors(model: nn.Module, kept: Tensors) -> list[Swap]:
     """Exchanges each tensor for a copy that is zero wherever an index is not kept."""
     changes, seen = [], set()
     with torch.inference_mode(False), torch.no_grad():
@@ -130,7 +130,7 @@ def masked_tensors(model: nn.Module, kept: Tensors) -> list[Exchange]:
                 continue
             seen.add(id(tensor))
             masked = zeroed(tensor.detach().clone(), cuts)
-            changes.append(Exchange(tensor, masked.requires_grad_(tensor.requires_grad and tensor.is_leaf)))
+            changes.append(Swap(tensor, masked.requires_grad_(tensor.requires_grad and tensor.is_leaf)))
     return changes
 
 
@@ -146,7 +146,7 @@ def zeroed(tensor: Tensor, cuts: Mapping[int, Tensor]) -> Tensor:
 def run(model: nn.Module, inputs: Inputs, counted: Counted) -> list[Tensor]:
     """The outputs that count, in eval mode and without gradients; the model is given back as it was."""
     # A masked row divided by its own length is no number, which the fused kernel makes one of in short sequences.
-    with given_back(model), sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+    with restored(model), sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         return [tensor.detach().clone() for tensor in counted(batches.call(model.eval(), inputs))]
 
 

@@ -18,7 +18,7 @@ from netopt.masking.lifecycle import adopt
 from netopt.masking.patterns import Pattern, Shape, parse
 from netopt.masking.quantile import Scores
 from netopt.measure import Cost, count_parameters, size_bytes
-from netopt.parameters import Place, places
+from netopt.model.parameters import Place, places
 from netopt.reconstruction import reconstruct
 from netopt.report import PruningReport, Row
 from netopt.selectors import Selector, chosen, matches

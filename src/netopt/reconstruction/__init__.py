@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from netopt.reconstruction.aim import Moments, aimed
 from netopt.reconstruction.layerwise import reconstruct
 from netopt.reconstruction.solvers import Demand, Problem, admm, sparsegpt, wanda_layerwise
+from netopt.reconstruction.target import Moments, regression_target
 
-__all__ = ["Demand", "Moments", "Problem", "admm", "aimed", "reconstruct", "sparsegpt", "wanda_layerwise"]
+__all__ = ["Demand", "Moments", "Problem", "admm", "reconstruct", "regression_target", "sparsegpt", "wanda_layerwise"]

@@ -16,12 +16,12 @@ from netopt.errors import InvalidArgumentError, MissingDataError, NonFiniteError
 from netopt.importance import Criterion, Importance, lookup
 from netopt.importance.inputs import Matrix, every_contraction
 from netopt.masking.decide import Request
-from netopt.parameters import Place
-from netopt.reconstruction.aim import Moments, aimed
+from netopt.model.parameters import Place
+from netopt.model.restore import restored
 from netopt.reconstruction.replay import Runner, container_of
 from netopt.reconstruction.solvers import Demand, Problem
 from netopt.reconstruction.stages import by_block, moments, stages
-from netopt.restore import given_back
+from netopt.reconstruction.target import Moments, regression_target
 
 __all__ = ["reconstruct"]
 
@@ -62,7 +62,7 @@ def reconstruct(
     before = {name: place.parameter.detach().clone() for name, place in wanted.items()}
     masks: dict[str, Tensor] = {}
     try:
-        with given_back(model), every_contraction(model):
+        with restored(model), every_contraction(model):
             model.eval()
             container = container_of(model, wanted)
             order, chain = stages(model, held, wanted, container)
@@ -111,7 +111,7 @@ def _solve(place: Place, parts: Sequence[tuple[Matrix, Moments]], share: Share, 
             raise NonFiniteError(f"the inputs of {place.name!r} are not finite on this data; check data and weights.")
         rows = matrix.rows(weight).to(moment.own.dtype)
         demand = share.demand(matrix, count, place.name, None if alive is None else matrix.rows(alive))
-        solved, kept = solver(Problem(rows, moment.own.sum(0), aimed(rows, moment), demand))
+        solved, kept = solver(Problem(rows, moment.own.sum(0), regression_target(rows, moment), demand))
         if solved.shape != rows.shape or kept.shape != rows.shape:
             raise ShapeMismatchError(
                 f"importance {solver.name!r} was given {tuple(rows.shape)} entries of {place.name!r} and returned "

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from netopt import batches
-from netopt.parameters import Place
+from netopt.model.parameters import Place
 
 __all__ = ["Chain", "Runner", "container_of", "noting"]
 

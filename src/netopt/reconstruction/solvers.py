@@ -2,7 +2,8 @@ r"""A pruned matrix that still does to its inputs what the dense one did, as nea
 
 SparseGPT and ADMM minimise :math:`\lVert A \hat X - \hat W \hat X \rVert^2` over matrices :math:`\hat W` with zeros in
 a wanted number and pattern, where :math:`\hat X` are the inputs in the model pruned so far. :math:`A \hat X` is what
-the layer aims at: the unpruned outputs :math:`W X`, as far as the data bear it out (:mod:`netopt.reconstruction.aim`).
+the layer aims at: the unpruned outputs :math:`W X`, as far as the data bear it out
+(:mod:`netopt.reconstruction.target`).
 All they know of the inputs are the moment :math:`H = \hat X \hat X^\top` and :math:`T = A H`.
 
 Matrices side by side with inputs of their own (the groups of a convolution) are solved at once, and compete for what is
@@ -173,7 +174,7 @@ def admm(problem: Problem, *, dampening: float = 0.1, rounds: int = 20, polish: 
 
     The paper's matrices are to do on the inputs of the model pruned so far what the old weights would. These are to do
     what ``problem.target`` says, which in :func:`netopt.prune_weights` leans towards the unpruned outputs; see
-    :func:`netopt.reconstruction.aimed`.
+    :func:`netopt.reconstruction.regression_target`.
 
     Args:
         problem: The matrices, their moments and what is to be removed.

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from netopt import batches
 from netopt.errors import InvalidArgumentError
 from netopt.importance.inputs import InputWatch, Matrix, Reading
-from netopt.parameters import Place
-from netopt.reconstruction.aim import Moments
+from netopt.model.parameters import Place
 from netopt.reconstruction.replay import Chain, Runner, noting
+from netopt.reconstruction.target import Moments
 
 __all__ = ["Stage", "by_block", "moments", "stages", "watched_forward"]
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from netopt.surgery.attributes import Path, read
 from netopt.surgery.commit import Operation, prepare
 from netopt.surgery.optimizers import as_optimizers
-from netopt.surgery.tensors import Exchange, find_tensor, named_tensors, narrow, successor
+from netopt.surgery.tensors import Swap, find_tensor, named_tensors, narrow, successor
 
 __all__ = [
-    "Exchange",
     "Operation",
     "Path",
+    "Swap",
     "as_optimizers",
     "find_tensor",
     "named_tensors",

@@ -16,10 +16,10 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from netopt.errors import PlanMismatchError, ShapeMismatchError
-from netopt.held import Held
+from netopt.model.view import ModelView
 from netopt.surgery.attributes import Path, assignment, described, read
 from netopt.surgery.optimizers import FORMER, as_optimizers, narrowed_states
-from netopt.surgery.tensors import STORED, Cuts, Exchange, companions, locate, retire, successor
+from netopt.surgery.tensors import STORED, Cuts, Swap, companions, locate, retire, successor
 
 Result = TypeVar("Result")
 
@@ -39,9 +39,9 @@ class Change(Protocol):
 class Operation:
     """Changes that are ready and not yet done; see :func:`prepare`."""
 
-    def __init__(self, model: nn.Module, changes: Iterable[Change], held: Held | None = None) -> None:
+    def __init__(self, model: nn.Module, changes: Iterable[Change], held: ModelView | None = None) -> None:
         self.changes = tuple(changes)
-        self._held = Held(model) if held is None else held
+        self._held = ModelView(model) if held is None else held
         self._retired: list[RemovableHandle] = []
 
     def run(self, finish: Callable[[], Result]) -> Result:
@@ -58,7 +58,7 @@ class Operation:
             self._do()
             self._flatten()
             result = finish()
-            exchanged = [change for change in self.changes if isinstance(change, Exchange)]
+            exchanged = [change for change in self.changes if isinstance(change, Swap)]
             FORMER.add(self._held, {id(change.tensor): change.new.shape for change in exchanged})
             for change in exchanged:
                 handle = retire(change.new)
@@ -68,7 +68,7 @@ class Operation:
 
         return self._undone_on_failure(work)
 
-    def rehearse(self, look: Callable[[], Result]) -> Result:
+    def dry_run(self, look: Callable[[], Result]) -> Result:
         """Does all changes, looks, and undoes them whatever happens.
 
         Args:
@@ -132,7 +132,7 @@ def prepare(
     shifts: Mapping[str, Tensor] | None = None,
     scales: Mapping[str, float | Tensor] | None = None,
     optimizer: Optimizer | Iterable[Optimizer] | None = None,
-    held: Held | None = None,
+    held: ModelView | None = None,
 ) -> Operation:
     """Builds every new tensor, attribute and optimizer state and checks them; changes nothing.
 
@@ -151,7 +151,7 @@ def prepare(
         OptimizerStateError: Some optimizer state cannot be narrowed.
     """
     optimizers = as_optimizers(optimizer)
-    held = Held(model) if held is None else held
+    held = ModelView(model) if held is None else held
     # Tensors born in inference mode could never be trained again.
     with torch.inference_mode(False), torch.no_grad():
         named = held.tensors
@@ -162,7 +162,7 @@ def prepare(
             read(model, path, held.modules)
         assignments += described(held.modules, named, shapes, dict(assignments))
         changes: list[Change] = [*narrowed_states(optimizers, {id(tensor): (tensor, cut) for tensor, cut in cuts})]
-        changes += [Exchange(tensor, new) for tensor, new in replacements]
+        changes += [Swap(tensor, new) for tensor, new in replacements]
         changes += [assignment(held.modules[path[0]], path, value) for path, value in assignments]
     return Operation(model, changes, held)
 

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from netopt.errors import ArgumentTypeError, InvalidArgumentError, OptimizerStateError
-from netopt.held import Held
+from netopt.model.view import ModelView
 from netopt.surgery.attributes import Entry
 from netopt.surgery.tensors import Cuts, narrow
 
@@ -83,7 +83,7 @@ class _Former:
         self._checked: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
         self._times = 0
 
-    def add(self, held: Held, shapes: Mapping[int, torch.Size]) -> None:
+    def add(self, held: ModelView, shapes: Mapping[int, torch.Size]) -> None:
         """Notes the shapes, by parameter's id, that parameters of a model had until now."""
         if not self._times:
             register_optimizer_step_pre_hook(self._refuse)

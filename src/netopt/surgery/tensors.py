@@ -18,7 +18,7 @@ from torch._subclasses import FakeTensor
 from torch.utils.hooks import RemovableHandle
 
 from netopt.errors import PlanMismatchError, SurgeryError
-from netopt.held import Held
+from netopt.model.view import ModelView
 
 Cuts = Mapping[int, Tensor]
 """Kept indices of each narrowed dimension of one tensor, ascending."""
@@ -35,7 +35,7 @@ _LARGE, _BLOCK = 1 << 22, 1 << 18
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """All parameters and buffers of ``model`` by dotted name; a tied tensor appears under each of its names."""
-    return Held(model).tensors
+    return ModelView(model).tensors
 
 
 def step_into(holder: Any, step: Any) -> Any:
@@ -204,7 +204,7 @@ def exchange(first: Tensor, second: Tensor) -> None:
         ) from error
 
 
-class Exchange:
+class Swap:
     """One tensor gets new contents; doing and undoing may be interrupted anywhere and be called again."""
 
     def __init__(self, tensor: Tensor, new: Tensor) -> None:

@@ -1,0 +1,525 @@
+"""One forward, watched: every operation it executes states equations between the dimensions of its tensors.
+
+The trace sits below the user's code and above the kernels. It knows the dimensions of every tensor alive, asks the
+rules what an operation says about them, and never reads a value.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch._C._functorch import maybe_current_level  # pyright: ignore[reportMissingModuleSource]
+from torch._subclasses import FakeTensor
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from netopt.axes.layout import Atom, Layout, freeze, resolve
+from netopt.axes.operation import Dim, Dims, Mark, Operation, find_rule
+from netopt.errors import TraceError
+from netopt.flops import formula
+from netopt.model.attributes import NUMBERS
+from netopt.model.copy_on_write import Writes, storage_of
+from netopt.symbolic.number import Constraints, calling_line, plain, show_line
+
+_serial = itertools.count()
+# Operations that answer a question about a tensor and make none.
+_QUESTIONS = frozenset(
+    [
+        "prim::device",
+        "aten::sym_size",
+        "aten::sym_numel",
+        "aten::sym_stride",
+        "aten::sym_storage_offset",
+        "aten::_local_scalar_dense",
+        "aten::is_nonzero",
+        "aten::equal",
+        "aten::item",
+        "aten::_assert_async",
+        "aten::allclose",
+        "aten::_assert_tensor_metadata",
+        "aten::_has_compatible_shallow_copy_type",
+        "aten::is_same_size",
+        "prim::layout",
+    ]
+)
+
+
+class Traits(NamedTuple):
+    """What is to be known of an operation before each of its calls."""
+
+    name: str
+    writes: bool
+    is_question: bool
+    shares: bool
+    formula: Callable[..., Any] | None
+
+
+_traits: dict[Any, Traits] = {}
+_PLAIN = frozenset([Tensor, nn.Parameter])
+_POSITIONS = frozenset([torch.int64, torch.int32])
+
+
+def traits_of(function: Any) -> Traits:
+    """What is to be known of an operation, an overload."""
+    return _traits.get(function) or _describe(function)
+
+
+def _describe(function: Any) -> Traits:
+    schema = function._schema
+    cost = formula(function._overloadpacket)
+    found = _traits[function] = Traits(
+        schema.name,
+        schema.is_mutable,
+        schema.name in _QUESTIONS,
+        any(result.alias_info is not None for result in schema.returns),
+        cost,
+    )
+    return found
+
+
+# Those among them whose answer is a value.
+_VALUES = frozenset(["aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::item", "aten::allclose"])
+
+
+class Work(NamedTuple):
+    """An operation that costs multiplications: its formula, and what it was given, tensors as layouts."""
+
+    formula: Callable[..., Any]
+    args: Any
+    kwargs: Any
+    result: Any
+
+
+class _Known:
+    """What a trace knows of one tensor: its dimensions, whether it depends on the inputs, and what it is a view of.
+
+    Together these make a graph: what a tensor was computed from, and what holds should it reach a result.
+    """
+
+    __slots__ = ("data", "dims", "marks", "memory", "parents", "source")
+
+    def __init__(self, dims: Dims, *, data: bool, source: str | None) -> None:
+        self.dims = dims
+        self.data = data
+        self.source = source
+        self.parents: Sequence[_Known] = ()
+        self.marks: Sequence[Mark] = ()
+        self.memory: list[_Known] = []  # shared by a tensor and its views: the last write, if there was one
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Known:
+        return self  # what is known of a tensor holds of its copy
+
+
+class DimTracer(TorchDispatchMode):
+    """The equations of one model, collected while its forward runs.
+
+    Attributes:
+        members: Every parameter, buffer and other tensor the model holds, by name; one name a tensor.
+        parameters: Names of those members that are parameters.
+        ledger: What was learned of integers.
+        asked: Layouts made by the call in progress whose size came from the caller's code.
+        implicit_sizes: Layouts whose size no integer of a call said, each with the module that made the call.
+        groups: The layout of the groups of the last grouped operation.
+        reads: Per member name, the layouts its uses sum over.
+        makes: Per member name, the layouts its uses produce.
+        touched: Names of the members an operation has read.
+        operations: How many operations ran.
+        unknown: Names of the operations that had no rule.
+        kernels: Dimensions of kernels: no neurons, whatever else they meet.
+        left_out: Parts of weights that a slice passes over.
+        taken: Parts of weights that a slice or another selection reads.
+        work: What each operation that costs multiplications was given: its formula, arguments and result, with every
+            tensor as the layouts of its dimensions. Of the first run only.
+        counting: Whether work is being noted.
+        writes: Values of parameters from before something was written to them.
+        looks: How often values of tensors were looked at.
+        complete: Whether every tensor an operation read is known to be given or made by an operation seen.
+        pointers: Names of integer members whose entries are positions of a layout.
+        follows: The name of such a member, if the operation in progress does nothing else with it.
+        by_value: Whether sizes may depend on values: something was selected by value, read as a plain number, or given
+            to an operation that nobody has described.
+    """
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # The default guards every call against compilation and imports the compiler, which takes seconds, to do so.
+        return False
+
+    def __init__(self, members: dict[str, Tensor], parameters: frozenset[str]) -> None:
+        super().__init__()
+        self.parameters = parameters
+        self._note = f"_netopt_dims_{next(_serial)}"  # one trace may run inside another
+        self.members = members
+        self.constraints = Constraints()
+        self.asked: list[Layout] = []
+        self.implicit_sizes: list[tuple[Layout, str, nn.Module]] = []
+        self.groups: Layout | None = None
+        self.reads: dict[str, list[Layout]] = defaultdict(list)
+        self.makes: dict[str, list[Layout]] = defaultdict(list)
+        self.touched: set[str] = set()
+        self.operations = 0
+        self.unknown: set[str] = set()
+        self.kernels: list[Layout] = []
+        self.left_out: list[Layout] = []
+        self.taken: list[Layout] = []
+        self.work: list[Work] = []
+        self.counting = False
+        self.pointers: dict[str, Layout] = {}
+        self.follows: str | None = None
+        self._lists = frozenset(name for name, one in members.items() if one.dim() == 1 and one.dtype in _POSITIONS)
+        self._strayed: set[str] = set()
+        self.in_call = False
+        self.by_value = False
+        self.looks = 0
+        self.complete = True
+        self._alive: list[_Known] = []
+        self._marks: list[Mark] = []
+        self._marked: list[Tensor] = []
+        self._dirty: dict[int, Any] = {}
+        self.writes = Writes([members[name] for name in parameters])
+        for name, tensor in members.items():
+            zero = tensor.is_floating_point() or tensor.is_complex()
+            vars(tensor)[self._note] = _Known([Dim(Atom(size), zero) for size in tensor.shape], data=False, source=name)
+        self._marked.extend(members.values())
+
+    def forget(self) -> None:
+        """Takes the notes off the tensors that outlive the trace, and undoes what the forward wrote into parameters."""
+        self.writes.undo()
+        for tensor in self._marked:
+            vars(tensor).pop(self._note, None)
+        self._marked.clear()
+
+    def inputs(self, tensors: Iterable[Tensor]) -> None:
+        """States that these tensors are given from outside: none of their positions may go."""
+        for tensor in tensors:
+            if self._known(tensor) is None:
+                dims = [Dim(Atom(size, "is a dimension of the model's input"), True) for size in tensor.shape]
+                self._learn(tensor, dims, data=True, source=None, mark=True)
+
+    def dims(self, tensor: Tensor) -> Dims:
+        """The dimensions of ``tensor``, resolved; a tensor from outside is a constant, whose positions all stay."""
+        known = tensor.__dict__.get(self._note)
+        if known is None:
+            known = self._met(tensor)
+        elif known.source is not None:
+            self.touched.add(known.source)
+        if self._dirty and storage_of(tensor) in self._dirty:
+            known.dims = [Dim(resolve(layout), False) for layout, _ in known.dims]
+            return known.dims
+        for layout, _ in known.dims:
+            if type(layout) is not Atom or layout.bound is not None:  # by far the most are settled
+                known.dims = [Dim(resolve(layout), zero) for layout, zero in known.dims]
+                break
+        return known.dims
+
+    def _met(self, tensor: Tensor) -> _Known:
+        """What is known of a tensor that an operation reads."""
+        known = tensor.__dict__.get(self._note)
+        if known is None:
+            dims = [Dim(Atom(size, f"meets a constant tensor, at {self.where()}" if size > 1 else None))
+                    for size in tensor.shape]  # fmt: skip
+            known = self._learn(tensor, dims, data=False, source=None, mark=True)
+        elif known.source is not None:
+            self.touched.add(known.source)
+        return known
+
+    def _read(self, tensors: list[Tensor], traits: Traits) -> list[_Known]:
+        """What is known of the tensors an operation reads, and of the last writes into their memory."""
+        known = []
+        for tensor in tensors:
+            one = tensor.__dict__.get(self._note)
+            if one is None:
+                if traits.name != "aten::lift_fresh":  # which takes in a tensor made of plain numbers
+                    self.complete = False
+                one = self._met(tensor)
+            elif one.source is not None:
+                self.touched.add(one.source)
+            known.append(one)
+        for one in known.copy():
+            known += one.memory
+        return known
+
+    def depends_on_data(self, tensor: Tensor) -> bool:
+        """Whether ``tensor`` was computed from the model's inputs."""
+        known = self._known(tensor)
+        return known is not None and known.data
+
+    def pointer(self, tensor: Tensor) -> str | None:
+        """The name of the member ``tensor`` is, if its entries can be read and rewritten as positions."""
+        known = self._known(tensor)
+        if known is None or known.source is None or self.members[known.source] is not tensor:
+            return None
+        readable = tensor.dim() == 1 and not tensor.is_meta and not isinstance(tensor, FakeTensor)
+        return known.source if readable and tensor.dtype in _POSITIONS else None
+
+    def note_roles(self, tensor: Tensor, summed: Iterable[Dim], kept: Iterable[Dim]) -> None:
+        """Notes, for the member a weight is made of, what a contraction sums over and what it produces."""
+        known = self._known(tensor)
+        if known is not None and known.source is not None:
+            self.reads[known.source].extend(dim.layout for dim in summed)
+            self.makes[known.source].extend(dim.layout for dim in kept)
+
+    def mark(self, tensor: Tensor, marks: Sequence[Mark]) -> None:
+        """Notes what holds of layouts should ``tensor`` reach a result."""
+        known = self._met(tensor)
+        known.marks = [*known.marks, *marks]
+        self._marks += marks
+
+    def reach(self, tensors: Iterable[Tensor]) -> None:
+        """Notes that the values of these tensors count: they are results, or the code looks at them."""
+        self.looks += 1
+        for tensor in tensors:
+            known = self._met(tensor)
+            self._alive += [known, *known.memory]
+            if known.source in self._lists:
+                self._strayed.add(known.source)
+
+    def settle(self) -> None:
+        """Marks layouts by what reaches a result; where a tensor came from is not always known, then by everything."""
+        seen = set(self._alive)
+        waiting = list(seen)
+        live: set[int] = set()
+        while waiting:
+            known = waiting.pop()
+            live.update(map(id, known.marks))
+            for parent in known.parents:
+                if parent not in seen:
+                    seen.add(parent)
+                    waiting.append(parent)
+        for mark in self._marks:
+            if not self.complete or id(mark) in live:
+                mark.state(mark.layout, mark.why)
+        for name in self._strayed & self.pointers.keys():
+            freeze(self.pointers[name], f"is numbered by {name}, whose entries are used in another way too")
+
+    @property
+    def marks(self) -> int:
+        """How many marks there are: what holds should a tensor reach a result."""
+        return len(self._marks)
+
+    def where(self) -> str:
+        """The line of the user's code being run."""
+        return show_line(calling_line())
+
+    def _known(self, tensor: Tensor) -> _Known | None:
+        return tensor.__dict__.get(self._note)
+
+    def _learn(self, tensor: Tensor, dims: Dims, *, data: bool, source: str | None, mark: bool = False) -> _Known:
+        known = _Known(dims, data=data, source=source)
+        vars(tensor)[self._note] = known
+        if mark:
+            self._marked.append(tensor)
+        return known
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Runs one operation and lets its rule speak."""
+        if kwargs is None:
+            kwargs = {}
+        traits = traits_of(function)
+        if traits.is_question:
+            if traits.name in _VALUES:
+                self.by_value = True
+                self.reach(_tensors_in(args, []))
+            return function(*args, **kwargs)
+        tensors = _tensors_in(args, [])
+        if kwargs:
+            _tensors_in(kwargs.values(), tensors)
+        known = self._read(tensors, traits)
+        if traits.writes:
+            self.writes.save(tensors)
+        out = function(*args, **kwargs)
+        self._hear(traits, args, kwargs, tensors, known, out)
+        return out
+
+    def whole(self, traits: Traits, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs a call of which one rule says all, and passes by the operations it is made of.
+
+        Returns:
+            The result; ``NotImplemented``, and nothing was run, where these have to be seen: for gradients, for a mode
+            of the user's, within autocast, or for tensors that are no plain ones.
+        """
+        tensors = _tensors_in((*args, *kwargs.values()) if kwargs else args, [])
+        if traits.name == "aten::linear":
+            tensors.reverse()  # what is made of weights alone is named after the layer's own
+        if (
+            torch.is_grad_enabled()
+            or torch._C._len_torch_dispatch_stack() != 1
+            or torch._C._len_torch_function_stack()  # of modes entered around the trace, which would be run inside
+            or maybe_current_level() is not None
+            or forward_ad._current_level >= 0  # derivatives that go along are computed inside
+            or torch._C._is_any_autocast_enabled()  # it keeps what it has cast for other operations
+            or not _PLAIN.issuperset(map(type, tensors))
+            or str in map(type, args)  # such as the padding "same", which is worked out inside
+        ):
+            return NotImplemented
+        known = self._read(tensors, traits)
+        with torch._C._DisableTorchDispatch():
+            out = function(*args, **kwargs)
+        given = [plain(value) for value in args]
+        self._hear(traits, given, kwargs, tensors, known, out, costing=[one for one in args if isinstance(one, Tensor)])
+        return out
+
+    def _hear(
+        self,
+        traits: Traits,
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+        tensors: list[Tensor],
+        known: list[_Known],
+        out: Any,
+        costing: Sequence[Any] | None = None,
+    ) -> None:
+        """Lets the rule of an operation speak, and notes what it costs: by all arguments, or those named."""
+        self.operations += 1
+        outs = [out] if isinstance(out, Tensor) else _tensors_in((out,), [])
+        if outs:
+            self._state(traits, args, kwargs, tensors, known, out, outs)
+            if self.counting and traits.formula is not None:
+                if costing is None:
+                    self._note_work(traits.formula, args, kwargs, outs)
+                else:
+                    self._note_work(traits.formula, costing, {}, outs)
+
+    def _state(
+        self,
+        traits: Traits,
+        args: Any,
+        kwargs: Any,
+        tensors: list[Tensor],
+        known: list[_Known],
+        out: Any,
+        outs: list[Tensor],
+    ) -> None:
+        op = Operation(self, traits.name, tensors, out)
+        constrain = find_rule(traits.name)
+        if kwargs:
+            kwargs.pop("out", None)
+        if constrain is None:
+            self._refuse(op)
+            answer: Any = None
+        else:
+            self.follows = None
+            answer = constrain(op, *args, **kwargs)
+        if self._lists:
+            self._strayed.update(
+                one.source for one in known if one.source in self._lists and one.source != self.follows
+            )
+        lists = answer if isinstance(answer, tuple) else (answer,)
+        for index, tensor in enumerate(outs):
+            written = self._known(tensor)
+            dims = lists[index] if index < len(lists) else None
+            if dims is None:
+                dims = self._unsaid(traits.name if constrain is None else None, tensor, written)
+            dims = [dim if type(dim) is Dim else Dim(dim) for dim in dims]
+            if [dim[0].size for dim in dims] != list(tensor.shape):
+                self._disagree(traits.name, tensor, dims)
+            if written is not None and traits.writes:
+                self._note_write(tensor, tensors, written.dims, dims)
+            now = self._made(tensor, dims, known, written)
+            self._share(now, traits, known, written)
+            now.marks = [*op.marks, *op.when_read.get(index, ())] if op.when_read else op.marks
+        self._marks += op.marks
+        for marks in op.when_read.values():
+            self._marks += marks
+
+    def _share(self, now: _Known, traits: Traits, known: Sequence[_Known], written: _Known | None) -> None:
+        """Lets a result and what it is a view of know of one another's writes."""
+        if written is not None:
+            now.memory = written.memory
+            if traits.writes:
+                now.memory[:] = [now]
+                if written.source is not None:  # kept for the next forward
+                    self._alive.append(now)
+        elif traits.shares and known:
+            now.memory = known[0].memory
+
+    def _made(self, tensor: Tensor, dims: Dims, known: Sequence[_Known], written: _Known | None) -> _Known:
+        """Learns a result of what is known; one that was ``written`` to keeps whose it was."""
+        data, source = False, None
+        for one in known:
+            if one.data:
+                data = True
+            elif source is None:
+                source = one.source
+        if data:
+            source = None
+        if written is not None:
+            data, source = data or written.data, written.source or source
+        now = self._learn(tensor, dims, data=data, source=source)
+        now.parents = known
+        return now
+
+    def _unsaid(self, unruled: str | None, tensor: Tensor, written: _Known | None) -> Dims:
+        """The dimensions of a result of which no rule says anything; ``unruled`` names an operation without one."""
+        if unruled is not None:
+            why = f"reaches {unruled}, which has no rule, at {self.where()}"
+            return [Dim(Atom(size, why)) for size in tensor.shape]
+        if written is not None and len(written.dims) == tensor.dim():
+            return written.dims
+        return [Dim(Atom(size)) for size in tensor.shape]
+
+    def _note_work(self, cost: Callable[..., Any], args: Any, kwargs: Any, outs: list[Tensor]) -> None:
+        result = self._layouts(outs[0]) if len(outs) == 1 else tuple(map(self._layouts, outs))
+        self.work.append(Work(cost, self._as_layouts(args), self._as_layouts(kwargs), result))
+
+    def _as_layouts(self, value: Any) -> Any:
+        """Arguments with every tensor as the layouts of its dimensions."""
+        if type(value) in NUMBERS:
+            return value
+        if isinstance(value, Tensor):
+            return self._layouts(value)
+        if isinstance(value, (tuple, list)):
+            if not value or type(value[0]) is int:
+                return value
+            return type(value)([self._as_layouts(one) for one in value])
+        if isinstance(value, dict):
+            return {key: self._as_layouts(one) for key, one in value.items()}
+        return value
+
+    def _layouts(self, tensor: Tensor) -> tuple[Layout, ...]:
+        return tuple([layout for layout, _ in tensor.__dict__[self._note].dims])
+
+    def _refuse(self, op: Operation) -> None:
+        self.unknown.add(op.name)
+        self.by_value = True
+        for tensor in op.tensors:
+            for dim in self.dims(tensor):
+                if dim.size > 1:
+                    freeze(dim.layout, f"reaches {op.name}, which has no rule, at {self.where()}")
+
+    def _disagree(self, name: str, tensor: Tensor, dims: Dims) -> NoReturn:
+        sizes = tuple(dim.size for dim in dims)
+        raise TraceError(f"the rule of {name} gives sizes {sizes} to a result of shape {tuple(tensor.shape)}.")
+
+    def _note_write(self, tensor: Tensor, tensors: list[Tensor], before: Dims, after: Dims) -> None:
+        """After a write of what need not be zero, nothing in that storage is known to be zero any more."""
+        reshaped = len(before) != len(after)  # as by unsqueeze_, which leaves the entries alone
+        if (
+            not reshaped
+            and any(tensor is one for one in tensors)
+            and any(old.zero and not new.zero for old, new in zip(before, after, strict=True) if old.size > 1)
+        ):
+            self._dirty[storage_of(tensor)] = tensor  # kept alive, so that its address is not reused
+
+
+def _tensors_in(values: Iterable[Any], found: list[Tensor]) -> list[Tensor]:
+    """The tensors among the arguments or the results of an operation, which are plain containers."""
+    for value in values:
+        kind = type(value)
+        if kind in NUMBERS:
+            continue
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            if value and type(value[0]) is not int:  # a list of sizes
+                _tensors_in(value, found)
+        elif kind is dict:
+            _tensors_in(value.values(), found)
+    return found

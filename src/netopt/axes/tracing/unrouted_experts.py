@@ -1,0 +1,78 @@
+"""Layers that the example inputs did not reach, and that others stand for.
+
+A mixture of experts sends tokens to some of its experts, and to which depends on the values. The entries of one list
+are interchangeable there: what these inputs did not reach is run on what a sibling was given, and what it makes is what
+the sibling made. Without this the widths around it would change and it would keep its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from netopt import batches
+from netopt.axes.layout import freeze, unify
+from netopt.axes.tracing.dims import DimTracer
+from netopt.model.attributes import Parts
+
+Twins = Mapping[nn.Module, list[nn.Module]]
+_WHY = "comes from a layer that these inputs do not reach"
+
+
+def unreached(parts: Parts, reached: Collection[str], touched: Collection[str]) -> Twins:
+    """The entries of lists and dicts of modules that did not run, under a sibling of their class that did.
+
+    Args:
+        parts: The modules of the model that has run, by name.
+        reached: Names of the modules that were called.
+        touched: Names of the tensors that were read.
+    """
+    found: dict[nn.Module, list[nn.Module]] = {}
+    for prefix, container in parts:
+        if not isinstance(container, (nn.ModuleList, nn.ModuleDict)):
+            continue
+        stand: dict[type, nn.Module] = {}
+        entries = [(f"{prefix}.{key}".lstrip("."), entry) for key, entry in container.named_children()]
+        for name, entry in entries:
+            if name in reached:
+                stand.setdefault(type(entry), entry)
+        for name, entry in entries:
+            held = [f"{name}.{one}" for one, _ in entry.named_parameters()]
+            if held and type(entry) in stand and name not in reached and not any(one in touched for one in held):
+                found.setdefault(stand[type(entry)], []).append(entry)
+    return found
+
+
+@contextlib.contextmanager
+def twins_substituted(twins: Twins, trace: DimTracer) -> Iterator[None]:
+    """Runs each twin once on what its sibling is first given, until left."""
+    waiting = dict(twins)
+
+    def run(sibling: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
+        for twin in waiting.pop(sibling, ()):
+            # One of another shape fails, and is frozen as what is not used.
+            with contextlib.suppress(Exception):
+                _tie(trace, twin(*args, **kwargs), result)
+
+    handles = [sibling.register_forward_hook(run, with_kwargs=True) for sibling in twins]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _tie(trace: DimTracer, made: Any, result: Any) -> None:
+    there = dict(batches.tensors(result))
+    trace.reach(tensor for _, tensor in batches.tensors(made))
+    for name, tensor in batches.tensors(made):
+        other = there.get(name)
+        if other is not None and other.shape == tensor.shape:
+            for one, two in zip(trace.dims(tensor), trace.dims(other), strict=True):
+                unify(one.layout, two.layout, lambda: _WHY)
+        else:
+            for dim in trace.dims(tensor):
+                freeze(dim.layout, _WHY)

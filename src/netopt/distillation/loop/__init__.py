@@ -1,0 +1,1 @@
+"""Steps, epochs, and what they run on."""

@@ -1,0 +1,1 @@
+"""What the student should say, and how far it is from it."""

@@ -1,0 +1,1 @@
+"""Other people's frameworks, over the public calls; each is imported on demand."""

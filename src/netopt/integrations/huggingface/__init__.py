@@ -1,0 +1,1 @@
+"""Configurations of Hugging Face models, kept in step with the model."""

@@ -1,0 +1,1 @@
+"""What a model holds, how it is run, and how it is given back."""

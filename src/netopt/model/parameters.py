@@ -1,0 +1,195 @@
+"""Every parameter under the name it had before a mask was put on it.
+
+``torch.nn.utils.prune`` renames ``weight`` to ``weight_orig``. Here a parameter keeps one name, the first it has in
+the unmasked model, whoever else holds it too; and a weight is seen as a matrix of one row an output.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from netopt.model.view import ModelView
+
+__all__ = ["Orientation", "Place", "count_nonzero", "effective", "places"]
+
+CHUNK = 1 << 16
+_SMALL = 1 << 12
+_HALVES = (torch.float16, torch.bfloat16)
+_PLAIN = frozenset([*_HALVES, torch.float32, torch.float64])
+
+NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
+EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+
+
+@dataclass(frozen=True)
+class Orientation:
+    """How a weight reads as a matrix: one row an output, its inputs along the row.
+
+    A convolution's row runs over the kernel and, innermost, over the input channels: the order in which hardware that
+    skips zeros reads it, and in which the members of an n:m group are neighbours.
+
+    Attributes:
+        inputs: The dimension of the inputs, or ``None`` where the weight is read as it lies, last dimension along rows.
+        groups: Groups of a transposed convolution, whose first dimension lists the inputs of every group.
+    """
+
+    inputs: int | None = None
+    groups: int = 1
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        """Returns ``tensor`` as ``(rows, columns)``; a view where memory allows.
+
+        Example:
+            >>> import torch
+            >>> Orientation(inputs=1).rows(torch.zeros(8, 3, 5, 5)).shape
+            torch.Size([8, 75])
+        """
+        if tensor.dim() < 2:
+            return tensor.reshape(1, -1)
+        if self.inputs is None:
+            return tensor.flatten(0, -2)
+        if self.inputs == 1:
+            return tensor.movedim(1, -1).flatten(1)
+        return tensor.unflatten(0, (self.groups, -1)).movedim(1, -1).flatten(0, 1).flatten(1)
+
+    def back(self, rows: Tensor, like: Tensor) -> Tensor:
+        """Returns what :meth:`rows` made of a tensor of the shape of ``like``, in that shape again."""
+        shape = like.shape
+        if like.dim() < 2 or self.inputs is None:
+            return rows.reshape(shape)
+        if self.inputs == 1:
+            return rows.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
+        split = rows.reshape(self.groups, shape[1], *shape[2:], shape[0] // self.groups)
+        return split.movedim(-1, 1).reshape(shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """One parameter: its name, where it hangs, and its mask if it has one.
+
+    Attributes:
+        name: The dotted name in the unmasked model; the first one, of a parameter that several modules hold.
+        parameter: The parameter itself, under a mask the unmasked values.
+        mask: ``True`` where an entry is kept, or ``None``.
+        names: Every dotted name it has in the unmasked model.
+        owners: The modules that hold it, each with the attribute's unmasked name.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    mask: Tensor | None
+    names: list[str] = field(default_factory=list)
+    owners: list[tuple[nn.Module, str]] = field(default_factory=list)
+
+    @property
+    def value(self) -> Tensor:
+        """The values the model computes with, detached: zero where masked."""
+        weight = self.parameter.detach()
+        return weight if self.mask is None else effective(weight, self.mask)
+
+    @property
+    def nonzero(self) -> int:
+        """The number of entries the model computes with that are not zero."""
+        return count_nonzero(self.parameter.detach(), self.mask)
+
+    @property
+    def orientation(self) -> Orientation:
+        """How the parameter reads as a matrix, by the kind of module that holds it."""
+        module, _ = self.owners[0]
+        if isinstance(module, _ConvTransposeNd):
+            return Orientation(inputs=0, groups=module.groups)
+        if _is_conv1d_of_transformers(module):
+            return Orientation(inputs=0)
+        return Orientation(inputs=1 if isinstance(module, _ConvNd) else None)
+
+    @property
+    def prunable(self) -> bool:
+        """Whether it is a weight that is pruned unasked: of a linear, convolutional, recurrent or attention layer."""
+        if not self.parameter.is_floating_point() or nn.parameter.is_lazy(self.parameter):
+            return False
+        if any(isinstance(module, (*EMBEDDINGS, *NORMS)) for module, _ in self.owners):
+            return False
+        return any(_is_layer_weight(module, attribute) for module, attribute in self.owners)
+
+
+def effective(weight: Tensor, mask: Tensor) -> Tensor:
+    """Returns ``weight`` with zeros where ``mask`` is ``False``, in the dtype of ``weight``; differentiable."""
+    if mask.dtype == torch.bool and not torch.jit.is_tracing():  # type: ignore[attr-defined]
+        # Read as bytes, which torch.jit cannot follow, the product takes a third of the time it takes with booleans.
+        return weight * mask.view(torch.uint8)
+    return weight * mask.to(weight.dtype)
+
+
+def count_nonzero(weight: Tensor, mask: Tensor | None = None) -> int:
+    """Counts the entries that are not zero, and not masked if a mask is given; exact for every dtype.
+
+    On a CPU a large weight is read in cache-sized pieces, and no second tensor of its size is made.
+    """
+    if weight.is_meta:
+        return 0
+    if mask is None and weight.numel() < _SMALL:
+        return int(torch.count_nonzero(weight))
+    plain = type(weight) is Tensor and weight.is_cpu and weight.is_contiguous() and weight.dtype in _PLAIN
+    if not plain:
+        return int(torch.count_nonzero(weight if mask is None else (weight != 0) & mask.bool()))
+    is_half = weight.dtype in _HALVES
+    values = weight.detach().reshape(-1)
+    entries = (values.view(torch.int16) if is_half else values).numpy()
+    kept_by_mask = None if mask is None else mask.reshape(-1).bool().numpy()
+    flags = np.empty(min(CHUNK, len(entries)), np.bool_)
+    total = 0
+    for start in range(0, len(entries), CHUNK):
+        part = entries[start : start + CHUNK]
+        here = flags[: len(part)]
+        # As integers, halves have the same zeros but for the sign bit, shifted out.
+        np.not_equal(part << 1 if is_half else part, 0, out=here)
+        if kept_by_mask is not None:
+            np.logical_and(here, kept_by_mask[start : start + CHUNK], out=here)
+        total += int(np.count_nonzero(here))
+    return total
+
+
+def places(model: nn.Module | ModelView) -> dict[str, Place]:
+    """Lists every parameter of ``model`` once, by its unmasked name, in the order of ``named_parameters``.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4))
+        >>> list(places(model))
+        ['0.weight', '0.bias', '1.weight', '1.bias']
+    """
+    held = ModelView.of(model)
+    found: dict[int, Place] = {}
+    for full, parameter in held.parameters.items():
+        owner, _, attribute = full.rpartition(".")
+        mask, name = held.mask_of(full), full
+        if mask is not None:
+            name, attribute = full.removesuffix("_orig"), attribute.removesuffix("_orig")
+        place = found.get(id(parameter))
+        if place is None:
+            place = found[id(parameter)] = Place(name, cast("nn.Parameter", parameter), mask)
+        place.names.append(name)
+        module = held.modules[owner]
+        if not any(one is module and other == attribute for one, other in place.owners):
+            place.owners.append((module, attribute))
+    return {place.name: place for place in found.values()}
+
+
+def _is_layer_weight(module: nn.Module, attribute: str) -> bool:
+    if isinstance(module, (nn.Linear, _ConvNd)) or _is_conv1d_of_transformers(module):
+        return attribute == "weight"
+    if isinstance(module, nn.MultiheadAttention):
+        return attribute.endswith("proj_weight")
+    return isinstance(module, RECURRENT) and attribute.startswith("weight_")
+
+
+def _is_conv1d_of_transformers(module: Any) -> bool:
+    # By name, as transformers is not imported: its Conv1D is a linear layer that keeps its weight as (in, out).
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and hasattr(module, "nx")

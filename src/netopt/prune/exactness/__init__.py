@@ -1,0 +1,1 @@
+"""What makes removing neurons the same as masking them."""

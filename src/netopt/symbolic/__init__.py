@@ -1,0 +1,1 @@
+"""Numbers that record how they were computed."""
