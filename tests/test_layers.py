@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +64,18 @@ def test_imports_point_downward(path):
     own = package_of(path)
     for target in sorted(netopt_imports(path)):
         assert target == own or row(target) > row(own), f"{path.relative_to(ROOT)} reaches up or aside, to {target}"
+
+
+def test_the_layers_name_what_exists_and_nothing_else():
+    exists = {path.name.removesuffix(".py") for path in ROOT.iterdir() if path.suffix == ".py" or path.is_dir()}
+    exists -= {"__init__", "__pycache__"}
+    assert set().union(*LAYERS) == exists
+
+
+def test_the_contributing_guide_names_the_same_layers():
+    guide = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[2] for line in guide.splitlines() if line.startswith("| ") and "`" in line.split("|")[2]]
+    assert tuple(set(re.findall(r"`(\w+)`", row)) for row in reversed(rows)) == LAYERS
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.stem)
