@@ -108,11 +108,11 @@ def find_axes(model: nn.Module, example_inputs: Inputs, *, outputs: Outputs = No
                     if modes.differ or more:
                         tracer = SizeTracer(model, parts, trace, modes)
                         _run(model, parts, attributes, example_inputs, tracer, outputs)
-        trace.constraints.is_recording = False
+        trace.constraints.close()
         trace.settle()
         return Axes(trace, readings, results)
     finally:
-        trace.constraints.is_recording = False
+        trace.constraints.close()
         trace.forget()
 
 

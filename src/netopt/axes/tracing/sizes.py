@@ -24,7 +24,7 @@ from netopt.axes.training import Trials
 from netopt.axes.whole import WHOLE
 from netopt.model.attributes import Parts
 from netopt.model.calls import Call, CallNames
-from netopt.symbolic.number import SYMBOLIC, DimSize, Guard, SymbolicInt, calling_line, plain
+from netopt.symbolic import SYMBOLIC, DimSize, Guard, SymbolicInt, calling_line, plain
 
 
 class Reading(NamedTuple):
