@@ -1,8 +1,9 @@
-"""Integers that remember: everywhere an int, with an origin that arithmetic keeps, for as long as the trace lasts."""
+"""Symbolic numbers: everywhere an int, whose arithmetic is recorded for as long as a trace lasts."""
 
 from __future__ import annotations
 
 import copy
+import fractions
 import functools
 import json
 import math
@@ -12,6 +13,7 @@ import sys
 import types
 from dataclasses import dataclass, field
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -27,23 +29,20 @@ from netopt.symbolic import (
     AttributeRef,
     Constraints,
     DimSize,
+    Expression,
     Shape,
     SymbolicFloat,
     SymbolicInt,
+    combine,
     evaluate,
+    expression_of,
+    leaf,
     leaves,
+    plain,
+    substitute,
+    value_of,
 )
 
-BINARY = [
-    operator.add,
-    operator.sub,
-    operator.mul,
-    operator.floordiv,
-    operator.mod,
-    operator.truediv,
-    operator.pow,
-]
-COMPARE = [operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge]
 WIDTH = AttributeRef(("block", "width"))
 
 
@@ -51,33 +50,191 @@ def size(value, constraints=None, place=WIDTH):
     return SymbolicInt(value, place, constraints if constraints is not None else Constraints())
 
 
-def plain(value):
-    if isinstance(value, int):
-        return int.__int__(value)
-    return float.__float__(value)
+# Operators: what is computed is followed to other counts, kept by a guard, or noted as used.
+
+BINARY = [operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod, operator.truediv, operator.pow]
+BITWISE = [operator.and_, operator.or_, operator.xor, operator.lshift, operator.rshift]
+COMPARE = [operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge]
+
+OF_INTEGERS = {
+    **{f"n {one.__name__} 3": lambda n, one=one: one(n, 3) for one in (*BINARY, *BITWISE, *COMPARE)},
+    **{f"40 {one.__name__} n": lambda n, one=one: one(40, n) for one in (*BINARY[:-1], *BITWISE, *COMPARE)},
+    **{f"n {one.__name__} n": lambda n, one=one: one(n, n) for one in (*BINARY[:-1], *BITWISE[:-2], *COMPARE)},
+    **{f"n {one.__name__} 0.3": lambda n, one=one: one(n, 0.3) for one in (*BINARY, *COMPARE)},
+    **{f"n {one.__name__} True": lambda n, one=one: one(n, True) for one in (*BINARY, *BITWISE, *COMPARE)},
+    "2 pow n": lambda n: 2**n,
+    "pow of three": lambda n: pow(n, 2, 5),
+    "divmod": lambda n: divmod(n, 5),
+    "divmod by n": lambda n: divmod(50, n),
+    "-n": lambda n: -n,
+    "+n": lambda n: +n,
+    "~n": lambda n: ~n,
+    "abs": abs,
+    "round": round,
+    "round to tens": lambda n: round(n, -1),
+    "trunc": math.trunc,
+    "floor": math.floor,
+    "ceil": math.ceil,
+    "bool": bool,
+    "not": operator.not_,
+    "and": lambda n: n and 2,
+    "truth of a rest": lambda n: "even" if not n % 2 else "odd",
+    "int": int,
+    "float": float,
+    "int of a share": lambda n: int(n * 0.66),
+    "floor of a share": lambda n: math.floor(n * 0.66),
+    "round of a share": lambda n: round(n * 0.66),
+    "round to digits": lambda n: round(n / 7, 2),
+    "root": lambda n: n**-0.5,
+    "bit_length": lambda n: n.bit_length(),
+    "bit_count": lambda n: n.bit_count(),
+    "power of two": lambda n: n & (n - 1) == 0,
+    "str": str,
+    "repr": repr,
+    "format": lambda n: f"{n} {n:>4d}",
+    "str.format": "{:d}".format,
+    "percent s": lambda n: "%s" % n,  # noqa: UP031
+    "to_bytes": lambda n: n.to_bytes(2, "big"),
+    "as_integer_ratio": lambda n: n.as_integer_ratio(),
+    "numerator": lambda n: n.numerator,
+    "real": lambda n: n.real,
+    "conjugate": lambda n: n.conjugate(),
+    "complex": complex,
+    "times a complex": lambda n: n * 2j,
+    "fraction": lambda n: n + fractions.Fraction(1, 3),
+    "equals a fraction": lambda n: n == fractions.Fraction(12),
+    "repeated list": lambda n: [0] * n,
+    "repeated text": lambda n: n * "ab",
+    "min": lambda n: min(n, 9),
+    "max": lambda n: max((9, n, 2)),
+    "sorted": lambda n: sorted([15, n, 9]),
+    "sum": lambda n: sum([n, 3, n]),
+    "all": lambda n: all(one > 4 for one in (n, 9)),
+    "any of sizes": lambda n: any([n - 12, n - 9]),
+    "key": lambda n: {12: "is", 9: "other"}.get(n, "none"),
+    "in a set": lambda n: n in {12, 13},
+    "in a list": lambda n: [9, 12].index(n) if n in [9, 12] else None,
+    "match": lambda n: "twelve" if n == 12 else "not",
+    "prod": lambda n: math.prod((2, n, n)),
+    **{
+        f"math.{name}": functools.partial(lambda one, n: one(n), getattr(math, name))
+        for name in ("sqrt", "exp", "log1p", "cos", "fabs", "hypot", "erf", "degrees", "isfinite")
+    },
+    "math.pow": lambda n: math.pow(n, 2),
+    "math.fsum": lambda n: math.fsum([n, 1]),
+    "numpy.prod": lambda n: int(np.prod((2, n))),
+    "numpy.sqrt": lambda n: float(np.sqrt(n)),
+    "numpy integer": lambda n: int(np.int64(3) * n),
+    "numpy compares": lambda n: bool(np.int64(12) == n),
+    "array": lambda n: np.array([n, 1]).tolist(),
+}
+OF_FLOATS = {
+    **{f"x {one.__name__} 3": lambda x, one=one: one(x, 3) for one in (*BINARY, *COMPARE)},
+    **{f"x {one.__name__} 0.3": lambda x, one=one: one(x, 0.3) for one in (*BINARY, *COMPARE)},
+    **{f"3.5 {one.__name__} x": lambda x, one=one: one(3.5, x) for one in (*BINARY, *COMPARE)},
+    **{f"3 {one.__name__} x": lambda x, one=one: one(3, x) for one in (*BINARY, *COMPARE)},
+    **{f"x {one.__name__} x": lambda x, one=one: one(x, x) for one in (*BINARY[:-1], *COMPARE)},
+    "divmod": lambda x: divmod(x, 1),
+    "-x": operator.neg,
+    "abs": abs,
+    "round": round,
+    "round to digits": lambda x: round(x, 1),
+    "trunc": math.trunc,
+    "floor": math.floor,
+    "ceil": math.ceil,
+    "bool": bool,
+    "int": int,
+    "float": float,
+    "is_integer": lambda x: x.is_integer(),
+    "as_integer_ratio": lambda x: x.as_integer_ratio(),
+    "hex": lambda x: x.hex(),
+    "real": lambda x: x.real,
+    "str": str,
+    "format": lambda x: f"{x:.3f}",
+    "math.sqrt": math.sqrt,
+    "math.log": math.log,
+    "numpy.sqrt": lambda x: float(np.sqrt(x)),
+    "array": lambda x: np.array([x]).tolist(),
+    "min": lambda x: min(x, 2.0),
+    "sum": lambda x: sum([x, x]),
+}
+UNSEEN = {
+    "range": range,
+    "index": operator.index,
+    "item": lambda n: "abcdefghijklmnopq"[n],
+    "math.log": math.log,
+    "math.isqrt": math.isqrt,
+    "math.gcd": lambda n: math.gcd(n, 8),
+    "hex": hex,
+    "int.__add__": lambda n: int.__add__(n, 1),
+    "literal on the left": lambda n: 0.5 * n,
+    "sum after a float": lambda n: sum([0.5, n]),
+    "percent d": lambda n: "%d" % n,  # noqa: UP031
+    "type": lambda n: type(n) is int,
+}
+"""C code that reads the digits of an integer without calling a method of it: what differs then, outputs show."""
 
 
-# Arithmetic.
+def later(result, values):
+    """A result, with what is symbolic in it evaluated."""
+    if isinstance(result, (list, tuple)):
+        return type(result)(later(one, values) for one in result)
+    return evaluate(result, values)
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.sampled_from(BINARY), st.integers(2, 40), st.integers(1, 6) | st.floats(0.5, 4.0), st.integers(2, 40))
-def test_arithmetic_is_that_of_integers_and_can_be_done_again(operation, left, right, later):
-    known = size(left)
-    cases = [
-        (operation(known, right), lambda value: operation(value, right)),
-        (operation(known, known), lambda value: operation(value, value)),
-    ]
-    if isinstance(right, int):  # a plain float on the left computes by itself, and asks no one
-        cases.append((operation(right, known), lambda value: operation(right, value)))
-    for result, again in cases:
-        expected = again(left)
-        assert isinstance(result, (SymbolicInt, SymbolicFloat))
-        assert plain(result) == expected
-        assert type(plain(result)) is type(expected)
-        assert evaluate(result, {}, {}) == expected
-        assert evaluate(result, {WIDTH: later}) == again(later)
-        assert set(leaves(result)) == {WIDTH}
+def check(compute, start, others):
+    """The law of all operators; whether the result was followed."""
+    expected = compute(start)
+    constraints = Constraints()
+    result = compute(size(start, constraints))
+    constraints.close()
+    assert plain(result) == expected if not isinstance(result, tuple) else tuple(plain(result)) == expected
+    assert type(plain(result)) is type(expected) or isinstance(result, (list, tuple))
+    if constraints.numbers:
+        assert all(line.startswith("test_symbolic.py:") for _, line in constraints.numbers)
+        assert any(WIDTH in leaves(number) for number, _ in constraints.numbers)
+        return False
+    followed = [other for other in others if all(guard.holds({WIDTH: other}) for guard in constraints.guards)]
+    for other in followed:
+        assert later(result, {WIDTH: other}) == compute(other), other
+    return True
+
+
+@pytest.mark.parametrize("name", OF_INTEGERS)
+def test_an_operation_on_an_integer_is_followed_guarded_or_noted(name):
+    check(OF_INTEGERS[name], 12, range(1, 40))
+
+
+@pytest.mark.parametrize("name", OF_FLOATS)
+def test_an_operation_on_a_float_is_followed_guarded_or_noted(name):
+    check(lambda n: OF_FLOATS[name](n / 4), 13, range(1, 60))
+
+
+@pytest.mark.parametrize("name", UNSEEN)
+def test_what_c_code_reads_is_as_of_the_plain_integer(name):
+    known = size(12)
+    assert UNSEEN[name](known) == (UNSEEN[name](12) if name != "type" else False)
+    assert not known.constraints.numbers
+    assert not known.constraints.guards
+
+
+@pytest.mark.parametrize(("kind", "base"), [(SymbolicInt, int), (SymbolicFloat, float)])
+def test_every_method_of_a_number_is_its_own(kind, base):
+    """None is inherited that computes."""
+    harmless = set(dir(object)) | {"__index__", "__getnewargs__", "__getformat__", "from_bytes", "fromhex"}
+    harmless |= {"imag", "denominator"}  # the same for all integers
+    inherited = {name for name in dir(base) if getattr(kind, name) is getattr(base, name, None)}
+    inherited |= {name for name in dir(base) if name not in vars(kind)}
+    assert inherited - harmless == set()
+
+
+@pytest.mark.parametrize("operation", [*BINARY[:3], operator.mod])
+@pytest.mark.parametrize("left", [True, 5, 2.5])
+def test_two_symbolic_numbers_record_both(operation, left):
+    constraints, other = Constraints(), AttributeRef(("block", "heads"))
+    result = operation(size(12, constraints), size(5, constraints, other) * left)
+    assert leaves(result) == {WIDTH, other}
+    assert evaluate(result, {WIDTH: 20, other: 7}) == operation(20, 7 * left)
 
 
 @settings(max_examples=60, deadline=None)
@@ -85,78 +242,96 @@ def test_arithmetic_is_that_of_integers_and_can_be_done_again(operation, left, r
 def test_long_computations_keep_what_they_came_from(data):
     constraints = Constraints()
     start = {AttributeRef(("a", "x")): 12, AttributeRef(("b", "y")): 5}
-    later = {place: data.draw(st.integers(1, 30)) for place in start}
-    terms = [(size(value, constraints, place), value, later[place], {place}) for place, value in start.items()]
+    others = {place: data.draw(st.integers(1, 30)) for place in start}
+    terms = [(size(value, constraints, place), value, others[place], {place}) for place, value in start.items()]
     for _ in range(data.draw(st.integers(1, 8))):
         operation = data.draw(st.sampled_from([operator.add, operator.mul, operator.sub]))
         a, b = data.draw(st.sampled_from(terms)), data.draw(st.sampled_from(terms))
         terms.append((operation(a[0], b[0]), operation(a[1], b[1]), operation(a[2], b[2]), a[3] | b[3]))
     for term, now, then, places in terms:
-        assert plain(term) == now == evaluate(term, {}, {})
-        assert evaluate(term, {}, later) == then
-        assert set(leaves(term)) == places
+        assert plain(term) == now == evaluate(term, {})
+        assert evaluate(term, others) == then
+        assert leaves(term) == places
+        simple = substitute(expression_of(term), lambda one: one)
+        assert value_of(simple) == now
+        assert (simple.at(others) if isinstance(simple, Expression) else simple) == then
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.sampled_from(BINARY), st.integers(2, 40), st.floats(0.5, 4.0), st.integers(2, 40))
-def test_numbers_with_a_fraction_keep_their_origin_on_either_side(operation, left, right, later):
-    half = size(left) / 2
-    for result, again in (
-        (operation(half, right), lambda value: operation(value / 2, right)),
-        (operation(right, half), lambda value: operation(right, value / 2)),
-    ):
-        assert type(result) is SymbolicFloat
-        assert plain(result) == again(left)
-        assert evaluate(result, {WIDTH: later}) == again(later)
+def test_a_number_counted_up_in_a_long_loop_is_noted():
+    constraints = Constraints()
+    known = total = size(12, constraints)
+    for _ in range(5000):
+        total = total + known
+    assert total == 12 * 5001
+    assert expression_of(total).depth < 1000  # what is nested deeply cannot be evaluated by recursion
+    assert {leaves(number) for number, _ in constraints.numbers} == {frozenset([WIDTH])}
 
 
-def test_an_extent_follows_the_count_of_its_layout():
+def test_a_dimension_size_follows_the_count_of_its_layout():
     atom = Atom(12)
-    number = SymbolicInt(12, DimSize(atom), Constraints())
-    half = number // 2 + 1
+    half = SymbolicInt(12, DimSize(atom), Constraints()) // 2 + 1
     assert half == 7
-    assert evaluate(half, {atom: 6}, {}) == 4
+    assert evaluate(half, {DimSize(atom): 6}) == 4
 
 
-def test_functions_of_numbers():
-    known = size(12)
-    assert divmod(known, 5) == (2, 2)
-    assert -known == -12
-    assert plain(-known) == -12
-    assert +known is known
-    assert abs(known) == 12
-    assert round(known / 5) == 2
-    assert math.floor(known / 5) == 2
-    assert math.ceil(known / 5) == 3
-    assert evaluate(math.ceil(known / 5), {WIDTH: 21}) == 5
-    assert max(known, 7) is known
-    assert range(known)[-1] == 11
-    assert "ab" * known == "ab" * 12
-    assert [0] * known == [0] * 12
-    assert [*range(20)][known] == 12
-    assert f"{known} {known:>4d} {known!r}" == "12   12 12"
+# Expressions.
+
+FORMULAS = {
+    "product": lambda width, heads: 3 * width * heads,
+    "quotient": lambda width, heads: heads * (width // heads),
+    "sum": lambda width, heads: (width + 2 * heads) - 1,
+    "scale": lambda width, heads: (width // heads) ** -0.5,
+}
 
 
-def test_roots_by_powers_are_remembered():
-    known = size(16)
-    assert type(known**0.5) is SymbolicFloat
-    assert evaluate(known**-0.5, {WIDTH: 25}) == 25**-0.5
+@pytest.mark.parametrize("name", FORMULAS)
+def test_the_only_unknown_is_solved(name):
+    constraints = Constraints()
+    number = FORMULAS[name](SymbolicInt(48, "width", constraints), SymbolicInt(6, "heads", constraints))
+    if name != "quotient":  # heads are in it twice
+        solution = number.expression.solve(FORMULAS[name](48, 3), {"width": 48})
+        assert (solution.key, solution.value, solution.is_unique) == ("heads", 3, True)
+    solution = number.expression.solve(FORMULAS[name](24, 6), {"heads": 6})
+    assert (solution.key, solution.value, solution.is_unique) == ("width", 24, True)
+
+
+def test_what_no_integer_gives_has_no_solution():
+    width = SymbolicInt(48, "width", Constraints())
+    assert (2 * width).expression.solve(13, {}).value is None
+    assert (width**2 * (2 * width)).expression.solve(13, {}) is None
+
+
+def test_equal_computations_are_equal_and_types_are_told_apart():
+    one, other = size(12), size(12)
+    assert (one * 2 + 1).expression == (other * 2 + 1).expression
+    assert hash((one * 2).expression) == hash((other * 2).expression)
+    assert (one * 2).expression != (one * 2.0).expression
+    ordered, turned = (combine(operator.mul, [2, leaf("a", 3), leaf("b", 5), 4][::step]) for step in (1, -1))
+    assert ordered == turned
+    assert ordered.value == 120
+
+
+def test_an_undefined_value_is_none_and_keeps_no_guard():
+    constraints = Constraints()
+    quotient = 12 // (size(12, constraints) - 1)
+    assert evaluate(quotient, {WIDTH: 1}) is None
+    assert quotient == 1
+    assert [guard.holds({WIDTH: 13}) for guard in constraints.guards] == [True]
+    assert [guard.holds({WIDTH: 1}) for guard in constraints.guards] == [False]
 
 
 # Everywhere an int.
 
 
-@pytest.mark.parametrize("known", [size(12), SymbolicFloat(0.5, WIDTH, Constraints())], ids=["size", "scalar"])
+@pytest.mark.parametrize("known", [size(12), SymbolicFloat(0.5, WIDTH, Constraints())], ids=["int", "float"])
 def test_what_is_written_out_is_a_plain_number(known):
     loaded = pickle.loads(pickle.dumps(known))
     assert loaded == known
     assert type(loaded) in (int, float)
     assert json.loads(json.dumps({"n": known})) == {"n": plain(known)}
-    assert hash(known) == hash(plain(known))
-    assert {plain(known): "x"}[known] == "x"
 
 
-def test_a_copied_configuration_still_remembers_within_the_trace():
+def test_a_copied_configuration_still_records_within_the_trace():
     known = size(12)
     assert copy.deepcopy({"n": [known]})["n"][0].expression.key == WIDTH
     assert copy.copy(known).expression.key == WIDTH
@@ -175,42 +350,44 @@ def test_other_types_keep_their_own_rules():
     known = size(3)
     assert (known == "3") is False
     assert known != "3"
+    assert known != None  # noqa: E711 - the comparison itself
+    assert not known.constraints.numbers
     with pytest.raises(TypeError):
         _ = known + "3"
-    assert known + (1 + 2j) == 4 + 2j
-    assert known & 1 == 1
 
 
-# What a ledger learns.
+# What constraints record.
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.sampled_from(COMPARE), st.integers(2, 5), st.integers(2, 5))
-def test_a_comparison_is_a_condition_with_its_outcome(compare, left, right):
+def test_a_comparison_is_a_guard_with_its_outcome(compare, left, right):
     constraints = Constraints()
     outcome = compare(size(left, constraints), right)
     assert outcome is compare(left, right)
-    (condition,) = constraints.guards
-    assert condition.outcome is outcome
-    assert {plain(condition.left), plain(condition.right)} == {left, right}
-    assert condition.where[0] == __file__
+    (guard,) = constraints.guards
+    assert guard.outcome is outcome
+    assert {value_of(guard.left), value_of(guard.right)} == {left, right}
+    assert guard.where.startswith("test_symbolic.py:")
+    assert guard.holds({WIDTH: left})
 
 
-def test_an_equation_remembers_the_line_that_stated_it():
+def test_an_equation_names_the_line_that_stated_it():
     constraints, atom = Constraints(), Atom(12)
     constraints.equate(size(12, constraints), atom, "view")
     (equation,) = constraints.equations
-    assert str(equation).startswith("view (test_symbolic.py:")
+    assert str(equation).startswith("view at test_symbolic.py:")
     constraints.equate(size(1, constraints), Atom(1), "view")
-    assert len(constraints.equations) == 1  # a dimension of one has nothing to say
+    assert len(constraints.equations) == 1  # a dimension of one states nothing
 
 
-def test_a_size_made_a_number_is_noted():
+def test_a_float_that_only_c_code_reads_is_noted_at_the_end():
     constraints = Constraints()
-    assert float(size(12, constraints)) == 12.0
-    assert [(plain(number), where.partition(":")[0]) for number, where in constraints.numbers] == [
-        (12, "test_symbolic.py")
-    ]
+    ratio = size(12, constraints) / 5
+    assert math.sqrt(ratio) == math.sqrt(2.4)
+    assert not constraints.numbers
+    constraints.close()
+    assert [number for number, _ in constraints.numbers] == [ratio]
 
 
 def test_after_the_trace_nothing_is_noted_and_numbers_are_plain():
@@ -218,24 +395,32 @@ def test_after_the_trace_nothing_is_noted_and_numbers_are_plain():
     known = size(12, constraints)
     third = known / 3
     constraints.close()
-    assert type(known + 1) is int
-    assert type(known // 5) is int
-    assert type(known / 5) is float
-    assert type(third * 2) is float
-    assert type(2 - third) is float
+    noted = len(constraints.numbers)
+    for result, kind in (
+        (known + 1, int),
+        (known // 5, int),
+        (known / 5, float),
+        (third * 2, float),
+        (2 - third, float),
+    ):
+        assert type(result) is kind
     assert known == 12
     assert third < 5
     assert float(known) == 12.0
     assert float(third) == 4.0
+    assert f"{known}" == "12"
+    assert type(copy.deepcopy([known])[0]) is int
     assert not constraints.guards
-    assert not constraints.numbers
+    assert len(constraints.numbers) == noted
 
 
-def test_ledgers_know_their_own():
+def test_constraints_know_their_own_numbers():
     constraints = Constraints()
     assert constraints.knows(size(12, constraints))
     assert not constraints.knows(size(12))
     assert not constraints.knows(12)
+    assert leaves(size(5, constraints) + size(12)) == {WIDTH}
+    assert type(expression_of(size(5, constraints) + size(12)).operands[1]) is int  # of another trace: a constant
 
 
 # The integers of a model, lent and given back.
@@ -449,13 +634,13 @@ def test_float_constants_ask_sizes_first_and_are_put_back():
         assert average.__code__ is not codes[0]
         over, (half, _), less, rest, plain = average(n)
     assert (average.__code__, Averaging.forward.__code__) == codes
-    (condition,) = constraints.guards
-    assert condition.outcome is less is True
+    (guard,) = constraints.guards
+    assert guard.outcome is less is True
     assert list(map(float.__float__, (over, half, rest, plain))) == [0.125, 4.0, -6.0, 4.0]
     assert [type(one) for one in (over, half, rest)] == [SymbolicFloat] * 3
     assert type(plain) in (float, Literal)
     smaller = {AttributeRef(("", "n")): 4}
-    assert [evaluate(one, {}, smaller) for one in (over, half, rest)] == [0.25, 2.0, -2.0]
+    assert [evaluate(one, smaller) for one in (over, half, rest)] == [0.25, 2.0, -2.0]
     assert average(8)[0] == 0.125
     assert type(average(8)[0]) is float
 
@@ -492,7 +677,7 @@ def test_a_shape_is_a_torch_size_that_remembers():
     ):
         assert type(part) is Shape
         assert part.numel() == entries
-        later = evaluate(part.numel(), {}, {AttributeRef(("", "n")): 6})
+        later = evaluate(part.numel(), {AttributeRef(("", "n")): 6})
         assert later == (36 if entries == 9 else 2 * entries)
     assert torch.zeros(shape).shape == torch.zeros(24).view(shape).shape == torch.Size([2, 3, 4])
     assert type(copy.deepcopy(shape)) is torch.Size

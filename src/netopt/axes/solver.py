@@ -22,9 +22,11 @@ from netopt.symbolic import (
     Guard,
     Term,
     combine,
+    evaluate,
     expression_of,
     leaf,
     leaves,
+    plain,
     substitute,
     value_of,
     walk,
@@ -70,21 +72,27 @@ class CountSolver:
     def _layout(self, layout: Layout) -> Term:
         if isinstance(layout, Atom):
             key = self._group_of.get(layout)
-            return layout.size if key is None else leaf(key, self.sizes[key])
+            return plain(layout.size) if key is None else leaf(key, self.sizes[key])
         if isinstance(layout, Product):
             return combine(operator.mul, map(self.layout, layout.parts))
         found: list[Term] = []
         units: dict[Term, Counter[tuple[Atom, ...]]] = defaultdict(Counter)
+        sizes: Counter[Term] = Counter()
         for part in layout.parts:
             term = self.layout(part)
             single = tuple(atom for atom in atoms(part) if atom.unit and atom in self._group_of)
             if single:
                 units[term][single] += 1
+                sizes[term] += plain(part.size)
             else:
                 found.append(term)
         for term, times in units.items():
             rounds = self._rounds(times)
-            found.append(combine(operator.mul, (term, rounds)) if rounds else sum(times.values()))
+            if rounds:
+                found.append(combine(operator.mul, (term, rounds)))
+            else:
+                found.append(sizes[term])
+                self._fixed.update(dict.fromkeys(leaves(term), "a size that depends on which positions remain"))
         return combine(operator.add, found)
 
     def _rounds(self, times: Counter[tuple[Atom, ...]]) -> int:
@@ -92,7 +100,6 @@ class CountSolver:
         keys = [self._group_of[atom] for atom in next(iter(times))]
         if len(set(times.values())) == 1 and len(times) == math.prod(self._together[key] for key in keys):
             return next(iter(times.values()))
-        self._fixed.update(dict.fromkeys(keys, "a size that depends on which positions remain"))
         return 0
 
     def _number(self, number: Any) -> Term:
@@ -170,7 +177,8 @@ class CountSolver:
                 for attribute, term in ((one.left, one.right), (one.right, one.left)):
                     is_layout = not any(isinstance(key, AttributeRef) for key in leaves(term))
                     if (
-                        _is_attribute(attribute)
+                        isinstance(attribute, Expression)
+                        and _is_attribute(attribute)
                         and attribute.key not in self._bound
                         and is_layout is simple
                         and attribute.key not in leaves(self._settle(term))
@@ -254,7 +262,7 @@ class CountSolver:
             term = self._settle(leaf(place, old))
             if any(isinstance(key, AttributeRef) and key not in full for key in leaves(term)):
                 continue
-            new = term.at(full) if isinstance(term, Expression) else term
+            new = evaluate(term, full)
             if new is not None and new != old:
                 changed.append((place, int(new)))
         return changed
@@ -368,9 +376,10 @@ class _Search:
     def _solutions(self, key: Hashable, one: Guard, chosen: dict[Hashable, int]) -> list[int]:
         for mine, other in ((one.left, one.right), (one.right, one.left)):
             if isinstance(mine, Expression) and mine.operands == (key,) and key not in leaves(other):
-                value = other.at(chosen) if isinstance(other, Expression) else other
-                fits = value is not None and value == int(value) and self.least[key] <= value <= self.sizes[key]
-                return [int(value)] if fits else []
+                value = evaluate(other, chosen)
+                if value is None or value != int(value) or not self.least[key] <= value <= self.sizes[key]:
+                    return []
+                return [int(value)]
         found = []
         for value in self._values(key):
             self.left -= 1

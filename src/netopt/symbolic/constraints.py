@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 
-from netopt.symbolic.expression import AttributeRef, Expression, Term, expression_of, leaves, value_of
+from netopt.symbolic.expression import AttributeRef, Expression, Term, evaluate, expression_of, leaves, value_of
 
 __all__ = ["Constraints", "Equation", "Guard", "calling_line"]
 
 _OWN = f"{Path(__file__).parents[1]}{os.sep}"
 _TORCH = f"{Path(torch.__file__).parent}{os.sep}"  # with the separator: torchvision is not torch's own
+_NUMPY = f"{os.sep}numpy{os.sep}"
 _DEEPEST = 200
 """A number nested in more operations, as one counted up in a long loop, is followed no further."""
 
@@ -61,10 +62,9 @@ class Guard:
         """Keys of the leaves it depends on."""
         return leaves(self.left) | leaves(self.right)
 
-    def holds(self, values: Mapping[Any, Any], divide: Callable[[Any, Any], Any] | None = None) -> bool:
-        """Whether the outcome is the same where leaves have other values, which both sides must have a value for."""
-        kwargs = {} if divide is None else {"divide": divide}
-        left, right = (one.at(values, **kwargs) if type(one) is Expression else one for one in (self.left, self.right))
+    def holds(self, values: Mapping[Any, Any]) -> bool:
+        """Whether the outcome is the same where leaves have other values; not where a side is undefined."""
+        left, right = evaluate(self.left, values), evaluate(self.right, values)
         return left is not None and right is not None and bool(self.compare(left, right)) is self.outcome
 
 
@@ -144,7 +144,7 @@ class Constraints:
 
 
 def calling_line() -> str:
-    """``model.py:33``: the innermost line that is neither torch's nor this package's."""
+    """``model.py:33``: the innermost line that is not torch's, numpy's or this package's."""
     frame = sys._getframe(1)
     while frame is not None:
         if _is_foreign(frame.f_code.co_filename):
@@ -155,7 +155,7 @@ def calling_line() -> str:
 
 @functools.cache
 def _is_foreign(path: str) -> bool:
-    return not path.startswith((_OWN, _TORCH, "<"))
+    return not path.startswith((_OWN, _TORCH, "<")) and _NUMPY not in path
 
 
 @functools.cache

@@ -197,8 +197,7 @@ def _flattened(operation: Callable[..., Any], terms: Iterable[Term]) -> list[Ter
     number: Any = neutral
     found: list[Term] = []
     for one in terms:
-        inner = type(one) is Expression and one.operation is operation
-        for part in one.operands if inner else (one,):  # pyright: ignore[reportAttributeAccessIssue]
+        for part in one.operands if isinstance(one, Expression) and one.operation is operation else (one,):
             if type(part) is Expression:
                 found.append(part)
             else:
@@ -221,14 +220,14 @@ def substitute(term: Term, replace: Callable[[Expression], Term], memo: dict[int
 
 
 def evaluate(number: Any, values: Mapping[Any, Any]) -> Any:
-    """What a number, symbolic or plain, is where leaves have other values."""
+    """What a number or term is where leaves have other values; ``None`` where it is undefined."""
     term = expression_of(number)
     return term.at(values) if type(term) is Expression else term
 
 
 def expression_of(number: Any) -> Any:
     """The expression of a symbolic number; anything else is returned as it is."""
-    return getattr(number, "expression", number)
+    return number if type(number) is Expression else getattr(number, "expression", number)
 
 
 def leaves(number: Any) -> frozenset[Any]:

@@ -148,9 +148,9 @@ def derive_formulas(
     for name, dims in sizes.items():
         rows = zip(dims, grown[name], target.shapes[name], target.wanted[name], strict=True)
         proved = [_prove(one, values, new, size, size == to_be, optional) for one, new, size, to_be in rows]
-        if None in proved:
+        sizes[name] = tuple([one for one in proved if one is not None])
+        if len(sizes[name]) < len(proved):
             return None
-        sizes[name] = tuple(proved)
     return ShapeFormulas(sizes, dense, watch.built)
 
 
