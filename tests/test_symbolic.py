@@ -24,7 +24,9 @@ from netopt.axes import find_axes
 from netopt.axes.layout import Atom
 from netopt.axes.literals import Literal, remembering_literals
 from netopt.axes.tracing.attributes import remembered
+from netopt.errors import ForwardError
 from netopt.model.attributes import Attributes
+from netopt.prune import prune_neurons
 from netopt.symbolic import (
     AttributeRef,
     Constraints,
@@ -743,3 +745,72 @@ class OfOne(nn.Module):
 def test_a_quotient_that_is_one_must_not_become_nothing():
     axes = find_axes(OfOne(), torch.randn(2, 5))
     assert axes.feasible({axis.name: 2 for axis in axes.free}) == {axis.name: axis.size for axis in axes.free}
+
+
+# Sizes that a forward uses in other ways.
+
+
+class Using(nn.Module):
+    """Uses the size of a hidden layer, or an integer of its own."""
+
+    def __init__(self, use):
+        super().__init__()
+        self.first, self.last, self.k, self.use = nn.Linear(5, 12), nn.Linear(12, 3), 12, use
+
+    def forward(self, x):
+        return self.last(self.use(self, self.first(x).relu()))
+
+
+EXACT = {
+    "truth of a rest": lambda m, h: h * 2 if h.shape[-1] % 5 else h,
+    "all of a shape": lambda m, h: h * 2 if all(n > 4 for n in h.shape[1:]) else h,
+    "any": lambda m, h: h if not any(n == 3 for n in h.shape) else h * 2,
+    "shape in a message": lambda m, h: h if str(h.shape) else h * 2,
+    "rounded to itself": lambda m, h: h.reshape(len(h), math.floor(abs(round(h.shape[-1])) * 1)),
+    "divmod": lambda m, h: h.reshape(len(h), divmod(h.shape[-1] * 2, 2)[0]),
+}
+INEXACT = {
+    "bits": lambda m, h: h * ((h.shape[-1] & 7) + 1),
+    "shift": lambda m, h: h * (h.shape[-1] >> 1),
+    "bit_length": lambda m, h: h * h.shape[-1].bit_length(),
+    "text": lambda m, h: h * float(str(h.shape[-1])),
+    "format": lambda m, h: h * float(f"{h.shape[-1]}"),
+    "abs": lambda m, h: h * abs(h.shape[-1]),
+    "max": lambda m, h: h * max(h.shape),
+    "root": lambda m, h: h / math.sqrt(h.shape[-1]),
+    "root of a float": lambda m, h: h / math.sqrt(h.shape[-1] / 2),
+    "numpy": lambda m, h: h * int(np.prod(h.shape[1:])),
+    "numpy of a list": lambda m, h: h * int(np.prod([h.shape[1]])),
+    "rest": lambda m, h: h * divmod(h.shape[-1], 5)[1],
+    "type of an attribute": lambda m, h: h * (1 if type(m.k) is int else m.k[0]),
+    "type of a size": lambda m, h: h * (1 if type(h.shape[-1]) is int else h.shape[-1][0]),
+}
+FROZEN = {
+    "key": lambda m, h: h * {12: 2.0}.get(h.shape[-1], 1.0),
+    "view by numpy": lambda m, h: h.reshape(len(h), int(np.prod(h.shape[1:]))),
+    "list": lambda m, h: h * torch.tensor([1.0] * h.shape[-1]),
+    "share": lambda m, h: torch.cat([h[:, : int(h.shape[-1] * 0.66)], h[:, int(h.shape[-1] * 0.66) :]], 1),
+}
+
+
+@pytest.mark.parametrize("name", [*EXACT, *INEXACT, *FROZEN])
+def test_every_use_of_a_size_is_followed_or_named(name):
+    model, x = Using({**EXACT, **INEXACT, **FROZEN}[name]), torch.randn(6, 5)
+    axes = find_axes(model, x).made_by("first")
+    assert any(axis.frozen is not None for axis in axes) is (name in FROZEN)
+    for axis in axes:
+        assert (axis.frozen is None and axis.exact) is (name in EXACT)
+        why = axis.frozen or axis.inexact or ""
+        assert name in EXACT or "test_symbolic.py:" in why or "plain integers" in why
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_what_is_followed_is_computed_with_the_smaller_size(name):
+    model, x = Using(EXACT[name]), torch.randn(6, 5)
+    prune_neurons(model, x, 5, importance="magnitude", include="first", progress=False)
+    assert model.first.out_features == 7
+
+
+def test_a_forward_that_fails_fails_with_plain_integers_too():
+    with pytest.raises(ForwardError, match="only here"):
+        find_axes(Using(lambda m, h: {}["only here"]), torch.randn(6, 5))
