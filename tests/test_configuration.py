@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from netopt.errors import InvalidArgumentError
 from netopt.integrations.huggingface.meta_build import build, entries, with_changes
 from netopt.integrations.huggingface.symbolic_build import Target, derive_formulas
 from netopt.plan import shapes_of
@@ -431,7 +432,7 @@ def test_a_llama_that_its_configuration_would_refuse_to_save_is_named():
 
 
 def test_a_name_of_a_plan_hook_is_taken_once():
-    with pytest.raises(ValueError, match="'config'"):
+    with pytest.raises(InvalidArgumentError, match="'config' exists already"):
         register_hook("config", lambda model, plan: (plan, None))
 
 

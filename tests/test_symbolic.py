@@ -224,7 +224,7 @@ def test_what_c_code_reads_is_as_of_the_plain_integer(name):
 def test_every_method_of_a_number_is_its_own(kind, base):
     """None is inherited that computes."""
     harmless = set(dir(object)) | {"__index__", "__getnewargs__", "__getformat__", "from_bytes", "fromhex"}
-    harmless |= {"imag", "denominator"}  # the same for all integers
+    harmless |= {"imag", "denominator", "from_number", *(["is_integer"] if base is int else [])}
     inherited = {name for name in dir(base) if getattr(kind, name) is getattr(base, name, None)}
     inherited |= {name for name in dir(base) if name not in vars(kind)}
     assert inherited - harmless == set()
@@ -414,6 +414,15 @@ def test_after_the_trace_nothing_is_noted_and_numbers_are_plain():
     assert type(copy.deepcopy([known])[0]) is int
     assert not constraints.guards
     assert len(constraints.numbers) == noted
+
+
+def test_a_number_of_an_earlier_trace_is_a_constant():
+    earlier, constraints = size(5), Constraints()
+    earlier.constraints.close()
+    for result in (earlier + size(12, constraints), size(12, constraints) + earlier):
+        assert evaluate(result, {WIDTH: 20}) == 25
+    assert not earlier > size(12, constraints)
+    assert [guard.holds({WIDTH: 4}) for guard in constraints.guards] == [False]
 
 
 def test_constraints_know_their_own_numbers():

@@ -32,8 +32,8 @@ from netopt.symbolic import (
     walk,
 )
 
-_BUDGET = 20_000  # constraint evaluations per component and question
-_CLOSER = 2_000  # values tried, per question, to find counts closer than the first that were found
+_BUDGET = 20_000  # constraint evaluations per component and call
+_CLOSER = 2_000  # values tried, per call, to find counts closer than the first that were found
 _FEW = 8  # components of more unknowns are not searched for closer counts
 
 
@@ -258,18 +258,18 @@ class CountSolver:
         """The attributes that change under ``counts``, with their new values."""
         full = {**self.sizes, **counts}
         changed: list[tuple[AttributeRef, int]] = []
-        for place, old in self._values.items():
-            term = self._settle(leaf(place, old))
+        for attribute, old in self._values.items():
+            term = self._settle(leaf(attribute, old))
             if any(isinstance(key, AttributeRef) and key not in full for key in leaves(term)):
                 continue
             new = evaluate(term, full)
             if new is not None and new != old:
-                changed.append((place, int(new)))
+                changed.append((attribute, int(new)))
         return changed
 
-    def extents(self, place: AttributeRef) -> frozenset[Hashable]:
+    def extents(self, attribute: AttributeRef) -> frozenset[Hashable]:
         """The groups whose counts an attribute follows, or is tied to by a constraint."""
-        found = leaves(self._settle(leaf(place, 0)))
+        found = leaves(self._settle(leaf(attribute, 0)))
         loose = {key for key in found if isinstance(key, AttributeRef)}
         for keys, _ in self._components:
             if not loose.isdisjoint(keys):
@@ -295,7 +295,7 @@ class _Search:
         self.sizes = counts.sizes
         self.least = counts.least
         self.wanted = {key: wanted.get(key, counts.sizes[key]) for key in keys}
-        self.asked = set(wanted)
+        self.requested = set(wanted)
         self.of: dict[Hashable, list[Guard]] = defaultdict(list)
         for one in constraints:
             for key in one.leaves:
@@ -348,10 +348,10 @@ class _Search:
 
     def _farther(self, far: tuple[int, int], key: Hashable, value: int) -> tuple[int, int]:
         off = abs(value - self.wanted[key])
-        return (far[0] + off, far[1]) if key in self.asked else (far[0], far[1] + off)
+        return (far[0] + off, far[1]) if key in self.requested else (far[0], far[1] + off)
 
     def _next(self, chosen: dict[Hashable, int]) -> tuple[Hashable, Iterable[int]]:
-        """The next unknown: one that a constraint determines, else one that was asked for, in model order."""
+        """The next unknown: one that a constraint determines, else one that is requested, in model order."""
         for key in self.keys:
             if key not in chosen:
                 for one in self.of[key]:
@@ -365,7 +365,7 @@ class _Search:
         open_keys = [key for key in self.keys if key not in chosen]
         key = min(
             open_keys,
-            key=lambda k: (isinstance(k, AttributeRef), k not in self.asked, -len(self.of[k]), -self.sizes[k]),
+            key=lambda k: (isinstance(k, AttributeRef), k not in self.requested, -len(self.of[k]), -self.sizes[k]),
         )
         return key, self._values(key)
 

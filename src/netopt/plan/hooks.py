@@ -7,6 +7,7 @@ from typing import TypeAlias
 
 from torch import nn
 
+from netopt.errors import InvalidArgumentError
 from netopt.plan.value import Plan
 
 __all__ = ["PlanHook", "complete", "register_hook"]
@@ -18,9 +19,13 @@ _HOOKS: dict[str, PlanHook] = {}
 
 
 def register_hook(name: str, hook: PlanHook) -> None:
-    """Has ``hook`` complete every plan that is made from now on; its notes are reported under ``name``."""
+    """Has ``hook`` complete every plan that is made from now on; its notes are reported under ``name``.
+
+    Raises:
+        InvalidArgumentError: The name is taken.
+    """
     if name in _HOOKS:
-        raise ValueError(f"a plan hook is already registered as {name!r}.")
+        raise InvalidArgumentError(f"a plan hook {name!r} exists already; choose another name.")
     _HOOKS[name] = hook
 
 

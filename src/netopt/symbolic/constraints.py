@@ -17,8 +17,6 @@ import torch
 
 from netopt.symbolic.expression import AttributeRef, Expression, Term, evaluate, expression_of, leaves, value_of
 
-__all__ = ["Constraints", "Equation", "Guard", "calling_line"]
-
 _OWN = f"{Path(__file__).parents[1]}{os.sep}"
 _TORCH = f"{Path(torch.__file__).parent}{os.sep}"  # with the separator: torchvision is not torch's own
 _NUMPY = f"{os.sep}numpy{os.sep}"

@@ -14,23 +14,6 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, NamedTuple, TypeAlias
 
-__all__ = [
-    "AttributeRef",
-    "DimSize",
-    "Expression",
-    "Solution",
-    "Term",
-    "combine",
-    "divide_exactly",
-    "evaluate",
-    "expression_of",
-    "leaf",
-    "leaves",
-    "substitute",
-    "value_of",
-    "walk",
-]
-
 
 class AttributeRef(NamedTuple):
     """Where an integer lives: the module's dotted name, the attribute, then items or attributes below it."""

@@ -21,8 +21,6 @@ from netopt.symbolic.expression import Expression, leaf
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["SYMBOLIC", "Shape", "SymbolicFloat", "SymbolicInt", "plain", "record"]
-
 
 class SymbolicInt(int):
     """An integer that records; everywhere else an ``int``.
@@ -134,8 +132,14 @@ def _symbolic(expression: Expression, constraints: Constraints) -> Any:
     return kind(expression.value, expression, constraints)
 
 
-def _refuse(number: Any, other: Any) -> Any:
-    """An operation with something that is no plain number; torch sees those with tensors."""
+def _recorder(number: Any, other: Any) -> Constraints:
+    """The constraints of the operand that still records; one of them may be kept from an earlier trace."""
+    constraints = number.constraints
+    return constraints if constraints.is_recording else getattr(other, "constraints", constraints)
+
+
+def _not_followed(number: Any, other: Any) -> Any:
+    """An operation with an object of another kind; torch's modes see those with tensors."""
     if isinstance(other, (numbers.Number, list, tuple, str, bytes)):
         number.constraints.note_number(number)
     return NotImplemented
@@ -144,13 +148,13 @@ def _refuse(number: Any, other: Any) -> Any:
 def _binary(operation: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[..., Any]]:
     def forward(self: Any, other: Any, *modulus: Any) -> Any:
         if isinstance(other, _NUMBERS):
-            return record(self.constraints, pow if modulus else operation, self, other, *modulus)
-        return _refuse(self, other)
+            return record(_recorder(self, other), pow if modulus else operation, self, other, *modulus)
+        return _not_followed(self, other)
 
     def reflected(self: Any, other: Any) -> Any:
         if isinstance(other, _NUMBERS):
-            return record(self.constraints, operation, other, self)
-        return _refuse(self, other)
+            return record(_recorder(self, other), operation, other, self)
+        return _not_followed(self, other)
 
     return forward, reflected
 
@@ -165,9 +169,9 @@ def _unary(operation: Callable[..., Any]) -> Callable[..., Any]:
 def _comparison(compare: Callable[[Any, Any], bool]) -> Callable[[Any, Any], Any]:
     def method(self: Any, other: Any) -> Any:
         if not isinstance(other, _NUMBERS):
-            return _refuse(self, other) if isinstance(other, numbers.Number) else NotImplemented
+            return _not_followed(self, other) if isinstance(other, numbers.Number) else NotImplemented
         outcome = compare(plain(self), plain(other))
-        self.constraints.guard(compare, self, other, outcome)
+        _recorder(self, other).guard(compare, self, other, outcome)
         return outcome
 
     return method
@@ -189,11 +193,11 @@ def _is_integer(self: Any) -> bool:
 
 
 def _divmod(self: Any, other: Any) -> Any:
-    return (self // other, self % other) if isinstance(other, _NUMBERS) else _refuse(self, other)
+    return (self // other, self % other) if isinstance(other, _NUMBERS) else _not_followed(self, other)
 
 
 def _rdivmod(self: Any, other: Any) -> Any:
-    return (other // self, other % self) if isinstance(other, _NUMBERS) else _refuse(self, other)
+    return (other // self, other % self) if isinstance(other, _NUMBERS) else _not_followed(self, other)
 
 
 def _itself(self: Any) -> Any:

@@ -31,7 +31,7 @@ __all__ = [
 Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
 """Of tensors, by name."""
 ConfigPath: TypeAlias = tuple[Any, ...]
-"""ConfigPath a number is in a configuration: attributes, and positions in lists."""
+"""Where a number is in a configuration: attributes, and positions in lists."""
 
 
 @functools.cache
