@@ -118,7 +118,7 @@ class CountSolver:
         for one in (*self._equations(constraints), *self._guards(constraints)):
             if bool(one.compare(value_of(one.left), value_of(one.right))) is one.outcome:
                 guards.append(one)
-            else:  # such as a size of positions that a permutation has scattered: it cannot be told from counts
+            else:  # such as the size of a part that a permutation has scattered, which no counts determine
                 why = f"a size that {one.where} states, and that does not follow from the counts of its axes"
                 self._fixed.update({key: why for key in one.leaves if key not in self._fixed})
         guards += self._kept()

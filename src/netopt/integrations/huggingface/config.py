@@ -165,7 +165,8 @@ class _Rebuild:
             config = with_changes(self.trial, {**changes, **self.floats})
             _validate(config)
         except Exception as error:  # a configuration may refuse a value, by any exception
-            return f"it is refused by its own validation, {str(error).strip().splitlines()[-1].strip()!r}"
+            why = str(error).strip() or type(error).__name__
+            return f"it is refused by its own validation, {why.splitlines()[-1].strip()!r}"
         fresh = build(self.kind, config)
         if fresh is None:
             return "no model is built from the changed configuration"
