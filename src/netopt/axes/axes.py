@@ -23,7 +23,7 @@ from netopt.axes.tracing.dims import DimTracer, Work
 from netopt.axes.tracing.implicit_sizes import settle_implicit_sizes
 from netopt.errors import UnknownNameError, nearest
 from netopt.model.calls import Call
-from netopt.symbolic.number import DimSize, leaves
+from netopt.symbolic import DimSize, Expression, leaves
 
 
 class Member(NamedTuple):
@@ -234,9 +234,9 @@ class Axes(Sequence[Axis]):
             base = next((made[atom] for atom in group.atoms if atom in made), None)
             bases.append(base if base is not None else f"{_layer(group.members[0].tensor)}.in")
         attributes: dict[int, str] = {}
-        for place, expression in self._counts.bound_places():
-            if expression[0] == "var" and isinstance(expression[1], int):
-                attributes.setdefault(expression[1], str(place.path[-1]))
+        for attribute, term in self._counts.bound_attributes():
+            if isinstance(term, Expression) and term.operation is None and isinstance(term.key, int):
+                attributes.setdefault(term.key, str(attribute.path[-1]))
         return _distinct(bases, attributes)
 
     # Reading.

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_iter
 from netopt import batches
 from netopt.axes import rules as _rules  # noqa: F401 - registers the rules
 from netopt.axes.axes import Axes
-from netopt.axes.layout import Layout, freeze
+from netopt.axes.layout import Layout, freeze, mark_inexact
 from netopt.axes.literals import remembering_literals
 from netopt.axes.memos import memos_passed_by
 from netopt.axes.modes import modes_watched
@@ -88,17 +88,28 @@ def find_axes(model: nn.Module, example_inputs: Inputs, *, outputs: Outputs = No
                 borrowed.enter_context(context)
             trace.inputs(leaf for leaf in tree_iter(batches.normalize(example_inputs)) if isinstance(leaf, Tensor))
             _freeze_scripted(parts, trace)
-            with attributes.in_mode(model, writes=trace.writes, training=False) as more, modes_watched() as modes:
-                tracer = SizeTracer(model, parts, trace, modes)
-                trace.counting = True
-                results = _run(model, parts, attributes, example_inputs, tracer, outputs)
-                trace.counting = False
-                modes.differ |= more or bool(modes.asking)  # one that was not called as a module, but by its forward
+            results: list[tuple[Layout, ...]] = []
+            for symbolic in (True, False):
+                with attributes.in_mode(model, writes=trace.writes, training=False) as more, modes_watched() as modes:
+                    tracer = SizeTracer(model, parts, trace, modes, symbolic)
+                    trace.counting = True
+                    try:
+                        results = _run(model, parts, attributes, example_inputs, tracer, outputs)
+                        break
+                    except ForwardError:  # code may ask for the very type of an integer
+                        trace.work.clear()
+                        if not symbolic:
+                            raise
+                    finally:
+                        trace.counting = False
+                        # One that was not called as a module, but by its forward.
+                        modes.differ |= more or bool(modes.asking)
             readings = tracer.readings
             twins = unreached(parts, tracer.reached, trace.touched)
             if twins:
                 with twins_substituted(twins, trace), attributes.in_mode(model, writes=trace.writes, training=False):
-                    _run(model, parts, attributes, example_inputs, SizeTracer(model, parts, trace, modes), outputs)
+                    tracer = SizeTracer(model, parts, trace, modes, symbolic)
+                    _run(model, parts, attributes, example_inputs, tracer, outputs)
             if modes.differ or not attributes.flags_alone:
                 # Batch norm fails in training mode on a single sample, and a model may refuse to be trained.
                 with (
@@ -106,13 +117,15 @@ def find_axes(model: nn.Module, example_inputs: Inputs, *, outputs: Outputs = No
                     attributes.in_mode(model, writes=trace.writes, training=True) as more,
                 ):
                     if modes.differ or more:
-                        tracer = SizeTracer(model, parts, trace, modes)
+                        tracer = SizeTracer(model, parts, trace, modes, symbolic)
                         _run(model, parts, attributes, example_inputs, tracer, outputs)
-        trace.constraints.is_recording = False
+        trace.constraints.close()
+        if not symbolic:
+            _mark_unfollowed(trace)
         trace.settle()
         return Axes(trace, readings, results)
     finally:
-        trace.constraints.is_recording = False
+        trace.constraints.close()
         trace.forget()
 
 
@@ -122,7 +135,7 @@ def _run(
     """One traced forward; the layouts of the results that count."""
     trace = tracer.trace
     with (
-        remembered(parts, attributes, trace.constraints),
+        remembered(parts, attributes, trace.constraints) if tracer.symbolic else contextlib.nullcontext(),
         remembering_literals(parts),
         memos_passed_by(),
         warnings.catch_warnings(),
@@ -202,6 +215,14 @@ def _freeze_scripted(parts: Parts, trace: DimTracer) -> None:
             for tensor in (*module.parameters(), *module.buffers()):
                 for dim in trace.dims(tensor):
                     freeze(dim.layout, "belongs to a scripted module, whose sizes cannot be rewritten")
+
+
+def _mark_unfollowed(trace: DimTracer) -> None:
+    """Plain integers say nothing of how they are computed with."""
+    for tensor in trace.members.values():
+        known = trace._known(tensor)
+        for layout, _ in known.dims if known is not None else ():
+            mark_inexact(layout, "is of a forward that runs with plain integers only, as one that asks for their type")
 
 
 __all__ = ["Outputs", "counted_outputs", "find_axes"]

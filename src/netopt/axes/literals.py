@@ -20,7 +20,7 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from netopt.model.attributes import Parts, is_library
-from netopt.symbolic.number import SymbolicFloat, SymbolicInt, record
+from netopt.symbolic import SymbolicFloat, SymbolicInt, record
 
 _ARITHMETIC = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")
 _COMPARISONS = {"lt": "gt", "le": "ge", "gt": "lt", "ge": "le", "eq": "eq", "ne": "ne"}
@@ -44,7 +44,7 @@ class Literal(float):
 def _arithmetic(operation: Callable[[Any, Any], Any], plain: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
     def method(self: Any, other: Any) -> Any:
         if isinstance(other, (SymbolicInt, SymbolicFloat)):
-            return record(operation, float(self), other, other)
+            return record(other.constraints, operation, float(self), other)
         return plain(self, other)
 
     return method

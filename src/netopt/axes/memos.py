@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 from netopt.model.attributes import is_library
-from netopt.symbolic.number import SymbolicFloat, SymbolicInt
+from netopt.symbolic import SymbolicFloat, SymbolicInt
 
 _MEMO = type(functools.lru_cache(lambda: None))
 _Held: TypeAlias = "tuple[Any, str, Any, Any]"

@@ -22,7 +22,7 @@ from netopt.axes.operation import Dim
 from netopt.axes.tracing.dims import DimTracer
 from netopt.model.attributes import COMMON, NUMBERS, attributes_given_back, is_configuration, is_library
 from netopt.model.restore import version_of
-from netopt.symbolic.number import DimSize, SymbolicFloat, SymbolicInt, leaves, plain
+from netopt.symbolic import DimSize, SymbolicFloat, SymbolicInt, leaves, plain
 
 __all__ = ["Trials", "is_small"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -20,10 +19,10 @@ from netopt.errors import ArgumentTypeError, InvalidArgumentError, UnknownNameEr
 from netopt.importance import Importance, lookup
 from netopt.importance.activations import recordable
 from netopt.importance.neurons import NeuronScores, neuron_scores
-from netopt.integrations.huggingface.config import configured
 from netopt.model.view import ModelView
 from netopt.plan import Plan
 from netopt.plan.build import make_plan
+from netopt.plan.hooks import complete
 from netopt.prune.candidates import AxisSelector, candidates
 from netopt.prune.exactness.dead_neurons import suspects
 from netopt.prune.exactness.folding import fold_removed
@@ -132,9 +131,7 @@ def prune_neurons(
     )
 
     def report(full: Collection[str] = ()) -> PruningReport:
-        settings = request.settings() | {"importance": _name(importance), "mode": mode}
-        if decision.unexpressed is not None:
-            settings["config"] = decision.unexpressed
+        settings = request.settings() | {"importance": _name(importance), "mode": mode, **decision.hook_notes}
         if decision.scores.saliency is not None:
             settings["saliency"] = decision.scores.saliency.summary()
         if max_macs is None:
@@ -258,8 +255,8 @@ class _Decision:
     kept: dict[str, Tensor]
     plan: Plan
     counted: Callable[[Any], list[Tensor]]
-    unexpressed: str | None
-    """Why the model's configuration cannot express the smaller model."""
+    hook_notes: Mapping[str, str]
+    """What hooks could not add to the plan, by their names."""
     folded: Mapping[str, Tensor]
     """Positions removed whose constants are folded into what reads them, by axis."""
     notes: Mapping[str, str]
@@ -352,15 +349,13 @@ def _decide(
         inputs=example_inputs,
         counted=counted,
     )
-    more, unexpressed = configured(model, plan)
-    if more:
-        plan = dataclasses.replace(plan, attributes=(*plan.attributes, *more))
+    plan, hook_notes = complete(model, plan)
     folded: dict[str, Tensor] = {}
     notes: dict[str, str] = {}
     nonzero = measure.nonzero_of(held)
     if fold and suspects(held, plan, nonzero):
         plan, folded, notes = fold_removed(model, axes, kept, plan, inputs=example_inputs, counted=counted)
-    return _Decision(axes, chosen, kept_out, scored, kept, plan, counted, unexpressed, folded, notes, nonzero)
+    return _Decision(axes, chosen, kept_out, scored, kept, plan, counted, hook_notes, folded, notes, nonzero)
 
 
 def _select(

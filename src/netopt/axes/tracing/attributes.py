@@ -2,7 +2,7 @@
 
 Sizes sit in module attributes, in tuples and lists, in configuration objects reached from modules, in class bodies
 and in the defaults and closures of functions kept by modules. This module finds each of them, names its place, and
-lends it out as a :class:`~netopt.symbolic.number.SymbolicInt` for the time of a trace; everything is put back
+lends it out as a :class:`~netopt.symbolic.SymbolicInt` for the time of a trace; everything is put back
 afterwards,
 including whatever the forward itself left in the attributes.
 """
@@ -20,7 +20,7 @@ from typing import Any
 from torch import nn
 
 from netopt.model.attributes import COMMON, DEPTH, OPAQUE, SIMPLE, Attributes, Own, Parts, is_configuration, is_library
-from netopt.symbolic.number import AttributeRef, Constraints, SymbolicInt
+from netopt.symbolic import AttributeRef, Constraints, SymbolicInt
 
 _TORCH_OWN = frozenset(COMMON) | {"call_super_init", "dump_patches"}
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from netopt.axes.layout import Layout, Product, freeze, mark_inexact, resolve, split_concat, split_product
 from netopt.axes.operation import Mark
-from netopt.symbolic.number import SYMBOLIC, DimSize, Guard, Shape, SymbolicFloat, SymbolicInt, calling_line, plain
+from netopt.symbolic import SYMBOLIC, DimSize, Guard, Shape, SymbolicFloat, SymbolicInt, calling_line, plain
 
 if TYPE_CHECKING:
     from netopt.axes.tracing.sizes import SizeTracer

@@ -24,7 +24,7 @@ from netopt.errors import TraceError
 from netopt.flops import formula
 from netopt.model.attributes import NUMBERS
 from netopt.model.copy_on_write import Writes, storage_of
-from netopt.symbolic.number import Constraints, calling_line, plain, show_line
+from netopt.symbolic import Constraints, calling_line, plain
 
 _serial = itertools.count()
 # Operations that answer a question about a tensor and make none.
@@ -304,7 +304,7 @@ class DimTracer(TorchDispatchMode):
 
     def where(self) -> str:
         """The line of the user's code being run."""
-        return show_line(calling_line())
+        return calling_line()
 
     def _known(self, tensor: Tensor) -> _Known | None:
         return tensor.__dict__.get(self._note)

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from netopt.axes.layout import Layout, freeze
-from netopt.symbolic.number import AttributeRef, Constraints, SymbolicInt
+from netopt.symbolic import AttributeRef, Constraints, SymbolicInt
 
 Unsaid: TypeAlias = "tuple[Layout, str, nn.Module]"
 

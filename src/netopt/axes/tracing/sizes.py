@@ -24,7 +24,7 @@ from netopt.axes.training import Trials
 from netopt.axes.whole import WHOLE
 from netopt.model.attributes import Parts
 from netopt.model.calls import Call, CallNames
-from netopt.symbolic.number import SYMBOLIC, DimSize, Guard, SymbolicInt, calling_line, plain
+from netopt.symbolic import SYMBOLIC, DimSize, Guard, SymbolicInt, calling_line, plain
 
 
 class Reading(NamedTuple):
@@ -37,10 +37,11 @@ class Reading(NamedTuple):
 
 
 class SizeTracer(CallNames):
-    """Sees every torch call of one traced forward."""
+    """Sees every torch call of one traced forward, and answers with symbolic integers where ``symbolic``."""
 
-    def __init__(self, model: nn.Module, parts: Parts, trace: DimTracer, modes: Modes) -> None:
+    def __init__(self, model: nn.Module, parts: Parts, trace: DimTracer, modes: Modes, symbolic: bool = True) -> None:
         super().__init__(model, parts)
+        self.symbolic = symbolic
         self.model = model
         self.trace = trace
         self.modes = modes
@@ -70,7 +71,7 @@ class SizeTracer(CallNames):
         finally:
             trace.in_call = False
         if treatment.answer is not None:
-            return treatment.answer(self, function, args, kwargs, result)
+            return treatment.answer(self, function, args, kwargs, result) if self.symbolic else result
         if treatment.contracts:
             self._note_readings(self.name_of(name), args, kwargs)
         if treatment.constrain is not None:
