@@ -19,9 +19,10 @@ from torch.nn.utils import prune
 
 from netopt.errors import MaskError
 from netopt.masking.product import PRODUCTS, is_traced, product
+from netopt.masking.saving import SavesDense
 from netopt.model.parameters import effective
 
-__all__ = ["HeldMask", "dress", "undress"]
+__all__ = ["HeldMask", "dress", "save_dense", "undress"]
 
 
 class HeldMask(prune.BasePruningMethod):
@@ -146,6 +147,13 @@ def undress(module: nn.Module, name: str, hooks: bool = True) -> None:
         module._init_flat_weights()
 
 
+def save_dense(module: nn.Module, masked: bool) -> None:
+    """Lets a module with a ``save_pretrained`` write unmasked names while there are masks below it, or no longer."""
+    base, names = _own_class(type(module))
+    if callable(getattr(base, "save_pretrained", None)):
+        module.__class__ = _masked_class(base, names) if masked or names else base
+
+
 def _rename(module: nn.Module, old: str, new: str) -> None:
     # In place and in order: optimizers and checkpoints go by the order of parameters.
     renamed = {new if key == old else key: value for key, value in module._parameters.items()}
@@ -176,7 +184,8 @@ def _masked_class(base: type, names: tuple[str, ...]) -> type:
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
     }
-    return type(base.__name__, (MaskedModule, base), attributes)
+    saves = (SavesDense,) if callable(getattr(base, "save_pretrained", None)) else ()
+    return type(base.__name__, (MaskedModule, *saves, base), attributes)
 
 
 def _rebuild(make: Callable[..., nn.Module], arguments: tuple[Any, ...], names: tuple[str, ...]) -> nn.Module:
@@ -195,22 +204,22 @@ def _property(name: str) -> property:
         if is_traced() or _is_product(module, name, value):
             return
         raise MaskError(
-            f"{name!r} is masked and cannot be replaced by {_kind(value)}; assign a parameter of its shape, or write to "
-            f"it in place, `with torch.no_grad(): module.{name}.copy_(values)`."
+            f"{name!r} is masked and cannot be replaced by {_kind(value)}; assign a parameter of its shape, or write "
+            f"to it in place, `with torch.no_grad(): module.{name}.copy_(values)`."
         )
 
     return property(read, write, _ignore)
 
 
 def _is_product(module: nn.Module, name: str, value: Any) -> bool:
-    weight = module._parameters.get(f"{name}_orig")
-    if type(weight) is not nn.Parameter:
+    weight, mask = module._parameters.get(f"{name}_orig"), module._buffers.get(f"{name}_mask")
+    if type(weight) is not nn.Parameter or mask is None:
         return True
     if not isinstance(value, Tensor) or value.shape != weight.shape:
         return False
     with torch.no_grad():
-        expected = effective(weight, module._buffers[f"{name}_mask"])
-        return bool(((value == expected) | (expected != expected)).all())
+        expected = effective(weight, mask)
+        return bool(((value == expected) | expected.isnan()).all())
 
 
 def _kind(value: Any) -> str:

@@ -24,7 +24,9 @@ __all__ = ["MaskedWeight", "product"]
 
 PRODUCTS = "_netopt_products"
 SAMPLE = 16
-READERS = frozenset([F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d])
+READERS = frozenset(
+    [F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d]
+)
 """What layers do with a weight; it writes nothing and returns memory of its own, so that nothing has to be watched."""
 
 
@@ -73,12 +75,15 @@ class MaskedWeight(Tensor):
 
     _plain: Tensor
     _source: _Source
+    _guard: Any
 
     @classmethod
     def of(cls, plain: Tensor, source: _Source) -> MaskedWeight:
         """Watches ``plain``, which shares its memory with the product of ``source``."""
         watched = plain.as_subclass(cls)
         watched._plain, watched._source = plain, source
+        # Torch exchanges no tensor that has a weak reference: to exchange a product would change nothing below it.
+        watched._guard = weakref.ref(watched)
         return watched
 
     @classmethod
@@ -147,7 +152,7 @@ def _wrapped(out: Any, found: list[MaskedWeight]) -> Any:
         for one in found:
             if out is one._plain:
                 return one
-            if type(out) is Tensor and torch._C._is_alias_of(out, one._plain):
+            if type(out) is Tensor and torch._C._is_alias_of(out, one._plain):  # type: ignore[attr-defined]
                 return MaskedWeight.of(out, one._source)
         return out
     if isinstance(out, (tuple, list)) and any(isinstance(one, Tensor) for one in out):
@@ -169,13 +174,11 @@ class _Kept:
 
     Attributes:
         value: The product, watched.
-        guard: A weak reference to it: torch exchanges no tensor that has one.
         seen: Some entries of the weight where they lie, or ``None`` where looking there would cost.
         sample: What they were.
     """
 
     value: MaskedWeight
-    guard: Any
     seen: np.ndarray | None
     sample: bytes
 
@@ -235,7 +238,7 @@ def _compute(weight: Tensor, mask: Tensor) -> _Kept:
     with torch.inference_mode(False), torch.no_grad():
         plain, seen = effective(weight, mask), _some(weight)
         value = MaskedWeight.of(plain, _Source(weight, mask, plain, _state(weight, mask)))
-    return _Kept(value, weakref.ref(value), seen, b"" if seen is None else seen.tobytes())
+    return _Kept(value, seen, b"" if seen is None else seen.tobytes())
 
 
 def _state(weight: Tensor, mask: Tensor) -> tuple[Any, ...]:
