@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -160,7 +158,6 @@ def test_what_a_normed_layer_computes_with_is_pruned(norm, kind, mode):
     masking.bake(model)
     model.eval()(x)
     assert (layer.weight == 0).float().mean() == 0.5
-    copy.deepcopy(model.train())
 
 
 def test_the_smallest_of_the_normalised_weights_go():
@@ -171,6 +168,18 @@ def test_the_smallest_of_the_normalised_weights_go():
     prune_weights(layer, 0.5)
     zero = layer.weight == 0
     assert magnitudes[zero].max() <= magnitudes[~zero].min()
+
+
+def test_nothing_whose_norm_is_taken_is_lost():
+    layer = parametrizations.weight_norm(nn.Linear(6, 40))
+    with torch.no_grad():
+        layer.parametrizations.weight.original0[:8] *= 1e-3
+    prune_weights(layer, 0.8)
+    assert torch.isfinite(layer.weight).all()
+    assert (layer.weight == 0).float().mean() == 0.8
+    assert (layer.weight != 0).any(1).all()
+    with unchanged(layer), pytest.raises(InvalidArgumentError, match=r"nothing would be left of a part of"):
+        prune_weights(layer, 0.95)
 
 
 class Antisymmetric(nn.Module):

@@ -128,6 +128,12 @@ class Reading:
         """Whether the weight was looked up, which is a product with rows of a single one each."""
         return not self.inputs.is_floating_point()
 
+    def pairs_with(self, other: Reading) -> bool:
+        """Whether the samples of another run of the same contraction are these, one by one."""
+        ends = self.ends, other.ends
+        grouped = ends[0] is not None and ends[1] is not None and torch.equal(ends[0], ends[1])
+        return self.inputs.shape == other.inputs.shape and (grouped or ends == (None, None))
+
     def square_sums(self) -> Tensor:
         """Returns the sum of squares of what each input was, ``(groups, inputs)``."""
         groups, columns = self.matrix.size[0], self.matrix.columns

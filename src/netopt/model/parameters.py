@@ -164,12 +164,28 @@ class Computed:
         attribute: The name of its weight.
         holder: The module that holds the parameter.
         stored: The parameter's name there, without a mask.
+        length: What the norm of each part is set to, of a weight norm; of size 1 where the norm is taken.
     """
 
     layer: nn.Module
     attribute: str
     holder: nn.Module
     stored: str
+    length: Tensor | None = None
+
+    def best(self, scores: Tensor) -> Tensor:
+        """Where the highest score of each part lies whose norm is taken: without any entry it would have none."""
+        if self.length is None:
+            return torch.zeros_like(scores, dtype=torch.bool)
+        return scores == scores.amax(self._normed(scores), keepdim=True)
+
+    def is_lost(self, mask: Tensor) -> bool:
+        """Whether a mask leaves a part whose norm is taken without any entry."""
+        return self.length is not None and not bool(mask.float().amax(self._normed(mask), keepdim=True).all())
+
+    def _normed(self, like: Tensor) -> tuple[int, ...]:
+        sizes = self.length.shape if self.length is not None and self.length.dim() == like.dim() else (1,) * like.dim()
+        return tuple(dim for dim, size in enumerate(sizes) if size == 1)
 
     def value(self, parameter: Tensor) -> Tensor:
         """The weight computed from ``parameter``, detached; nothing of the layer changes."""
@@ -182,10 +198,12 @@ class Computed:
             return torch.func.functional_call(self.holder, held | {self._key: parameter.detach().clone()}, ()).detach()
 
     def keeps_zeros(self, parameter: Tensor) -> bool:
-        """Whether a zero of the parameter is one of the weight, at the same place; found by trying, on half of them."""
+        """Whether a zero of the parameter is one of the weight, at the same place; found by trying."""
         if parameter.is_meta or parameter.numel() == 0:
             return False
-        kept = (torch.arange(parameter.numel(), device=parameter.device) % 2 == 0).view(parameter.shape)
+        # One entry of each row and column, so that nothing whose length is normalised has none.
+        places = torch.meshgrid([torch.arange(size) for size in parameter.shape], indexing="ij")
+        kept = (torch.stack(places).sum(0) % max(parameter.shape) != 0).to(parameter.device)
         try:
             found = self.value(parameter.detach() * kept)
         except Exception:  # a parametrization is the user's code and may raise anything
@@ -217,12 +235,14 @@ def _computed(held: ModelView, owner: str, attribute: str) -> Computed | None:
     layer = held.modules.get(head.rstrip("."))
     if found and "." not in weight and layer is not None and getattr(layer, "parametrizations", None) is not None:
         # Of a weight norm the first is the length of each row, the second its direction.
-        others = any(name.removesuffix("_orig") == "original1" for name in module._parameters)
-        return Computed(layer, weight if attribute == "original1" or not others else "", module, attribute)
+        length = module._parameters.get("original0") if attribute == "original1" else None
+        is_length = attribute != "original1" and any(name.startswith("original1") for name in module._parameters)
+        return Computed(layer, "" if is_length else weight, module, attribute, length)
     base, _, kind = attribute.rpartition("_")
     names = {name.removesuffix("_orig") for name in module._parameters} | {*module._parameters}
     if kind in ("g", "v") and {f"{base}_g", f"{base}_v"} <= names:
-        return Computed(module, base if kind == "v" else "", module, attribute)
+        length = module._parameters.get(f"{base}_g")
+        return Computed(module, base if kind == "v" else "", module, attribute, length if kind == "v" else None)
     if kind == "orig" and f"{base}_u" in module._buffers:
         return Computed(module, base, module, attribute)
     return None
@@ -244,6 +264,10 @@ def count_nonzero(weight: Tensor, mask: Tensor | None = None) -> int:
     """
     if weight.is_meta:
         return 0
+    if weight.is_nested:
+        return sum(count_nonzero(part) for part in weight.detach().unbind())
+    if weight.layout is not torch.strided or (weight.is_floating_point() and weight.dtype.itemsize == 1):
+        return int(torch.count_nonzero(weight.detach().to_dense().float()))
     if mask is None and weight.numel() < _SMALL:
         return int(torch.count_nonzero(weight))
     plain = type(weight) is Tensor and weight.is_cpu and weight.is_contiguous() and weight.dtype in _PLAIN

@@ -127,6 +127,7 @@ def prune_weights(
         wanted = {name: place for name, place in wanted.items() if name not in unread}
         for group, request in _requests(wanted, amount, shape, scope, threshold):
             masks |= decide(group, score, request)
+        _check_norms(wanted, masks)
     with all_or_nothing(model):
         adopt(model, masks)
         again = places(model)
@@ -334,7 +335,7 @@ def _scorer(
     """Returns what scores one weight, and the names of those that nothing can be said of on this data."""
     if isinstance(importance, str) and importance == "magnitude":
         # Read from the weights themselves: no second tensor of their size.
-        return lambda place: Scores(place.weight, True, _alive(place), place.name), set()
+        return _by_magnitude, set()
     found = scores(model, data, importance, loss_fn=loss_fn, wanted=wanted, named=named, progress=progress)
 
     def score(place: Place) -> Scores:
@@ -342,9 +343,31 @@ def _scorer(
         given = given if given.is_floating_point() else given.to(torch.float64)
         # What is zero already is removed already, whatever the criterion thinks of it.
         zero = place.parameter.detach() == 0
+        if place.computed is not None:
+            given = given.masked_fill(
+                place.computed.best(given.masked_fill(zero, -torch.inf)), torch.finfo(given.dtype).max
+            )
         return Scores(given.masked_fill(zero, torch.finfo(given.dtype).min), False, _alive(place), place.name)
 
     return score, {*wanted} - {*found}
+
+
+def _by_magnitude(place: Place) -> Scores:
+    if place.computed is None:
+        return Scores(place.weight, True, _alive(place), place.name)
+    found = place.weight.abs()
+    alive = found if place.mask is None else found.masked_fill(~place.mask.bool(), -1)
+    best = torch.finfo(found.dtype).max
+    return Scores(found.masked_fill(place.computed.best(alive), best), False, _alive(place), place.name)
+
+
+def _check_norms(wanted: Mapping[str, Place], masks: Mapping[str, Tensor]) -> None:
+    for name, place in wanted.items():
+        if place.computed is not None and place.computed.is_lost(masks[name]):
+            raise InvalidArgumentError(
+                f"nothing would be left of a part of {name!r} whose norm is taken, and the norm of nothing divides by "
+                "zero; remove less, or exclude it."
+            )
 
 
 def _alive(place: Place) -> Tensor | None:
