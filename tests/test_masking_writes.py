@@ -104,6 +104,10 @@ def by_another_tensor(layer):
     layer.weight = torch.ones(5, 6)
 
 
+def by_a_parameter_of_it(layer):
+    nn.Parameter(layer.weight.data)
+
+
 def of_another_shape(layer):
     layer.weight.data = torch.ones(2, 2)
 
@@ -138,7 +142,10 @@ for function in (augmented, merged, clipped, renormed, averaged, one_entry, one_
 for function in (through_a_function, by_list, as_output, twice, another_parameter):
     WRITES[function.__name__] = function
 WRITES["init.sparse_"] = lambda layer: nn.init.sparse_(layer.weight, 0.5)
-REFUSED = {one.__name__: one for one in (by_array, by_swapping, by_another_tensor, of_another_shape, by_resizing)}
+REFUSED = {
+    one.__name__: one
+    for one in (by_array, by_swapping, by_another_tensor, by_a_parameter_of_it, of_another_shape, by_resizing)
+}
 MODES = {"grad": torch.enable_grad, "no_grad": torch.no_grad, "inference_mode": torch.inference_mode}
 
 
@@ -231,8 +238,12 @@ def test_what_was_read_before_a_step_does_not_undo_it(context):
     torch.testing.assert_close(masked.weight, after * masked.weight_mask)
 
 
-def test_frozen_by_its_weight():
+def test_gradient_and_flag_are_those_of_the_weight_below():
     masked, _ = masked_and_plain()
+    masked(torch.ones(1, 6)).sum().backward()
+    assert masked.weight.grad is masked.weight_orig.grad
+    masked.weight.grad = None
+    assert masked.weight_orig.grad is None
     masked.weight.requires_grad = False
     assert not masked.weight_orig.requires_grad
 
@@ -262,6 +273,30 @@ def test_a_constraint_inside_the_forward():
     assert (norms < 0.3 + 1e-5).all()
     with torch.no_grad():
         torch.testing.assert_close(masked(torch.eye(6)) - masked.bias, masked.weight.T)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_where_a_mode_or_a_function_of_ones_own_uses_it():
+    class Product(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, weight):
+            ctx.save_for_backward(x)
+            return x @ weight.mT
+
+        @staticmethod
+        def backward(ctx, grad):
+            return None, grad.mT @ ctx.saved_tensors[0]
+
+    masked, plain = masked_and_plain()
+    x = torch.randn(2, 6)
+    for layer in (masked, plain):
+        Product.apply(x, layer.weight).sum().backward()
+    torch.testing.assert_close(masked.weight_orig.grad, plain.weight.grad * masked.weight_mask)
+    compiled = torch.compile(lambda x, weight: x @ weight.mT, backend="eager")
+    torch.testing.assert_close(compiled(x, masked.weight), x @ plain.weight.mT)
+    with torch.device("cpu"), torch.no_grad():
+        masked.weight.fill_(2.0)
+    torch.testing.assert_close(masked.weight, 2.0 * masked.weight_mask)
 
 
 def test_torch_may_mask_further():

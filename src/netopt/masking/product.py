@@ -77,6 +77,17 @@ class MaskedWeight(Tensor):
     _source: _Source
     _guard: Any
 
+    @property
+    def _is_param(self) -> bool:  # type: ignore[override]
+        return False
+
+    @_is_param.setter
+    def _is_param(self, _: bool) -> None:  # type: ignore[override]
+        raise MaskError(
+            "a masked weight is computed, and a parameter made of it would share its memory; make one of a copy, "
+            "nn.Parameter(module.weight.detach().clone())."
+        )
+
     @classmethod
     def of(cls, plain: Tensor, source: _Source) -> MaskedWeight:
         """Watches ``plain``, which shares its memory with the product of ``source``."""
@@ -99,6 +110,8 @@ class MaskedWeight(Tensor):
         named = _unwrapped(kwargs, found) if kwargs else {}
         if func.__name__ == "__set__":
             return found[0]._set(func, arguments[1])
+        if func.__name__ == "__get__" and getattr(func, "__self__", None) is Tensor.grad:
+            return found[0]._source.weight.grad
         before = [(one._plain._version, one._source.plain.grad_fn) for one in found]
         out = func(*arguments, **named)
         for one, (version, graph) in zip(found, before, strict=True):
