@@ -103,6 +103,9 @@ class MaskedWeight(Tensor):
     ) -> Any:
         """Runs ``func`` on the product itself, and writes through what it wrote there."""
         del types
+        if torch.compiler.is_compiling():
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
         if func in READERS and not kwargs:
             return func(*[one._plain if type(one) is MaskedWeight else one for one in args])
         found: list[MaskedWeight] = []

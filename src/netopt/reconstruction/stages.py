@@ -82,10 +82,11 @@ def stages(
         chain = notes.chain() if chain is None else chain
         if all(survey.lacks(place) is None for place in wanted.values()):
             break
-    for place in wanted.values():
-        lack = survey.lacks(place)
-        if lack is not None:
-            raise InvalidArgumentError(f"{lack}; exclude it, or choose another importance.")
+    lacks = {name: lack for name, place in wanted.items() if (lack := survey.lacks(place)) is not None}
+    if lacks:
+        first, *others = lacks
+        more = f" Neither can {', '.join(map(repr, others))}." if others else ""
+        raise InvalidArgumentError(f"{lacks[first]}; exclude it, or choose another importance.{more}")
     assert chain is not None, "there is a batch"
     for stage in survey.order:
         inside = [block for name in stage.readings for block in survey.blocks[name]]
