@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from netopt.errors import ArgumentTypeError, MaskError, ShapeMismatchError, UnknownNameError
 from netopt.masking.lifecycle import masks as masks_of
+from netopt.masking.undo import zeroed
 from netopt.model.parameters import Place, places
 
 if TYPE_CHECKING:
@@ -25,8 +26,8 @@ class Hold:
 
     def __init__(self, dropped: list[tuple[nn.Parameter, Tensor]], optimizer: Optimizer) -> None:
         self._dropped = dropped
-        self._handle = optimizer.register_step_post_hook(self._after_step)
-        self.zero()
+        with zeroed((parameter, gone.to(parameter.device)) for parameter, gone in dropped):
+            self._handle = optimizer.register_step_post_hook(self._after_step)
 
     @torch.no_grad()
     def zero(self) -> None:

@@ -82,10 +82,11 @@ def stages(
         chain = notes.chain() if chain is None else chain
         if all(survey.lacks(place) is None for place in wanted.values()):
             break
-    for place in wanted.values():
-        lack = survey.lacks(place)
-        if lack is not None:
-            raise InvalidArgumentError(f"{lack}; exclude it, or choose another importance.")
+    lacks = {name: lack for name, place in wanted.items() if (lack := survey.lacks(place)) is not None}
+    if lacks:
+        first, *others = lacks
+        more = f" Neither can {', '.join(map(repr, others))}." if others else ""
+        raise InvalidArgumentError(f"{lacks[first]}; exclude it, or choose another importance.{more}")
     assert chain is not None, "there is a batch"
     for stage in survey.order:
         inside = [block for name in stage.readings for block in survey.blocks[name]]
@@ -256,7 +257,7 @@ class _Tally:
             self.seen.setdefault(key, []).append(kept)
             return
         before = self.seen[key].pop(0) if self.seen.get(key) else reading
-        if before.inputs.shape != reading.inputs.shape:
+        if not reading.pairs_with(before):
             # Another number of inputs found its way here than in the unpruned model: to an expert, for example.
             before = reading
         sums = self.sums[reading.name]

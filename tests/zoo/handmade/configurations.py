@@ -138,13 +138,6 @@ class WithPartial(ConfiguredAttention):
         return self.head(self.out((weights @ v).transpose(1, 2).flatten(2)))
 
 
-@case("config_in_closure", **SEQUENCE, share=0.99, expected=HEADS)
-class WithClosure(ConfiguredAttention):
-    def __init__(self, heads=4):
-        super().__init__()
-        self.heads = lambda: heads
-
-
 @case(
     "hidden_size_computed_in_forward",
     **SEQUENCE,

@@ -1,7 +1,7 @@
 """The integers a model holds.
 
-Sizes sit in module attributes, in tuples and lists, in configuration objects reached from modules, in class bodies
-and in the defaults and closures of functions kept by modules. This module finds each of them, names its place, and
+Sizes sit in module attributes, in tuples and lists, in configuration objects reached from modules, and in class bodies.
+This module finds each of them, names its place, and
 lends it out as a :class:`~netopt.symbolic.SymbolicInt` for the time of a trace; everything is put back
 afterwards,
 including whatever the forward itself left in the attributes.
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import operator
-import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -118,8 +117,6 @@ class _Loan:
             self.items(value, list(value), path, depth)
         elif isinstance(value, functools.partial):
             self.items(value.keywords, list(value.keywords), (*path, "keywords"), depth)
-        elif isinstance(value, types.FunctionType):
-            self.function(value, path, depth)
         elif is_configuration(value):
             self.attributes(value.__dict__, path, depth)
 
@@ -132,25 +129,6 @@ class _Loan:
             if lent is not value:
                 container[key] = lent
                 self.undo.append(functools.partial(_put_back, container, key, value))
-
-    def function(self, function: types.FunctionType, path: tuple[str | int, ...], depth: int) -> None:
-        if function.__module__ is None or is_library(function.__module__):
-            return
-        for index, cell in enumerate(function.__closure__ or ()):
-            try:
-                value = cell.cell_contents
-            except ValueError:  # an empty cell
-                continue
-            lent = self.lend(value, (*path, "__closure__", index, "cell_contents"), depth)
-            if lent is not value:
-                cell.cell_contents = lent
-                self.undo.append(functools.partial(setattr, cell, "cell_contents", value))
-        defaults = function.__defaults__
-        if defaults:
-            lent = self.lend(defaults, (*path, "__defaults__"), depth)
-            if lent is not defaults:
-                function.__defaults__ = lent
-                self.undo.append(functools.partial(setattr, function, "__defaults__", defaults))
 
 
 def _are_small(values: Sequence[Any]) -> bool:
