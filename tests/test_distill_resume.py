@@ -16,7 +16,7 @@ import distill_killed
 import distill_killed_ranks
 from conftest import unchanged
 from netopt.distillation import distill
-from netopt.distillation.data import shards
+from netopt.distillation.loop import shards
 from netopt.errors import InvalidArgumentError, PlanMismatchError
 
 X = torch.randn(40, 6, generator=torch.Generator().manual_seed(1))

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from netopt.distillation.data.cache import Cache, TeacherCache, cache_for
 from netopt.distillation.data.fingerprints import model_fingerprint
 from netopt.distillation.data.sources import Drawn, Source, seed_all, source
 from netopt.distillation.loop.checkpoint import Checkpoint
@@ -23,6 +22,7 @@ from netopt.distillation.loop.loop import Loop, Settings
 from netopt.distillation.loop.optimizing import OptimizerLike, SchedulerLike, fused, optimizers_for, scheduler_for
 from netopt.distillation.loop.student import Trainee, lent, modes, undone_on_error
 from netopt.distillation.loop.validation import Metric, Validation
+from netopt.distillation.loss.cache import Cache, TeacherCache, cache_for
 from netopt.distillation.loss.hints import Hints, hint_terms
 from netopt.distillation.loss.objective import Objective, SoftLoss
 from netopt.distillation.loss.outputs import Picker, is_causal
@@ -160,7 +160,7 @@ def distill(
         base = base if saved is None or saved.seed is None else saved.seed
         common: dict[str, Any] = {"batch_size": batch_size, "seed": base, "share": (machine.rank, machine.world)}
         drawn_from, kept = _source(data, cache, epochs, steps, saved, common)
-        held = None if kept is None else _held(kept, teachers, drawn_from, machine, objective, stack)
+        held = None if kept is None else _held(kept, teachers, drawn_from, machine, objective, pickers[1], stack)
         targets = Targets(
             teachers,
             forward=runs[1],
@@ -261,21 +261,17 @@ def _held(
     drawn_from: Source,
     machine: Engine,
     objective: Objective,
+    picker: Any,
     stack: ExitStack,
 ) -> TeacherCache:
     """Returns the cache, which ``stack`` closes; processes on one machine share it, where samples have indices."""
     folder = machine.shared_folder() if drawn_from.samples and kept.path is None else None
+    about: dict[str, Any] = {}
+    if kept.path is not None:
+        about = {"teachers": model_fingerprint(teachers), "output": str(getattr(picker, "__qualname__", picker))}
 
     def make() -> TeacherCache:
-        return TeacherCache(
-            kept,
-            teachers=model_fingerprint(teachers) if kept.path is not None else "",
-            samples=drawn_from.samples,
-            fixed=drawn_from.fixed,
-            temperature=objective.temperature,
-            condensable=objective.condensable,
-            folder=folder,
-        )
+        return TeacherCache(kept, drawn_from, objective, about=about, folder=folder)
 
     # The first process clears a folder of other teachers' outputs before the others look into it.
     first = make() if machine.rank == 0 else None

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from netopt.distillation.data import shards
+from netopt.distillation.loop import shards
 from netopt.distillation.report import Epoch
 from netopt.errors import InvalidArgumentError, PlanMismatchError
 

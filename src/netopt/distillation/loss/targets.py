@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from netopt import batches
-from netopt.distillation.data.cache import TeacherCache
 from netopt.distillation.data.sources import Drawn, batch_length
 from netopt.distillation.loop.engines import Engine
+from netopt.distillation.loss.cache import TeacherCache
 from netopt.distillation.loss.hints import captured
 from netopt.distillation.loss.objective import Items, Record, Target
 from netopt.distillation.loss.outputs import UNLABELLED, Picker, positions_of, shifted, valid_positions
