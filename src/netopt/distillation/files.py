@@ -26,6 +26,7 @@ except ImportError:  # Windows
 __all__ = ["exclusive", "lock", "nameless", "reserve", "written"]
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+BUSY = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES}
 BLOCK = 2**20
 
 
@@ -114,38 +115,48 @@ def _no_room(where: Path, error: Exception, size: int | None) -> CheckpointError
 
 
 def lock(file: Any) -> bool:
-    """Locks an open file for this process until it is closed; False if another has it.
+    """Locks an open file until it, and every mapping of it, is closed; False if another process has it.
 
     Where the file system knows no locks there is nobody to be kept out.
     """
-    try:
-        if fcntl is not None:
-            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        else:
-            import msvcrt
+    return fcntl is None or _granted(fcntl.flock, file)
 
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+
+def _granted(locking: Any, file: Any) -> bool:
+    assert fcntl is not None, "whoever locks has it"
+    try:
+        locking(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK)
+        return error.errno not in BUSY
     return True
+
+
+_HELD: set[str] = set()
+"""What runs of this process have to themselves; locks that workers do not inherit do not keep threads apart."""
 
 
 @contextmanager
 def exclusive(path: Path) -> Iterator[None]:
-    """Keeps other processes from ``path`` by a locked file beside it, which is removed on leaving.
+    """Keeps other runs from ``path`` by a locked file beside it, which is removed on leaving.
 
     Raises:
-        CheckpointError: another process has it.
+        CheckpointError: another run has it.
     """
     beside = path.with_name(f"{path.name}.lock")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = _locked(beside)
-    except OSError as error:
-        raise CheckpointError(f"{beside} cannot be written ({error}); choose another place for {path.name}.") from error
+    key, file = str(beside.absolute()), None
+    if key not in _HELD:
+        _HELD.add(key)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = _locked(beside)
+        except OSError as error:
+            raise CheckpointError(f"{beside} cannot be written ({error}); choose another place for {path}.") from error
+        finally:
+            if file is None:
+                _HELD.discard(key)
     if file is None:
         raise CheckpointError(
-            f"{path} belongs to a run of another process that is still going on; wait for it, or choose another file."
+            f"{path} belongs to another run that is still going on; wait for its end, or choose another file."
         )
     try:
         yield
@@ -153,13 +164,15 @@ def exclusive(path: Path) -> Iterator[None]:
         with suppress(OSError):
             beside.unlink()
         file.close()
+        _HELD.discard(key)
 
 
 def _locked(path: Path) -> Any:
     """Returns the file at ``path``, locked; ``None`` if another process has it."""
     while True:
         file = path.open("a")
-        if not lock(file):
+        # Of this kind, as workers would inherit the other and keep it when a run is killed.
+        if fcntl is not None and not _granted(fcntl.lockf, file):
             file.close()
             return None
         # Whoever had it before may have removed it between our opening and our locking.

@@ -15,7 +15,7 @@ class Interruption:
     """Whether someone asked to stop."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.requested = False
 
 
 @contextmanager
@@ -31,9 +31,9 @@ def graceful() -> Iterator[Interruption]:
         return
 
     def ask(_signal: int, _frame: FrameType | None) -> None:
-        if interruption.asked:
+        if interruption.requested:
             raise KeyboardInterrupt
-        interruption.asked = True
+        interruption.requested = True
 
     signal.signal(signal.SIGINT, ask)
     try:

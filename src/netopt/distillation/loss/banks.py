@@ -182,14 +182,13 @@ class Bank:
 
     def changed(self, rows: Tensor, known: Tensor, prints: Tensor | None) -> tuple[bool, bool]:
         """Returns whether a sample has other content than in an earlier run, and whether than before in this one."""
-        if prints is None or not self.by_index or not bool(known.any()):
+        if prints is None or not self.by_index:
             return False, False
-        rows = rows[known]
-        differ = (self.prints[rows] != prints[known]).any(1)
-        before = self.old[rows]
-        if not bool(differ.any()):
+        rows, prints = rows[known], prints[known]
+        if torch.equal(self.prints[rows], prints):
             self.old[rows] = False
             return False, False
+        differ, before = (self.prints[rows] != prints).any(1).numpy(), self.old[rows].numpy()
         return bool((differ & before).any()), bool((differ & ~before).any())
 
     def trust(self) -> None:

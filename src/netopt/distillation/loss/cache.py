@@ -99,7 +99,7 @@ class TeacherCache:
         self._banks: dict[tuple[Any, ...], Bank] = {}
         self._layouts: dict[tuple[Any, ...], _Layout] = {}
         self._full: tuple[Bank, _Layout] | None = None
-        self._shared = folder
+        self.shared = folder
         self._folder = Path(settings.path) if settings.path is not None else folder
         self._same_run = False
         self._prints: Tensor | None = None
@@ -248,10 +248,10 @@ class TeacherCache:
 
     def detach(self, owner: bool) -> None:
         """Takes the files that processes share, and all have opened, out of their folder, so that none is left."""
-        if self._shared is not None:
+        if self.shared is not None:
             if owner:
-                shutil.rmtree(self._shared, ignore_errors=True)
-            self._shared = self._folder = None
+                shutil.rmtree(self.shared, ignore_errors=True)
+            self.shared = self._folder = None
 
     def close(self, owner: bool) -> None:
         """Removes what the caller did not ask to keep; a folder that processes share is its ``owner``'s to remove."""
@@ -273,7 +273,7 @@ class TeacherCache:
             about = {**self._about, "kind": repr(kind), "features": [list(record.features) for record in records]}
             home = Home(self._folder / f"{hash_of(about)}.bank", about)
         bank = self._empty(form, rows, home)
-        if self._same_run or self._shared is not None:
+        if self._same_run or self.shared is not None:
             bank.trust()
         self._banks[kind], self._layouts[kind] = bank, _layout(records, bank.form.tops)
         return bank

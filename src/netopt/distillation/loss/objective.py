@@ -22,8 +22,9 @@ from torch import Tensor
 from netopt.distillation.loss import losses
 from netopt.distillation.loss.divergence import TopK
 from netopt.distillation.loss.hints import HintTerm
+from netopt.distillation.loss.labels import UNLABELLED
 from netopt.distillation.loss.losses import Loss
-from netopt.distillation.loss.outputs import UNLABELLED, classes_last
+from netopt.distillation.loss.outputs import classes_last
 from netopt.errors import ArgumentTypeError, InvalidArgumentError, MissingDataError, ShapeMismatchError
 
 __all__ = ["Items", "Kept", "Objective", "Record", "SoftLoss", "Sum", "Target", "loss_terms"]
