@@ -146,14 +146,12 @@ class Checkpoint:
             here, there = (tuple(one[name].shape) if name in one else None for one in (ours, found["weights"]))
             if here != there:
                 raise self._stranger(f"a student whose {name!r} has shape {there}", here)
-        ours, saved = (
-            [_groups(one.state_dict()) for one in loop.optimizers],
-            [_groups(one) for one in found["optimizers"]],
-        )
-        if ours != saved:
-            raise self._stranger(f"optimizers whose groups are {saved}", ours)
         if len(loop.schedulers) != len(found["schedulers"]):
             raise self._stranger(f"{len(found['schedulers'])} schedulers", len(loop.schedulers))
+        groups = [_groups(one.state_dict()) for one in loop.optimizers]
+        saved = [_groups(one) for one in found["optimizers"]]
+        if groups != saved:
+            raise self._stranger(f"optimizers of {saved}", groups)
         if (loop.engine.scaler is None) != (found["scaler"] is None):
             raise self._stranger("another amp", loop.engine.amp)
 
@@ -261,8 +259,8 @@ def _read(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} cannot be read ({type(error).__name__}: {reason[0] if reason else ''}); {again}."
         ) from error
-    if not isinstance(found, dict) or found.get("version") != VERSION:
-        version = found.get("version") if isinstance(found, dict) else type(found).__name__
+    version = found.get("version") if isinstance(found, dict) else None
+    if not isinstance(version, int) or version != VERSION:
         raise CheckpointError(f"{path} is no checkpoint of version {VERSION}: 'version' is {version!r}; {again}.")
     wrong = difference(found, found.pop("checksums", None))
     if wrong:
