@@ -323,7 +323,7 @@ def is_factory(data: Any) -> bool:
 
 def is_batches(data: Any) -> bool:
     """Whether ``data`` can be iterated for batches."""
-    if isinstance(data, (Tensor, Mapping, str, bytes, nn.Module)):
+    if isinstance(data, (Tensor, Mapping, str, bytes, type, nn.Module)):
         return False
     return isinstance(data, Iterable) or hasattr(data, "__getitem__")
 
