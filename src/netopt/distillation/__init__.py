@@ -1,4 +1,4 @@
-"""Distillation: a student learns to say what a teacher says."""
+"""Distillation: a student is trained to return what a teacher returns."""
 
 from netopt.distillation.call import distill
 from netopt.distillation.loss import losses

@@ -1,4 +1,4 @@
-"""One call trains a student on what a teacher says."""
+"""One call trains a student on the outputs of a teacher."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def distill(
     seed: int | None = None,
     progress: bool = True,
 ) -> DistillationReport:
-    r"""Trains ``student``, in place, to say what ``teacher`` says.
+    r"""Trains ``student``, in place, to return what ``teacher`` returns.
 
     The base loss is the squared error summed over outputs and averaged over samples; the data needs no labels. The
     teacher runs in eval mode without gradients and is bit for bit unchanged afterwards. Training flags, gradients,
@@ -108,7 +108,8 @@ def distill(
             ``"hint"``; or the plan of the pruning that made the student. Of several teachers the first is meant.
         teacher_weights: One a teacher, by default equal.
         forward: ``(model, batch) -> result``, for both, or a pair for student and teacher.
-        output: Path or function that finds the output in a result, for both, or a pair for student and teacher.
+        output: Path or function that finds the output in a result, for both, or a pair for student and teacher; needed
+            where a result holds several outputs and none called ``logits``, ``out`` or ``last_hidden_state``.
         optimizer: An optimizer of the student's parameters, or a function that makes one of a list of parameters; by
             default AdamW.
         lr: Learning rate of the default optimizer, 0.001 if not given.
@@ -121,13 +122,13 @@ def distill(
         patience: Stop after this many epochs without a better validation.
         keep_best: Put the best weights back at the end; by default if ``validation`` is given.
         cache: ``"auto"`` keeps the teacher's outputs where samples come back; ``False`` never, ``True`` always, and a
-            :class:`netopt.distillation.Cache` says how.
+            :class:`netopt.distillation.Cache` sets how.
         engine: A Hugging Face ``Accelerator`` or a Lightning ``Fabric``.
         checkpoint: File to write between steps, so that a killed run can be taken up; outputs kept of the teacher go
             into a folder beside it.
         checkpoint_every: Optimizer steps between two checkpoints; by default one after every epoch.
         resume: Take up the run of the checkpoint, if there is one; all other arguments must be the same.
-        callbacks: Called as ``(student, epoch)`` after every epoch; a true answer stops.
+        callbacks: Called as ``(student, epoch)`` after every epoch; a true result stops.
         seed: Makes the call reproducible by itself; otherwise it follows the global random state.
         progress: Show a bar.
 
@@ -136,8 +137,10 @@ def distill(
         way, with the report and a usable student.
 
     Raises:
-        ShapeMismatchError: student and teacher say tensors of different shapes.
-        InvalidArgumentError: student and teacher share what would be trained, or an argument cannot be meant.
+        ShapeMismatchError: student and teacher return tensors of different shapes.
+        InvalidArgumentError: the teacher reads a tensor that would be trained, a model returns several outputs and
+            ``output`` names none, or an argument cannot be meant.
+        CheckpointError: a file cannot be read or written, or there is no room for it, or another run has it.
         NonFiniteError: the loss is NaN or infinite.
         EmptyDataError: the data yields no batch.
 
@@ -225,7 +228,7 @@ class _Setup:
             self.machine,
             cache,
         )
-        stack.enter_context(targets.listening())
+        stack.enter_context(targets.hooked())
         return Lesson(found, targets, self.objective, self._validation(targets, how))
 
     def _source(self, how: Sampling, stack: ExitStack) -> tuple[Source, TeacherCache | None]:
@@ -281,7 +284,7 @@ class _Setup:
             dry_run(Trainee(self.student, hints, forward, picker), lesson, first, self.shared)
         # Only now do the hints have their projections.
         trainee = Trainee(self.student, hints, forward, picker)
-        stack.enter_context(trainee.listening())
+        stack.enter_context(trainee.hooked())
         stack.callback(self.machine.close)
         if lesson.validation is not None:
             lesson.validation.dry_run(trainee)

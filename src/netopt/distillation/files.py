@@ -117,13 +117,13 @@ def _no_room(where: Path, error: Exception, size: int | None) -> CheckpointError
 def lock(file: Any) -> bool:
     """Locks an open file until it, and every mapping of it, is closed; False if another process has it.
 
-    Where the file system knows no locks there is nobody to be kept out.
+    A file system without locks grants every one.
     """
     return fcntl is None or _granted(fcntl.flock, file)
 
 
 def _granted(locking: Any, file: Any) -> bool:
-    assert fcntl is not None, "whoever locks has it"
+    assert fcntl is not None, "there are locks"
     try:
         locking(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

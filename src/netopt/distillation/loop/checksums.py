@@ -1,4 +1,4 @@
-"""Checksums of a nested value, entry by entry, by which a file says itself what belongs into it.
+"""Checksums of a nested value, entry by entry, as a schema that a file carries along.
 
 A table of paths and checksums, written along, finds what is missing, added, or other than written, by its name.
 """

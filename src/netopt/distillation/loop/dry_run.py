@@ -51,7 +51,7 @@ def dry_run(trainee: Trainee, lesson: Lesson, first: Drawn, shared: Sequence[Seq
     with preserve_random_state(), torch.no_grad(), restored(trainee.student, rng=False):
         batch, target = targets.prepare(first, train=False)
         targets.check_apart(first.batch, shared)
-        with trainee.listening(), targets.engine.autocast():
+        with trainee.hooked(), targets.engine.autocast():
             record = trainee.record(batch)
         for place, theirs in enumerate(target.records):
             assert isinstance(theirs.output, torch.Tensor), "nothing comes from the cache yet"

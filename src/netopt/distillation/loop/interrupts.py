@@ -1,4 +1,4 @@
-"""Ctrl-C asks to stop; the step under way is finished first."""
+"""Ctrl-C requests a stop; the step under way is finished first."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["Interruption", "graceful"]
 
 
 class Interruption:
-    """Whether someone asked to stop."""
+    """Whether a stop was requested."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -30,12 +30,12 @@ def graceful() -> Iterator[Interruption]:
         yield interruption
         return
 
-    def ask(_signal: int, _frame: FrameType | None) -> None:
+    def request(_signal: int, _frame: FrameType | None) -> None:
         if interruption.requested:
             raise KeyboardInterrupt
         interruption.requested = True
 
-    signal.signal(signal.SIGINT, ask)
+    signal.signal(signal.SIGINT, request)
     try:
         yield interruption
     finally:

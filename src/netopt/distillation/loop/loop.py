@@ -71,7 +71,7 @@ class Loop:
         self.callbacks, self.progress = run.callbacks, run.progress
         self.keep_best = self.validation is not None if schedule.keep_best is None else schedule.keep_best
         self.model, self.optimizers = self.engine.prepare(trainee, optimizers)
-        # Nobody has hooks on the trainee itself, which is ours, so where it is not wrapped no call need look for any.
+        # The trainee itself is ours and has no hooks, so where it is not wrapped its forward is called directly.
         self.run_model: Callable[..., Any] = trainee.forward if self.model is trainee else self.model
         self.spare: Drawn | None = None
         self.generators: list[Tensor] = []
@@ -174,7 +174,7 @@ class Loop:
         return group
 
     def _interrupted(self) -> bool:
-        """Whether to stop; several processes ask each other now and then, so that all stop after the same step."""
+        """Whether to stop; several processes agree on it now and then, so that all stop after the same step."""
         if self.engine.world == 1:
             return self.interruption.requested
         return self.state.step % 16 == 0 and bool(self.engine.most(self.interruption.requested))
@@ -230,7 +230,7 @@ class Loop:
         self.meter.add([one.value for one in sums], shares, counts, self.state.step)
         self.state.samples += target.items.positions[0]
         if len(sums) > 1:
-            # A term of weight zero is nobody's function.
+            # A term of weight zero has no graph.
             pairs = [(one, share) for one, share in zip(sums, shares, strict=True) if one.root.requires_grad]
             sums, shares = [one for one, _ in pairs], [share for _, share in pairs]
         self.engine.backward(sums, shares)

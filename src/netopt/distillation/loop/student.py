@@ -44,7 +44,7 @@ class Trainee(nn.Module):
         self._seen: dict[str, Tensor] = {}
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
+    def hooked(self) -> Iterator[None]:
         """Lets the layers the hints name be heard."""
         with captured(self.student, [hint.student for hint in self._hints]) as self._seen:
             yield

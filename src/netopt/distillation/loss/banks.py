@@ -1,8 +1,8 @@
 """Rows of one shape, one a sample: in memory, in a file without a name, or in a file that is found again.
 
-A file that is found again is believed in as far as it is proven. Its header has a checksum and says whose answers it
-holds; every row has a checksum of what is in it and a fingerprint of the sample it answers to. What fails is answered
-anew. A file that holds answers to other samples is replaced and never written into: another run may be reading it.
+A file that is found again is used as far as it is verified. Its header has a checksum and identifies the teachers;
+every row has a checksum of its bytes and the fingerprint of its sample. A row that fails is computed anew. A file for
+other samples is replaced, never written into: another run may be reading it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ HEADER = 4096
 ALIGNED = 64
 AT_ONCE = 2**24
 ALIKE = 0.01
-"""How far an answer given again may be from the one found, of its size: float16, other kernels, another batch."""
+"""Largest relative difference between a teacher's output and the one found: float16, other kernels, another batch."""
 
 
 class Form(NamedTuple):
@@ -70,7 +70,7 @@ class Home(NamedTuple):
 
     Args:
         path: Where it is.
-        about: What it must say of itself.
+        about: The identity its header must hold.
     """
 
     path: Path
@@ -103,7 +103,7 @@ class Bank:
         *self.stores, self.prints, self.sums, self.valid = tensors
         self.rows = rows = len(self.valid)
         self.proven = not found
-        """Whether the teachers have been asked again about a sample found, and have said the same."""
+        """Whether the teachers have been run again on a sample found, with the same result."""
         self.old = self.valid > 0 if found else torch.zeros(rows, dtype=torch.bool)
         """Rows from an earlier run, whose samples have not come in this one."""
         self.broken = self._damaged() if found else torch.zeros(rows, dtype=torch.bool)
@@ -163,12 +163,12 @@ class Bank:
 
     @property
     def bytes(self) -> int:
-        """How much room the answers take."""
+        """How many bytes the outputs take."""
         return sum(one.numel() * one.element_size() for one in self.stores)
 
     @property
     def complete(self) -> bool:
-        """Whether every sample has an answer that can be relied on."""
+        """Whether every sample has a verified output."""
         return self.proven and bool(self.valid.all()) and not bool(self.old.any() or self.broken.any())
 
     def find(self, identities: Tensor | None, prints: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -191,13 +191,13 @@ class Bank:
         differ, before = (self.prints[rows] != prints).any(1).numpy(), self.old[rows].numpy()
         return bool((differ & before).any()), bool((differ & ~before).any())
 
-    def trust(self) -> None:
-        """Takes what was found for this run's own: written before it was taken up again, or by its other processes."""
+    def adopt(self) -> None:
+        """Marks what was found as this run's own: written before it was resumed, or by its other processes."""
         self.proven = True
         self.old.zero_()
 
     def agrees(self, rows: Tensor, values: Sequence[Tensor]) -> bool:
-        """Whether ``values``, just said by the teachers, are what the rows hold, as near as they can be."""
+        """Whether the rows hold ``values``, which the teachers have just returned, to within ``ALIKE``."""
         for store, value in zip(self.stores, values, strict=True):
             if not value.is_floating_point():
                 continue
@@ -212,7 +212,7 @@ class Bank:
         return True
 
     def read(self, rows: Tensor) -> list[Tensor]:
-        """Returns the answers in ``rows``."""
+        """Returns the outputs in ``rows``."""
         return [one.index_select(0, rows) for one in self.stores]
 
     def write(self, rows: Tensor, fresh: Tensor, prints: Tensor | None, values: Sequence[Tensor]) -> None:
@@ -322,7 +322,7 @@ def _header(file: Any, about: Mapping[str, Any], teachers: int) -> tuple[Form, i
     text = file.read(min(HEADER, int.from_bytes(head[-8:], "little")))
     if hashlib.blake2b(text, digest_size=16).digest() != head[len(MAGIC) : -8]:
         return None
-    # Its checksum says that nobody but us has written it.
+    # The checksum fits, so it is as we have written it.
     header = json.loads(text)
     form = Form(tuple(header["tops"]), tuple((tuple(shape), dtype) for shape, dtype in header["specs"]))
     if header["about"] != json.loads(json.dumps(dict(about))) or len(form.tops) != teachers:

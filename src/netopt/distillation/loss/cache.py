@@ -1,9 +1,9 @@
-"""A teacher says the same of the same sample, so it need be asked but once.
+"""A teacher returns the same for the same sample, so it need run but once on each.
 
 Outputs are kept by the sample's identity, its index in the dataset or else a hash of its content, and never by its
 position in the epoch, which a shuffling loader changes. What is kept is what is used from the first time on, so that a
 run does not depend on what happened to be kept already. A sample that comes back with another content has been
-augmented at random: then nothing may be kept, and the cache says so and goes.
+augmented at random: then nothing may be kept, and the cache is dropped with a note in the report.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = ["Cache", "TeacherCache"]
 
 SMALL = 1024
 EXACT = 2**24
-UNTOLD = 2**13
+UNKNOWN = 2**13
 CHOICES = (64, 256)
 LOST = 0.01
 FAINT = 1e-3
@@ -48,7 +48,7 @@ class Cache:
             exceed its range, or vary less than it can tell apart.
         topk: Keep only that many of the largest logits of each position, and how much probability the others share;
             ``None`` keeps all. By default 64 of a vocabulary of more than 1024, where the loss needs no more (``"kl"``)
-            and they hold all but a hundredth of what the teacher says, or else 256, or else all.
+            and they hold all but a hundredth of the information in the teacher's output, or else 256, or else all.
         limit: Bytes to keep in memory; what would need more is kept in a memory-mapped file.
         path: A folder to keep the outputs in and to find them again; by default nothing outlives the call.
 
@@ -79,8 +79,8 @@ class TeacherCache:
             are; and whether samples cannot change, so that none needs to be compared with its first time.
         objective: At which temperature the probabilities that ``topk`` drops keep their sum, and whether the losses
             need no more than the largest logits and that sum.
-        about: Whose answers these are: outputs found in a folder must say the same of themselves.
-        folder: Where processes that share it keep everything; their own affair to remove.
+        about: Identifies the teachers and their outputs; a file found in a folder must have the same.
+        folder: Where processes that share it keep everything; they remove it.
     """
 
     def __init__(
@@ -120,18 +120,18 @@ class TeacherCache:
         return self.reason is None
 
     def records(
-        self, identities: Tensor | None, batch: Any, ask: Callable[[], list[Record]]
+        self, identities: Tensor | None, batch: Any, run: Callable[[], list[Record]]
     ) -> Sequence[Record | Kept]:
-        """Returns what the teachers say of ``batch``, by ``ask`` if any sample of it is new."""
+        """Returns the teachers' outputs for ``batch``, by ``run`` if any sample of it is new."""
         if self._full is not None and identities is not None:
             self.hits += len(identities)
             return self._unpack(self._full[1], self._full[0].read(identities))
         kind = signature(batch)
         if kind is None:
             self.drop("a batch is not one row of each input a sample")
-            return ask()
+            return run()
         if self.samples and identities is None:
-            return ask()
+            return run()
         identities = identities if self.samples else None
         prints = self._fingerprints(identities, batch)
         bank = self._banks.get(kind)
@@ -140,11 +140,11 @@ class TeacherCache:
             earlier, now = bank.changed(rows, known, prints)
             if now:
                 self.drop(AUGMENTED)
-                return ask()
+                return run()
             if bool(known.numpy().all()) and not earlier:
                 self.hits += len(rows)
                 return self._unpack(self._layouts[kind], bank.read(rows))
-        records = ask()
+        records = run()
         count = len(prints) if prints is not None else len(identities) if identities is not None else 0
         if any(len(one) != count for record in records for one in (record.output, *record.features.values())):
             self.drop("the teacher's output is not one row a sample")
@@ -189,7 +189,7 @@ class TeacherCache:
     def _replaced(
         self, kind: tuple[Any, ...], identities: Tensor | None, prints: Tensor | None, records: list[Record]
     ) -> Sequence[Record | Kept]:
-        """Keeps ``records`` in a file of their own, since the one found answers to other samples, or otherwise."""
+        """Keeps ``records`` in a file of their own, since the one found is for other samples or other teachers."""
         home = self._banks.pop(kind).home
         assert home is not None, "what was found has a name"
         home.path.unlink(missing_ok=True)
@@ -213,7 +213,7 @@ class TeacherCache:
         try:
             self._banks[kind] = bank.moved_to(self._empty(form, rows, bank.home, anew=True))
         except CheckpointError:
-            # What has no room any more is asked for each time.
+            # Where there is no room the teachers run each time.
             return None
         return self._banks[kind]
 
@@ -240,7 +240,7 @@ class TeacherCache:
         self._forget()
 
     def facts(self) -> dict[str, Any]:
-        """Returns what the report says of the cache."""
+        """Returns the facts that the report shows."""
         held = sum(bank.bytes for bank in self._banks.values())
         where = "file" if any(bank.mapped for bank in self._banks.values()) else "memory"
         where = where if self.active else "nowhere"
@@ -263,7 +263,7 @@ class TeacherCache:
         self._banks.clear()
 
     def _open(self, kind: tuple[Any, ...], records: Sequence[Record]) -> Bank:
-        """Opens the bank for samples of one kind, in the form that these first answers suggest."""
+        """Opens the bank for samples of one kind, in the form that suits these first outputs."""
         tops = tuple(self._top(record.output) for record in records)
         exact = self._packed(records, tops)
         flat = [self._narrow(one, half) for one, half in zip(exact, self._halves(exact), strict=True)]
@@ -274,7 +274,7 @@ class TeacherCache:
             home = Home(self._folder / f"{hash_of(about)}.bank", about)
         bank = self._empty(form, rows, home)
         if self._same_run or self.shared is not None:
-            bank.trust()
+            bank.adopt()
         self._banks[kind], self._layouts[kind] = bank, _layout(records, bank.form.tops)
         return bank
 
@@ -293,7 +293,7 @@ class TeacherCache:
 
     def _halves(self, exact: Sequence[Tensor]) -> list[bool]:
         """Returns which tensors are to be kept in float16."""
-        size = (self.samples or UNTOLD) * sum(math.prod(one.shape[1:]) * one.element_size() for one in exact)
+        size = (self.samples or UNKNOWN) * sum(math.prod(one.shape[1:]) * one.element_size() for one in exact)
         return [
             one.is_floating_point() and (size > EXACT or math.prod(one.shape[1:]) > SMALL) and not _blurred(one)
             for one in exact
@@ -310,11 +310,11 @@ class TeacherCache:
             return None
         whole = (output.reshape(-1, classes)[:256].float() / self.temperature).log_softmax(-1)
         chances = whole.exp()
-        said = (chances * (whole + math.log(classes))).sum()
+        information = (chances * (whole + math.log(classes))).sum()
         for few in CHOICES:
             kept = condense(whole * self.temperature, few, self.temperature).dense()
             lost = (chances * (whole - (kept / self.temperature).log_softmax(-1))).sum()
-            if bool(lost <= LOST * said):
+            if bool(lost <= LOST * information):
                 return few
         return None
 
@@ -358,7 +358,7 @@ def _blurred(value: Tensor) -> bool:
 
 
 def hash_of(about: Mapping[str, Any]) -> str:
-    """Returns a name for what a bank says of itself that is the same in every process."""
+    """Returns a hash of a bank's identity, the same in every process."""
     return hashlib.blake2b(json.dumps(about, sort_keys=True).encode(), digest_size=12).hexdigest()
 
 

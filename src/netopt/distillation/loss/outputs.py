@@ -82,9 +82,9 @@ def _only_output(result: Any) -> Tensor:
         return next(iter(found.values())) if found else batches.primary(result)
     listed = ", ".join(f"{path!r} {tuple(one.shape)}" for path, one in found.items())
     raise InvalidArgumentError(
-        f"the model returned a {type(result).__name__} with several outputs, {listed}, and which is distilled is not "
-        f"said; write output={next(iter(found))!r} for one of them, or output=, a function that makes one tensor of "
-        "the result, such as lambda result: torch.cat([...], -1), with a loss that takes it apart."
+        f"the model returned a {type(result).__name__} with several outputs, {listed}, and no "
+        f"output= chooses one; write output={next(iter(found))!r} for one of them, or output=, a function that makes "
+        "one tensor of the result, such as lambda result: torch.cat([...], -1), with a loss that takes it apart."
     )
 
 

@@ -52,7 +52,7 @@ class Targets:
         self._all_count = self._all_labelled = False
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
+    def hooked(self) -> Iterator[None]:
         """Puts the teachers into eval mode and hooks the layers that hints need."""
         with ExitStack() as stack:
             for one in self.teachers:
@@ -120,7 +120,7 @@ class Targets:
         return self._clock.seconds()
 
     def facts(self) -> dict[str, Any]:
-        """What the report says of the cache."""
+        """The facts on the cache that the report shows."""
         return self.cache.facts() if self.cache is not None else {}
 
     def notes(self) -> list[str]:
@@ -156,7 +156,7 @@ def _attention(_targets: Targets, batch: Any) -> tuple[int, ...] | None:
 
 
 class _Clock:
-    """Adds up time spent inside; on an accelerator by events, so that nobody waits for it."""
+    """Adds up time spent inside; on an accelerator by events, without synchronising."""
 
     def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == "cuda"
