@@ -7,6 +7,7 @@ and a full disk is an error like any other. A file without a name is gone with i
 from __future__ import annotations
 
 import errno
+import importlib
 import mmap
 import os
 import shutil
@@ -99,39 +100,39 @@ def written(path: Path) -> Iterator[Path]:
             beside.unlink()
         # torch's own writer reports a failed write as a RuntimeError.
         if isinstance(error, (OSError, RuntimeError)) and not isinstance(error, CheckpointError):
-            raise _no_room(path, error, None) from error
+            raise CheckpointError(
+                f"{path} cannot be written ({error}); free room on the disk, or choose another place."
+            ) from error
         raise
 
 
-def _no_room(where: Path, error: Exception, size: int | None) -> CheckpointError:
-    free = ""
-    with suppress(OSError):
-        free = f", where {shutil.disk_usage(where if where.is_dir() else where.parent).free} bytes are free"
-    what = f"{where} cannot be written" if size is None else f"there is no room for {size} bytes at {where}{free}"
-    hint = "free some, choose another place, or set cache=False"
-    if getattr(error, "errno", None) not in FULL and size is not None:
-        what = f"{where} cannot be written"
-    return CheckpointError(f"{what} ({type(error).__name__}: {error}); {hint}.")
+def _no_room(where: Path, error: OSError, size: int) -> CheckpointError:
+    what = f"{where} cannot be written"
+    if error.errno in FULL:
+        what = f"there is no room for {size} bytes at {where}"
+        with suppress(OSError):
+            what += f", where {shutil.disk_usage(where if where.is_dir() else where.parent).free} are free"
+    return CheckpointError(f"{what} ({error}); free some, choose another folder, Cache(path=...), or set cache=False.")
 
 
-def lock(file: Any) -> bool:
+def lock(file: Any, *, inherited: bool = True) -> bool:
     """Locks an open file until it, and every mapping of it, is closed; False if another process has it.
 
+    A lock that is ``inherited`` belongs to worker processes too, and outlives a run that is killed until they end.
     A file system without locks grants every one.
     """
-    return fcntl is None or _granted(fcntl.flock, file)
-
-
-def _granted(locking: Any, file: Any) -> bool:
-    assert fcntl is not None, "there are locks"
     try:
-        locking(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if fcntl is None:
+            windows: Any = importlib.import_module("msvcrt")
+            windows.locking(file.fileno(), windows.LK_NBLCK, 1)
+        else:
+            (fcntl.flock if inherited else fcntl.lockf)(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         return error.errno not in BUSY
     return True
 
 
-_HELD: set[str] = set()
+_HELD: dict[str, object] = {}
 """What runs of this process have to themselves; locks that workers do not inherit do not keep threads apart."""
 
 
@@ -143,9 +144,8 @@ def exclusive(path: Path) -> Iterator[None]:
         CheckpointError: another run has it.
     """
     beside = path.with_name(f"{path.name}.lock")
-    key, file = str(beside.absolute()), None
-    if key not in _HELD:
-        _HELD.add(key)
+    key, own, file = str(beside.absolute()), object(), None
+    if _HELD.setdefault(key, own) is own:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             file = _locked(beside)
@@ -153,7 +153,7 @@ def exclusive(path: Path) -> Iterator[None]:
             raise CheckpointError(f"{beside} cannot be written ({error}); choose another place for {path}.") from error
         finally:
             if file is None:
-                _HELD.discard(key)
+                del _HELD[key]
     if file is None:
         raise CheckpointError(
             f"{path} belongs to another run that is still going on; wait for its end, or choose another file."
@@ -164,15 +164,14 @@ def exclusive(path: Path) -> Iterator[None]:
         with suppress(OSError):
             beside.unlink()
         file.close()
-        _HELD.discard(key)
+        del _HELD[key]
 
 
 def _locked(path: Path) -> Any:
     """Returns the file at ``path``, locked; ``None`` if another process has it."""
     while True:
         file = path.open("a")
-        # Of this kind, as workers would inherit the other and keep it when a run is killed.
-        if fcntl is not None and not _granted(fcntl.lockf, file):
+        if not lock(file, inherited=False):
             file.close()
             return None
         # Whoever had it before may have removed it between our opening and our locking.

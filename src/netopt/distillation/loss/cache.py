@@ -50,7 +50,8 @@ class Cache:
             ``None`` keeps all. By default 64 of a vocabulary of more than 1024, where the loss needs no more (``"kl"``)
             and they hold all but a hundredth of the information in the teacher's output, or else 256, or else all.
         limit: Bytes to keep in memory; what would need more is kept in a memory-mapped file.
-        path: A folder to keep the outputs in and to find them again; by default nothing outlives the call.
+        path: A folder to keep the outputs in and to find them again, as far as they prove to be this teacher's for
+            these samples; the rest is computed anew. By default nothing outlives the call.
 
     Example:
         >>> Cache(topk=64).topk
