@@ -1,4 +1,4 @@
-"""Ctrl-C asks to stop; the step under way is finished first."""
+"""Ctrl-C requests a stop; the step under way is finished first."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ __all__ = ["Interruption", "graceful"]
 
 
 class Interruption:
-    """Whether someone asked to stop."""
+    """Whether a stop was requested."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.requested = False
 
 
 @contextmanager
@@ -30,12 +30,12 @@ def graceful() -> Iterator[Interruption]:
         yield interruption
         return
 
-    def ask(_signal: int, _frame: FrameType | None) -> None:
-        if interruption.asked:
+    def request(_signal: int, _frame: FrameType | None) -> None:
+        if interruption.requested:
             raise KeyboardInterrupt
-        interruption.asked = True
+        interruption.requested = True
 
-    signal.signal(signal.SIGINT, ask)
+    signal.signal(signal.SIGINT, request)
     try:
         yield interruption
     finally:
