@@ -22,7 +22,7 @@ from netopt.axes import find_axes
 from netopt.axes.layout import Atom
 from netopt.axes.literals import Literal, remembering_literals
 from netopt.axes.tracing.attributes import remembered
-from netopt.model.attributes import Attributes
+from netopt.model.restore import Snapshot
 from netopt.symbolic.number import (
     AttributeRef,
     Constraints,
@@ -296,7 +296,7 @@ def test_every_integer_is_lent_with_its_place_and_given_back():
     model, constraints = Holder(), Constraints()
     before = numbers(model)
     parts = list(model.named_modules())
-    attributes = Attributes(parts)
+    attributes = Snapshot(model)
     with attributes.in_mode(model, training=False), remembered(parts, attributes, constraints):
         lent = {
             one.origin.path
@@ -338,7 +338,7 @@ def test_integers_are_given_back_after_an_error():
     model = Holder()
     before = numbers(model)
     parts = list(model.named_modules())
-    attributes = Attributes(parts)
+    attributes = Snapshot(model)
     with (
         pytest.raises(KeyError),
         attributes.in_mode(model, training=False),

@@ -128,7 +128,8 @@ def saliency(
         Optimal Brain Damage (LeCun et al., 1989) for derivatives as importance; Hutchinson's estimator (1990) for the
         random signs.
     """
-    with restored(model), _differentiable(model):
+    with restored(model) as log:
+        log.enter(_differentiable(model))
         run = _Differentiation(
             model, taps, sizes, outputs=outputs or _outputs, exact=exact_outputs, error=relative_error
         )
@@ -151,7 +152,8 @@ def activations(
     """
     sums = {name: torch.zeros(size, dtype=torch.float64) for name, size in sizes.items()}
     seen = {name: torch.zeros(size, dtype=torch.float64) for name, size in sizes.items()}
-    with restored(model), torch.no_grad(), _ready(model, {}, ("input_norm",)):
+    with restored(model) as log:
+        log.enter(torch.no_grad(), _ready(model, {}, ("input_norm",)))
         for batch in tqdm(batches.iterate(data), desc="activations", disable=not progress, leave=False):
             with _Readings(model, taps, gradients=False) as readings:
                 batches.feed(model, batch)
