@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,10 @@ from netopt.distillation.data.sources import Drawn, Source, seed_all, source
 from netopt.distillation.loop.checkpoint import Checkpoint
 from netopt.distillation.loop.dry_run import check_finite, check_numbers, check_student, dry_run
 from netopt.distillation.loop.engines import Engine, engine_for, precision
-from netopt.distillation.loop.interrupts import graceful
+from netopt.distillation.loop.interrupts import Interruption
 from netopt.distillation.loop.loop import Loop, Settings
 from netopt.distillation.loop.optimizing import OptimizerLike, SchedulerLike, fused, optimizers_for, scheduler_for
-from netopt.distillation.loop.student import Trainee, lent, modes, undone_on_error
+from netopt.distillation.loop.student import Trainee, lend, modes, undo_on_error
 from netopt.distillation.loop.validation import Metric, Validation
 from netopt.distillation.loss.hints import Hints, hint_terms
 from netopt.distillation.loss.objective import Objective, SoftLoss
@@ -31,6 +31,7 @@ from netopt.distillation.loss.teachers import Forward, as_teachers, check_apart
 from netopt.distillation.report import DistillationReport
 from netopt.errors import InvalidArgumentError
 from netopt.model.restore import restored
+from netopt.model.signals import UndoLog
 
 __all__ = ["distill"]
 
@@ -152,7 +153,8 @@ def distill(
     objective = Objective(loss, temperature=temperature, hard=hard, teachers=shares, hints=terms)
     machine = engine_for(engine, student, precision(amp))
     saved = _checkpoint(checkpoint, checkpoint_every, resume, machine)
-    with ExitStack() as stack:
+    with UndoLog() as stack:
+        interruption = stack.enter(Interruption())
         _lend(stack, student, teachers, optimizer, scheduler)
         if seed is not None:
             seed_all(seed)
@@ -172,7 +174,7 @@ def distill(
             engine=machine,
             cache=held,
         )
-        stack.enter_context(targets.listening())
+        stack.enter(targets.listening())
         checked = _validation(validation, metric, targets, objective, common)
         if checked is None and (patience is not None or keep_best):
             raise InvalidArgumentError("patience and keep_best need validation=, which is not given.")
@@ -182,12 +184,12 @@ def distill(
         trainee = Trainee(student, terms, runs[0], pickers[0])
         if first is not None:
             trainee = dry_run(student, runs[0], pickers[0], first, targets, objective, base, drawn_from.whole)
-        stack.enter_context(trainee.listening())
-        stack.callback(machine.close)
+        stack.enter(trainee.listening())
+        stack.record(machine.close)
         if checked is not None:
             checked.dry_run(trainee)
         optimizers = optimizers_for(optimizer, lr, trainee, teachers)
-        stack.enter_context(fused(optimizers))
+        stack.enter(fused(optimizers))
         loop = Loop(
             trainee,
             targets,
@@ -199,7 +201,7 @@ def distill(
             settings=Settings(epochs, steps, accumulate, clip, patience, keeps),
             validation=checked,
             callbacks=tuple(callbacks),
-            interruption=stack.enter_context(graceful()),
+            interruption=interruption,
             checkpoint=saved,
             generators=states,
             progress=progress,
@@ -207,14 +209,12 @@ def distill(
         return _run(loop, drawn if first is None else chain([first], drawn))
 
 
-def _lend(stack: ExitStack, student: nn.Module, teachers: Sequence[nn.Module], optimizer: Any, scheduler: Any) -> None:
+def _lend(stack: UndoLog, student: nn.Module, teachers: Sequence[nn.Module], optimizer: Any, scheduler: Any) -> None:
     """Enters the contexts that give everything back, and puts the student into the modes it learns in."""
     own = optimizer if isinstance(optimizer, Optimizer) else None
-    stack.enter_context(restored(*teachers))
-    stack.enter_context(torch.inference_mode(False))
-    stack.enter_context(torch.enable_grad())
-    stack.enter_context(undone_on_error(student, own, scheduler))
-    stack.enter_context(lent(student, own))
+    stack.enter(restored(*teachers), torch.inference_mode(False), torch.enable_grad())
+    undo_on_error(stack, student, own, scheduler)
+    lend(stack, student, own)
     for part, flag in modes(student).items():
         part.training = flag
 
@@ -261,7 +261,7 @@ def _held(
     drawn_from: Source,
     machine: Engine,
     objective: Objective,
-    stack: ExitStack,
+    stack: UndoLog,
 ) -> TeacherCache:
     """Returns the cache, which ``stack`` closes; processes on one machine share it, where samples have indices."""
     folder = machine.shared_folder() if drawn_from.samples and kept.path is None else None
@@ -281,7 +281,7 @@ def _held(
     first = make() if machine.rank == 0 else None
     machine.wait()
     held = first or make()
-    stack.callback(held.close, machine.rank == 0)
+    stack.record(partial(held.close, machine.rank == 0))
     return held
 
 

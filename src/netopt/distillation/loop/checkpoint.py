@@ -152,7 +152,7 @@ class Checkpoint:
             "state": state,
             "stopped": "finished" if loop.stopped == "interrupted" else loop.stopped,
             "cache": None if loop.targets.cache is None else loop.targets.cache.state(),
-            "best": None if loop.best is None else loop.best.values(),
+            "best": loop.best,
             "ranks": ranks,
             "shards": None,
         }

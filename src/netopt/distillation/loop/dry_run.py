@@ -16,7 +16,7 @@ from netopt.distillation.loss.outputs import Picker, check_shapes
 from netopt.distillation.loss.targets import Targets
 from netopt.distillation.loss.teachers import Forward, local
 from netopt.errors import ArgumentTypeError, InvalidArgumentError, NonFiniteError
-from netopt.model.restore import preserve_random_state
+from netopt.model.restore import restored
 
 __all__ = ["check_finite", "check_numbers", "check_student", "dry_run"]
 
@@ -42,7 +42,8 @@ def dry_run(
         ShapeMismatchError: student and teacher say tensors of different shapes.
     """
     terms = objective.hints
-    with preserve_random_state(), torch.no_grad(), evaluating(student):
+    with restored(student) as log:
+        log.enter(evaluating(student))
         batch, target = targets.prepare(first, train=False)
         probe = Trainee(student, terms, forward, picker)
         with probe.listening(), targets.engine.autocast():

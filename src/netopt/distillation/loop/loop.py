@@ -18,7 +18,7 @@ from netopt.distillation.data.sources import Drawn, Source
 from netopt.distillation.loop.checkpoint import Checkpoint
 from netopt.distillation.loop.engines import Engine
 from netopt.distillation.loop.interrupts import Interruption
-from netopt.distillation.loop.student import Snapshot, Trainee
+from netopt.distillation.loop.student import Trainee, copy_values, put_values
 from netopt.distillation.loop.validation import Validation
 from netopt.distillation.loss.objective import Objective, Target
 from netopt.distillation.loss.targets import Targets
@@ -117,7 +117,7 @@ class Loop:
         self.spare: Drawn | None = None
         self.checkpoint, self.generators = checkpoint, generators
         self.state = State()
-        self.best: Snapshot | None = None
+        self.best: dict[str, Tensor] | None = None
         self.began = time.perf_counter()
         self.watch = _Watch(engine.device, objective)
         self.stopped = "finished"
@@ -140,7 +140,7 @@ class Loop:
             self._close_epoch(time.perf_counter())
         restored = self.settings.keep_best and self.best is not None and state.best_epoch is not None
         if restored and self.best is not None:
-            self.best.put_back()
+            put_values(self.trainee.student, self.best)
         return DistillationReport(
             history=state.history,
             stopped=self.stopped,
@@ -274,14 +274,14 @@ class Loop:
         if self.validation.better(score, self.state.best):
             self.state.best, self.state.best_epoch, self.state.stale = score, self.state.epoch, 0
             if self.settings.keep_best:
-                self.best = Snapshot(self.trainee.student)
+                self.best = copy_values(self.trainee.student)
         else:
             self.state.stale += 1
         return score
 
     def keep(self, values: Mapping[str, Tensor]) -> None:
         """Takes ``values`` for the best weights so far."""
-        self.best = Snapshot(self.trainee.student, values)
+        self.best = dict(values)
 
     def _save(self) -> None:
         if self.checkpoint is None:
