@@ -26,6 +26,7 @@ __all__ = [
     "is_library",
     "own_attributes",
     "own_classes",
+    "own_slots",
 ]
 
 Parts: TypeAlias = "Sequence[tuple[str, nn.Module]]"
@@ -59,8 +60,17 @@ def own_classes(kind: type) -> Sequence[type]:
     return [base for base in kind.__mro__ if base is not object and not is_library(base.__module__)]
 
 
+@functools.cache
+def own_slots(kind: type) -> Sequence[str]:
+    """The names of the slots of a class that is no library's and whose objects have no dictionary."""
+    if is_library(kind.__module__) or issubclass(kind, enum.Enum):
+        return ()
+    slots = [vars(base).get("__slots__", ()) for base in kind.__mro__]
+    return [name for own in slots for name in ([own] if isinstance(own, str) else own) if not name.startswith("__")]
+
+
 def container_of(item: Any) -> Any:
-    """What is to be looked into: ``item`` if it is a container, the attributes of an object, or None."""
+    """What is to be looked into: ``item`` if it is a container or has slots, the attributes of an object, or None."""
     kind = type(item)
     if kind in NUMBERS or (kind is tuple and NUMBERS.issuperset(map(type, item))):
         return None
@@ -71,7 +81,9 @@ def container_of(item: Any) -> Any:
     if isinstance(item, (dict, list, tuple, set, deque)):
         return item
     own = getattr(item, "__dict__", None)
-    if not isinstance(own, dict) or isinstance(item, (enum.Enum, *_CODE)):
+    if not isinstance(own, dict):
+        return item if own_slots(kind) else None
+    if isinstance(item, (enum.Enum, *_CODE)):
         return None
     return own if kind.__module__ in _HOLDERS or not is_library(kind.__module__) else None
 

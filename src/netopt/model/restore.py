@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from netopt.errors import ForwardError
-from netopt.model.attributes import COMMON, DEPTH, NUMBERS, Parts, container_of, own_attributes, own_classes
+from netopt.model.attributes import COMMON, DEPTH, NUMBERS, Parts, container_of, own_attributes, own_classes, own_slots
 from netopt.model.signals import UndoLog
 from netopt.model.view import ModelView
 
@@ -39,6 +39,7 @@ __all__ = [
 ]
 
 _ABSENT = object()
+_CONTAINERS = (dict, list, set, deque)
 _common = operator.itemgetter(*(name for name, value in COMMON.items() if isinstance(value, (dict, set))))
 
 
@@ -231,15 +232,17 @@ class Snapshot:
         seen = {id(module.__dict__) for _, module in self._parts}
         while waiting:
             value, depth = waiting.pop()
+            entries: Any = value
             if not isinstance(value, tuple):
                 if id(value) in seen:
                     continue
                 seen.add(id(value))
-                if not value:
+                if isinstance(value, _CONTAINERS) and not value:
                     self._empty.append(value)
                     continue
-                self._kept.append((value, _copy(value)))
-            entries = list(value.values()) if isinstance(value, dict) else value
+                entries = _copy(value)
+                self._kept.append((value, entries))
+            entries = list(entries.values()) if isinstance(entries, dict) else entries
             if depth and not NUMBERS.issuperset(map(type, entries)):
                 for item in entries:
                     inside = item.__dict__ if isinstance(item, nn.Module) else self._look_at(item)
@@ -445,7 +448,7 @@ def _differs(container: Any, before: Any) -> bool:
         return any(value is not before[key] and key != "training" for key, value in container.items())
     if isinstance(container, (list, deque)):
         return len(container) != len(before) or not all(map(operator.is_, container, before))
-    return container != before
+    return (container if isinstance(container, set) else _slots_of(container)) != before
 
 
 def _common_of(attributes: dict[str, Any]) -> Sequence[Any]:
@@ -460,25 +463,35 @@ def _common_of(attributes: dict[str, Any]) -> Sequence[Any]:
 
 
 def _copy(container: Any) -> Any:
-    """The entries of a container, whatever its own ``copy`` does."""
+    """The entries of a container, whatever its own ``copy`` does, or of an object with slots."""
     if isinstance(container, dict):
         return dict(container.items())
-    return set(container) if isinstance(container, set) else list(container)
+    if isinstance(container, set):
+        return set(container)
+    return list(container) if isinstance(container, _CONTAINERS) else _slots_of(container)
+
+
+def _slots_of(value: Any) -> dict[str, Any]:
+    return {name: getattr(value, name) for name in own_slots(type(value)) if hasattr(value, name)}
 
 
 def _refill(container: Any, before: Any) -> None:
     """Gives a container the entries it had, in the order they had; what has not changed is not touched."""
-    if isinstance(container, type):
-        _refill_class(container, before)
-    elif isinstance(container, dict):
+    if isinstance(container, dict):
         _refill_dict(container, before)
     elif isinstance(container, (list, deque)):
         if len(container) != len(before) or not all(map(operator.is_, container, before)):
             container.clear()
             container.extend(before)
-    elif container != before:
-        container.clear()
-        container.update(before)
+    elif isinstance(container, set):
+        if container != before:
+            container.clear()
+            container.update(before)
+    elif isinstance(container, type):
+        now = {key: value for key, value in vars(container).items() if not key.startswith("__")}
+        _refill_object(type, container, now, before)
+    else:
+        _refill_object(object, container, _slots_of(container), before)
 
 
 def _refill_dict(container: Any, before: Mapping[Any, Any]) -> None:
@@ -500,13 +513,12 @@ def _refill_dict(container: Any, before: Mapping[Any, Any]) -> None:
             plain.__setitem__(container, key, value)
 
 
-def _refill_class(kind: type, before: Mapping[str, Any]) -> None:
-    now = vars(kind)
-    for key in [key for key in now if key not in before and not key.startswith("__")]:
-        type.__delattr__(kind, key)
+def _refill_object(plain: type, holder: Any, now: Mapping[str, Any], before: Mapping[str, Any]) -> None:
+    for key in now.keys() - before.keys():
+        plain.__delattr__(holder, key)
     for key, value in before.items():
         if now.get(key, _ABSENT) is not value:
-            type.__setattr__(kind, key, value)
+            plain.__setattr__(holder, key, value)
 
 
 def _tensors_in(value: Any, path: str, depth: int) -> Iterator[tuple[str, Tensor]]:
