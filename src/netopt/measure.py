@@ -156,11 +156,11 @@ def count_macs(model: nn.Module, inputs: Inputs) -> int:
     """
     counter = FlopCounterMode(display=False, custom_mapping=EXTRA)
     with restored(model) as log:
-        log.enter(torch.no_grad(), _separate_operations())
+        log.enter_context(torch.no_grad(), _separate_operations())
         # The counter's hooks stumble over views of parameters that ask for gradients.
         model.eval().requires_grad_(False)
         with UndoLog() as counting:
-            counting.enter(counter)
+            counting.enter_context(counter)
             batches.call(model, inputs)
     return int(counter.get_total_flops()) // 2
 
@@ -196,7 +196,7 @@ def latencies(models: Sequence[nn.Module], inputs: Inputs, repeats: int = 30, wa
         raise InvalidArgumentError(f"repeats must be at least 1, not {repeats}.")
     seconds: list[list[float]] = [[] for _ in models]
     with restored(*models) as log:
-        log.enter(torch.no_grad())
+        log.enter_context(torch.no_grad())
         for model in models:
             model.eval()
             for _ in range(warmup):

@@ -76,12 +76,12 @@ def find_axes(model: nn.Module, example_inputs: Inputs, *, outputs: Outputs = No
     parts = view.parts
     attributes = Snapshot(view)
     with UndoLog() as tracing:
-        trace = tracing.enter(_forgotten(*attributes.tensors()))
+        trace = tracing.enter_context(_forgotten(*attributes.tensors()))
         with UndoLog() as log:
-            log.record(random_state())
-            log.record(attributes.put_back)
+            log.callback(random_state())
+            log.callback(attributes.put_back)
             attributes.gradients.set_aside()
-            log.enter(
+            log.enter_context(
                 _collection_paused(),
                 _plain_kernels(),
                 torch.inference_mode(False),
@@ -121,7 +121,7 @@ def _run(
     """One traced forward; the layouts of the results that count."""
     trace = tracer.trace
     with UndoLog() as log:
-        log.enter(
+        log.enter_context(
             remembered(parts, attributes, trace.constraints),
             remembering_literals(parts),
             memos_passed_by(),
@@ -129,7 +129,7 @@ def _run(
         )
         warnings.simplefilter("ignore")  # such as those that a run without gradients alone gives
         with UndoLog() as modes:
-            modes.enter(trace, tracer)
+            modes.enter_context(trace, tracer)
             result = batches.call(model, inputs)
         counted = counted_outputs(result, outputs)
         trace.reach(counted)

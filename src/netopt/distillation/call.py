@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -154,7 +153,7 @@ def distill(
     machine = engine_for(engine, student, precision(amp))
     saved = _checkpoint(checkpoint, checkpoint_every, resume, machine)
     with UndoLog() as stack:
-        interruption = stack.enter(Interruption())
+        interruption = stack.enter_context(Interruption())
         _lend(stack, student, teachers, optimizer, scheduler)
         if seed is not None:
             seed_all(seed)
@@ -174,7 +173,7 @@ def distill(
             engine=machine,
             cache=held,
         )
-        stack.enter(targets.listening())
+        stack.enter_context(targets.listening())
         checked = _validation(validation, metric, targets, objective, common)
         if checked is None and (patience is not None or keep_best):
             raise InvalidArgumentError("patience and keep_best need validation=, which is not given.")
@@ -184,12 +183,12 @@ def distill(
         trainee = Trainee(student, terms, runs[0], pickers[0])
         if first is not None:
             trainee = dry_run(student, runs[0], pickers[0], first, targets, objective, base, drawn_from.whole)
-        stack.enter(trainee.listening())
-        stack.record(machine.close)
+        stack.enter_context(trainee.listening())
+        stack.callback(machine.close)
         if checked is not None:
             checked.dry_run(trainee)
         optimizers = optimizers_for(optimizer, lr, trainee, teachers)
-        stack.enter(fused(optimizers))
+        stack.enter_context(fused(optimizers))
         loop = Loop(
             trainee,
             targets,
@@ -212,7 +211,7 @@ def distill(
 def _lend(stack: UndoLog, student: nn.Module, teachers: Sequence[nn.Module], optimizer: Any, scheduler: Any) -> None:
     """Enters the contexts that give everything back, and puts the student into the modes it learns in."""
     own = optimizer if isinstance(optimizer, Optimizer) else None
-    stack.enter(restored(*teachers), torch.inference_mode(False), torch.enable_grad())
+    stack.enter_context(restored(*teachers), torch.inference_mode(False), torch.enable_grad())
     undo_on_error(stack, student, own, scheduler)
     lend(stack, student, own)
     for part, flag in modes(student).items():
@@ -281,7 +280,7 @@ def _held(
     first = make() if machine.rank == 0 else None
     machine.wait()
     held = first or make()
-    stack.record(partial(held.close, machine.rank == 0))
+    stack.callback(held.close, machine.rank == 0)
     return held
 
 

@@ -129,7 +129,7 @@ def saliency(
         random signs.
     """
     with restored(model) as log:
-        log.enter(_differentiable(model))
+        log.enter_context(_differentiable(model))
         run = _Differentiation(
             model, taps, sizes, outputs=outputs or _outputs, exact=exact_outputs, error=relative_error
         )
@@ -153,7 +153,7 @@ def activations(
     sums = {name: torch.zeros(size, dtype=torch.float64) for name, size in sizes.items()}
     seen = {name: torch.zeros(size, dtype=torch.float64) for name, size in sizes.items()}
     with restored(model) as log:
-        log.enter(torch.no_grad(), _ready(model, {}, ("input_norm",)))
+        log.enter_context(torch.no_grad(), _ready(model, {}, ("input_norm",)))
         for batch in tqdm(batches.iterate(data), desc="activations", disable=not progress, leave=False):
             with _Readings(model, taps, gradients=False) as readings:
                 batches.feed(model, batch)

@@ -94,7 +94,7 @@ def collect(
         if data is None:
             raise MissingDataError(f"this importance needs {', '.join(sorted(needs))}; pass data=, a list of batches.")
         with restored(model) as log:
-            log.enter(_ready(model, wanted, needs))
+            log.enter_context(_ready(model, wanted, needs))
             seen = _Pass(model, wanted, frozenset(needs), loss_fn, sums)
             count = seen.run(data, progress)
         for name, place in wanted.items():

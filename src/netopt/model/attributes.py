@@ -1,9 +1,10 @@
-"""Which of the values that modules hold are looked into: containers, and objects of the user's with attributes."""
+"""What modules hold is looked into, noted and put back: containers, and objects of the user's with attributes."""
 
 from __future__ import annotations
 
 import enum
 import functools
+import operator
 import sys
 import types
 from collections import OrderedDict, deque
@@ -15,6 +16,7 @@ from torch import nn
 
 __all__ = [
     "COMMON",
+    "CONTAINERS",
     "DEPTH",
     "NUMBERS",
     "OPAQUE",
@@ -22,11 +24,14 @@ __all__ = [
     "Own",
     "Parts",
     "container_of",
+    "copy_entries",
+    "differs",
     "is_configuration",
     "is_library",
     "own_attributes",
     "own_classes",
     "own_slots",
+    "refill",
 ]
 
 Parts: TypeAlias = "Sequence[tuple[str, nn.Module]]"
@@ -42,6 +47,8 @@ DEPTH = 6
 COMMON = vars(nn.Module())
 """What every module has, by name."""
 OPAQUE = (torch.Tensor, nn.Module, type, types.ModuleType, int, float)  # a size that is lent already holds its ledger
+CONTAINERS = (dict, list, set, deque)
+_ABSENT = object()
 _CODE = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial)
 _HOLDERS = frozenset({"types", "argparse", "collections", "__main__"})
 
@@ -104,3 +111,77 @@ def is_library(module: str) -> bool:
     """Whether a Python module is of torch or the standard library: no code of the user's."""
     root = module.partition(".")[0]
     return root == "torch" or root in sys.stdlib_module_names
+
+
+def differs(container: Any, before: Any) -> bool:
+    """Whether a container has other entries than it had."""
+    if isinstance(container, type):
+        return any(vars(container).get(key, _ABSENT) is not value for key, value in before.items())
+    if isinstance(container, dict):
+        if container.keys() != before.keys():
+            return True
+        if all(map(operator.is_, container.values(), before.values())):
+            return False
+        return any(value is not before[key] and key != "training" for key, value in container.items())
+    if isinstance(container, (list, deque)):
+        return len(container) != len(before) or not all(map(operator.is_, container, before))
+    return (container if isinstance(container, set) else _slots_of(container)) != before
+
+
+def copy_entries(container: Any) -> Any:
+    """The entries of a container, whatever its own ``copy`` does, or of an object with slots."""
+    if isinstance(container, dict):
+        return dict(container.items())
+    if isinstance(container, set):
+        return set(container)
+    return list(container) if isinstance(container, CONTAINERS) else _slots_of(container)
+
+
+def _slots_of(value: Any) -> dict[str, Any]:
+    return {name: getattr(value, name) for name in own_slots(type(value)) if hasattr(value, name)}
+
+
+def refill(container: Any, before: Any) -> None:
+    """Gives a container the entries it had, in the order they had; what has not changed is not touched."""
+    if isinstance(container, dict):
+        _refill_dict(container, before)
+    elif isinstance(container, (list, deque)):
+        if len(container) != len(before) or not all(map(operator.is_, container, before)):
+            container.clear()
+            container.extend(before)
+    elif isinstance(container, set):
+        if container != before:
+            container.clear()
+            container.update(before)
+    elif isinstance(container, type):
+        now = {key: value for key, value in vars(container).items() if not key.startswith("__")}
+        _refill_object(type, container, now, before)
+    else:
+        _refill_object(object, container, _slots_of(container), before)
+
+
+def _refill_dict(container: Any, before: Mapping[Any, Any]) -> None:
+    # Never empty for a moment, since other threads may read a configuration; and by the plain methods, since some
+    # dictionaries refuse a change.
+    plain = OrderedDict if isinstance(container, OrderedDict) else dict
+    same_keys = len(container) == len(before) and all(map(operator.is_, container, before))
+    if same_keys and all(map(operator.is_, container.values(), before.values())):
+        return
+    for key in [key for key in container if key not in before]:
+        plain.__delitem__(container, key)
+    if len(container) != len(before) or not all(map(operator.is_, container.values(), before.values())):
+        for key, value in before.items():
+            if container.get(key, _ABSENT) is not value:
+                plain.__setitem__(container, key, value)
+    if not all(map(operator.is_, container, before)):
+        for key, value in before.items():
+            plain.__delitem__(container, key)
+            plain.__setitem__(container, key, value)
+
+
+def _refill_object(plain: Any, holder: Any, now: Mapping[str, Any], before: Mapping[str, Any]) -> None:
+    for key in now.keys() - before.keys():
+        plain.__delattr__(holder, key)
+    for key, value in before.items():
+        if now.get(key, _ABSENT) is not value:
+            plain.__setattr__(holder, key, value)

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import operator
 import random
-from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import filterfalse
@@ -24,7 +24,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from netopt.errors import ForwardError
-from netopt.model.attributes import COMMON, DEPTH, NUMBERS, Parts, container_of, own_attributes, own_classes, own_slots
+from netopt.model.attributes import (
+    COMMON,
+    CONTAINERS,
+    DEPTH,
+    NUMBERS,
+    Parts,
+    container_of,
+    copy_entries,
+    differs,
+    own_attributes,
+    own_classes,
+    refill,
+)
 from netopt.model.signals import UndoLog
 from netopt.model.view import ModelView
 
@@ -38,8 +50,6 @@ __all__ = [
     "version_of",
 ]
 
-_ABSENT = object()
-_CONTAINERS = (dict, list, set, deque)
 _common = operator.itemgetter(*(name for name, value in COMMON.items() if isinstance(value, (dict, set))))
 
 
@@ -58,9 +68,9 @@ def restored(*models: nn.Module | ModelView, rng: bool = True) -> UndoLog:
 
     def start(log: UndoLog) -> None:
         if rng:
-            log.record(random_state())
+            log.callback(random_state())
         snapshot = Snapshot(*models)
-        log.record(snapshot.put_back)
+        log.callback(snapshot.put_back)
         snapshot.gradients.set_aside()
 
     return UndoLog(start)
@@ -68,7 +78,7 @@ def restored(*models: nn.Module | ModelView, rng: bool = True) -> UndoLog:
 
 def preserve_random_state() -> UndoLog:
     """Restores on leaving the random state of torch (on every device in use), of Python and of numpy."""
-    return UndoLog(lambda log: log.record(random_state()))
+    return UndoLog(lambda log: log.callback(random_state()))
 
 
 def random_state() -> Callable[[], None]:
@@ -143,7 +153,7 @@ class Snapshot:
         for container in filter(None, self._empty):
             container.clear()
         for container, before in reversed(self._kept):
-            _refill(container, before)
+            refill(container, before)
 
     @contextmanager
     def in_mode(self, model: nn.Module, *, training: bool, writes: CopyOnWrite | None = None) -> Iterator[bool]:
@@ -237,10 +247,10 @@ class Snapshot:
                 if id(value) in seen:
                     continue
                 seen.add(id(value))
-                if isinstance(value, _CONTAINERS) and not value:
+                if isinstance(value, CONTAINERS) and not value:
                     self._empty.append(value)
                     continue
-                entries = _copy(value)
+                entries = copy_entries(value)
                 self._kept.append((value, entries))
             entries = list(entries.values()) if isinstance(entries, dict) else entries
             if depth and not NUMBERS.issuperset(map(type, entries)):
@@ -251,7 +261,7 @@ class Snapshot:
 
     def _are_changed(self) -> bool:
         """Whether something else than flags is not as it was."""
-        return any(self._empty) or any(map(_differs, *zip(*self._kept, strict=True)))
+        return any(self._empty) or any(map(differs, *zip(*self._kept, strict=True)))
 
 
 class Gradients:
@@ -437,20 +447,6 @@ def _changes_flags_alone(kind: type[nn.Module]) -> bool:
     return kind.train is plain.train and kind.eval is plain.eval and kind.__setattr__ is plain.__setattr__
 
 
-def _differs(container: Any, before: Any) -> bool:
-    if isinstance(container, type):
-        return any(vars(container).get(key, _ABSENT) is not value for key, value in before.items())
-    if isinstance(container, dict):
-        if container.keys() != before.keys():
-            return True
-        if all(map(operator.is_, container.values(), before.values())):
-            return False
-        return any(value is not before[key] and key != "training" for key, value in container.items())
-    if isinstance(container, (list, deque)):
-        return len(container) != len(before) or not all(map(operator.is_, container, before))
-    return (container if isinstance(container, set) else _slots_of(container)) != before
-
-
 def _common_of(attributes: dict[str, Any]) -> Sequence[Any]:
     """The containers that every module has."""
     try:
@@ -460,65 +456,6 @@ def _common_of(attributes: dict[str, Any]) -> Sequence[Any]:
         pass
     # Some of a scripted module's are no containers of Python's.
     return [value for key, value in attributes.items() if key in COMMON and type(value) in (dict, OrderedDict, set)]
-
-
-def _copy(container: Any) -> Any:
-    """The entries of a container, whatever its own ``copy`` does, or of an object with slots."""
-    if isinstance(container, dict):
-        return dict(container.items())
-    if isinstance(container, set):
-        return set(container)
-    return list(container) if isinstance(container, _CONTAINERS) else _slots_of(container)
-
-
-def _slots_of(value: Any) -> dict[str, Any]:
-    return {name: getattr(value, name) for name in own_slots(type(value)) if hasattr(value, name)}
-
-
-def _refill(container: Any, before: Any) -> None:
-    """Gives a container the entries it had, in the order they had; what has not changed is not touched."""
-    if isinstance(container, dict):
-        _refill_dict(container, before)
-    elif isinstance(container, (list, deque)):
-        if len(container) != len(before) or not all(map(operator.is_, container, before)):
-            container.clear()
-            container.extend(before)
-    elif isinstance(container, set):
-        if container != before:
-            container.clear()
-            container.update(before)
-    elif isinstance(container, type):
-        now = {key: value for key, value in vars(container).items() if not key.startswith("__")}
-        _refill_object(type, container, now, before)
-    else:
-        _refill_object(object, container, _slots_of(container), before)
-
-
-def _refill_dict(container: Any, before: Mapping[Any, Any]) -> None:
-    # Never empty for a moment, since other threads may read a configuration; and by the plain methods, since some
-    # dictionaries refuse a change.
-    plain = OrderedDict if isinstance(container, OrderedDict) else dict
-    same_keys = len(container) == len(before) and all(map(operator.is_, container, before))
-    if same_keys and all(map(operator.is_, container.values(), before.values())):
-        return
-    for key in [key for key in container if key not in before]:
-        plain.__delitem__(container, key)
-    if len(container) != len(before) or not all(map(operator.is_, container.values(), before.values())):
-        for key, value in before.items():
-            if container.get(key, _ABSENT) is not value:
-                plain.__setitem__(container, key, value)
-    if not all(map(operator.is_, container, before)):
-        for key, value in before.items():
-            plain.__delitem__(container, key)
-            plain.__setitem__(container, key, value)
-
-
-def _refill_object(plain: type, holder: Any, now: Mapping[str, Any], before: Mapping[str, Any]) -> None:
-    for key in now.keys() - before.keys():
-        plain.__delattr__(holder, key)
-    for key, value in before.items():
-        if now.get(key, _ABSENT) is not value:
-            plain.__setattr__(holder, key, value)
 
 
 def _tensors_in(value: Any, path: str, depth: int) -> Iterator[tuple[str, Tensor]]:

@@ -34,7 +34,7 @@ __all__ = ["Handlers", "UndoLog", "users_handler"]
 # Ctrl-C first: installed first and removed last, it cannot come between the others.
 _SIGNALS = tuple(
     signal.Signals[name]
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGALRM", "SIGUSR1", "SIGUSR2")
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGALRM", "SIGVTALRM", "SIGPROF", "SIGUSR1", "SIGUSR2")
     if name in signal.Signals.__members__
 )
 
@@ -88,10 +88,11 @@ def users_handler(number: signal.Signals) -> Any:
 
 
 class UndoLog(Handlers):
-    """Undoes what was recorded, last first, when it is left, by whatever way; nothing stops it halfway.
+    """An :class:`~contextlib.ExitStack` whose steps are all taken, last first, by whatever way it is left.
 
-    A step is recorded **before** its change, does nothing if that was not made, and may be taken again. The thread's
-    gradient mode is put back too, which an interruption on the way into ``torch.no_grad()`` would leave switched off.
+    Nothing stops it halfway. A step is recorded **before** its change, does nothing if that was not made, and may be
+    taken again. The thread's gradient mode is put back too, which an interruption on the way into ``torch.no_grad()``
+    would leave switched off.
 
     Args:
         start: Called with the log when it is entered, with signals held back: what is to be recorded and changed first.
@@ -99,12 +100,12 @@ class UndoLog(Handlers):
     Example:
         >>> values = [1, 2]
         >>> with UndoLog() as log:
-        ...     log.record(values.reverse)
+        ...     log.callback(values.reverse)
         ...     values.reverse()
         >>> values
         [1, 2]
         >>> with UndoLog() as log:
-        ...     log.record(values.reverse, on=Exception)
+        ...     log.callback(values.reverse, on=Exception)
         ...     values.reverse()
         >>> values
         [2, 1]
@@ -117,18 +118,19 @@ class UndoLog(Handlers):
         self._pending: list[int] = []
         self._holds = True
 
-    def record(self, undo: Callable[[], object], *, on: _Kinds | None = None) -> None:
+    def callback(self, undo: Callable[..., object], /, *args: Any, on: _Kinds | None = None) -> None:
         """Writes down how a change is undone that is about to be made.
 
         Args:
             undo: Takes it back.
+            args: What it is called with.
             on: Only if the block ends in an exception of these kinds, or a signal that raises one comes before the
                 block has ended: a call that raises has then changed nothing, and one that returns has. By default
                 always.
         """
-        self._steps.append((undo, on, False))
+        self._steps.append((partial(undo, *args), on, False))
 
-    def enter(self, *contexts: AbstractContextManager[Any]) -> Any:
+    def enter_context(self, *contexts: AbstractContextManager[Any]) -> Any:
         """Enters contexts until the log is left; no signal comes in the middle of their entering or leaving.
 
         Returns:
@@ -169,7 +171,7 @@ class UndoLog(Handlers):
         while True:
             try:
                 self.install()
-                self.record(partial(torch.set_grad_enabled, torch.is_grad_enabled()))
+                self.callback(torch.set_grad_enabled, torch.is_grad_enabled())
                 if self._start is not None:
                     self._start(self)
             except BaseException as error:
@@ -214,7 +216,11 @@ class UndoLog(Handlers):
 
     def _is_leaving(self, frame: FrameType | None) -> bool:
         """Whether a signal came on the very way into ``__exit__``."""
-        return frame is not None and frame.f_code is UndoLog.__exit__.__code__ and frame.f_locals.get("self") is self
+        while frame is not None:
+            if frame.f_code is UndoLog.__exit__.__code__ and frame.f_locals.get("self") is self:
+                return True
+            frame = frame.f_back
+        return False
 
     def _deliver(self) -> None:
         while self._pending:

@@ -83,10 +83,10 @@ class Operation:
         log = UndoLog()
         try:
             with log:
-                log.record(self._flatten, on=undone_on)
-                log.record(self._revive, on=undone_on)
+                log.callback(self._flatten, on=undone_on)
+                log.callback(self._revive, on=undone_on)
                 for change in self.changes:
-                    log.record(change.undo, on=undone_on)
+                    log.callback(change.undo, on=undone_on)
                 for change in self.changes:
                     change.do()
                 self._flatten()

@@ -34,7 +34,7 @@ def remembered(parts: Parts, attributes: Snapshot, constraints: Constraints) -> 
 
     def start(log: UndoLog) -> None:
         loan = _Loan(constraints)
-        log.record(loan.give_back)
+        log.callback(loan.give_back)
         for (name, module), own in zip(parts, attributes.own, strict=True):
             loan.module(module, name, own)
 

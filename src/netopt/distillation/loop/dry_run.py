@@ -43,7 +43,7 @@ def dry_run(
     """
     terms = objective.hints
     with restored(student) as log:
-        log.enter(evaluating(student))
+        log.enter_context(evaluating(student))
         batch, target = targets.prepare(first, train=False)
         probe = Trainee(student, terms, forward, picker)
         with probe.listening(), targets.engine.autocast():

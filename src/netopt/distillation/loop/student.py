@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -85,10 +84,10 @@ def evaluating(student: nn.Module) -> UndoLog:
     """Puts every sub-module into eval mode, without gradients, and back into the mode it was in."""
 
     def start(log: UndoLog) -> None:
-        log.record(_flags_restored(student))
+        log.callback(_flags_restored(student))
         for part in student.modules():
             part.training = False
-        log.enter(torch.no_grad())
+        log.enter_context(torch.no_grad())
 
     return UndoLog(start)
 
@@ -97,8 +96,8 @@ def lend(log: UndoLog, student: nn.Module, optimizer: Optimizer | None) -> None:
     """Has training flags, ``requires_grad`` and the ``.grad`` objects restored, of the optimizer's parameters too."""
     groups = optimizer.param_groups if optimizer is not None else ()
     gradients = Gradients(dict.fromkeys(chain(student.parameters(), *(group["params"] for group in groups))))
-    log.record(gradients.put_back)
-    log.record(_flags_restored(student))
+    log.callback(gradients.put_back)
+    log.callback(_flags_restored(student))
     gradients.set_aside()
 
 
@@ -119,8 +118,8 @@ def undo_on_error(log: UndoLog, student: nn.Module, *stateful: Any) -> None:
     """
     for one in stateful:
         if hasattr(one, "state_dict") and not isinstance(one, type):
-            log.record(partial(one.load_state_dict, copy.deepcopy(one.state_dict())), on=UNDONE)
-    log.record(Snapshot(student, parameters=True).put_back, on=UNDONE)
+            log.callback(one.load_state_dict, copy.deepcopy(one.state_dict()), on=UNDONE)
+    log.callback(Snapshot(student, parameters=True).put_back, on=UNDONE)
 
 
 def copy_values(student: nn.Module) -> dict[str, Tensor]:

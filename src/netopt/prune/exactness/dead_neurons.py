@@ -141,7 +141,7 @@ def carried(model: nn.Module, axes: Axes, names: Sequence[str], inputs: Inputs) 
     found = {name: Carried(axes[name].size, taps[name]) for name in names}
     for given in (inputs, _varied(inputs)):
         with restored(model) as log:
-            ranges = log.enter(torch.no_grad(), _Ranges(model, taps))
+            ranges = log.enter_context(torch.no_grad(), _Ranges(model, taps))
             try:
                 batches.call(model.eval(), given)
             except Exception:
