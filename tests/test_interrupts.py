@@ -68,18 +68,18 @@ class Sender:
         process, found = self._process, None
         assert process.stdin is not None
         assert process.stdout is not None
-        signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
-            process.stdin.write(" ".join(map(str, pauses)) + "\n")
-            process.stdin.flush()
-            found = call()
-            signal.signal(signal.SIGINT, ignore)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            try:
+                process.stdin.write(" ".join(map(str, pauses)) + "\n")
+                process.stdin.flush()
+                found = call()
+            finally:
+                signal.signal(signal.SIGINT, ignore)
         except KeyboardInterrupt:
-            while signal.getsignal(signal.SIGINT) is not ignore:
-                try:
-                    signal.signal(signal.SIGINT, ignore)
-                except KeyboardInterrupt:
-                    continue
+            pass
+        finally:
+            signal.signal(signal.SIGINT, ignore)
         process.stdout.readline()
         return found
 
@@ -144,21 +144,23 @@ def masked() -> tuple[nn.Module, torch.optim.Optimizer]:
 
 PLAN: dict[str, Plan] = {}
 KEEP = {"first.weight": torch.eye(8, 4, dtype=torch.bool), "last.weight": torch.eye(3, 8, dtype=torch.bool)}
-quiet = {"progress": False}
+# Called with plain arguments: behind ``**options`` an interruption comes between the return and what is done with it.
 CALLS: dict[str, Callable[[Any, Any], Any]] = {
     "find_axes": lambda model, _: find_axes(model, X),
-    "plan_neurons": lambda model, _: plan_neurons(model, X, 0.5, **quiet),
-    "prune_neurons": lambda model, optimizer: prune_neurons(model, X, 0.5, optimizer=optimizer, **quiet),
-    "prune_neurons by magnitude": lambda model, _: prune_neurons(model, X, 0.5, importance="magnitude", **quiet),
-    "prune_neurons by masks": lambda model, _: prune_neurons(model, X, 0.5, mode="mask", **quiet),
+    "plan_neurons": lambda model, _: plan_neurons(model, X, 0.5, progress=False),
+    "prune_neurons": lambda model, optimizer: prune_neurons(model, X, 0.5, optimizer=optimizer, progress=False),
+    "prune_neurons by magnitude": lambda model, _: prune_neurons(model, X, 0.5, importance="magnitude", progress=False),
+    "prune_neurons by masks": lambda model, _: prune_neurons(model, X, 0.5, mode="mask", progress=False),
     "apply": lambda model, optimizer: PLAN["plan"].apply(model, optimizer) or True,
     "shrink": lambda model, optimizer: shrink(model, X, optimizer),
-    "prune_weights": lambda model, _: prune_weights(model, 0.5, **quiet),
-    "prune_weights wanda": lambda model, _: prune_weights(model, 0.5, importance="wanda", data=[X], **quiet),
-    "prune_weights sparsegpt": lambda model, _: prune_weights(model, 0.5, importance="sparsegpt", data=[X], **quiet),
+    "prune_weights": lambda model, _: prune_weights(model, 0.5, progress=False),
+    "prune_weights wanda": lambda model, _: prune_weights(model, 0.5, importance="wanda", data=[X], progress=False),
+    "prune_weights sparsegpt": lambda model, _: prune_weights(
+        model, 0.5, importance="sparsegpt", data=[X], progress=False
+    ),
     "scores": lambda model, _: importance.scores(model, [X], "saliency"),
     "count_macs": lambda model, _: measure.count_macs(model, X),
-    "distill": lambda model, _: distill(model, TEACHER, [X, X], epochs=3, validation=[X], **quiet),
+    "distill": lambda model, _: distill(model, TEACHER, [X, X], epochs=3, validation=[X], progress=False),
     "put": lambda model, _: masking.put(model, KEEP) or True,
     "bake": lambda model, _: masking.bake(model),
     "strip": lambda model, _: masking.strip(model),
@@ -206,7 +208,7 @@ def interrupted(name: str, sender: Sender, tries: int, twice: bool) -> dict[str,
     make = masked if name in MASKED else model_in_use
     call, rng = CALLS[name], random.Random(f"{name} {twice}")
     pristine = make()
-    PLAN.setdefault("plan", plan_neurons(pristine[0], X, 0.5, **quiet))
+    PLAN.setdefault("plan", plan_neurons(pristine[0], X, 0.5, progress=False))
     copies = copy.deepcopy(pristine)
     begin = time.perf_counter()
     call(*copies)
