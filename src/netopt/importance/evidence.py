@@ -67,6 +67,7 @@ def collect(
     *,
     data: Iterable[Batch] | None = None,
     loss_fn: Callable[[Any, Any], Tensor] | None = None,
+    named: Collection[str] | None = None,
     progress: bool = False,
 ) -> dict[str, Evidence]:
     """Collects evidence about weights of ``model``.
@@ -77,12 +78,14 @@ def collect(
         needs: Names among the attributes of :class:`Evidence`.
         data: Batches; read once, and not at all where nothing is needed.
         loss_fn: Of the model's result and a batch's targets; by default the ``loss`` the model itself returns.
+        named: Those that evidence is owed of, by default all: others are left out of the result where input norms are
+            needed and they were multiplied with nothing.
         progress: Whether to show a progress bar.
 
     Raises:
         MissingDataError: something is needed that takes data, or a loss, and there is none.
         NonFiniteError: a loss is NaN or infinite.
-        InvalidArgumentError: input norms are needed of a weight that was multiplied with nothing.
+        InvalidArgumentError: input norms are needed of weights that were multiplied with nothing; all are named.
     """
     if wanted is None:
         wanted = {name: place for name, place in places(model).items() if place.prunable}
@@ -97,6 +100,8 @@ def collect(
             log.enter_context(_ready(model, wanted, needs))
             seen = _Pass(model, wanted, frozenset(needs), loss_fn, sums)
             count = seen.run(data, progress)
+        if "input_norm" in needs:
+            wanted = _read(wanted, seen.squares, wanted if named is None else named)
         for name, place in wanted.items():
             if "input_norm" in needs:
                 sums[name]["input_norm"] = _norms(place, seen.squares[name])
@@ -234,13 +239,23 @@ class _Pass:
         self.sums[name][need] = value.detach() if known is None else known + value.detach()
 
 
+def _read(
+    wanted: Mapping[str, Place], squares: Mapping[str, Mapping[Matrix, Tensor]], named: Collection[str]
+) -> dict[str, Place]:
+    """The weights that were multiplied with something."""
+    missed = [name for name in wanted if not squares[name]]
+    owed = [name for name in missed if name in named]
+    if owed or len(missed) == len(wanted):
+        listed = ", ".join(map(repr, (owed or missed)[:8])) + (", ..." if len(owed or missed) > 8 else "")
+        raise InvalidArgumentError(
+            f"{listed} met no inputs in a matrix product, convolution or embedding on this data, "
+            "so the norm of its inputs is unknown; exclude what is listed, or choose another importance."
+        )
+    return {name: place for name, place in wanted.items() if squares[name]}
+
+
 def _norms(place: Place, squares: Mapping[Matrix, Tensor]) -> Tensor:
     """Returns the norm of what each entry of a weight was multiplied with, in whatever matrices it was."""
-    if not squares:
-        raise InvalidArgumentError(
-            f"{place.name!r} met no inputs in a matrix product, convolution or embedding on this data, "
-            "so its input norm is unknown; exclude it or choose another importance."
-        )
     like = place.parameter.detach()
     if len(squares) == 1:
         return next(matrix.spread(values.sqrt(), like) for matrix, values in squares.items())

@@ -256,7 +256,7 @@ class _Tally:
             self.seen.setdefault(key, []).append(kept)
             return
         before = self.seen[key].pop(0) if self.seen.get(key) else reading
-        if before.inputs.shape != reading.inputs.shape:
+        if not reading.pairs_with(before):
             # Another number of inputs found its way here than in the unpruned model: to an expert, for example.
             before = reading
         sums = self.sums[reading.name]

@@ -6,6 +6,7 @@ around the new value.
 
 from __future__ import annotations
 
+import types
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from netopt.errors import PlanMismatchError
-from netopt.surgery.tensors import step_into
+from netopt.surgery.tensors import may_step, step_into
 
 Path = tuple[Any, ...]
 """Module's dotted name ("" is the model), attribute, then items or attributes below it."""
@@ -38,23 +39,30 @@ def read(model: nn.Module, path: Path, modules: Mapping[str, nn.Module] | None =
         modules: Its modules by dotted name, if they are listed already.
 
     Raises:
-        PlanMismatchError: The model has nothing there.
+        PlanMismatchError: The model has nothing there, or something else than a plain value.
     """
     holder: Any = None
     try:
         holder = model.get_submodule(path[0]) if modules is None else modules[path[0]]
         for step in path[1:-1]:
             holder = step_into(holder, step)
-        return step_into(holder, path[-1]) if not _may_be_given(holder, path[-1]) else None
-    except (AttributeError, KeyError, IndexError, StopIteration, TypeError) as error:
+        found = step_into(holder, path[-1]) if not _may_be_given(holder, path[-1]) else None
+    except (AttributeError, KeyError, IndexError, StopIteration, TypeError, ValueError) as error:
         raise PlanMismatchError(f"the plan sets `{show(path)}`, which this {type(model).__name__} lacks") from error
+    if callable(found) or isinstance(found, (Tensor, types.ModuleType)):
+        raise PlanMismatchError(
+            f"the plan sets `{show(path)}`, which is no number of this {type(model).__name__} but a "
+            f"{type(found).__name__}"
+        )
+    return found
 
 
 def _may_be_given(holder: Any, step: Any) -> bool:
     """Whether this is an entry that a configuration, which takes any, lacks."""
     # A module is asked for an attribute it lacks by way of all its members.
     is_module = isinstance(holder, nn.Module)
-    return not is_module and hasattr(holder, "to_dict") and isinstance(step, str) and not hasattr(holder, step)
+    named = isinstance(step, str) and may_step(holder, step)
+    return not is_module and named and hasattr(holder, "to_dict") and not hasattr(holder, step)
 
 
 class Assignment:

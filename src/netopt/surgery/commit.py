@@ -223,6 +223,10 @@ def _replacements(
         built[id(tensor)] = (tensor, new)
     for name, factor in scales.items():
         tensor, new = _pending(model, name, built, named)
+        if isinstance(factor, Tensor) and not broadcasts(factor.shape, new.shape):
+            raise ShapeMismatchError(
+                f"the plan scales `{name}` by a factor of shape {tuple(factor.shape)}; it will have {tuple(new.shape)}"
+            )
         new.detach().mul_(factor.to(new.device) if isinstance(factor, Tensor) else factor)
         built[id(tensor)] = (tensor, new)
     for name, value in values.items():
@@ -234,6 +238,11 @@ def _replacements(
         new.detach().copy_(value)
         built[id(tensor)] = (tensor, new)
     return list(built.values())
+
+
+def broadcasts(shape: Sequence[int], to: Sequence[int]) -> bool:
+    """Whether a tensor of ``shape`` applies to one of shape ``to`` without making it larger."""
+    return len(shape) <= len(to) and all(one in (1, size) for one, size in zip(shape[::-1], to[::-1], strict=False))
 
 
 def _pending(
