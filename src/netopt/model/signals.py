@@ -22,6 +22,10 @@ from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
+from torch._C._functorch import (  # pyright: ignore[reportMissingModuleSource]
+    _vmap_decrement_nesting,
+    maybe_current_level,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -91,8 +95,8 @@ class UndoLog(Handlers):
     """An :class:`~contextlib.ExitStack` whose steps are all taken, last first, by whatever way it is left.
 
     Nothing stops it halfway. A step is recorded **before** its change, does nothing if that was not made, and may be
-    taken again. The thread's gradient mode is put back too, which an interruption on the way into ``torch.no_grad()``
-    would leave switched off.
+    taken again. The thread's modes are put back too, some of which an interruption on the way into ``torch.no_grad()``
+    or out of ``torch.vmap`` would leave switched off or on.
 
     Args:
         start: Called with the log when it is entered, with signals held back: what is to be recorded and changed first.
@@ -171,7 +175,7 @@ class UndoLog(Handlers):
         while True:
             try:
                 self.install()
-                self.callback(torch.set_grad_enabled, torch.is_grad_enabled())
+                self.callback(_thread_state())
                 if self._start is not None:
                     self._start(self)
             except BaseException as error:
@@ -225,6 +229,28 @@ class UndoLog(Handlers):
     def _deliver(self) -> None:
         while self._pending:
             signal.raise_signal(self._pending.pop())
+
+
+def _thread_state() -> Callable[[], None]:
+    """Notes the modes of this thread; what is returned leaves those that an interruption left entered."""
+    grad, level = torch.is_grad_enabled(), maybe_current_level()
+    stacks = [
+        (size, pop, size())
+        for size, pop in (
+            (torch._C._len_torch_dispatch_stack, partial(torch._C._pop_torch_dispatch_stack, None)),
+            (torch._C._len_torch_function_stack, torch._C._pop_torch_function_stack),
+        )
+    ]
+
+    def put_back() -> None:
+        for size, pop, before in stacks:
+            while size() > before:
+                pop()
+        while (maybe_current_level() or 0) > (level or 0):
+            _vmap_decrement_nesting()
+        torch.set_grad_enabled(grad)
+
+    return put_back
 
 
 def _ends(error: BaseException | None) -> tuple[Any, Any, Any]:
