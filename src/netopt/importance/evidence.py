@@ -21,7 +21,7 @@ from netopt.importance.inputs import InputWatch, Matrix, Reading, every_contract
 from netopt.model.parameters import Place, places
 from netopt.model.restore import restored
 
-__all__ = ["NEEDS", "Evidence", "collect", "samples"]
+__all__ = ["NEEDS", "Evidence", "collect", "missing_data", "samples"]
 
 NEEDS = ("grad", "grad_abs", "grad_sq", "output_grad_sq", "input_norm")
 OF_LOSS = frozenset({"grad", "grad_abs", "grad_sq"})
@@ -76,7 +76,8 @@ def collect(
         model: Run in eval mode, and given back as it was.
         wanted: The weights, as :func:`netopt.model.parameters.places` lists them; by default those pruned by default.
         needs: Names among the attributes of :class:`Evidence`.
-        data: Batches; read once, and not at all where nothing is needed.
+        data: Batches, in any form :func:`netopt.batches.iterate` takes; read once, and not at all where nothing is
+            needed.
         loss_fn: Of the model's result and a batch's targets; by default the ``loss`` the model itself returns.
         named: Those that evidence is owed of, by default all: others are left out of the result where input norms are
             needed and they were multiplied with nothing.
@@ -95,7 +96,7 @@ def collect(
     sums: dict[str, dict[str, Tensor]] = {name: {} for name in wanted}
     if needs:
         if data is None:
-            raise MissingDataError(f"this importance needs {', '.join(sorted(needs))}; pass data=, a list of batches.")
+            raise missing_data("this importance", needs, loss_fn)
         with restored(model) as log:
             log.enter_context(_ready(model, wanted, needs))
             seen = _Pass(model, wanted, frozenset(needs), loss_fn, sums)
@@ -107,6 +108,17 @@ def collect(
                 sums[name]["input_norm"] = _norms(place, seen.squares[name])
             sums[name] = _finished(place, sums[name], frozenset(needs), count)
     return {name: Evidence(name, place.value, sums[name]) for name, place in wanted.items()}
+
+
+def missing_data(what: str, needs: Collection[str], loss_fn: Any) -> MissingDataError:
+    """Returns the error for a criterion without data, which names all that it lacks."""
+    message = f"{what} needs {', '.join(sorted(needs))}; pass data=, batches or a dataset"
+    if loss_fn is None and OF_LOSS & set(needs):
+        message += (
+            ", and loss_fn=, a function of the model's result and the batch's targets, unless the model returns its "
+            "own loss"
+        )
+    return MissingDataError(f"{message}.")
 
 
 def samples(batch: Batch) -> Iterator[Batch]:

@@ -20,18 +20,18 @@ class Interruption(Handlers):
     Only where Python's own handler is installed, and in the main thread; elsewhere nothing changes.
 
     Attributes:
-        asked: Whether someone asked to stop.
+        requested: Whether someone asked to stop.
     """
 
     def __init__(self) -> None:
         super().__init__((signal.SIGINT,))
-        self.asked = False
+        self.requested = False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         """Notes the first, and lets the others through."""
-        if self.asked:
+        if self.requested:
             self.before[number](number, frame)
-        self.asked = True
+        self.requested = True
 
     def __enter__(self) -> Self:
         if users_handler(signal.SIGINT) is signal.default_int_handler:

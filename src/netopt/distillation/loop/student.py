@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from netopt.distillation.loss.hints import HintTerm, captured
 from netopt.distillation.loss.objective import Record
 from netopt.distillation.loss.outputs import Picker
-from netopt.distillation.loss.teachers import Asked, Forward
+from netopt.distillation.loss.teachers import Forward, Runner
 from netopt.errors import NetoptError
 from netopt.model.restore import Gradients, Snapshot
 from netopt.model.signals import UndoLog
@@ -45,19 +45,19 @@ class Trainee(nn.Module):
         self.projections = nn.ModuleDict(
             {str(place): hint.projection for place, hint in enumerate(hints) if hint.projection is not None}
         )
-        self._hints, self._asked = tuple(hints), Asked(student, forward, picker)
+        self._hints, self._run = tuple(hints), Runner(student, forward, picker)
         self._projected = {self._hints[int(place)].student: place for place in self.projections}
         self._seen: dict[str, Tensor] = {}
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
+    def hooked(self) -> Iterator[None]:
         """Lets the layers the hints name be heard."""
         with captured(self.student, [hint.student for hint in self._hints]) as self._seen:
             yield
 
     def forward(self, batch: Any) -> tuple[Tensor, Mapping[str, Tensor]]:
         """Returns the student's output and its hints' activations, projected."""
-        output, seen = self._asked(batch, self._seen)
+        output, seen = self._run(batch, self._seen)
         if not self._projected:
             return output, seen
         features = dict(seen)
@@ -67,7 +67,7 @@ class Trainee(nn.Module):
 
     def record(self, batch: Any) -> Record:
         """Returns what the student says to ``batch``, unprojected."""
-        return self._asked(batch, self._seen)
+        return self._run(batch, self._seen)
 
 
 def modes(student: nn.Module) -> dict[nn.Module, bool]:

@@ -105,7 +105,7 @@ class Validation:
             held[1] += more
 
     def _values(self, output: Tensor, batch: Any) -> Tensor:
-        wanted = self.targets.labels_of(batch, positions_of(output.shape))
+        wanted = self.targets.labelling.of(batch, positions_of(output.shape))
         if wanted is None:
             raise MissingDataError(f"metric {self.name!r} needs targets and a validation batch has none.")
         wanted = wanted.to(output.device)
