@@ -162,17 +162,21 @@ class UndoLog(Handlers):
         failures = self._undo(error)
         try:
             self.remove()
+            self._holds = False  # whoever has set a handler in front meanwhile still calls this one
             self._deliver()  # for what is kept this is the last place where a signal can come
         except BaseException as signalled:
+            self._holds = True
             self.install()
             self._undo(signalled)
             self.remove()
+            self._holds = False
             raise
         if failures:
             raise failures[0]
 
     def __enter__(self) -> Self:
         while True:
+            self._holds = True
             try:
                 self.install()
                 self.callback(_thread_state())
@@ -227,8 +231,9 @@ class UndoLog(Handlers):
         return False
 
     def _deliver(self) -> None:
-        while self._pending:
-            signal.raise_signal(self._pending.pop())
+        pending, self._pending = self._pending, []
+        for number in pending:
+            signal.raise_signal(number)
 
 
 def _thread_state() -> Callable[[], None]:
