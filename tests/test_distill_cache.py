@@ -21,11 +21,24 @@ class Counting(nn.Module):
 
     def __init__(self, classes: int = 5, scale: float = 1.0) -> None:
         super().__init__()
-        self.body, self.asked, self.scale = nn.Linear(6, classes), 0, scale
+        self.body, self.scale = nn.Linear(6, classes), scale
+        self.asked = 0
+
+    @property
+    def asked(self) -> int:
+        return COUNTS.get(id(self), 0)
+
+    @asked.setter
+    def asked(self, value: int) -> None:
+        COUNTS[id(self)] = value
 
     def forward(self, x):
         self.asked += len(x)
         return self.body(x) * self.scale
+
+
+# Of each teacher; one is given back with its attributes as they were.
+COUNTS: dict[int, int] = {}
 
 
 def student(classes: int = 5) -> nn.Module:

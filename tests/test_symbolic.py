@@ -25,7 +25,7 @@ from netopt.axes.layout import Atom
 from netopt.axes.literals import Literal, remembering_literals
 from netopt.axes.tracing.attributes import remembered
 from netopt.errors import ForwardError
-from netopt.model.attributes import Attributes
+from netopt.model.restore import Snapshot
 from netopt.prune import prune_neurons
 from netopt.symbolic import (
     AttributeRef,
@@ -492,7 +492,7 @@ def test_every_integer_is_lent_with_its_place_and_given_back():
     model, constraints = Holder(), Constraints()
     before = numbers(model)
     parts = list(model.named_modules())
-    attributes = Attributes(parts)
+    attributes = Snapshot(model)
     with attributes.in_mode(model, training=False), remembered(parts, attributes, constraints):
         lent = {
             one.expression.key.path
@@ -534,7 +534,7 @@ def test_integers_are_given_back_after_an_error():
     model = Holder()
     before = numbers(model)
     parts = list(model.named_modules())
-    attributes = Attributes(parts)
+    attributes = Snapshot(model)
     with (
         pytest.raises(KeyError),
         attributes.in_mode(model, training=False),

@@ -22,6 +22,7 @@ from netopt.errors import InvalidArgumentError
 from netopt.flops import EXTRA
 from netopt.model.parameters import count_nonzero
 from netopt.model.restore import restored
+from netopt.model.signals import UndoLog
 from netopt.model.view import ModelView
 
 __all__ = [
@@ -154,10 +155,12 @@ def count_macs(model: nn.Module, inputs: Inputs) -> int:
         6912
     """
     counter = FlopCounterMode(display=False, custom_mapping=EXTRA)
-    with restored(model), torch.no_grad(), _separate_operations():
+    with restored(model) as log:
+        log.enter_context(torch.no_grad(), _separate_operations())
         # The counter's hooks stumble over views of parameters that ask for gradients.
         model.eval().requires_grad_(False)
-        with counter:
+        with UndoLog() as counting:
+            counting.enter_context(counter)
             batches.call(model, inputs)
     return int(counter.get_total_flops()) // 2
 
@@ -192,7 +195,8 @@ def latencies(models: Sequence[nn.Module], inputs: Inputs, repeats: int = 30, wa
     if repeats < 1:
         raise InvalidArgumentError(f"repeats must be at least 1, not {repeats}.")
     seconds: list[list[float]] = [[] for _ in models]
-    with restored(*models), torch.no_grad():
+    with restored(*models) as log:
+        log.enter_context(torch.no_grad())
         for model in models:
             model.eval()
             for _ in range(warmup):

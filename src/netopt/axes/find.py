@@ -35,8 +35,10 @@ from netopt.axes.tracing.sizes import SizeTracer
 from netopt.axes.tracing.unrouted_experts import twins_substituted, unreached
 from netopt.batches import Inputs
 from netopt.errors import ArgumentTypeError, ForwardError, InvalidArgumentError
-from netopt.model.attributes import Attributes, Parts
-from netopt.model.restore import preserve_gradients, preserve_random_state, preserve_values
+from netopt.model.attributes import Parts
+from netopt.model.restore import Snapshot, random_state
+from netopt.model.signals import UndoLog
+from netopt.model.view import ModelView
 
 Outputs: TypeAlias = "str | Sequence[str] | Callable[..., Any] | None"
 
@@ -70,22 +72,22 @@ def find_axes(model: nn.Module, example_inputs: Inputs, *, outputs: Outputs = No
     """
     if not isinstance(model, nn.Module):
         raise ArgumentTypeError(f"model must be a torch.nn.Module, not {type(model).__name__}.")
-    parts = list(model.named_modules())
-    attributes = Attributes(parts)
-    trace = DimTracer(*attributes.tensors())
-    try:
-        with ExitStack() as borrowed:
-            for context in (
+    view = ModelView(model)
+    parts = view.parts
+    attributes = Snapshot(view)
+    with UndoLog() as tracing:
+        trace = tracing.enter_context(_forgotten(*attributes.tensors()))
+        with UndoLog() as log:
+            log.callback(random_state())
+            log.callback(attributes.put_back)
+            attributes.gradients.set_aside()
+            log.enter_context(
                 _collection_paused(),
-                preserve_random_state(),
-                preserve_gradients([trace.members[name] for name in trace.parameters]),
-                preserve_values(one for _, module in parts for one in module._buffers.values() if one is not None),
                 _plain_kernels(),
                 torch.inference_mode(False),
                 torch.no_grad(),
                 _fake_mode(trace.members.values()),
-            ):
-                borrowed.enter_context(context)
+            )
             trace.inputs(leaf for leaf in tree_iter(batches.normalize(example_inputs)) if isinstance(leaf, Tensor))
             _freeze_scripted(parts, trace)
             results: list[tuple[Layout, ...]] = []
@@ -124,24 +126,20 @@ def find_axes(model: nn.Module, example_inputs: Inputs, *, outputs: Outputs = No
             _mark_unfollowed(trace)
         trace.settle()
         return Axes(trace, readings, results)
-    finally:
-        trace.constraints.close()
-        trace.forget()
 
 
 def _run(
-    model: nn.Module, parts: Parts, attributes: Attributes, inputs: Inputs, tracer: SizeTracer, outputs: Outputs
+    model: nn.Module, parts: Parts, attributes: Snapshot, inputs: Inputs, tracer: SizeTracer, outputs: Outputs
 ) -> list[tuple[Layout, ...]]:
     """One traced forward; the layouts of the results that count."""
     trace = tracer.trace
-    with (
-        remembered(parts, attributes, trace.constraints) if tracer.symbolic else contextlib.nullcontext(),
-        remembering_literals(parts),
-        memos_passed_by(),
-        warnings.catch_warnings(),
-    ):
+    with UndoLog() as log:
+        if tracer.symbolic:
+            log.enter_context(remembered(parts, attributes, trace.constraints))
+        log.enter_context(remembering_literals(parts), memos_passed_by(), warnings.catch_warnings())
         warnings.simplefilter("ignore")  # such as those that a run without gradients alone gives
-        with trace, tracer:
+        with UndoLog() as modes:
+            modes.enter_context(trace, tracer)
             result = batches.call(model, inputs)
         counted = counted_outputs(result, outputs)
         trace.reach(counted)
@@ -170,6 +168,17 @@ def counted_outputs(result: Any, outputs: Outputs) -> list[Tensor]:
             raise InvalidArgumentError(f"outputs={name!r} names no result of the forward; there are {paths}.")
         chosen.extend(found)
     return chosen
+
+
+@contextmanager
+def _forgotten(members: dict[str, Tensor], parameters: frozenset[str]) -> Iterator[DimTracer]:
+    """A trace of these tensors, whose notes are taken off them in the end."""
+    trace = DimTracer(members, parameters)
+    try:
+        yield trace
+    finally:
+        trace.constraints.close()
+        trace.forget()
 
 
 @contextmanager

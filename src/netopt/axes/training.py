@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_iter
 from netopt.axes.layout import Layout, atoms, unify
 from netopt.axes.operation import Dim
 from netopt.axes.tracing.dims import DimTracer
-from netopt.model.attributes import COMMON, NUMBERS, attributes_given_back, is_configuration, is_library
-from netopt.model.restore import version_of
+from netopt.model.attributes import COMMON, NUMBERS, is_configuration, is_library
+from netopt.model.restore import Snapshot, version_of
 from netopt.symbolic import DimSize, SymbolicFloat, SymbolicInt, leaves, plain
 
 __all__ = ["Trials", "is_small"]
@@ -176,14 +176,16 @@ def _is_alike(trace: DimTracer, module: nn.Module, args: tuple[Any, ...], kwargs
     given = [leaf for leaf in tree_iter((args, kwargs)) if isinstance(leaf, Tensor)]
     versions, marks = list(map(version_of, given)), trace.marks
     parts = list(module.named_modules())
-    with attributes_given_back(parts):
+    snapshot = Snapshot(module, values=False)
+    try:
         for _, part in parts:
             vars(part)["training"] = True
-        try:
-            trained = module.forward(*args, **kwargs)
-        except Exception:
-            # As batch norm fails in training mode on a single value; what the whole model does there is seen then.
-            return False
+        trained = module.forward(*args, **kwargs)
+    except Exception:
+        # As batch norm fails in training mode on a single value; what the whole model does there is seen then.
+        return False
+    finally:
+        snapshot.put_back_attributes()
     tensors = isinstance(result, Tensor) and isinstance(trained, Tensor)
     if not tensors or versions != list(map(version_of, given)):
         return False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from netopt.distillation.data.sources import Drawn, Sampling, Source, seed_all, 
 from netopt.distillation.loop.checkpoint import Checkpoint
 from netopt.distillation.loop.dry_run import Lesson, check_finite, check_student, dry_run
 from netopt.distillation.loop.engines import engine_for, precision
+from netopt.distillation.loop.interrupts import Interruption
 from netopt.distillation.loop.loop import Loop
 from netopt.distillation.loop.optimizing import (
     OptimizerLike,
@@ -27,7 +27,7 @@ from netopt.distillation.loop.optimizing import (
     optimizers_for,
     scheduler_for,
 )
-from netopt.distillation.loop.student import Trainee, lent, modes, undone_on_error
+from netopt.distillation.loop.student import Trainee, lend, modes, undo_on_error
 from netopt.distillation.loop.validation import Metric, Validation
 from netopt.distillation.loss.cache import Cache, TeacherCache, cache_for
 from netopt.distillation.loss.hints import Hints, hint_terms
@@ -40,6 +40,7 @@ from netopt.distillation.report import DistillationReport
 from netopt.distillation.settings import Data, Goal, Run, Schedule, pair
 from netopt.errors import InvalidArgumentError
 from netopt.model.restore import restored
+from netopt.model.signals import UndoLog
 
 __all__ = ["distill"]
 
@@ -154,7 +155,8 @@ def distill(
         >>> report.stopped, report.steps, report.loss < 1e-3
         ('finished', 160, True)
     """
-    with ExitStack() as stack:
+    with UndoLog() as stack:
+        interruption = stack.enter_context(Interruption())
         setup = _Setup(
             student,
             teacher,
@@ -170,7 +172,7 @@ def distill(
         trainee, first = setup.dry_run(lesson, next(drawn, None), stack)
         stepper = setup.stepper(trainee, lesson, stack)
         loop = Loop(trainee, lesson, stepper, setup.schedule, setup.run, setup.saved)
-        report = loop.run(chain(first, drawn), states)
+        report = loop.run(chain(first, drawn), states, interruption)
         setup.finish(report)
         return report
 
@@ -193,25 +195,25 @@ class _Setup:
         self.machine = engine_for(run.engine, student, precision(run.amp))
         self.saved: Checkpoint | None = None
 
-    def open_checkpoint(self, stack: ExitStack) -> None:
+    def open_checkpoint(self, stack: UndoLog) -> None:
         """Takes the checkpoint's file for this call alone, and reads it if there is a run to take up."""
         if self.run.checkpoint is None:
             return
         self.saved = Checkpoint(self.run.checkpoint, self.run.checkpoint_every)
         self.saved.open(stack, self.machine, self.run.resume)
 
-    def borrow(self, stack: ExitStack) -> None:
+    def borrow(self, stack: UndoLog) -> None:
         """Enters the contexts that give everything back, and puts the student into the modes it learns in."""
         own = self.schedule.optimizer if isinstance(self.schedule.optimizer, Optimizer) else None
         stack.enter_context(restored(*self.teachers))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(undone_on_error(self.student, own, self.schedule.scheduler))
-        stack.enter_context(lent(self.student, own))
+        undo_on_error(stack, self.student, own, self.schedule.scheduler)
+        lend(stack, self.student, own)
         for part, flag in modes(self.student).items():
             part.training = flag
 
-    def lesson(self, stack: ExitStack) -> Lesson:
+    def lesson(self, stack: UndoLog) -> Lesson:
         """Returns the data, what the student should return, the loss, and the validation."""
         if self.run.seed is not None:
             seed_all(self.run.seed)
@@ -231,7 +233,7 @@ class _Setup:
         stack.enter_context(targets.hooked())
         return Lesson(found, targets, self.objective, self._validation(targets, how))
 
-    def _source(self, how: Sampling, stack: ExitStack) -> tuple[Source, TeacherCache | None]:
+    def _source(self, how: Sampling, stack: UndoLog) -> tuple[Source, TeacherCache | None]:
         """Returns where batches come from, and what keeps the teachers' outputs if that is wanted."""
         steps = self.schedule.steps
         kept = cache_for(self.data.cache, None if self.saved is None else self.saved.cache)
@@ -240,7 +242,7 @@ class _Setup:
         again = not once if steps is None else not 0 < steps <= len(found)
         return found, self._cache(kept, found, stack) if kept and (again or self.data.cache != "auto") else None
 
-    def _cache(self, kept: Cache, found: Source, stack: ExitStack) -> TeacherCache:
+    def _cache(self, kept: Cache, found: Source, stack: UndoLog) -> TeacherCache:
         """Returns the cache, which ``stack`` closes; processes on one machine share it, where samples have indices."""
         first, about = self.machine.rank == 0, {}
         folder = self.machine.shared_folder() if found.samples and kept.path is None else None
@@ -277,7 +279,7 @@ class _Setup:
         states = [one.get_state() for one in generators]
         return states, found.begin(*((0, 0) if self.saved is None else self.saved.place))
 
-    def dry_run(self, lesson: Lesson, first: Drawn | None, stack: ExitStack) -> tuple[Trainee, list[Drawn]]:
+    def dry_run(self, lesson: Lesson, first: Drawn | None, stack: UndoLog) -> tuple[Trainee, list[Drawn]]:
         """Returns the student ready to be trained, after one batch has been through everything; and that batch."""
         (forward, _), (picker, _), hints = self.goal.forward, self.goal.output, self.objective.hints
         if first is not None:
@@ -290,7 +292,7 @@ class _Setup:
             lesson.validation.dry_run(trainee)
         return trainee, [] if first is None else [first]
 
-    def stepper(self, trainee: Trainee, lesson: Lesson, stack: ExitStack) -> Stepper:
+    def stepper(self, trainee: Trainee, lesson: Lesson, stack: UndoLog) -> Stepper:
         """Returns the optimizers and schedulers, and the engine they step in."""
         optimizers = optimizers_for(self.schedule.optimizer, self.schedule.lr, trainee, self.teachers)
         stack.enter_context(fused(optimizers))

@@ -26,6 +26,7 @@ from netopt.importance.evidence import _ready
 from netopt.model.calls import Call, CallNames
 from netopt.model.parameters import places
 from netopt.model.restore import restored
+from netopt.model.signals import UndoLog
 
 __all__ = ["Saliency", "Tap", "activations", "recordable", "saliency"]
 
@@ -128,7 +129,8 @@ def saliency(
         Optimal Brain Damage (LeCun et al., 1989) for derivatives as importance; Hutchinson's estimator (1990) for the
         random signs.
     """
-    with restored(model), _differentiable(model):
+    with restored(model) as log:
+        log.enter_context(_differentiable(model))
         run = _Differentiation(
             model, taps, sizes, outputs=outputs or _outputs, exact=exact_outputs, error=relative_error
         )
@@ -151,9 +153,11 @@ def activations(
     """
     sums = {name: torch.zeros(size, dtype=torch.float64) for name, size in sizes.items()}
     seen = {name: torch.zeros(size, dtype=torch.float64) for name, size in sizes.items()}
-    with restored(model), torch.no_grad(), _ready(model, {}, ("input_norm",)):
+    with restored(model) as log:
+        log.enter_context(torch.no_grad(), _ready(model, {}, ("input_norm",)))
         for batch in tqdm(batches.iterate(data), desc="activations", disable=not progress, leave=False):
-            with _Readings(model, taps, gradients=False) as readings:
+            with UndoLog() as reading:
+                readings = reading.enter_context(_Readings(model, taps, gradients=False))
                 batches.feed(model, batch)
             for name, tensor, dim, positions in readings.tensors:
                 size = tensor.numel() // max(tensor.shape[dim], 1)
@@ -289,7 +293,8 @@ class _Differentiation:
 
     def _forward(self, inputs: Any) -> tuple[_Readings, list[Tensor]]:
         inputs = recordable(inputs)
-        with _Readings(self.model, self.taps, gradients=True) as readings:
+        with UndoLog() as log:
+            readings = log.enter_context(_Readings(self.model, self.taps, gradients=True))
             result = batches.feed(self.model, inputs if not isinstance(inputs, (tuple, list)) else (inputs, None))
             found = [tensor for tensor in self.outputs(result) if tensor.requires_grad]
         return readings, found

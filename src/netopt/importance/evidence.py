@@ -97,7 +97,8 @@ def collect(
     if needs:
         if data is None:
             raise missing_data("this importance", needs, loss_fn)
-        with restored(model), _ready(model, wanted, needs):
+        with restored(model) as log:
+            log.enter_context(_ready(model, wanted, needs))
             seen = _Pass(model, wanted, frozenset(needs), loss_fn, sums)
             count = seen.run(data, progress)
         if "input_norm" in needs:

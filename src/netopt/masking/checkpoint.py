@@ -13,7 +13,7 @@ from netopt.errors import MaskError, ShapeMismatchError
 from netopt.masking.lifecycle import adopt, strip
 from netopt.masking.lifecycle import masks as masks_of
 from netopt.masking.saving import dense, pairs
-from netopt.masking.undo import all_or_nothing, values_undone_on_error
+from netopt.masking.undo import all_or_nothing, note_values
 from netopt.model.parameters import places
 
 __all__ = ["load_state_dict", "state_dict"]
@@ -77,7 +77,8 @@ def load_state_dict(
             mask = _from_zeros(value)
         if mask is not None:
             own[name] = mask.view(place.parameter.shape).to(place.parameter.device)
-    with all_or_nothing(model), values_undone_on_error(model.state_dict(keep_vars=True)):
+    with all_or_nothing(model) as log:
+        note_values(log, model.state_dict(keep_vars=True))
         strip(model)
         model.load_state_dict(plain, strict=False)
         adopt(model, dict(own))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from netopt.errors import ArgumentTypeError, ShapeMismatchError, UnknownNameError
 from netopt.masking.method import dress, save_dense, undress
-from netopt.masking.undo import all_or_nothing, zeroed
+from netopt.masking.undo import all_or_nothing, write_zeros
 from netopt.model.parameters import Place, places
 
 __all__ = ["Sparsity", "adopt", "bake", "masks", "put", "sparsity", "strip"]
@@ -100,7 +100,8 @@ def _take_off(model: nn.Module, zero: bool) -> dict[str, Tensor]:
     masked = {name: place for name, place in places(model).items() if place.mask is not None}
     taken = {name: place.mask.bool() for name, place in masked.items() if place.mask is not None}
     dropped = ((place.parameter, ~taken[name]) for name, place in masked.items() if zero)
-    with all_or_nothing(model), zeroed(dropped):
+    with all_or_nothing(model) as log:
+        write_zeros(log, dropped)
         for place in masked.values():
             for module, attribute in place.owners:
                 undress(module, attribute)

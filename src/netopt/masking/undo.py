@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["all_or_nothing", "values_undone_on_error", "zeroed"]
+from netopt.model.signals import UndoLog
+
+__all__ = ["all_or_nothing", "note_values", "write_zeros"]
 
 TABLES = ("_parameters", "_buffers", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
 
@@ -39,49 +40,42 @@ class _Form:
         vars(module).update(self.own)
 
 
-@contextlib.contextmanager
-def all_or_nothing(model: nn.Module) -> Iterator[None]:
+def all_or_nothing(model: nn.Module) -> UndoLog:
     """Gives ``model`` its classes, names and hooks back if the block fails."""
-    forms = [_Form(module) for module in model.modules()]
-    try:
-        yield
-    except BaseException:
-        for form in forms:
-            form.restore()
-        raise
+
+    def start(log: UndoLog) -> None:
+        for form in [_Form(module) for module in model.modules()]:
+            log.callback(form.restore, on=BaseException)
+
+    return UndoLog(start)
 
 
-@contextlib.contextmanager
-def zeroed(dropped: Iterable[tuple[nn.Parameter, Tensor]]) -> Iterator[None]:
-    """Writes zeros where a mask is true; the values that were there come back if that or the block fails."""
-    hidden: list[tuple[nn.Parameter, Tensor, Tensor]] = []
-    try:
-        for parameter, gone in dropped:
-            values = parameter.detach()
-            # What is no plain tensor (sharded, for example) need not know how to pick entries.
-            is_plain = type(parameter) is nn.Parameter
-            hidden.append((parameter, gone, values[gone] if is_plain else values.clone()))
-            with torch.no_grad():
-                parameter.masked_fill_(gone, 0)
-        yield
-    except BaseException:
+def write_zeros(log: UndoLog, dropped: Iterable[tuple[nn.Parameter, Tensor]]) -> None:
+    """Writes zeros where a mask is true; the values that were there come back if the log's block fails."""
+    for parameter, gone in dropped:
+        values = parameter.detach()
+        # What is no plain tensor (sharded, for example) need not know how to pick entries.
+        is_plain = type(parameter) is nn.Parameter
+        log.callback(_write, parameter, gone, values[gone] if is_plain else values.clone(), on=BaseException)
         with torch.no_grad():
-            for parameter, gone, values in hidden:
-                if values.shape == parameter.shape:
-                    parameter.copy_(values)
-                else:
-                    parameter[gone] = values
-        raise
+            parameter.masked_fill_(gone, 0)
 
 
-@contextlib.contextmanager
-def values_undone_on_error(tensors: Mapping[str, Any]) -> Iterator[None]:
-    """Gives tensors their values back if the block fails."""
-    kept = [(one, one.detach().clone()) for one in tensors.values() if isinstance(one, Tensor) and not one.is_meta]
-    try:
-        yield
-    except BaseException:
-        with torch.no_grad():
-            for tensor, values in kept:
-                tensor.detach().copy_(values)
-        raise
+def _write(parameter: nn.Parameter, gone: Tensor, values: Tensor) -> None:
+    with torch.no_grad():
+        if values.shape == parameter.shape:
+            parameter.copy_(values)
+        else:
+            parameter[gone] = values
+
+
+def note_values(log: UndoLog, tensors: Mapping[str, Any]) -> None:
+    """Has tensors given their values back if the log's block fails."""
+    for one in tensors.values():
+        if isinstance(one, Tensor) and not one.is_meta:
+            log.callback(_copy, one, one.detach().clone(), on=BaseException)
+
+
+def _copy(tensor: Tensor, values: Tensor) -> None:
+    with torch.no_grad():
+        tensor.detach().copy_(values)

@@ -19,6 +19,7 @@ from netopt.errors import ArgumentTypeError, InvalidArgumentError, UnknownNameEr
 from netopt.importance import Importance, lookup
 from netopt.importance.activations import recordable
 from netopt.importance.neurons import NeuronScores, neuron_scores
+from netopt.masking.undo import all_or_nothing
 from netopt.model.view import ModelView
 from netopt.plan import Plan
 from netopt.plan.build import make_plan
@@ -153,8 +154,9 @@ def prune_neurons(
         )
 
     if mode == "mask":
-        masking.put(model, _parameter_masks(model, plan))
-        return report()
+        with all_or_nothing(model):
+            masking.put(model, _parameter_masks(model, plan))
+            return report()
     operation = plan.prepare(held, optimizers)
     if not verify:
         return operation.run(lambda: report(full))

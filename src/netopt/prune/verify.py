@@ -146,7 +146,8 @@ def zeroed(tensor: Tensor, cuts: Mapping[int, Tensor]) -> Tensor:
 def run(model: nn.Module, inputs: Inputs, counted: Counted) -> list[Tensor]:
     """The outputs that count, in eval mode and without gradients; the model is given back as it was."""
     # A masked row divided by its own length is no number, which the fused kernel makes one of in short sequences.
-    with restored(model), sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+    with restored(model) as log:
+        log.enter_context(sdpa_kernel(SDPBackend.MATH), torch.no_grad())
         return [tensor.detach().clone() for tensor in counted(batches.call(model.eval(), inputs))]
 
 

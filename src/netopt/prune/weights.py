@@ -114,21 +114,21 @@ def prune_weights(
     nonzero = {name: place.nonzero for name, place in known.items()}
     before = _cost(model, nonzero)
     masks: dict[str, Tensor] = {}
-    if solves:
-        requests = _requests(wanted, amount, shape, scope, threshold)
-        parts = [(list(group), request) for group, request in requests]
-        masks = reconstruct(model, wanted, data, cast("Importance", importance), parts, progress=progress)
-    else:
-        named = [name for name, place in wanted.items() if _is_named(place, include)]
-        score, unread = _scorer(
-            model, wanted, named, importance=importance, data=data, loss_fn=loss_fn, progress=progress
-        )
-        passed = dict.fromkeys(unread, "met no inputs on this data")
-        wanted = {name: place for name, place in wanted.items() if name not in unread}
-        for group, request in _requests(wanted, amount, shape, scope, threshold):
-            masks |= decide(group, score, request)
-        _check_norms(wanted, masks)
-    with all_or_nothing(model):
+    with all_or_nothing(model) as log:
+        if solves:
+            requests = _requests(wanted, amount, shape, scope, threshold)
+            parts = [(list(group), request) for group, request in requests]
+            masks = reconstruct(model, wanted, data, cast("Importance", importance), parts, log=log, progress=progress)
+        else:
+            named = [name for name, place in wanted.items() if _is_named(place, include)]
+            score, unread = _scorer(
+                model, wanted, named, importance=importance, data=data, loss_fn=loss_fn, progress=progress
+            )
+            passed = dict.fromkeys(unread, "met no inputs on this data")
+            wanted = {name: place for name, place in wanted.items() if name not in unread}
+            for group, request in _requests(wanted, amount, shape, scope, threshold):
+                masks |= decide(group, score, request)
+            _check_norms(wanted, masks)
         adopt(model, masks)
         again = places(model)
         left = nonzero | {name: again[name].nonzero for name in wanted}

@@ -12,31 +12,32 @@ from __future__ import annotations
 import functools
 import operator
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
 
-from netopt.model.attributes import COMMON, DEPTH, OPAQUE, SIMPLE, Attributes, Own, Parts, is_configuration, is_library
+from netopt.model.attributes import COMMON, DEPTH, OPAQUE, SIMPLE, Own, Parts, is_configuration, is_library
+from netopt.model.restore import Snapshot
+from netopt.model.signals import UndoLog
 from netopt.symbolic import AttributeRef, Constraints, SymbolicInt
 
 _TORCH_OWN = frozenset(COMMON) | {"call_super_init", "dump_patches"}
 
 
-@contextmanager
-def remembered(parts: Parts, attributes: Attributes, constraints: Constraints) -> Iterator[None]:
+def remembered(parts: Parts, attributes: Snapshot, constraints: Constraints) -> UndoLog:
     """Replaces every integer above 1 that modules hold by one that remembers its place, and puts all back.
 
     What modules hold in attributes of their own is put back by ``attributes``, when its mode is left.
     """
-    loan = _Loan(constraints)
-    try:
+
+    def start(log: UndoLog) -> None:
+        loan = _Loan(constraints)
+        log.callback(loan.give_back)
         for (name, module), own in zip(parts, attributes.own, strict=True):
             loan.module(module, name, own)
-        yield
-    finally:
-        loan.give_back()
+
+    return UndoLog(start)
 
 
 def _put_back(container: Any, key: Any, value: Any) -> None:

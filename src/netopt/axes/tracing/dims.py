@@ -23,7 +23,7 @@ from netopt.axes.operation import Dim, Dims, Mark, Operation, find_rule
 from netopt.errors import TraceError
 from netopt.flops import formula
 from netopt.model.attributes import NUMBERS
-from netopt.model.copy_on_write import Writes, storage_of
+from netopt.model.restore import CopyOnWrite, storage_of
 from netopt.symbolic import Constraints, calling_line, plain
 
 _serial = itertools.count()
@@ -181,7 +181,7 @@ class DimTracer(TorchDispatchMode):
         self._marks: list[Mark] = []
         self._marked: list[Tensor] = []
         self._dirty: dict[int, Any] = {}
-        self.writes = Writes([members[name] for name in parameters])
+        self.writes = CopyOnWrite([members[name] for name in parameters])
         for name, tensor in members.items():
             zero = tensor.is_floating_point() or tensor.is_complex()
             vars(tensor)[self._note] = _Known([Dim(Atom(size), zero) for size in tensor.shape], data=False, source=name)

@@ -14,7 +14,7 @@ import glob
 import random
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,7 @@ from netopt.distillation.loop import shards
 from netopt.distillation.loop.checksums import checksums, difference
 from netopt.distillation.report import Epoch
 from netopt.errors import CheckpointError, NetoptError, PlanMismatchError
+from netopt.model.signals import UndoLog
 
 if TYPE_CHECKING:
     from netopt.distillation.loop.engines import Engine
@@ -50,7 +51,7 @@ class Checkpoint:
         self.path, self.every = Path(path), every
         self.found: dict[str, Any] | None = None
 
-    def open(self, stack: ExitStack, engine: Engine, resume: bool) -> None:
+    def open(self, stack: UndoLog, engine: Engine, resume: bool) -> None:
         """Takes the file for this run alone, until ``stack`` is left, and reads it if there is a run to ``resume``.
 
         Raises:
@@ -221,7 +222,7 @@ class Checkpoint:
             "state": state,
             "stopped": "finished" if loop.stopped == "interrupted" else loop.stopped,
             "cache": None if loop.targets.cache is None else loop.targets.cache.state(),
-            "best": None if loop.best is None else loop.best.values(),
+            "best": loop.best,
             "ranks": ranks,
             "shards": None,
         }

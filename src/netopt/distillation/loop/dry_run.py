@@ -17,7 +17,7 @@ from netopt.distillation.loss.outputs import check_shapes
 from netopt.distillation.loss.targets import Targets
 from netopt.distillation.loss.teachers import Shared, local
 from netopt.errors import ArgumentTypeError, InvalidArgumentError, NonFiniteError
-from netopt.model.restore import preserve_random_state, restored
+from netopt.model.restore import restored
 
 __all__ = ["Lesson", "check_finite", "check_student", "dry_run"]
 
@@ -48,7 +48,8 @@ def dry_run(trainee: Trainee, lesson: Lesson, first: Drawn, shared: Sequence[Seq
         InvalidArgumentError: a teacher reads what training would change, or a model returns several outputs.
     """
     targets, objective = lesson.targets, lesson.objective
-    with preserve_random_state(), torch.no_grad(), restored(trainee.student, rng=False):
+    with restored(trainee.student) as log:
+        log.enter_context(torch.no_grad())
         batch, target = targets.prepare(first, train=False)
         targets.check_apart(first.batch, shared)
         with trainee.hooked(), targets.engine.autocast():

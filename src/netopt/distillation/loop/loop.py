@@ -17,9 +17,9 @@ from netopt.distillation.data.sources import Drawn
 from netopt.distillation.loop.checkpoint import Checkpoint
 from netopt.distillation.loop.dry_run import Lesson
 from netopt.distillation.loop.engines import Engine
-from netopt.distillation.loop.interrupts import Interruption, graceful
+from netopt.distillation.loop.interrupts import Interruption
 from netopt.distillation.loop.optimizing import Stepper
-from netopt.distillation.loop.student import Snapshot, Trainee
+from netopt.distillation.loop.student import Trainee, copy_values, put_values
 from netopt.distillation.loss.objective import Objective, Target
 from netopt.distillation.report import DistillationReport, Epoch
 from netopt.distillation.settings import Run, Schedule
@@ -76,24 +76,24 @@ class Loop:
         self.spare: Drawn | None = None
         self.generators: list[Tensor] = []
         self.state = State()
-        self.best: Snapshot | None = None
+        self.best: dict[str, Tensor] | None = None
         self.began = time.perf_counter()
         self.meter = _Meter(self.engine.device, self.objective)
         self.interruption = Interruption()
         self.stopped = "finished"
 
-    def run(self, first: Iterator[Drawn], generators: list[Tensor]) -> DistillationReport:
+    def run(self, first: Iterator[Drawn], generators: list[Tensor], interruption: Interruption) -> DistillationReport:
         """Trains until there is a reason to stop.
 
         Args:
             first: The first epoch, begun already.
             generators: States of the caller's generators where it began.
+            interruption: Whether someone asked to stop.
         """
-        self.generators = generators
-        with graceful() as self.interruption:
-            if self.checkpoint is not None:
-                self.checkpoint.restore(self)
-            self._train(first)
+        self.generators, self.interruption = generators, interruption
+        if self.checkpoint is not None:
+            self.checkpoint.restore(self)
+        self._train(first)
         return self._report()
 
     def _train(self, drawn: Iterator[Drawn]) -> None:
@@ -116,7 +116,7 @@ class Loop:
         state = self.state
         kept = self.keep_best and self.best is not None and state.best_epoch is not None
         if kept and self.best is not None:
-            self.best.put_back()
+            put_values(self.trainee.student, self.best)
         return DistillationReport(
             history=state.history,
             stopped=self.stopped,
@@ -255,14 +255,14 @@ class Loop:
         if self.validation.better(score, self.state.best):
             self.state.best, self.state.best_epoch, self.state.stale = score, self.state.epoch, 0
             if self.keep_best:
-                self.best = Snapshot(self.trainee.student)
+                self.best = copy_values(self.trainee.student)
         else:
             self.state.stale += 1
         return score
 
     def keep(self, values: Mapping[str, Tensor]) -> None:
         """Takes ``values`` for the best weights so far."""
-        self.best = Snapshot(self.trainee.student, values)
+        self.best = dict(values)
 
     def _save(self) -> None:
         if self.checkpoint is None:

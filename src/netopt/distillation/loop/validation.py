@@ -59,7 +59,7 @@ class Validation:
             NonFiniteError: it is not a finite number.
             MissingDataError: a batch has no targets, and the metric needs them.
         """
-        with torch.no_grad(), evaluating(trainee.student):
+        with evaluating(trainee.student):
             score = self._score(trainee, limit)
         if not isinstance(score, (int, float)):
             raise ArgumentTypeError(f"validation must give a number, not a {type(score).__name__}.")

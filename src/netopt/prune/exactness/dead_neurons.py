@@ -140,7 +140,8 @@ def carried(model: nn.Module, axes: Axes, names: Sequence[str], inputs: Inputs) 
     taps = {name: [tap for tap in axes.taps(axes[name]) if not _passes(known, tap)] for name in names}
     found = {name: Carried(axes[name].size, taps[name]) for name in names}
     for given in (inputs, _varied(inputs)):
-        with restored(model), torch.no_grad(), _Ranges(model, taps) as ranges:
+        with restored(model) as log:
+            ranges = log.enter_context(torch.no_grad(), _Ranges(model, taps))
             try:
                 batches.call(model.eval(), given)
             except Exception:

@@ -77,7 +77,8 @@ def folds(
     """
     reference = reference or reference_outputs(model, inputs, counted, None, equal=True)
     lost = {name: [(tap, _at(tap, gone[name], values)) for tap, values in seen[name].values] for name in gone}
-    with restored(model), torch.no_grad(), _Lacking(model, lost) as lacking:
+    with restored(model) as log:
+        lacking = log.enter_context(torch.no_grad(), _Lacking(model, lost))
         result = batches.call(model.eval(), inputs)
     for tensor in counted(result):
         for name in lacking.of(tensor):
