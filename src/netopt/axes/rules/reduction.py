@@ -5,7 +5,6 @@ Summing over a neuron that is zero is the same as not having it; a mean, a maxim
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -56,16 +55,17 @@ def reduced_over(op: Operation, dim: Dim, why: str | None) -> None:
         op.inexact(dim, f"is reduced by {op.short} where a masked neuron need not be zero")
 
 
-def _summing(position: int) -> Callable[..., Any]:
-    def speak(op: Operation, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-        dim = args[position] if len(args) > position else kwargs.get("dim")
-        return reduce(op, tensor, dim, None)
-
-    return speak
+@rule("aten::sum", "aten::nansum", "aten::count_nonzero", "aten::any", "aten::_is_any_true")
+def summed(op: Operation, tensor: Tensor, dim: Any = None, *args: Any, **kwargs: Any) -> Any:
+    """Reductions to which zeros add nothing."""
+    return reduce(op, tensor, dim, None)
 
 
-rule("aten::sum", "aten::nansum", "aten::count_nonzero", "aten::any", "aten::_is_any_true")(_summing(0))
-rule("aten::norm", "aten::linalg_vector_norm")(_summing(1))
+@rule("aten::norm", "aten::linalg_vector_norm")
+def norm(op: Operation, tensor: Tensor, order: Any = 2, dim: Any = None, *args: Any, **kwargs: Any) -> Any:
+    """A length; of a negative order it is that of the smallest entries."""
+    smallest = isinstance(order, (int, float)) and order < 0
+    return reduce(op, tensor, dim, f"is reduced by {op.short} of a negative order" if smallest else None)
 
 
 @rule(
@@ -90,10 +90,10 @@ rule("aten::norm", "aten::linalg_vector_norm")(_summing(1))
 )
 def whole(op: Operation, tensor: Tensor, dim: Any = None, *args: Any, **kwargs: Any) -> Any:
     """Reductions whose result depends on how many positions there are, or on more than their sum."""
-    dim = None if isinstance(dim, bool) else dim
+    dim = None if isinstance(dim, bool) else -1 if dim is None and op.short == "mode" else dim
     answer = reduce(op, tensor, dim, f"is reduced by {op.short}")
     for index, out in enumerate(tree_leaves(op.out)):
-        if out.dtype == torch.int64 and (index or op.short.startswith("arg")):
+        if out.dtype == torch.int64 and op.short != "aminmax" and (index or op.short.startswith("arg")):
             for gone in _gone(tensor.dim(), dim):
                 op.numbered(index, op.dims(tensor)[gone])
     return tuple([Dim(one.layout, False) for one in dims] for dims in answer)
