@@ -6,7 +6,7 @@ Only what is asked for is collected, and only sums are kept. The model runs in e
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from netopt import batches
 from netopt.batches import Batch
-from netopt.errors import InvalidArgumentError, MissingDataError, NonFiniteError, UnknownNameError
+from netopt.errors import ForwardError, InvalidArgumentError, MissingDataError, NonFiniteError, UnknownNameError, quoted
 from netopt.importance.inputs import InputWatch, Matrix, Reading, every_contraction
 from netopt.model.parameters import Place, places
 from netopt.model.restore import restored
@@ -96,11 +96,40 @@ def collect(
         with restored(model), _ready(model, wanted, needs):
             seen = _Pass(model, wanted, frozenset(needs), loss_fn, sums)
             count = seen.run(data, progress)
+        unmet = [name for name in wanted if "input_norm" in needs and not seen.squares[name]]
+        if unmet:
+            raise InvalidArgumentError(
+                f"{quoted(unmet)} met no inputs in a matrix product, convolution or embedding on this data, "
+                f"so the input norm is unknown; pass exclude=[{quoted(unmet)}], or choose another importance."
+            )
         for name, place in wanted.items():
             if "input_norm" in needs:
                 sums[name]["input_norm"] = _norms(place, seen.squares[name])
             sums[name] = _finished(place, sums[name], frozenset(needs), count)
     return {name: Evidence(name, place.value, sums[name]) for name, place in wanted.items()}
+
+
+def gradients(
+    outputs: Tensor | Sequence[Tensor],
+    inputs: Sequence[Any],
+    directions: Any = None,
+    *,
+    retain_graph: bool = True,
+) -> tuple[Tensor | None, ...]:
+    """The gradients of a model's outputs, ``None`` where there is none.
+
+    Raises:
+        ForwardError: The outputs cannot be differentiated.
+    """
+    try:
+        return torch.autograd.grad(outputs, inputs, directions, retain_graph=retain_graph, allow_unused=True)
+    except RuntimeError as error:
+        first = str(error).partition("\n")[0]
+        raise ForwardError(
+            f"the outputs of the model cannot be differentiated: {first}\n"
+            "Where the forward takes gradients itself, pass create_graph=True there; where it writes in place over what "
+            "a gradient needs, write to a copy (.clone()); or choose an importance without gradients, as 'magnitude'."
+        ) from error
 
 
 def samples(batch: Batch) -> Iterator[Batch]:
@@ -217,7 +246,7 @@ class _Pass:
                 "the output does not depend on any of the weights in a differentiable way; "
                 "the forward must not run under no_grad, nor detach."
             )
-        grads = torch.autograd.grad(scalar, self.parameters, retain_graph=retain, allow_unused=True)
+        grads = gradients(scalar, self.parameters, retain_graph=retain)
         for name, grad in zip(self.wanted, grads, strict=True):
             if grad is not None:
                 yield name, grad.to(torch.promote_types(grad.dtype, torch.float32))
@@ -235,11 +264,6 @@ class _Pass:
 
 def _norms(place: Place, squares: Mapping[Matrix, Tensor]) -> Tensor:
     """Returns the norm of what each entry of a weight was multiplied with, in whatever matrices it was."""
-    if not squares:
-        raise InvalidArgumentError(
-            f"{place.name!r} met no inputs in a matrix product, convolution or embedding on this data, "
-            "so its input norm is unknown; exclude it or choose another importance."
-        )
     like = place.parameter.detach()
     if len(squares) == 1:
         return next(matrix.spread(values.sqrt(), like) for matrix, values in squares.items())

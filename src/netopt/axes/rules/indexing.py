@@ -297,6 +297,14 @@ def masked_scatter(op: Operation, tensor: Tensor, mask: Tensor, source: Tensor) 
     return [op.frozen(size, "is written to by a mask") for size in op.out.shape]
 
 
+@rule("aten::isin")
+def isin(op: Operation, elements: Any, sought: Any, **kwargs: Any) -> Dims:
+    """For each entry whether it is one of a list."""
+    if isinstance(sought, Tensor):
+        op.freeze(op.dims(sought), "is searched in")
+    return [Dim(dim.layout) for dim in op.dims(elements)] if isinstance(elements, Tensor) else []
+
+
 @rule("aten::searchsorted", "aten::bucketize")
 def searchsorted(op: Operation, first: Tensor, second: Any, *args: Any, **kwargs: Any) -> Dims:
     """Values ranked in a sorted list."""

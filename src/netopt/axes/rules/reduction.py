@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from netopt.axes.layout import Atom
 from netopt.axes.operation import Dim, Dims, Operation, rule
+from netopt.axes.rules.pointwise import aligned, pointwise
 
 
 def reduce(op: Operation, tensor: Tensor, dim: Any, why: str | None) -> Any:
@@ -68,6 +69,32 @@ def norm(op: Operation, tensor: Tensor, order: Any = 2, dim: Any = None, *args: 
     return reduce(op, tensor, dim, f"is reduced by {op.short} of a negative order" if smallest else None)
 
 
+@rule("aten::dist")
+def dist(op: Operation, left: Tensor, right: Tensor, order: Any = 2) -> Dims:
+    """The length of a difference, over all dimensions."""
+    why = "is reduced by dist of a negative order" if order < 0 else None
+    for common, zeros in aligned(op, [left, right], max(left.dim(), right.dim())):
+        if common is not None:
+            reduced_over(op, Dim(common.layout, all(zeros)), why)
+    return []
+
+
+@rule("aten::segment_reduce")
+def segment_reduce(op: Operation, data: Tensor, how: str, *, axis: int = 0, **kwargs: Any) -> Dims:
+    """Runs of one dimension reduced, of given lengths; a run may be empty, which is zero for a sum alone."""
+    dims = list(op.dims(data))
+    why = "is cut into segments"
+    op.freeze(dims[axis], why)
+    for one in kwargs.values():
+        if isinstance(one, Tensor):
+            op.freeze(op.dims(one), why)
+    is_sum = how == "sum" and not kwargs.get("initial")
+    return [
+        op.frozen(op.out.shape[axis], why) if index == axis else Dim(dim.layout, dim.zero and is_sum)
+        for index, dim in enumerate(dims)
+    ]
+
+
 @rule(
     "aten::mean",
     "aten::nanmean",
@@ -103,8 +130,6 @@ def whole(op: Operation, tensor: Tensor, dim: Any = None, *args: Any, **kwargs: 
 def extremum(op: Operation, tensor: Tensor, other: Any = None, *args: Any, **kwargs: Any) -> Any:
     """The largest along a dimension, or of two tensors."""
     if isinstance(other, Tensor):
-        from netopt.axes.rules.pointwise import pointwise
-
         return pointwise(op, [tensor, other], all)
     return whole(op, tensor, other)
 

@@ -154,6 +154,17 @@ def unfold(op: Operation, tensor: Tensor, dim: int, size: int, step: int) -> Dim
     return [*dims, op.frozen(op.out.shape[-1], why)]
 
 
+@rule("aten::unfold_backward")
+def unfold_gradient(op: Operation, windows: Tensor, sizes: Sequence[int], dim: int, *args: Any) -> Dims:
+    """Windows added up where they lie."""
+    *dims, inside = op.dims(windows)
+    at = dim % len(dims)
+    why = "is read in windows"
+    op.freeze([dims[at], inside], why)
+    dims[at] = op.frozen(op.out.shape[at], why)
+    return dims
+
+
 @rule("aten::affine_grid_generator")
 def affine_grid(op: Operation, theta: Tensor, *args: Any) -> Dims:
     """A grid of pixels from matrices."""

@@ -7,14 +7,14 @@ equations between them and the dimensions of its result. Calls are known by thei
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from netopt.axes.layout import Layout, Product, freeze, mark_inexact, resolve, split_concat, split_product
-from netopt.axes.operation import Mark
+from netopt.axes.operation import Dim, Mark
 from netopt.symbolic.number import SYMBOLIC, DimSize, Guard, Shape, SymbolicFloat, SymbolicInt, calling_line, plain
 
 if TYPE_CHECKING:
@@ -30,7 +30,8 @@ def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], position: int, name
 
 def _shape(tracer: SizeTracer, function: Any, args: Any, kwargs: Any, result: Any) -> Any:
     if not isinstance(result, torch.Size):  # ``__get__`` of another property
-        return result
+        is_bytes = type(result) is int and getattr(function, "__self__", None) is Tensor.nbytes
+        return _numel(tracer, function, args, kwargs, result) * args[0].itemsize if is_bytes else result
     dims = tracer.trace.dims(args[0])
     if len(dims) != len(result):  # it was given other entries
         return result
@@ -53,11 +54,43 @@ def _numel(tracer: SizeTracer, function: Any, args: Any, kwargs: Any, result: An
     return total
 
 
+def _stride(tracer: SizeTracer, function: Any, args: Any, kwargs: Any, result: Any) -> Any:
+    """Steps through dense memory are products of the sizes of what lies further in; others are numbers."""
+    tensor, dims = args[0], tracer.trace.dims(args[0])
+    strides = tensor.stride()
+    steps: list[Any] = list(strides)
+    inner: Any = 1
+    for at in sorted(range(len(dims)), key=lambda at: (strides[at], dims[at].size)):
+        if strides[at] == plain(inner):
+            steps[at] = inner
+            inner = inner * tracer.size(dims[at].size, dims[at].layout)
+        elif strides[at] > 1 and dims[at].size > 1:
+            _computed_with(tracer, tensor if tensor._base is None else tensor._base)
+            return result
+    return steps[int(_argument(args, kwargs, 1, "dim"))] if isinstance(result, int) else tuple(steps)
+
+
+def _as_number(tracer: SizeTracer, function: Any, args: Any, kwargs: Any, result: Any) -> Any:
+    """An answer that cannot be followed, as ``len`` must give a plain integer: it may be computed with."""
+    dims = tracer.trace.dims(args[0])
+    _computed_with(tracer, args[0], dims[:1] if getattr(function, "__name__", "") == "__len__" else dims)
+    return result
+
+
+def _computed_with(tracer: SizeTracer, tensor: Tensor, dims: Sequence[Dim] | None = None) -> None:
+    for dim in tracer.trace.dims(tensor) if dims is None else dims:
+        if dim.size > 1:
+            number = SymbolicInt(dim.size, DimSize(dim.layout), tracer.trace.constraints)
+            tracer.trace.constraints.numbers.append((number, tracer.trace.where()))
+
+
 _SHAPES: dict[str, Callable[..., Any]] = {
     "__get__": _shape,
     "size": _size,
     "numel": _numel,
     "nelement": _numel,
+    "stride": _stride,
+    **dict.fromkeys(("__len__", "storage_offset", "untyped_storage", "storage"), _as_number),
 }
 
 
@@ -87,6 +120,12 @@ def _given_sizes(first: int) -> Callable[..., None]:
     return constrain
 
 
+def _one_hot(tracer: SizeTracer, args: Any, kwargs: Any, result: Any) -> None:
+    """The last dimension is the number of classes, said or found by value."""
+    number = _argument(args, kwargs, 1, "num_classes", -1)
+    tracer.equate(number, tracer.trace.dims(result)[-1].layout, "one_hot")
+
+
 def _like(tracer: SizeTracer, args: Any, kwargs: Any, result: Any) -> None:
     """The result is as large as another tensor."""
     for made, given in zip(tracer.trace.dims(result), tracer.trace.dims(args[1]), strict=True):
@@ -108,6 +147,21 @@ def _keep(tracer: SizeTracer, numbers: Any) -> None:
     for number in numbers if isinstance(numbers, (tuple, list)) else (numbers,):
         if type(number) is SymbolicInt and tracer.trace.constraints.knows(number):
             tracer.trace.constraints.guards.append(Guard(operator.eq, number, plain(number), True, calling_line()))
+
+
+def _squeeze(tracer: SizeTracer, args: Any, kwargs: Any, result: Any) -> None:
+    """A dimension that is kept because it is larger than one must stay so."""
+    dims = tracer.trace.dims(args[0])
+    chosen = _argument(args, kwargs, 1, "dim")
+    for at in range(len(dims)) if chosen is None else chosen if isinstance(chosen, (tuple, list)) else (chosen,):
+        if dims and dims[at].size > 1:
+            number = SymbolicInt(dims[at].size, DimSize(dims[at].layout), tracer.trace.constraints)
+            tracer.trace.constraints.guards.append(Guard(operator.gt, number, 1, True, calling_line()))
+
+
+def _select(tracer: SizeTracer, args: Any, kwargs: Any, result: Any) -> None:
+    """A position taken by a number that is computed from sizes must stay where it is."""
+    _keep(tracer, _argument(args, kwargs, 2, "index"))
 
 
 def _unflatten(tracer: SizeTracer, args: Any, kwargs: Any, result: Any) -> None:
@@ -226,6 +280,7 @@ def _getitem(tracer: SizeTracer, args: Any, kwargs: Any, result: Any) -> None:
             _slice(tracer, dims[position].layout, entry, "slice")
             position += 1
         else:
+            _keep(tracer, entry)
             position += _consumes(entry)
 
 
@@ -324,7 +379,10 @@ _CONSTRAIN: dict[str, Callable[..., None]] = {
     **dict.fromkeys(("tensor_split", "hsplit", "vsplit", "dsplit"), _tensor_split),
     "as_strided": _strides,
     "lstm": _lstm,
+    "one_hot": _one_hot,
     "unflatten": _unflatten,
+    **dict.fromkeys(("squeeze", "squeeze_"), _squeeze),
+    "select": _select,
     "pad": _pad,
     **dict.fromkeys(("view_as", "reshape_as", "expand_as"), _like),
     "layer_norm": _normalized,
@@ -375,11 +433,9 @@ _NO_NUMBERS = frozenset(_CONSTRAIN) | frozenset(
         "repeat",
         "tile",
         "repeat_interleave",
-        "select",
         "transpose",
         "permute",
         "unsqueeze",
-        "squeeze",
         "flatten",
         "sum",
         "mean",
@@ -391,7 +447,6 @@ _NO_NUMBERS = frozenset(_CONSTRAIN) | frozenset(
         "index_select",
         "gather",
         "topk",
-        "one_hot",
         "eye",
         "linspace",
         "randint",
