@@ -127,8 +127,8 @@ def gradients(
         first = str(error).partition("\n")[0]
         raise ForwardError(
             f"the outputs of the model cannot be differentiated: {first}\n"
-            "Where the forward takes gradients itself, pass create_graph=True there; where it writes in place over what "
-            "a gradient needs, write to a copy (.clone()); or choose an importance without gradients, as 'magnitude'."
+            "Where the forward takes gradients itself, pass create_graph=True there; where it writes in place over "
+            "what a gradient needs, copy that first (.clone()); or choose an importance without gradients, 'magnitude'."
         ) from error
 
 

@@ -37,8 +37,8 @@ def per_channel(op: Operation, tensor: Tensor, scale: Tensor, zero_point: Tensor
 def observed(op: Operation, tensor: Tensor, observes: Tensor, rounds: Tensor, *args: Any) -> Any:
     """The range seen so far, of all or of each channel, sets the scale; it always holds zero, as a masked neuron is."""
     dims = op.dims(tensor)
-    *ranges, _, _, _, axis, is_per_channel, _ = args  # lowest, highest, scale, zero point; constant, bounds; axis, flags
-    for one in ranges if is_per_channel else ():
+    lowest, highest, scale, zero_point, _, _, _, axis, is_per_channel, _ = args
+    for one in (lowest, highest, scale, zero_point) if is_per_channel else ():
         known = op.dims(one)
         if known and known[0].size == dims[axis].size:  # else it takes its size here
             op.same(known[0], dims[axis])
