@@ -90,7 +90,7 @@ _SHAPES: dict[str, Callable[..., Any]] = {
     "numel": _numel,
     "nelement": _numel,
     "stride": _stride,
-    **dict.fromkeys(("__len__", "storage_offset", "untyped_storage", "storage"), _as_number),
+    **dict.fromkeys(("__len__", "storage_offset"), _as_number),
 }
 
 
@@ -207,12 +207,12 @@ def _split(tracer: SizeTracer, args: Any, kwargs: Any, result: Any) -> None:
     if isinstance(sizes, int):
         for part in parts:
             if part.size == plain(sizes):
-                tracer.equate(sizes, part, "split")
+                _equate_part(tracer, args[0], sizes, part, "split")
             else:
                 freeze(part, f"is the remainder of split at {tracer.trace.where()}")
     else:
         for size, part in zip(sizes, parts, strict=True):
-            tracer.equate(size, part, "split")
+            _equate_part(tracer, args[0], size, part, "split")
 
 
 def _chunk(tracer: SizeTracer, args: Any, kwargs: Any, result: Any) -> None:
@@ -265,7 +265,7 @@ def _lstm(tracer: SizeTracer, args: Any, kwargs: Any, result: Any) -> None:
 def _narrow(tracer: SizeTracer, args: Any, kwargs: Any, result: Any) -> None:
     dim, start, length = (_argument(args, kwargs, 1 + i, name) for i, name in enumerate(("dim", "start", "length")))
     if isinstance(start, int) and isinstance(length, int):
-        _slice(tracer, tracer.trace.dims(args[0])[int(dim)].layout, slice(start, start + length), "narrow")
+        _slice(tracer, args[0], int(dim), slice(start, start + length), "narrow")
 
 
 def _getitem(tracer: SizeTracer, args: Any, kwargs: Any, result: Any) -> None:
@@ -277,7 +277,7 @@ def _getitem(tracer: SizeTracer, args: Any, kwargs: Any, result: Any) -> None:
         if entry is Ellipsis:
             position += len(dims) - taken
         elif isinstance(entry, slice):
-            _slice(tracer, dims[position].layout, entry, "slice")
+            _slice(tracer, tensor, position, entry, "slice")
             position += 1
         else:
             _keep(tracer, entry)
@@ -292,29 +292,45 @@ def _consumes(entry: Any) -> int:
     return 1
 
 
-def _slice(tracer: SizeTracer, layout: Layout, asked: slice, name: str) -> None:
+def _slice(tracer: SizeTracer, tensor: Tensor, dim: int, asked: slice, name: str) -> None:
     """States what the bounds of a slice are: the sizes of what lies before, inside or behind it."""
     if asked.step not in (None, 1):  # where a stride starts is a phase, no count
         return
+    layout = tracer.trace.dims(tensor)[dim].layout
     size = layout.size
     start, stop = (plain(bound) for bound in asked.indices(size)[:2])
     if isinstance(asked.start, int) and 0 < start < size:
         halves = split_concat(layout, start)
         if halves is not None:
-            _bound(tracer, asked.start, halves, name)
+            _bound(tracer, tensor, asked.start, halves, name)
     if isinstance(asked.stop, int) and 0 < stop < size:
         halves = split_concat(layout, stop)
         if halves is not None:
-            _bound(tracer, asked.stop, halves, name)
+            _bound(tracer, tensor, asked.stop, halves, name)
     elif isinstance(asked.stop, SymbolicInt) and stop == size == plain(asked.stop):
         tracer.equate(asked.stop, layout, name)
 
 
-def _bound(tracer: SizeTracer, bound: int, halves: tuple[Layout, Layout], name: str) -> None:
+def _bound(tracer: SizeTracer, tensor: Tensor, bound: int, halves: tuple[Layout, Layout], name: str) -> None:
     if plain(bound) >= 0:
-        tracer.equate(bound, halves[0], name)
+        _equate_part(tracer, tensor, bound, halves[0], name)
     else:
-        tracer.equate(-bound, halves[1], name)
+        _equate_part(tracer, tensor, -bound, halves[1], name)
+
+
+def _equate_part(tracer: SizeTracer, tensor: Tensor, number: int, layout: Layout, name: str) -> None:
+    """States the size of a part; a single position that a plain number cuts off is one by its place, and stays."""
+    if layout.size == 1 and not tracer.trace.constraints.knows(number):
+        why = f"is a position that is singled out by {name}, at {tracer.trace.where()}"
+        tracer.trace.mark(tensor, [Mark(freeze, layout, why)])
+    else:
+        tracer.equate(number, layout, name)
+
+
+def _slice_scatter(tracer: SizeTracer, args: Any, kwargs: Any, result: Any) -> None:
+    names = ("dim", "start", "end", "step")
+    dim, start, end, step = (_argument(args, kwargs, 2 + i, name) for i, name in enumerate(names))
+    _slice(tracer, args[0], int(dim or 0), slice(start, end, step), "slice_scatter")
 
 
 def _arange(tracer: SizeTracer, args: Any, kwargs: Any, result: Any) -> None:
@@ -395,6 +411,7 @@ _CONSTRAIN: dict[str, Callable[..., None]] = {
     **dict.fromkeys(("split", "split_with_sizes", "unsafe_split"), _split),
     **dict.fromkeys(("chunk", "unsafe_chunk"), _chunk),
     "narrow": _narrow,
+    "slice_scatter": _slice_scatter,
     "__getitem__": _getitem,
     "__setitem__": _getitem,
     "arange": _arange,
