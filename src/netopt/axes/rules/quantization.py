@@ -34,10 +34,24 @@ def per_channel(op: Operation, tensor: Tensor, scale: Tensor, zero_point: Tensor
 
 
 @rule("aten::_fused_moving_avg_obs_fq_helper", "aten::_fused_moving_avg_obs_fq_helper_functional")
-def observed(op: Operation, tensor: Tensor, observes: Tensor, rounds: Tensor, *args: Any) -> Any:
+def observed(
+    op: Operation,
+    tensor: Tensor,
+    observes: Tensor,
+    rounds: Tensor,
+    lowest: Tensor,
+    highest: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    constant: float,
+    first: int,
+    last: int,
+    axis: int,
+    is_per_channel: bool = False,
+    is_symmetric: bool = False,
+) -> Any:
     """The range seen so far, of all or of each channel, sets the scale; it always holds zero, as a masked neuron is."""
     dims = op.dims(tensor)
-    lowest, highest, scale, zero_point, _, _, _, axis, is_per_channel, _ = args
     for one in (lowest, highest, scale, zero_point) if is_per_channel else ():
         known = op.dims(one)
         if known and known[0].size == dims[axis].size:  # else it takes its size here
