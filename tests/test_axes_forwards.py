@@ -129,7 +129,7 @@ EXACT = {
     "segments": lambda m, h: torch.segment_reduce(h, "sum", lengths=torch.tensor([1, 2]))[1:] + h,
     "rounded to a grid": lambda m, h: h + torch.fake_quantize_per_tensor_affine(h.float(), 0.1, 3, 0, 255).double(),
     "diagonal put in": lambda m, h: h @ torch.diagonal_scatter(h.t() @ h, torch.ones_like(m.scale)),
-    "zero put in by a mask": lambda m, h: h * h.index_put((h < 0,), torch.zeros((), dtype=h.dtype)).sum(-1, keepdim=True),
+    "zero put in by a mask": lambda m, h: h * h.index_put((h < 0,), torch.zeros((), dtype=h.dtype)).sum(1, True),
     "zero where small": lambda m, h: torch.where(h > 0, h, 0.0).sum(-1, keepdim=True) * h,
     "padded and summed": lambda m, h: F.pad(h[:, :, None], (1, 1)).sum(1)[:, :1] + h,
     "a plane turned": lambda m, h: torch.rot90(h[:, :, None, None].expand(-1, -1, 2, 2), 1, (2, 3)).sum((2, 3)),
