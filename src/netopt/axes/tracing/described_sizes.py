@@ -15,9 +15,7 @@ from torch import nn
 from netopt.axes.tracing.dims import DimTracer
 from netopt.model.attributes import Parts
 from netopt.model.descriptions import QUOTIENTS, ROWS_OF, dimension, stored_under
-from netopt.symbolic.number import AttributeRef, Constraints, DimSize, Guard, SymbolicInt, leaves
-
-_NOWHERE = ("?", 0)
+from netopt.symbolic.number import AttributeRef, Constraints, DimSize, Guard, SymbolicInt, calling_line, leaves
 
 
 def settle_described_sizes(parts: Parts, trace: DimTracer) -> None:
@@ -33,7 +31,7 @@ def settle_described_sizes(parts: Parts, trace: DimTracer) -> None:
         size = _described(place, module, value, trace, names)
         if size is not None:
             number = SymbolicInt(value, place, constraints)
-            constraints.guards.append(Guard(operator.eq, number, size, True, _NOWHERE))
+            constraints.guards.append(Guard(operator.eq, number, size, True, calling_line()))
 
 
 def _used(constraints: Constraints) -> Iterator[AttributeRef]:
