@@ -434,7 +434,10 @@ def _forward_error(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
             f"{type(model).__name__} is on {home} and some inputs are not:\n{listing}\n"
             f"The forward failed ({reason}). Move the inputs with .to({str(home)!r})."
         )
+    advice = "Pass inputs with which model(...) runs"
+    if "does not require grad" in reason:
+        advice = "A forward that takes gradients itself does so under torch.enable_grad(); it is run without gradients"
     return ForwardError(
         f"the forward of {type(model).__name__} failed on the inputs given:\n{listing}\n  {reason}\n"
-        "Pass inputs with which model(...) runs; the chained exception shows the line."
+        f"{advice}; the chained exception shows the line."
     )

@@ -30,6 +30,7 @@ from netopt.axes.literals import remembering_literals
 from netopt.axes.memos import memos_passed_by
 from netopt.axes.modes import modes_watched
 from netopt.axes.tracing.attributes import remembered
+from netopt.axes.tracing.described_sizes import settle_described_sizes
 from netopt.axes.tracing.dims import DimTracer
 from netopt.axes.tracing.sizes import SizeTracer
 from netopt.axes.tracing.unrouted_experts import twins_substituted, unreached
@@ -121,6 +122,7 @@ def find_axes(model: nn.Module, example_inputs: Inputs, *, outputs: Outputs = No
                     if modes.differ or more:
                         tracer = SizeTracer(model, parts, trace, modes, symbolic)
                         _run(model, parts, attributes, example_inputs, tracer, outputs)
+        settle_described_sizes(parts, trace)
         trace.constraints.close()
         if not symbolic:
             _mark_unfollowed(trace)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from netopt import batches
 from netopt.batches import Batch
 from netopt.errors import MissingDataError, NonFiniteError
-from netopt.importance.evidence import _ready
+from netopt.importance.evidence import _ready, gradients
 from netopt.model.calls import Call, CallNames
 from netopt.model.parameters import places
 from netopt.model.restore import restored
@@ -315,7 +315,7 @@ class _Differentiation:
                 sign = torch.zeros_like(tensor)
                 sign[half] = torch.randn(tensor[half].shape, generator=self.generator).to(tensor)
                 signs.append(sign)
-            grads = torch.autograd.grad(found, readings.edges, signs, retain_graph=True, allow_unused=True)
+            grads = gradients(found, readings.edges, signs)
             touched.append([None if grad is None else grad != 0 for grad in grads])
         return not any(
             first is not None and second is not None and bool((first & second).any())
@@ -352,7 +352,7 @@ class _Differentiation:
         done = 0
         while True:
             signs = torch.randint(0, 2, flat.shape, generator=self.generator).to(flat) * 2 - 1
-            grads = torch.autograd.grad(flat, readings.edges, signs, retain_graph=True, allow_unused=True)
+            grads = gradients(flat, readings.edges, signs)
             one = {name: torch.zeros_like(total) for name, total in first.items()}
             self._tally(readings, [None if g is None else g.unsqueeze(0) for g in grads], one)
             for name, value in one.items():
@@ -385,7 +385,7 @@ def _every_output(flat: Tensor, edges: Sequence[GradientEdge], at_once: int) -> 
         except RuntimeError:
             # Some operations have no batched backward.
             for direction in directions:
-                grads = torch.autograd.grad(flat, edges, direction, retain_graph=True, allow_unused=True)
+                grads = gradients(flat, edges, direction)
                 yield [None if grad is None else grad.unsqueeze(0) for grad in grads]
 
 

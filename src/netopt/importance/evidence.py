@@ -6,7 +6,7 @@ Only what is asked for is collected, and only sums are kept. The model runs in e
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from netopt import batches
 from netopt.batches import Batch
-from netopt.errors import InvalidArgumentError, MissingDataError, NonFiniteError, UnknownNameError
+from netopt.errors import ForwardError, InvalidArgumentError, MissingDataError, NonFiniteError, UnknownNameError
 from netopt.importance.inputs import InputWatch, Matrix, Reading, every_contraction
 from netopt.model.parameters import Place, places
 from netopt.model.restore import restored
@@ -119,6 +119,29 @@ def missing_data(what: str, needs: Collection[str], loss_fn: Any) -> MissingData
             "own loss"
         )
     return MissingDataError(f"{message}.")
+
+
+def gradients(
+    outputs: Tensor | Sequence[Tensor],
+    inputs: Sequence[Any],
+    directions: Any = None,
+    *,
+    retain_graph: bool = True,
+) -> tuple[Tensor | None, ...]:
+    """The gradients of a model's outputs, ``None`` where there is none.
+
+    Raises:
+        ForwardError: The outputs cannot be differentiated.
+    """
+    try:
+        return torch.autograd.grad(outputs, inputs, directions, retain_graph=retain_graph, allow_unused=True)
+    except RuntimeError as error:
+        first = str(error).partition("\n")[0]
+        raise ForwardError(
+            f"the outputs of the model cannot be differentiated: {first}\n"
+            "Where the forward takes gradients itself, pass create_graph=True there; where it writes in place over "
+            "what a gradient needs, copy that first (.clone()); or choose an importance without gradients, 'magnitude'."
+        ) from error
 
 
 def samples(batch: Batch) -> Iterator[Batch]:
@@ -235,7 +258,7 @@ class _Pass:
                 "the output does not depend on any of the weights in a differentiable way; "
                 "the forward must not run under no_grad, nor detach."
             )
-        grads = torch.autograd.grad(scalar, self.parameters, retain_graph=retain, allow_unused=True)
+        grads = gradients(scalar, self.parameters, retain_graph=retain)
         for name, grad in zip(self.wanted, grads, strict=True):
             if grad is not None:
                 yield name, grad.to(torch.promote_types(grad.dtype, torch.float32))

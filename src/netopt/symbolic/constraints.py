@@ -110,6 +110,10 @@ class Constraints:
             self._unread.pop(id(expression_of(number)), None)
             self.numbers.append((number, calling_line()))
 
+    def used_as_numbers(self) -> list[Any]:
+        """What the code computed with by value, floats that nothing has read yet among it."""
+        return [number for number, _ in (*self.numbers, *self._unread.values())]
+
     def convert(self, number: Any, operation: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A conversion to a plain number, or to text."""
         self.note_number(number)

@@ -24,7 +24,7 @@ from netopt.axes.training import Trials
 from netopt.axes.whole import WHOLE
 from netopt.model.attributes import Parts
 from netopt.model.calls import Call, CallNames
-from netopt.symbolic import SYMBOLIC, DimSize, Guard, SymbolicInt, calling_line, plain
+from netopt.symbolic import SYMBOLIC, DimSize, SymbolicInt, plain
 
 
 class Reading(NamedTuple):
@@ -114,7 +114,7 @@ class SizeTracer(CallNames):
             if type(number) is SymbolicInt and self.trace.constraints.knows(
                 number
             ):  # a quotient, which must not become 0
-                self.trace.constraints.guards.append(Guard(operator.eq, number, 1, True, calling_line()))
+                self.trace.constraints.guard(operator.eq, number, 1, True)
         elif self.trace.constraints.knows(number):
             self.trace.constraints.equate(number, layout, name)
         else:
