@@ -23,9 +23,9 @@ from netopt.errors import ArgumentTypeError
 from netopt.plan import Plan
 from netopt.plan.build import make_plan
 from netopt.prune.candidates import names_of
-from netopt.prune.exactness.dead_neurons import carried, dead
-from netopt.prune.exactness.folding import Folds, folds, shifted
-from netopt.prune.verify import Reference, reference_outputs
+from netopt.prune.exactness import dead_neurons
+from netopt.prune.exactness.folding import Folds, fold, shifted
+from netopt.prune.verify import Forward, Reference, reference_outputs
 from netopt.report import PruningReport, Row
 
 __all__ = ["shrink"]
@@ -71,12 +71,13 @@ def shrink(
     def counted(result: Any) -> list[Tensor]:
         return counted_outputs(result, outputs)
 
-    reference = reference_outputs(model, example_inputs, counted, None, equal=True)
+    forward = Forward(model, example_inputs, counted)
+    reference = reference_outputs(forward)
     before = measure.cost(model, example_inputs)
-    shrinking = _Shrinking(model, example_inputs, optimizers, outputs, counted, reference)
+    shrinking = _Shrinking(forward, optimizers, outputs, reference)
 
     def finish(plan: Plan, notes: Mapping[str, str], staying: Mapping[str, str]) -> PruningReport:
-        reference.check(model, example_inputs, counted)
+        reference.check()
         rows = tuple(Row(cut.name, cut.size, len(cut.kept), cut.exact, notes.get(cut.name, "")) for cut in plan.axes)
         after = measure.cost(model, example_inputs)
         return PruningReport(call="shrink", before=before, after=after, rows=rows, plan=plan, frozen=dict(staying))
@@ -89,7 +90,7 @@ Finish = Callable[[Plan, Mapping[str, str], Mapping[str, str]], PruningReport]
 
 @dataclass
 class _Round:
-    """What is found dead: which neurons go, what is added for them, and what is to be said."""
+    """What is found dead: which neurons go, what is added for them, and the notes for the report."""
 
     gone: dict[str, Tensor]
     shifts: dict[str, Tensor]
@@ -102,38 +103,36 @@ class _Round:
 class _Shrinking:
     """Rounds of removal inside one another, so that a failure in the last undoes the first."""
 
-    model: nn.Module
-    inputs: Inputs
+    forward: Forward
     optimizers: Sequence[Optimizer]
     outputs: Outputs
-    counted: Callable[[Any], list[Tensor]]
     reference: Reference
 
     def run(self, done: Plan, notes: Mapping[str, str], finish: Finish) -> PruningReport:
         """Removes what is dead now, then what died of that; at the end ``finish`` is called, and everything stays."""
-        axes = find_axes(self.model, self.inputs, outputs=self.outputs)
+        model = self.forward.model
+        axes = find_axes(model, self.forward.inputs, outputs=self.outputs)
         found = self._decide(axes)
         if not found.gone:
             return finish(done, notes, found.staying)
         kept = {name: torch.nonzero(~gone).flatten() for name, gone in found.gone.items()}
-        plan = shifted(make_plan(self.model, axes, kept), found.shifts)
+        plan = shifted(make_plan(model, axes, kept), found.shifts)
         whole = done.then(plan) if done.tensors else plan
-        said = {**notes, **found.notes}
-        return plan.prepare(self.model, self.optimizers).run(lambda: self.run(whole, said, finish))
+        noted = {**notes, **found.notes}
+        return plan.prepare(model, self.optimizers).run(lambda: self.run(whole, noted, finish))
 
     def _decide(self, axes: Axes) -> _Round:
-        names = names_of(self.model, axes)
+        model = self.forward.model
+        names = names_of(model, axes)
         exact = [axis for axis in axes.free if axis.exact]
-        zero = {axis.name: dead(self.model, axes, axis, names[axis.name]) for axis in exact}
+        zero = {axis.name: dead_neurons.find(model, axes, axis, names[axis.name]) for axis in exact}
         found = {name: one for name, one in zero.items() if one is not None and bool(one.any())}
-        seen = carried(self.model, axes, list(found), self.inputs) if found else {}
+        seen = dead_neurons.constant_outputs(model, axes, list(found), self.forward.inputs) if found else {}
         gone = self._settled(axes, {name: one & seen[name].constant for name, one in found.items()})
         constant = {name: one for name, one in gone.items() if bool((one & ~seen[name].zero).any())}
         folding = Folds()
         if constant:
-            folding = folds(
-                self.model, axes, seen, constant, inputs=self.inputs, counted=self.counted, reference=self.reference
-            )
+            folding = fold(self.forward, axes, seen, constant, self.reference)
             nothing = {name: gone[name] & seen[name].zero for name in folding.refused}
             gone = self._settled(axes, {**gone, **nothing})
         staying = {
