@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from netopt.axes import Axes, Axis, Outputs, find_axes
 from netopt.axes.find import counted_outputs
 from netopt.batches import Inputs
-from netopt.errors import ArgumentTypeError, InvalidArgumentError
+from netopt.errors import ArgumentTypeError, InvalidArgumentError, NetoptError
 from netopt.importance.activations import recordable
 from netopt.model.view import ModelView
 from netopt.prune.candidates import AxisSelector, candidates
 from netopt.prune.verify import Forward
 
-__all__ = ["Found", "Where", "check_model", "look"]
+__all__ = ["Found", "Where", "check_model", "look", "without_gradients"]
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,12 @@ def look(held: ModelView, example_inputs: Inputs, where: Where) -> Found:
     """Finds the axes of a model and which of them may lose neurons.
 
     Raises:
+        InvalidArgumentError: Some input is sparse or nested.
         NothingToPruneError: No axis may; the message lists the reasons.
     """
+    for tensor in tree_leaves(example_inputs):
+        if isinstance(tensor, Tensor) and (problem := _problem(tensor)) is not None:
+            raise InvalidArgumentError(f"one of example_inputs {problem}.")
     # In inference mode some operations hide from a trace, and none has a gradient.
     with torch.inference_mode(False):
         inputs = recordable(example_inputs)
@@ -77,21 +81,48 @@ def check_model(model: Any) -> ModelView:
 
     Raises:
         ArgumentTypeError: It is no module.
-        InvalidArgumentError: It is compiled, or some parameter has no values, or no strided ones.
+        InvalidArgumentError: Some tensor of it has no values yet, or is sparse or nested; or new tensors have none.
     """
     if not isinstance(model, nn.Module):
         shown = model.__name__ if isinstance(model, type) else type(model).__name__
         raise ArgumentTypeError(f"model must be a torch.nn.Module, not {shown}.")
+    if torch.get_default_device().type == "meta":
+        raise InvalidArgumentError(
+            'the default device is "meta", on which no index has a value; call this outside torch.device("meta"), '
+            "or after torch.set_default_device(None). The model itself may be on it."
+        )
     held = ModelView(model)
     for name, tensor in held.tensors.items():
-        problem = next((why for test, why in _UNFIT if test(tensor)), None)
-        if problem is not None:
+        if (problem := _problem(tensor)) is not None:
             raise InvalidArgumentError(f"{name!r} {problem}.")
     return held
 
 
-_UNFIT: tuple[tuple[Callable[[Tensor], bool], str], ...] = (
-    (nn.parameter.is_lazy, "is not initialised yet; run the model once before pruning it"),
-    (lambda one: one.is_nested, "is a nested tensor, whose neurons have no common size; use padded tensors"),
-    (lambda one: one.layout is not torch.strided, "is a sparse tensor; make it dense before pruning, .to_dense()"),
-)
+def _problem(tensor: Tensor) -> str | None:
+    """Why a tensor cannot be worked with, if it cannot."""
+    if nn.parameter.is_lazy(tensor):
+        return "is not initialised yet; run the model once before pruning it"
+    if tensor.is_nested:
+        return "is a nested tensor, whose rows have no common size; pad it before pruning"
+    if tensor.layout is not torch.strided:
+        return "is a sparse tensor; make it dense before pruning, with .to_dense()"
+    return None
+
+
+def without_gradients(held: ModelView, error: RuntimeError) -> str | None:
+    """What about a model may have made a criterion fail that needs gradients, and what to do; None if nothing."""
+    inference = next((name for name, tensor in held.tensors.items() if tensor.is_inference()), None)
+    if inference is not None and "nference" in str(error):
+        return (
+            f"{inference!r} was made in inference mode and takes part in no gradient; make the model outside of "
+            'torch.inference_mode(), or use importance="magnitude"'
+        )
+    compiled = next((name for name, module in held.modules.items() if _is_compiled(module)), None)
+    if compiled is not None and not isinstance(error, NetoptError):
+        where = f"{compiled!r}" if compiled else "the model"
+        return f"{where} is compiled; prune before compiling, or hand in what was compiled (`_orig_mod`)"
+    return None
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None

@@ -26,7 +26,7 @@ from netopt.prune.candidates import AxisSelector
 from netopt.prune.exactness.dead_neurons import may_exist
 from netopt.prune.exactness.folding import Folds, fold_removed, shifted
 from netopt.prune.exactness.rescaling import Rescaling, find_rescalings, rescaled
-from netopt.prune.look import Found, Where, check_model, look
+from netopt.prune.look import Found, Where, check_model, look, without_gradients
 from netopt.prune.verify import DifferentOutputsError, Tensors, differing, reference_outputs
 from netopt.report import PruningReport, Row
 from netopt.selection import Amount, Scope
@@ -274,18 +274,24 @@ def _score(found: Found, scoring: _Scoring, where: Where) -> NeuronScores:
     def differentiated(result: Any) -> list[Tensor]:
         return [tensor for tensor in where.counted(result) if tensor.is_floating_point()]
 
-    return neuron_scores(
-        found.held,
-        {axis.name: found.axes.members(axis) for axis in found.chosen},
-        lambda name: found.axes.taps(found.axes[name]),
-        found.sizes,
-        importance=scoring.importance,
-        data=scoring.data,
-        example_inputs=found.forward.inputs,
-        loss_fn=scoring.loss_fn,
-        outputs=None if where.outputs is None else differentiated,
-        progress=scoring.progress,
-    )
+    try:
+        return neuron_scores(
+            found.held,
+            {axis.name: found.axes.members(axis) for axis in found.chosen},
+            lambda name: found.axes.taps(found.axes[name]),
+            found.sizes,
+            importance=scoring.importance,
+            data=scoring.data,
+            example_inputs=found.forward.inputs,
+            loss_fn=scoring.loss_fn,
+            outputs=None if where.outputs is None else differentiated,
+            progress=scoring.progress,
+        )
+    except RuntimeError as error:
+        why = without_gradients(found.held, error)
+        if why is None:
+            raise
+        raise InvalidArgumentError(f'importance "{scoring.name}" cannot be computed: {why}.') from error
 
 
 def _repair(found: Found, scores: NeuronScores, kept: dict[str, Tensor], *, fold: bool) -> _Decision:

@@ -19,12 +19,12 @@ from netopt import measure, surgery
 from netopt.axes import Axes, Outputs, find_axes
 from netopt.axes.find import counted_outputs
 from netopt.batches import Inputs
-from netopt.errors import ArgumentTypeError
 from netopt.plan import Plan
 from netopt.plan.build import make_plan
 from netopt.prune.candidates import names_of
 from netopt.prune.exactness import dead_neurons
 from netopt.prune.exactness.folding import Folds, fold, shifted
+from netopt.prune.look import check_model
 from netopt.prune.verify import Forward, Reference, reference_outputs
 from netopt.report import PruningReport, Row
 
@@ -64,8 +64,7 @@ def shrink(
         >>> net[0].out_features, net[2].in_features
         (10, 10)
     """
-    if not isinstance(model, nn.Module):
-        raise ArgumentTypeError(f"model must be a torch.nn.Module, not {type(model).__name__}.")
+    check_model(model)
     optimizers = surgery.as_optimizers(optimizer)
 
     def counted(result: Any) -> list[Tensor]:

@@ -90,7 +90,7 @@ def varied(inputs: Inputs, *, integers: bool = True) -> Inputs:
         inputs: Of one forward call.
         integers: Whether integers change places too; indices and lengths may be valid in their own order alone.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
 
     def other(tensor: Tensor) -> Tensor:
         fractions = tensor.is_floating_point() or tensor.is_complex()
@@ -98,14 +98,14 @@ def varied(inputs: Inputs, *, integers: bool = True) -> Inputs:
             return tensor
         if not fractions and not integers:
             return tensor
-        order = torch.randperm(tensor.numel(), generator=generator).to(tensor.device)
+        order = torch.randperm(tensor.numel(), generator=generator, device="cpu").to(tensor.device)
         moved = tensor.detach().flatten()[order].view(tensor.shape)
         if not fractions:
             return moved
         # Small enough for what saturates, and no two samples alike in size.
         samples = (tensor.shape[0], *[1] * (tensor.dim() - 1)) if tensor.dim() else ()
-        size = torch.rand(samples, generator=generator) + 0.2
-        return moved * (size * (0.5 + torch.rand(tensor.shape, generator=generator))).to(moved)
+        size = torch.rand(samples, generator=generator, device="cpu") + 0.2
+        return moved * (size * (0.5 + torch.rand(tensor.shape, generator=generator, device="cpu"))).to(moved)
 
     return tree_map_only(Tensor, other, inputs)
 

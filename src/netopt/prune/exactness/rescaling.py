@@ -251,7 +251,7 @@ class _Makers(CallNames):
             for call in several:
                 self._axes.setdefault(call, []).append(axis)
         self._weights = weights
-        self._generator = torch.Generator().manual_seed(0)
+        self._generator = torch.Generator("cpu").manual_seed(0)
         self.rows: dict[str, dict[str, Tensor]] = {}
 
     def on_call(
@@ -269,7 +269,7 @@ class _Makers(CallNames):
             if not operand.requires_grad:
                 continue
             weights = self._weights[axis]
-            seed = torch.randn(operand.shape, generator=self._generator).to(operand)
+            seed = torch.randn(operand.shape, generator=self._generator, device="cpu").to(operand)
             gradients = torch.autograd.grad(operand, list(weights.values()), seed, retain_graph=True, allow_unused=True)
             rows = self.rows.setdefault(axis, {})
             for weight, gradient in zip(weights, gradients, strict=True):
