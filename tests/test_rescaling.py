@@ -1,15 +1,16 @@
-"""Compensation: where a size enters as a factor, a weight takes the inverse, and removing is masking again."""
+"""Rescaling: where a size scales what is computed, a weight takes the inverse factor, and removing is masking again."""
 
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
 from torch import nn
 
 from netopt.prune import prune_neurons
-from netopt.prune.exactness import rescaling as compensation
+from netopt.prune.exactness import rescaling
 from netopt.surgery import named_tensors
 
 
@@ -98,7 +99,7 @@ def test_removing_is_masking(name):
     torch.testing.assert_close(model.eval()(other), masked.eval()(other), rtol=1e-6, atol=1e-7)
 
 
-def test_what_has_no_compensation_stays_inexact():
+def test_what_has_no_factor_stays_inexact():
     torch.manual_seed(0)
     report = prune_neurons(Layered(), torch.randn(4, 5), 0.5, scope="layer", importance="magnitude", progress=False)
     rows = {row.name: row.exact for row in report.rows}
@@ -113,7 +114,7 @@ def test_nothing_is_tried_where_no_factor_can_help(monkeypatch):
             hidden = self[0](x).relu()
             return self[1](hidden) + hidden.mean(1, keepdim=True)
 
-    monkeypatch.setattr(compensation, "reference_outputs", None)
+    monkeypatch.setattr(rescaling, "reference_outputs", None)
     model, x = Averaged(nn.Linear(5, 8), nn.Linear(8, 3)), torch.randn(4, 5)
     report = prune_neurons(model, x, 0.5, scope="layer", importance="magnitude", verify=False, progress=False)
     assert [(row.name, row.after, row.exact) for row in report.rows] == [("0", 4, False)]
@@ -138,3 +139,86 @@ def test_one_that_has_one_is_exact_beside_one_that_has_none():
     assert "attention.qkv.weight" in report.plan.scales
     again = type(report.plan).from_dict(report.plan.to_dict())
     assert again == report.plan
+
+
+class Gated(nn.Module):
+    """Queries, keys, values and a gate, made by one layer, in any order."""
+
+    def __init__(self, order: str) -> None:
+        super().__init__()
+        self.order, self.heads, self.dim = order, 2, 4
+        self.fused, self.out = nn.Linear(6, 32), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        parts = dict(zip(self.order, self.fused(x).chunk(4, -1), strict=True))
+        query, key, value = (parts[one].view(len(x), -1, self.heads, self.dim).transpose(1, 2) for one in "qkv")
+        seen = nn.functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        return self.out(seen * parts["g"].sigmoid())
+
+
+@pytest.mark.parametrize("order", ["qkvg", "gqkv", "kqvg"])
+@pytest.mark.parametrize(("tokens", "dtype"), [(1, torch.float64), (2, torch.float32), (5, torch.float64)])
+def test_the_rows_of_queries_are_found_among_others(order, tokens, dtype):
+    """A softmax over one key, and one of two that are nearly alike, tell nothing of a factor by their result."""
+    torch.manual_seed(0)
+    model = Gated(order).to(dtype)
+    dense = copy.deepcopy(model)
+    x = torch.randn(2, tokens, 6, dtype=dtype)
+    report = prune_neurons(model, x, 0.5, importance="magnitude", scope="layer", progress=False)
+    assert report.plan.exact
+    factors = report.plan.scales["fused.weight"].flatten().chunk(4)
+    expected = {one: math.sqrt(0.5) if one == "q" else 1.0 for one in order}
+    for one, found in zip(order, factors, strict=True):
+        torch.testing.assert_close(found, torch.full_like(found, expected[one]))
+    other = torch.randn(3, 9, 6, dtype=dtype)
+    torch.testing.assert_close(model(other), masked_like(dense, report.plan)(other))
+
+
+class Codebook(nn.Module):
+    """The nearest of some vectors, by distances written out; a result that says little of the distances."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.out = nn.Linear(4, 6), nn.Linear(6, 2)
+        self.register_buffer("book", torch.randn(9, 6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        distances = self.book.square().sum(1) - 2 * self.first(x) @ self.book.T
+        return self.out(self.book[distances.argmin(1)])
+
+
+@pytest.mark.parametrize("examples", [1, 4, 16])
+@pytest.mark.parametrize("seed", range(5))
+def test_agreeing_outputs_earn_no_factor(examples, seed):
+    torch.manual_seed(seed)
+    report = prune_neurons(Codebook(), torch.randn(examples, 4), 0.5, importance="magnitude", progress=False)
+    assert not report.plan.scales
+    assert not report.plan.exact
+
+
+class Averaging(Attention):
+    """Attention without a softmax that divides by the size of a head itself: a factor of another power."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        parts = [one(x).view(len(x), -1, self.heads, self.dim) for one in (self.query, self.key, self.value)]
+        query, key, value = (part.transpose(1, 2) for part in parts)
+        seen = (query @ key.transpose(-2, -1) * (1 / query.shape[-1])).argmax(-1)
+        return self.out(value.transpose(1, 2).flatten(2)) + seen.sum(1)[..., None]
+
+
+def test_a_factor_of_another_power_is_not_believed_though_outputs_agree():
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 6)
+    report = prune_neurons(Averaging("separate"), x, 0.5, importance="magnitude", scope="layer", progress=False)
+    assert not report.plan.scales
+
+
+def test_zeros_earn_no_factor():
+    """Queries that are zero agree with every factor."""
+    torch.manual_seed(0)
+    model = Attention("separate")
+    with torch.no_grad():
+        model.query.weight.zero_()
+        model.query.bias.zero_()
+    report = prune_neurons(model, torch.randn(2, 5, 6), 0.5, importance="magnitude", scope="layer", progress=False)
+    assert not report.plan.scales

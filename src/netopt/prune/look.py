@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from netopt.axes import Axes, Axis, Outputs, find_axes
 from netopt.axes.find import counted_outputs
 from netopt.batches import Inputs
-from netopt.errors import ArgumentTypeError, InvalidArgumentError, NetoptError
+from netopt.errors import ArgumentTypeError, InvalidArgumentError
 from netopt.importance.activations import recordable
 from netopt.model.view import ModelView
 from netopt.prune.candidates import AxisSelector, candidates
@@ -62,12 +62,8 @@ def look(held: ModelView, example_inputs: Inputs, where: Where) -> Found:
     """Finds the axes of a model and which of them may lose neurons.
 
     Raises:
-        InvalidArgumentError: Some input is sparse or nested.
         NothingToPruneError: No axis may; the message lists the reasons.
     """
-    for tensor in tree_leaves(example_inputs):
-        if isinstance(tensor, Tensor) and (problem := _problem(tensor)) is not None:
-            raise InvalidArgumentError(f"one of example_inputs {problem}.")
     # In inference mode some operations hide from a trace, and none has a gradient.
     with torch.inference_mode(False):
         inputs = recordable(example_inputs)
@@ -76,12 +72,13 @@ def look(held: ModelView, example_inputs: Inputs, where: Where) -> Found:
     return Found(held, Forward(held.model, inputs, where.counted, axes.steady), axes, chosen, kept_out)
 
 
-def check_model(model: Any) -> ModelView:
+def check_model(model: Any, example_inputs: Inputs) -> ModelView:
     """What a model holds, if neurons can be removed from it.
 
     Raises:
         ArgumentTypeError: It is no module.
-        InvalidArgumentError: Some tensor of it has no values yet, or is sparse or nested; or new tensors have none.
+        InvalidArgumentError: Some tensor of it or some input has no values yet, or is sparse or nested; or new tensors
+            would have no values.
     """
     if not isinstance(model, nn.Module):
         shown = model.__name__ if isinstance(model, type) else type(model).__name__
@@ -95,6 +92,9 @@ def check_model(model: Any) -> ModelView:
     for name, tensor in held.tensors.items():
         if (problem := _problem(tensor)) is not None:
             raise InvalidArgumentError(f"{name!r} {problem}.")
+    for tensor in tree_leaves(example_inputs):
+        if isinstance(tensor, Tensor) and (problem := _problem(tensor)) is not None:
+            raise InvalidArgumentError(f"one of example_inputs {problem}.")
     return held
 
 
@@ -118,7 +118,7 @@ def without_gradients(held: ModelView, error: RuntimeError) -> str | None:
             'torch.inference_mode(), or use importance="magnitude"'
         )
     compiled = next((name for name, module in held.modules.items() if _is_compiled(module)), None)
-    if compiled is not None and not isinstance(error, NetoptError):
+    if compiled is not None:
         where = f"{compiled!r}" if compiled else "the model"
         return f"{where} is compiled; prune before compiling, or hand in what was compiled (`_orig_mod`)"
     return None

@@ -113,7 +113,8 @@ def prune_neurons(
     """
     budget = Budget(amount, threshold, max_params, max_macs, scope, round_to)
     scoring = _Scoring(importance, data, loss_fn, progress)
-    held = _check(model, budget, scoring, mode, repair)
+    held = check_model(model, example_inputs)
+    _check(budget, scoring, mode, repair)
     optimizers = surgery.as_optimizers(optimizer)
     # A mask can be taken off; what is folded into a bias could not.
     decision = _decide(held, example_inputs, budget, scoring, Where(include, exclude, outputs), fold=mode == "remove")
@@ -162,7 +163,8 @@ def plan_neurons(
     """
     budget = Budget(amount, threshold, max_params, max_macs, scope, round_to)
     scoring = _Scoring(importance, data, loss_fn, progress)
-    held = _check(model, budget, scoring)
+    held = check_model(model, example_inputs)
+    _check(budget, scoring)
     before = measure.cost(model, example_inputs)
     plan = _decide(held, example_inputs, budget, scoring, Where(include, exclude, outputs)).plan
     after = plan.prepare(model).dry_run(lambda: measure.cost(model, example_inputs))
@@ -383,9 +385,8 @@ def _parameter_masks(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
     return masks
 
 
-def _check(model: Any, budget: Budget, scoring: _Scoring, mode: str = "remove", repair: Any = None) -> ModelView:
-    """Checks every argument that can be checked before the model is looked at; what the model holds."""
-    held = check_model(model)
+def _check(budget: Budget, scoring: _Scoring, mode: str = "remove", repair: Any = None) -> None:
+    """Checks every argument that can be checked before the model is looked at."""
     budget.check()
     if mode not in MODES:
         raise UnknownNameError.of("mode", str(mode), MODES)
@@ -396,7 +397,6 @@ def _check(model: Any, budget: Budget, scoring: _Scoring, mode: str = "remove", 
         raise ArgumentTypeError(f"loss_fn must be a function of result and targets, not {type(loss_fn).__name__}.")
     if not isinstance(scoring.importance, Mapping):
         lookup(scoring.importance, of="neurons")
-    return held
 
 
 def _predicted(before: measure.Cost, after: measure.Cost) -> dict[str, int]:

@@ -64,7 +64,7 @@ def shrink(
         >>> net[0].out_features, net[2].in_features
         (10, 10)
     """
-    check_model(model)
+    check_model(model, example_inputs)
     optimizers = surgery.as_optimizers(optimizer)
 
     def counted(result: Any) -> list[Tensor]:

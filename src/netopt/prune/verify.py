@@ -102,9 +102,9 @@ def varied(inputs: Inputs, *, integers: bool = True) -> Inputs:
         moved = tensor.detach().flatten()[order].view(tensor.shape)
         if not fractions:
             return moved
-        # Small enough for what saturates, and no two samples alike in size.
-        samples = (tensor.shape[0], *[1] * (tensor.dim() - 1)) if tensor.dim() else ()
-        size = torch.rand(samples, generator=generator, device="cpu") + 0.2
+        # The first sample a tenth of what was given, for what saturates, and no two samples alike in size.
+        samples = torch.logspace(-1, 0, tensor.shape[0] if tensor.dim() else 1, device="cpu")
+        size = samples.view(-1, *[1] * (tensor.dim() - 1)) if tensor.dim() else samples[0]
         return moved * (size * (0.5 + torch.rand(tensor.shape, generator=generator, device="cpu"))).to(moved)
 
     return tree_map_only(Tensor, other, inputs)
