@@ -303,14 +303,14 @@ def _counts(scores: Scores, amount: Amount, scope: Scope) -> Counts:
     if scope == "layer":
         return {name: max(1, size - _removed(amount, size)) for name, size in sizes.items()}
     total = sum(sizes.values())
-    asked = _removed(amount, total)
+    wanted = _removed(amount, total)
     removable = total - len(sizes)
     if isinstance(amount, int) and amount > removable:
         raise InvalidArgumentError(
             f"amount asks for {amount} neurons and {removable} can go: {total} on {len(sizes)} axes, of which each "
             f"keeps one"
         )
-    gone = _cheapest_first(scores, dict.fromkeys(scores, 1.0))[:asked]
+    gone = _cheapest_first(scores, dict.fromkeys(scores, 1.0))[:wanted]
     return {name: size - int((gone == place).sum()) for place, (name, size) in enumerate(sizes.items())}
 
 

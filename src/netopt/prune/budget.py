@@ -61,7 +61,7 @@ class Budget:
         return {name: value for name, value in four.items() if value is not None}
 
     def settings(self) -> dict[str, Any]:
-        """What was asked for, for the report."""
+        """The request, for the report."""
         return {**self._given(), "scope": self.scope, "round_to": self.round_to}
 
 
@@ -119,14 +119,13 @@ def _parameters(found: Found) -> Cost:
 def _macs(found: Found) -> Cost:
     """Operations of one forward: by arithmetic where that gives what is counted in a run, else by dry runs."""
     model, inputs = found.forward.model, found.forward.inputs
-    counted = measure.count_macs(model, inputs)
-    predictable = found.axes.macs() == counted
+    predictable = found.axes.macs() == found.macs
 
     def cost_of(kept: Mapping[str, Tensor]) -> int:
         if predictable:
             return found.axes.macs({name: len(positions) for name, positions in kept.items()})
         if not kept:
-            return counted
+            return found.macs
         plan = make_plan(found.held, found.axes, kept)
         return plan.prepare(model).dry_run(lambda: measure.count_macs(model, inputs))
 

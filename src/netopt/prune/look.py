@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from netopt import measure
 from netopt.axes import Axes, Axis, Outputs, find_axes
 from netopt.axes.find import counted_outputs
 from netopt.batches import Inputs
@@ -51,6 +53,11 @@ class Found:
     axes: Axes
     chosen: list[Axis]
     kept_out: dict[str, str]
+
+    @cached_property
+    def macs(self) -> int:
+        """Multiply-accumulate operations of one forward before anything is done, counted in a run."""
+        return measure.count_macs(self.forward.model, self.forward.inputs)
 
     @property
     def sizes(self) -> dict[str, int]:

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from netopt import masking, measure, surgery
 from netopt.axes import Outputs
 from netopt.batches import Batch, Inputs
-from netopt.errors import ArgumentTypeError, InvalidArgumentError, UnknownNameError
+from netopt.errors import ArgumentTypeError, InvalidArgumentError, NetoptError, UnknownNameError
 from netopt.importance import Importance, lookup
 from netopt.importance.neurons import NeuronScores, neuron_scores
 from netopt.integrations.huggingface.config import configured
@@ -146,7 +146,7 @@ def plan_neurons(
     """Decides what :func:`prune_neurons` would remove, and does not do it.
 
     The arguments are those of :func:`prune_neurons`. What the smaller model costs is found by carrying the plan out,
-    measuring, and putting everything back.
+    measuring, and putting everything back. Its outputs are not compared with the masked model's.
 
     Returns:
         The plan, with parameters, MACs and bytes before and after in ``plan.predicted``.
@@ -251,11 +251,14 @@ class _Decision:
         possible = axes.feasible(counts)
         if any(possible[axis.name] != counts.get(axis.name, axis.size) for axis in axes.free):
             return None
-        reference = reference_outputs(self.found.forward, self.computing(names))
-        return self.part(names).prepare(self.found.held).dry_run(reference.matches)
+        try:
+            reference = reference_outputs(self.found.forward, self.computing(names))
+            return self.part(names).prepare(self.found.held).dry_run(reference.matches)
+        except NetoptError:  # which the whole plan did not raise
+            return None
 
     def marked(self, names: Collection[str], why: str) -> _Decision:
-        """The same, with some axes said not to be exact."""
+        """The same, with some axes marked as not exact."""
         rows = tuple(
             dataclasses.replace(row, exact=False, reason=why) if row.name in names else row for row in self.plan.axes
         )
@@ -339,7 +342,8 @@ class _Report:
         self._removes = mode == "remove"
         # A budget of operations is one of those counted in a run; elsewhere those of the traced forward are counted.
         self._counted = budget.max_macs is not None
-        self._before = measure.cost_of(held, self._macs(decision, {}), decision.nonzero)
+        macs = decision.found.macs if self._counted else decision.found.axes.macs()
+        self._before = measure.cost_of(held, macs, decision.nonzero)
         # A part of what has no zero has none, unless something is done to it besides.
         changed = not self._removes or plan.shifts or plan.scales or plan.values
         full = decision.nonzero.items() if not changed else ()
@@ -352,7 +356,10 @@ class _Report:
             settings["config"] = decision.unexpressed
         if decision.scores.saliency is not None:
             settings["saliency"] = decision.scores.saliency.summary()
-        left = self._macs(decision, decision.counts() if self._removes else {})
+        if self._counted:
+            left = measure.count_macs(found.forward.model, found.forward.inputs)
+        else:
+            left = found.axes.macs(decision.counts() if self._removes else {})
         now = found.held if self._removes else ModelView(found.held.model)
         after = measure.cost_of(now, left, measure.nonzero_of(now, self._full))
         return PruningReport(
@@ -365,10 +372,6 @@ class _Report:
             settings=settings,
             subject=found.held.model,
         )
-
-    def _macs(self, decision: _Decision, counts: Mapping[str, int]) -> int:
-        forward = decision.found.forward
-        return measure.count_macs(forward.model, forward.inputs) if self._counted else decision.found.axes.macs(counts)
 
 
 def _parameter_masks(model: nn.Module, plan: Plan) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """Removes physically the neurons that do nothing any more.
 
-A neuron is dead when every weight that makes it is zero or masked: what it carries then no longer depends on the input.
+A neuron is dead when every weight that makes it is zero or masked: its output then no longer depends on the input.
 If that is zero it goes; if it is a constant (a bias, through an activation) it is folded into what follows; where that
 cannot be done the neuron stays, and the report says why. Removing may kill others, so this repeats until none is left.
 """
@@ -126,19 +126,19 @@ class _Shrinking:
         exact = [axis for axis in axes.free if axis.exact]
         zero = {axis.name: dead_neurons.find(model, axes, axis, names[axis.name]) for axis in exact}
         found = {name: one for name, one in zero.items() if one is not None and bool(one.any())}
-        seen = dead_neurons.constant_outputs(model, axes, list(found), self.forward.inputs) if found else {}
-        gone = self._settled(axes, {name: one & seen[name].constant for name, one in found.items()})
-        constant = {name: one for name, one in gone.items() if bool((one & ~seen[name].zero).any())}
+        outputs = dead_neurons.constant_outputs(model, axes, list(found), self.forward.inputs) if found else {}
+        gone = self._settled(axes, {name: one & outputs[name].constant for name, one in found.items()})
+        constant = {name: one for name, one in gone.items() if bool((one & ~outputs[name].zero).any())}
         folding = Folds()
         if constant:
-            folding = fold(self.forward, axes, seen, constant, self.reference)
-            nothing = {name: gone[name] & seen[name].zero for name in folding.refused}
+            folding = fold(self.forward, axes, outputs, constant, self.reference)
+            nothing = {name: gone[name] & outputs[name].zero for name in folding.refused}
             gone = self._settled(axes, {**gone, **nothing})
         staying = {
             name: f"{int((one & ~gone.get(name, torch.zeros_like(one))).sum())} dead neurons stay: "
             + folding.refused.get(name, "what they carry is not the same everywhere it is read")
             for name, one in found.items()
-            if name in folding.refused or not bool(seen[name].constant[one].all())
+            if name in folding.refused or not bool(outputs[name].constant[one].all())
         }
         folded = [name for name in folding.shifts if name in gone]
         notes = dict.fromkeys(folded, "constants folded into what reads them")

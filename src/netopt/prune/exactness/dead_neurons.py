@@ -89,7 +89,7 @@ def _passes(known: Mapping[str, Place], tap: Tap) -> bool:
 def _zero(weight: Tensor, mask: Tensor | None, dim: int, chosen: Tensor) -> Tensor:
     """At which of the chosen indices a weight is zero or masked throughout; ``False`` at the others."""
     at = torch.nonzero(chosen).flatten()
-    # Most are seen to be alive at their first entries.
+    # Most have an entry that is not zero among their first.
     for share in (2, None):
         part = (slice(None), *[slice(share)] * (weight.dim() - 1))
         rows = weight.detach().movedim(dim, 0)[part]
@@ -148,7 +148,7 @@ def constant_outputs(model: nn.Module, axes: Axes, names: Sequence[str], inputs:
                 if given is inputs:
                     raise
                 continue  # not everything of the right shape is an input; what was given is
-        for name, several in ranges.seen.items():
+        for name, several in ranges.found.items():
             for tap, low, high in several:
                 found[name].add(tap, low, high)
     for name, one in found.items():
@@ -166,12 +166,12 @@ class _Ranges(CallNames):
         for name, several in taps.items():
             for tap in several:
                 self._wanted.setdefault(tap.call, []).append((name, tap))
-        self.seen: dict[str, list[tuple[Tap, Tensor, Tensor]]] = {name: [] for name in taps}
+        self.found: dict[str, list[tuple[Tap, Tensor, Tensor]]] = {name: [] for name in taps}
 
     def on_call(
         self,
         call: Call,
-        function: Callable[..., Any],  # noqa: ARG002 - what is seen of every call
+        function: Callable[..., Any],  # noqa: ARG002 - what is noted of every call
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         result: Any,
@@ -185,9 +185,9 @@ class _Ranges(CallNames):
             if rows.is_complex():
                 # Without an order only zero is recognised as a constant.
                 largest = rows.abs().amax(1).cpu()
-                self.seen[name].append((tap, -largest, largest))
+                self.found[name].append((tap, -largest, largest))
             else:
-                self.seen[name].append((tap, rows.amin(1).cpu(), rows.amax(1).cpu()))
+                self.found[name].append((tap, rows.amin(1).cpu(), rows.amax(1).cpu()))
         return result
 
 

@@ -128,11 +128,11 @@ class _ScaledForward(Forward):
 
     def run(self, inputs: Inputs | None = None) -> list[Tensor]:
         """The outputs that count, and the results of the scaled operations."""
-        with _ScaledResults(self.model, self.calls, self.norms) as seen:
+        with _ScaledResults(self.model, self.calls, self.norms) as results:
             outputs = super().run(inputs)
-        if not seen.found or not all(bool(one.any()) for one in seen.found):
+        if not results.found or not all(bool(one.any()) for one in results.found):
             raise VerificationError("of nothing but zeros every multiple is the same")
-        return [*outputs, *seen.found]
+        return [*outputs, *results.found]
 
 
 class _ScaledResults(CallNames):
