@@ -92,7 +92,7 @@ class _Trial:
     axes: Axes
     kept: Mapping[str, Tensor]
     forward: Forward
-    products: Mapping[str, Collection[Call]]
+    products: Mapping[str, Products]
     norms: Mapping[str, Collection[str]]
 
     def holds(self, rescalings: Mapping[str, Rescaling]) -> bool:
@@ -180,24 +180,33 @@ def _energy(result: Tensor, dims: int) -> Tensor:
 _ATTENTION = "scaled_dot_product_attention"
 
 
-def _operand(args: tuple[Any, ...], kwargs: Mapping[str, Any], place: int, name: str) -> Any:
-    return args[place] if len(args) > place else kwargs[name]
+_NAMES = ("input", "query", "key", "other", "batch1", "mat1", "batch2", "mat2")
+
+
+def _operands(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+    """The operands of a contraction in their order, however they are handed in."""
+    return [*args, *(kwargs[name] for name in _NAMES if name in kwargs)]
 
 
 def _logits(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     """What attention takes the softmax of, but for what is added."""
-    query, key = _operand(args, kwargs, 0, "query"), _operand(args, kwargs, 1, "key")
+    query, key = _operands(args, kwargs)[:2]
     if query.dim() > 2 and query.shape[-3] != key.shape[-3]:
         key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
     scale = args[6] if len(args) > 6 else kwargs.get("scale")
     return query @ key.transpose(-2, -1) * (scale if scale is not None else query.shape[-1] ** -0.5)
 
 
-def _products(axes: Axes, axis: Axis) -> tuple[Call, ...]:
+Products = Mapping[Call, int]
+"""Calls that contract two activations, with the place of the first among their operands."""
+
+
+def _products(axes: Axes, axis: Axis) -> Products:
     """The calls that contract two activations over an axis: queries and keys."""
-    taps = axes.taps(axis)
-    seconds = {tap.call for tap in taps if tap.argument == 1}
-    return tuple(dict.fromkeys(tap.call for tap in taps if tap.argument == 0 and tap.call in seconds))
+    places: dict[Call, set[int]] = {}
+    for tap in axes.taps(axis):
+        places.setdefault(tap.call, set()).add(tap.argument)
+    return {call: min(two) for call, two in places.items() if len(two) > 1}
 
 
 def _of_queries(
@@ -205,7 +214,7 @@ def _of_queries(
     axes: Axes,
     kept: Mapping[str, Tensor],
     forward: Forward,
-    products: Mapping[str, Collection[Call]],
+    products: Mapping[str, Products],
 ) -> dict[str, Rescaling]:
     """For one over the root of a size: the factor on the rows that make queries, which gradients tell from the rest."""
     weights = {axis: _along(held, axes, axes[axis]) for axis, calls in products.items() if calls}
@@ -242,14 +251,14 @@ class _Makers(CallNames):
     def __init__(
         self,
         model: nn.Module,
-        calls: Mapping[str, Collection[Call]],
+        products: Mapping[str, Products],
         weights: Mapping[str, Mapping[str, Tensor]],
     ) -> None:
         super().__init__(model)
-        self._axes: dict[Call, list[str]] = {}
-        for axis, several in calls.items():
-            for call in several:
-                self._axes.setdefault(call, []).append(axis)
+        self._places: dict[Call, list[tuple[str, int]]] = {}
+        for axis, calls in products.items():
+            for call, place in calls.items():
+                self._places.setdefault(call, []).append((axis, place))
         self._weights = weights
         self._generator = torch.Generator("cpu").manual_seed(0)
         self.rows: dict[str, dict[str, Tensor]] = {}
@@ -263,9 +272,8 @@ class _Makers(CallNames):
         result: Any,
     ) -> Any:
         """Adds what makes the first operand of a call."""
-        for axis in self._axes.get(call, ()):
-            name = "query" if call.function == _ATTENTION else "input"
-            operand = _operand(args, kwargs, 0, name)
+        for axis, place in self._places.get(call, ()):
+            operand = _operands(args, kwargs)[place]
             if not operand.requires_grad:
                 continue
             weights = self._weights[axis]
