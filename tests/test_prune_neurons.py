@@ -309,6 +309,25 @@ def test_an_axis_that_differs_is_found_by_halving_and_marked(factor):
     assert all(optimizer.state[one]["exp_avg"].shape == one.shape for one in model.parameters())
 
 
+def test_exact_axes_are_compared_beside_one_that_is_not():
+    class Normed(Hidden):
+        def __init__(self) -> None:
+            super().__init__(logarithm)
+            self.norm = nn.LayerNorm(8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            hidden = self[1](self.norm(self[0](x))).relu()
+            return self[3](self[2](self.factor(hidden)).tanh())
+
+    torch.manual_seed(0)
+    model, x = Normed().double(), torch.randn(3, 5, dtype=torch.float64)
+    report = prune_quietly(model, x, 0.5, scope="layer", importance="magnitude")
+    notes = {row.name: row.note for row in report.rows if not row.exact}
+    assert notes.keys() == {"0", "1"}
+    assert "layer_norm" in notes["0"]
+    assert "found by comparison" in notes["1"]
+
+
 @pytest.mark.parametrize(("name", "marked"), [("numbers_over_sizes", {"first", "second"}),
                                               ("size_in_a_custom_function", {"first"})])  # fmt: skip
 def test_what_the_zoo_hides_from_a_trace_is_found_by_comparison(name, marked, monkeypatch):

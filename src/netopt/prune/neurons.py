@@ -253,16 +253,28 @@ class _Decision:
             return None
         try:
             reference = reference_outputs(self.found.forward, self.computing(names))
-            return self.part(names).prepare(self.found.held).dry_run(reference.matches)
-        except NetoptError:  # which the whole plan did not raise
+            self.part(names).prepare(self.found.held).dry_run(reference.check)
+        except DifferentOutputsError:
+            return False
+        except NetoptError:  # which the whole plan need not raise
             return None
+        return True
 
-    def marked(self, names: Collection[str], why: str) -> _Decision:
-        """The same, with some axes marked as not exact."""
+    def marked(self, names: Sequence[str]) -> _Decision:
+        """The same, with those of some axes that are at fault for a difference marked as not exact."""
+        at_fault, why = differing(names, self.agrees), "is not the same as masking, found by comparison"
         rows = tuple(
-            dataclasses.replace(row, exact=False, reason=why) if row.name in names else row for row in self.plan.axes
+            dataclasses.replace(row, exact=False, reason=why) if row.name in at_fault else row for row in self.plan.axes
         )
         return dataclasses.replace(self, plan=dataclasses.replace(self.plan, axes=rows))
+
+    def compared(self) -> _Decision:
+        """The same, where some axes are not exact, with the others compared by themselves."""
+        exact = [row.name for row in self.plan.axes if row.exact]
+        # With factors they were compared when these were tried.
+        if len(exact) == len(self.plan.axes) or self.rescalings or not exact or self.agrees(exact) is not False:
+            return self
+        return self.marked(exact)
 
 
 def _decide(
@@ -326,10 +338,11 @@ def _remove(decision: _Decision, optimizers: Sequence[Optimizer], report: _Repor
         reference.check(values=done.plan.exact)
         return report.make(done)
 
+    compared = decision.compared()
     try:
-        return operation.run(lambda: finish(decision))
+        return operation.run(lambda: finish(compared))
     except DifferentOutputsError:
-        marked = decision.marked(differing(cut, decision.agrees), "is not the same as masking, found by comparison")
+        marked = decision.marked(cut)
     return operation.run(lambda: finish(marked))
 
 

@@ -32,6 +32,11 @@ __all__ = ["Rescaling", "find_rescalings", "rescaled"]
 
 _TRIALS = 64
 _EPS = ("eps", "variance_epsilon")
+_ATTENTION = "scaled_dot_product_attention"
+_OPERANDS = ("input", "query", "key", "other", "batch1", "mat1", "batch2", "mat2")
+
+Products = Mapping[Call, int]
+"""Calls that contract two activations, with the place of the first among their operands."""
 
 
 @dataclass
@@ -155,7 +160,7 @@ class _ScaledResults(CallNames):
         """Notes a product."""
         if call in self._calls:
             product = _logits(args, kwargs) if call.function == _ATTENTION else result
-            self.found.append(_energy(product, 2))
+            self.found.append(_norm(product, 2))
         return result
 
     def on_return(
@@ -168,24 +173,19 @@ class _ScaledResults(CallNames):
         """Notes what stays of the result of a normalisation."""
         if id(module) in self._norms:
             size, kept = self._norms[id(module)]
-            self.found.append(_energy(result[..., kept.to(result.device)] if result.shape[-1] == size else result, 1))
+            self.found.append(_norm(result[..., kept.to(result.device)] if result.shape[-1] == size else result, 1))
 
 
-def _energy(result: Tensor, dims: int) -> Tensor:
-    """Squares summed over all but the last dimensions: heads that are masked there and gone here add nothing."""
-    result = result.detach()
-    return result.square().flatten(0, -dims - 1).sum(0) if result.dim() > dims else result.square()
-
-
-_ATTENTION = "scaled_dot_product_attention"
-
-
-_NAMES = ("input", "query", "key", "other", "batch1", "mat1", "batch2", "mat2")
+def _norm(result: Tensor, dims: int) -> Tensor:
+    """The norm over all but the last dimensions: heads that are masked there and gone here add nothing."""
+    wide = result.detach().abs().to(torch.promote_types(result.abs().dtype, torch.float32))
+    wide = wide.square().flatten(0, -dims - 1).sum(0).sqrt() if wide.dim() > dims else wide
+    return wide.to(result.abs().dtype)
 
 
 def _operands(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
     """The operands of a contraction in their order, however they are handed in."""
-    return [*args, *(kwargs[name] for name in _NAMES if name in kwargs)]
+    return [*args, *(kwargs[name] for name in _OPERANDS if name in kwargs)]
 
 
 def _logits(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
@@ -195,10 +195,6 @@ def _logits(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
     scale = args[6] if len(args) > 6 else kwargs.get("scale")
     return query @ key.transpose(-2, -1) * (scale if scale is not None else query.shape[-1] ** -0.5)
-
-
-Products = Mapping[Call, int]
-"""Calls that contract two activations, with the place of the first among their operands."""
 
 
 def _products(axes: Axes, axis: Axis) -> Products:
