@@ -23,7 +23,7 @@ from netopt.errors import InvalidArgumentError, NothingToPruneError, Verificatio
 from netopt.importance.neurons import neuron_scores
 from netopt.plan import Plan
 from netopt.prune import plan_neurons, prune_neurons
-from netopt.prune.verify import Forward, Reference, differing
+from netopt.prune.verify import Forward, Reference, differing, varied
 from netopt.surgery import named_tensors
 
 ROOT = str(Path(netopt.__file__).parent)
@@ -365,6 +365,47 @@ def test_what_saturates_on_the_example_is_compared_on_others(saturating):
         cut.first.weight[4:] = 0
     assert torch.allclose(cut(x), whole), "the example tells nothing"
     report = prune_quietly(model, x, 0.5, importance="magnitude")
+    assert [(row.after, row.exact) for row in report.rows] == [(4, False)]
+
+
+def test_inputs_are_varied_in_kind():
+    given = {
+        "x": torch.randn(3, 4),
+        "zeros": torch.zeros(2, 3),
+        "ids": torch.arange(10).view(2, 5),
+        "one": torch.ones(()),
+        "mask": torch.tensor([True, False]),
+        "none": torch.zeros(0),
+        "name": "x",
+    }
+    kept = copy.deepcopy(given)
+    found, again = varied(given), varied(given)
+    assert str(found) == str(again)
+    assert str(given) == str(kept)
+    assert sorted(found["ids"].flatten().tolist()) == list(range(10))
+    assert not torch.equal(found["ids"], given["ids"])
+    assert varied(given, integers=False)["ids"] is given["ids"]
+    assert found["mask"] is given["mask"]
+    assert found["name"] == "x"
+    for name in ("x", "zeros", "one"):
+        assert found[name].shape == given[name].shape
+        assert bool((found[name] != 0).all())
+    assert float(found["x"].abs().max()) <= float(given["x"].abs().max())
+    assert float(found["x"][0].abs().max()) <= 0.1 * float(given["x"].abs().max())
+
+
+def test_inputs_that_cannot_be_varied_are_compared_as_they_are():
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.first, self.last = nn.Embedding(3, 4), nn.Linear(4, 8), nn.Linear(8, 2)
+
+        def forward(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+            assert bool((rows.diff() >= 0).all())
+            return self.last(self.first(self.table(rows) + x.long().float()).relu() * int(str(self.first.out_features)))
+
+    x, rows = torch.full((3, 4), 2.0), torch.tensor([0, 1, 2])
+    report = prune_quietly(Positions(), (x, rows), 0.5, importance="magnitude", include="first")
     assert [(row.after, row.exact) for row in report.rows] == [(4, False)]
 
 

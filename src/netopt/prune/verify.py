@@ -84,7 +84,7 @@ class Forward:
 
 
 def varied(inputs: Inputs, *, integers: bool = True) -> Inputs:
-    """Other inputs of the same kind: the same numbers in another order, and fractions larger or smaller besides.
+    """Other inputs of the same kind: the same numbers in another order, fractions smaller besides, and none all zero.
 
     Args:
         inputs: Of one forward call.
@@ -94,20 +94,26 @@ def varied(inputs: Inputs, *, integers: bool = True) -> Inputs:
 
     def other(tensor: Tensor) -> Tensor:
         fractions = tensor.is_floating_point() or tensor.is_complex()
-        if tensor.dtype == torch.bool or tensor.is_meta or tensor.layout is not torch.strided:
+        if tensor.dtype == torch.bool or tensor.is_meta or not tensor.numel() or not (fractions or integers):
             return tensor
-        if not fractions and not integers:
-            return tensor
-        order = torch.randperm(tensor.numel(), generator=generator, device="cpu").to(tensor.device)
-        moved = tensor.detach().flatten()[order].view(tensor.shape)
-        if not fractions:
-            return moved
-        # The first sample a tenth of what was given, for what saturates, and no two samples alike in size.
-        samples = torch.logspace(-1, 0, tensor.shape[0] if tensor.dim() else 1, device="cpu")
-        size = samples.view(-1, *[1] * (tensor.dim() - 1)) if tensor.dim() else samples[0]
-        return moved * (size * (0.5 + torch.rand(tensor.shape, generator=generator, device="cpu"))).to(moved)
+        # What is no index in its place raises here; an accelerator would not recover from it.
+        moved = _shuffled(tensor.detach(), generator) if tensor.device.type == "cpu" else tensor
+        return _smaller(moved.detach(), generator) if fractions else moved
 
     return tree_map_only(Tensor, other, inputs)
+
+
+def _shuffled(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    order = torch.randperm(tensor.numel(), generator=generator, device="cpu")
+    return tensor.flatten()[order].view(tensor.shape)
+
+
+def _smaller(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """Entries from a twentieth of what they were on; the first sample's are the smallest, for what saturates."""
+    rows = tensor if tensor.dim() else tensor.view(1)
+    samples = torch.logspace(-1, 0, len(rows), device="cpu").view(-1, *[1] * (rows.dim() - 1))
+    factors = samples * (1 - torch.rand(rows.shape, generator=generator, device="cpu") / 2)
+    return factors.view(tensor.shape).to(tensor) * (tensor if bool(tensor.any()) else 1)
 
 
 @dataclass(frozen=True)
