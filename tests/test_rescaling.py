@@ -39,6 +39,34 @@ class Attention(nn.Module):
         return self.out(seen.transpose(1, 2).reshape(size, length, self.heads * self.dim))
 
 
+class Written(Attention):
+    """Attention by its parts: a product by one over the root of the size of a head, or attention called by names."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__("separate")
+        self.how = how
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        parts = [one(x).view(len(x), -1, self.heads, self.dim) for one in (self.query, self.key, self.value)]
+        query, key, value = (part.transpose(1, 2) for part in parts)
+        if self.how == "by names":
+            seen = nn.functional.scaled_dot_product_attention(key=key, value=value, query=query)
+        else:
+            seen = self.logits(query, key).softmax(-1) @ value
+        return self.out(seen.transpose(1, 2).flatten(2))
+
+    def logits(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        if self.how == "keys divided":
+            return query @ (key / math.sqrt(key.shape[-1])).transpose(-2, -1)
+        if self.how == "a tensor's root":
+            return query @ key.transpose(-2, -1) / torch.tensor(key.size(-1), dtype=query.dtype).sqrt()
+        position = torch.arange(query.shape[2]).to(query)
+        distances = (position - position[:, None]).expand(len(query) * self.heads, -1, -1)
+        query, key = query.flatten(0, 1), key.flatten(0, 1)
+        found = torch.baddbmm(distances, query, key.transpose(1, 2), alpha=query.size(-1) ** -0.5)
+        return found.unflatten(0, (-1, self.heads))
+
+
 class Rooted(nn.Module):
     """A residual stream under RMS norms."""
 
@@ -76,6 +104,10 @@ CASES = {
     "separate": (lambda: Attention("separate"), (2, 5, 6)),
     "outer": (lambda: Attention("outer"), (2, 5, 6)),
     "inner": (lambda: Attention("inner"), (2, 5, 6)),
+    **{
+        how: (lambda how=how: Written(how), (2, 5, 6))
+        for how in ("by names", "keys divided", "a tensor's root", "added to distances")
+    },
     "root mean square": (Rooted, (4, 5)),
 }
 

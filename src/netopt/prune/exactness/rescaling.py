@@ -33,6 +33,8 @@ __all__ = ["Rescaling", "find_rescalings", "rescaled"]
 _TRIALS = 64
 _EPS = ("eps", "variance_epsilon")
 _ATTENTION = "scaled_dot_product_attention"
+_ADDING = ("addmm", "baddbmm")
+_SCALINGS = frozenset(("mul", "rmul", "imul", "multiply", "div", "divide", "true_divide", "truediv", "itruediv"))
 _OPERANDS = ("input", "query", "key", "other", "batch1", "mat1", "batch2", "mat2")
 
 Products = Mapping[Call, int]
@@ -147,6 +149,8 @@ class _ScaledResults(CallNames):
         super().__init__(model)
         self._calls = calls
         self._norms = {id(model.get_submodule(name)): places for name, places in norms.items()}
+        self._places: dict[int, tuple[Tensor, int]] = {}
+        """Where the last product is noted, by id; it is kept alive, so that no id is given twice."""
         self.found: list[Tensor] = []
 
     def on_call(
@@ -157,11 +161,20 @@ class _ScaledResults(CallNames):
         kwargs: dict[str, Any],
         result: Any,
     ) -> Any:
-        """Notes a product."""
+        """Notes a product, and what a factor makes of it."""
         if call in self._calls:
-            product = _logits(args, kwargs) if call.function == _ATTENTION else result
-            self.found.append(_norm(product, 2))
+            self._places.clear()
+            self._note(len(self.found), result, _product(call.function, args, kwargs, result))
+        elif call.function.strip("_") in _SCALINGS:
+            place = next((self._places[id(one)][1] for one in args if id(one) in self._places), None)
+            if place is not None:
+                self._note(place, result, result)
         return result
+
+    def _note(self, place: int, result: Tensor, product: Tensor) -> None:
+        self.found[place:] = [_norm(product, 2), *self.found[place + 1 :]]
+        if result is product:
+            self._places[id(result)] = (result, place)
 
     def on_return(
         self,
@@ -188,8 +201,10 @@ def _operands(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
     return [*args, *(kwargs[name] for name in _OPERANDS if name in kwargs)]
 
 
-def _logits(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """What attention takes the softmax of, but for what is added."""
+def _product(function: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Tensor) -> Tensor:
+    """The product of queries and keys, without what is added to it."""
+    if function != _ATTENTION:
+        return result - kwargs.get("beta", 1) * args[0] if function in _ADDING else result
     query, key = _operands(args, kwargs)[:2]
     if query.dim() > 2 and query.shape[-3] != key.shape[-3]:
         key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
