@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from netopt.axes.indices import indices, labels
-from netopt.axes.layout import LAYOUTS, Atom, Layout, atoms, count, freeze, mark_inexact, resolve
+from netopt.axes.layout import LAYOUTS, Atom, Layout, SizeReason, atoms, count, freeze, mark_inexact, resolve
 from netopt.axes.solver import CountSolver
 from netopt.axes.tracing.dims import DimTracer, Work
 from netopt.axes.tracing.implicit_sizes import settle_implicit_sizes
@@ -92,6 +92,11 @@ class Axis:
     def exact(self) -> bool:
         """Whether removing neurons of this axis computes the same function as masking them."""
         return self.inexact is None
+
+    @property
+    def scales(self) -> bool:
+        """Whether it is inexact because its size is used as a number, which may scale what is computed."""
+        return isinstance(self.inexact, SizeReason)
 
     def __str__(self) -> str:
         return f"{self.name} ({self.size})"
@@ -212,7 +217,7 @@ class Axes(Sequence[Axis]):
     def _mark_numbers(self, trace: DimTracer, groups: Sequence[_Group]) -> None:
         """A size used as a number makes its axes inexact."""
         for number, where in trace.constraints.numbers:
-            why = f"has a size that the forward computes with, at {where}"
+            why = SizeReason(f"has a size that the forward computes with, at {where}")
             for leaf in leaves(number):
                 if isinstance(leaf, DimSize):
                     mark_inexact(leaf.layout, why)

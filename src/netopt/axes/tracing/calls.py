@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from netopt.axes.layout import Layout, Product, freeze, mark_inexact, resolve, split_concat, split_product
+from netopt.axes.layout import Layout, Product, SizeReason, freeze, mark_inexact, resolve, split_concat, split_product
 from netopt.axes.operation import Dim, Mark
 from netopt.symbolic import SYMBOLIC, DimSize, Shape, SymbolicFloat, SymbolicInt, plain
 
@@ -383,7 +383,7 @@ def _attention(tracer: SizeTracer, args: Any, kwargs: Any, result: Any) -> None:
             name = tracer.name_of("").module
             tracer.trace.implicit_sizes.append((halves[1], name, tracer.model.get_submodule(name)))
     if _argument(args, kwargs, 6, "scale") is None:
-        why = f"sets the default scale of attention, at {tracer.trace.where()}"
+        why = SizeReason(f"sets the default scale of attention, at {tracer.trace.where()}")
         tracer.trace.mark(result, [Mark(mark_inexact, query[-1].layout, why)])
 
 
