@@ -14,6 +14,7 @@ import math
 import operator
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,12 +86,22 @@ class Guard:
 
 @dataclass
 class Constraints:
-    """What one trace learned of its integers."""
+    """What one trace learned of its integers, in the thread that traces; in others they are plain integers."""
 
     equations: list[Equation] = field(default_factory=list)
     guards: list[Guard] = field(default_factory=list)
     numbers: list[tuple[Any, str]] = field(default_factory=list)
-    is_recording: bool = True
+    thread: int | None = field(default_factory=threading.get_ident)
+    salt: object = field(default_factory=object)
+
+    @property
+    def is_recording(self) -> bool:
+        """Whether this thread traces."""
+        return self.thread == threading.get_ident()
+
+    def close(self) -> None:
+        """Ends the trace: its integers are plain ones from now on."""
+        self.thread = None
 
     def equate(self, number: Any, layout: Layout, operation: str) -> None:
         """States that ``number`` is the size of ``layout``."""
@@ -161,7 +172,8 @@ class SymbolicInt(int):
         return getattr(ufunc, method)(*map(_plain, inputs), **kwargs)
 
     def __hash__(self) -> int:
-        return int.__hash__(self)
+        # Salted by the trace, so that an lru_cache that holds the answer for the equal plain integer is missed.
+        return hash((self.constraints.salt, _plain(self))) if self.constraints.is_recording else int.__hash__(self)
 
     def __float__(self) -> float:
         _note_number(self)
@@ -207,7 +219,7 @@ class SymbolicFloat(float):
         return int(_plain(self))
 
     def __hash__(self) -> int:
-        return float.__hash__(self)
+        return hash((self.constraints.salt, _plain(self))) if self.constraints.is_recording else float.__hash__(self)
 
     def __float__(self) -> float:
         _note_number(self)
