@@ -16,11 +16,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from netopt.axes.literals import Literal, remembering_literals
 from torch import nn
 
 from netopt.axes import find_axes
 from netopt.axes.layout import Atom
-from netopt.axes.literals import Literal, remembering_literals
 from netopt.axes.tracing.attributes import remembered
 from netopt.model.attributes import Attributes
 from netopt.symbolic.number import (

@@ -17,7 +17,8 @@ from tqdm import tqdm
 from netopt import batches
 from netopt.batches import Batch
 from netopt.errors import InvalidArgumentError, MissingDataError, NonFiniteError, UnknownNameError
-from netopt.importance.inputs import InputWatch, Matrix, Reading, every_contraction
+from netopt.importance.inputs import InputWatch, Matrix, Reading
+from netopt.model.kernels import Unfused
 from netopt.model.parameters import Place, places
 from netopt.model.restore import restored
 
@@ -131,7 +132,7 @@ def _ready(model: nn.Module, wanted: Mapping[str, Place], needs: Collection[str]
     for place in wanted.values():
         place.parameter.requires_grad_(differentiated)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(every_contraction(model))
+        stack.enter_context(Unfused(attention=False))
         stack.enter_context(torch.enable_grad() if differentiated else torch.no_grad())
         yield
 

@@ -59,7 +59,7 @@ class CallNames(TorchCalls):
         self.visits.__enter__()
         return super().__enter__()
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         """Stops naming and takes the hooks away."""
         super().__exit__(*error)
         self.visits.__exit__(*error)

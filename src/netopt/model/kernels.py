@@ -19,9 +19,14 @@ from netopt.model.wrappers import TorchCalls
 
 __all__ = ["Unfused", "unfused"]
 
+_ATTENTION = "scaled_dot_product_attention"
+
 
 class Unfused(TorchCalls):
-    """Runs attention and recurrent layers step by step while entered, in the thread that enters.
+    """Runs recurrent layers and attention step by step while entered, in the thread that enters.
+
+    Args:
+        attention: Whether attention is one of them; its product of queries and keys is then held in memory.
 
     Example:
         >>> layer = nn.LSTM(2, 3)
@@ -31,9 +36,14 @@ class Unfused(TorchCalls):
         torch.Size([4, 1, 3])
     """
 
+    def __init__(self, *, attention: bool = True) -> None:
+        super().__init__()
+        self._attention = attention
+
     def run_call(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs one call, or its steps."""
-        return unfused(function)(*args, **kwargs)
+        whole = not self._attention and getattr(function, "__name__", "") == _ATTENTION
+        return (function if whole else unfused(function))(*args, **kwargs)
 
 
 def unfused(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -60,7 +70,7 @@ def _attention(
     if attn_mask is not None and attn_mask.dtype is torch.bool:
         kept, gone = (torch.full((), one, dtype=query.dtype, device=query.device) for one in (0.0, -math.inf))
         attn_mask = torch.where(attn_mask, kept, gone)
-    return torch._scaled_dot_product_attention_math(
+    return torch.ops.aten._scaled_dot_product_attention_math(
         query, key, value, attn_mask, dropout_p, is_causal, None, scale=scale, enable_gqa=enable_gqa
     )[0]
 
@@ -72,7 +82,7 @@ def _recurrent(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs)
     packed = isinstance(args[3], (tuple, list))  # sizes of batches come between the tokens and the states
     data, sizes, states, weights, biases, layers, dropout, training, both = (
-        args[:9] if packed else (args[0], None, *args[1:8])
+        args[:9] if packed else (args[0], args[0], *args[1:8])
     )
     swapped = not packed and args[8]  # batch first
     cells = name == "lstm"
@@ -118,6 +128,6 @@ _LAYERS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     },
 }
 _STEPS: dict[str, Callable[..., Any]] = {
-    "scaled_dot_product_attention": _attention,
+    _ATTENTION: _attention,
     **dict.fromkeys(_LAYERS, _recurrent),
 }

@@ -9,9 +9,12 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["Visit", "Visits"]
 
@@ -60,7 +63,7 @@ class Visits:
         """The visit in progress."""
         return self._stack[-1]
 
-    def __enter__(self) -> Visits:
+    def __enter__(self) -> Self:
         """Hooks every module."""
         self._thread = threading.get_ident()
         with _lock:

@@ -44,9 +44,7 @@ class _Globals(dict[str, Any]):
         return _transparent(value) or value
 
 
-_views = {
-    id(vars(module)): _Globals(vars(module)) for module in (torch.nn.functional, torch.functional, torch._tensor)
-}
+_views = {id(vars(module)): _Globals(vars(module)) for module in (torch.nn.functional, torch.functional, torch._tensor)}
 _copies: dict[types.FunctionType, Callable[..., Any]] = {}
 
 
@@ -108,7 +106,7 @@ class TorchCalls(TorchFunctionMode):
         self._eager.__enter__()
         return super().__enter__()
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         """Stops seeing calls."""
         super().__exit__(*error)
         self._eager.__exit__(None, None, None)

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from netopt import batches
 from netopt.batches import Inputs
 from netopt.errors import ForwardError, VerificationError
+from netopt.model.kernels import Unfused
 from netopt.model.restore import preserve_random_state, restored
 from netopt.surgery import Operation, Swap, find_tensor
 
@@ -146,7 +146,7 @@ def zeroed(tensor: Tensor, cuts: Mapping[int, Tensor]) -> Tensor:
 def run(model: nn.Module, inputs: Inputs, counted: Counted) -> list[Tensor]:
     """The outputs that count, in eval mode and without gradients; the model is given back as it was."""
     # A masked row divided by its own length is no number, which the fused kernel makes one of in short sequences.
-    with restored(model), sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+    with restored(model), Unfused(), torch.no_grad():
         return [tensor.detach().clone() for tensor in counted(batches.call(model.eval(), inputs))]
 
 

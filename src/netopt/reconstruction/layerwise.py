@@ -14,8 +14,9 @@ from netopt import batches
 from netopt.batches import Batch
 from netopt.errors import InvalidArgumentError, MissingDataError, NonFiniteError, ShapeMismatchError
 from netopt.importance import Criterion, Importance, lookup
-from netopt.importance.inputs import Matrix, every_contraction
+from netopt.importance.inputs import Matrix
 from netopt.masking.decide import Request
+from netopt.model.kernels import Unfused
 from netopt.model.parameters import Place
 from netopt.model.restore import restored
 from netopt.reconstruction.replay import Runner, container_of
@@ -62,7 +63,7 @@ def reconstruct(
     before = {name: place.parameter.detach().clone() for name, place in wanted.items()}
     masks: dict[str, Tensor] = {}
     try:
-        with restored(model), every_contraction(model):
+        with restored(model), Unfused(attention=False):
             model.eval()
             container = container_of(model, wanted)
             order, chain = stages(model, held, wanted, container)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import operator
-import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from netopt.model.attributes import COMMON, DEPTH, OPAQUE, SIMPLE, Attributes, Own, Parts, is_configuration, is_library
+from netopt.model.attributes import COMMON, DEPTH, OPAQUE, SIMPLE, Attributes, Own, Parts, is_configuration
 from netopt.symbolic.number import AttributeRef, Constraints, SymbolicInt, plain
 
 _TORCH_OWN = frozenset(COMMON) | {"call_super_init", "dump_patches"}
@@ -39,7 +38,7 @@ def symbolic_integers(parts: Parts, attributes: Attributes, constraints: Constra
 
 
 def _restore(container: Any, key: Any, value: Any) -> None:
-    """Undoes one replacement, unless the forward has taken the entry away; then the copy of the container restores it."""
+    """Undoes one replacement; if the forward has taken the entry away, the container is restored as a whole."""
     gone = isinstance(container, list) and isinstance(key, int) and key >= len(container)
     if not gone:
         container[key] = value
@@ -69,9 +68,6 @@ class _Wrapping:
             wrapped = self.wrap(value, (name, key), DEPTH)
             if wrapped is not value:
                 changed[key] = wrapped
-        for key, value in _class_integers(type(module)):
-            if key not in held:
-                changed[key] = self.size(value, (name, key))
         held.update(changed)
 
     def attributes(self, held: dict[str, Any], path: tuple[str | int, ...], depth: int) -> None:
@@ -116,8 +112,6 @@ class _Wrapping:
             self.items(value, list(value), path, depth)
         elif isinstance(value, functools.partial):
             self.items(value.keywords, list(value.keywords), (*path, "keywords"), depth)
-        elif isinstance(value, types.FunctionType):
-            self.function(value, path, depth)
         elif is_configuration(value):
             self.attributes(value.__dict__, path, depth)
 
@@ -130,25 +124,6 @@ class _Wrapping:
             if wrapped is not value:
                 container[key] = wrapped
                 self.undo.append(functools.partial(_restore, container, key, value))
-
-    def function(self, function: types.FunctionType, path: tuple[str | int, ...], depth: int) -> None:
-        if function.__module__ is None or is_library(function.__module__):
-            return
-        for index, cell in enumerate(function.__closure__ or ()):
-            try:
-                value = cell.cell_contents
-            except ValueError:  # an empty cell
-                continue
-            wrapped = self.wrap(value, (*path, "__closure__", index, "cell_contents"), depth)
-            if wrapped is not value:
-                cell.cell_contents = wrapped
-                self.undo.append(functools.partial(setattr, cell, "cell_contents", value))
-        defaults = function.__defaults__
-        if defaults:
-            wrapped = self.wrap(defaults, (*path, "__defaults__"), depth)
-            if wrapped is not defaults:
-                function.__defaults__ = wrapped
-                self.undo.append(functools.partial(setattr, function, "__defaults__", defaults))
 
 
 def _keyed_by_value(value: Any) -> Any:
@@ -191,16 +166,3 @@ def _are_small(values: Sequence[Any]) -> bool:
 
 
 _INTEGER = frozenset([int])
-
-
-@functools.cache
-def _class_integers(kind: type[nn.Module]) -> tuple[tuple[str, int], ...]:
-    found: dict[str, int] = {}
-    for base in reversed(kind.__mro__):
-        if issubclass(base, nn.Module) and not is_library(base.__module__):
-            found.update(
-                (key, value)
-                for key, value in vars(base).items()
-                if type(value) is int and value > 1 and not key.startswith("__") and key not in _TORCH_OWN
-            )
-    return tuple(found.items())
