@@ -128,13 +128,10 @@ class _Wrapping:
 
 def _keyed_by_value(value: Any) -> Any:
     """A dict with integers for keys as one that finds them under symbolic keys, whose hashes differ."""
-    kind = type(value)
-    if kind in (dict, OrderedDict) and any(type(key) is int for key in value):
-        return _Table(value)
-    return value
+    return _Table(value) if type(value) is dict and any(type(key) is int for key in value) else value
 
 
-class _Table(OrderedDict[Any, Any]):
+class _Table(dict[Any, Any]):
     """A dict that looks up symbolic integers by their value."""
 
     def __getitem__(self, key: Any) -> Any:
