@@ -117,6 +117,12 @@ def flags() -> list[object]:
     ]
 
 
+def modes() -> list[bool]:
+    """What torch's own modes, such as its counter of operations, set for its compiler."""
+    modes = torch.utils._python_dispatch
+    return [modes.is_in_torch_dispatch_mode(), modes.is_in_any_mode_without_ignore_compile_internals()]
+
+
 def of_this_thread() -> list[object]:
     """What may be another in each thread."""
     return [
@@ -125,7 +131,6 @@ def of_this_thread() -> list[object]:
         torch._C._len_torch_dispatch_stack(),
         torch._C._len_torch_function_stack(),
         torch._guards.TracingContext.try_get(),
-        torch.utils._python_dispatch.is_in_torch_dispatch_mode(),
         [thread.ident for thread in threading.enumerate()],
         random.getstate(),
         [part.tolist() if isinstance(part, np.ndarray) else part for part in np.random.get_state()],
@@ -174,7 +179,7 @@ def everything_as_before(*models: nn.Module) -> Iterator[None]:
     """Whatever happens inside, the process is the same afterwards."""
 
     def all_of_it():
-        return [names(), code(), flags(), of_this_thread(), [hooks(model) for model in models]]
+        return [names(), code(), flags(), modes(), of_this_thread(), [hooks(model) for model in models]]
 
     before = all_of_it()
     yield
@@ -188,7 +193,7 @@ def everything_as_before(*models: nn.Module) -> Iterator[None]:
 def test_no_other_thread_ever_sees_a_difference():
     model = block()
     find_axes(model, X)
-    with watched(lambda: [names(), code(), flags()]):
+    with watched(lambda: [names(), code(), flags(), modes()]):
         for _ in range(10):
             find_axes(model, X)
 

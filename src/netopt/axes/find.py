@@ -33,6 +33,7 @@ from netopt.errors import ArgumentTypeError, ForwardError, InvalidArgumentError
 from netopt.model.attributes import Attributes, Parts
 from netopt.model.restore import preserve_gradients, preserve_random_state, preserve_values
 
+Traced: TypeAlias = "tuple[SizeTracer, list[tuple[Layout, ...]]]"
 Outputs: TypeAlias = "str | Sequence[str] | Callable[..., Any] | None"
 
 
@@ -73,20 +74,18 @@ def find_axes(model: nn.Module, example_inputs: Inputs, *, outputs: Outputs = No
             trace.inputs(leaf for leaf in tree_iter(batches.normalize(example_inputs)) if isinstance(leaf, Tensor))
             _freeze_scripted(parts, trace)
             run = partial(_run, model, parts, attributes, trace, example_inputs, outputs)
-            trace.counting = True
-            tracer, results = run(training=False)
-            trace.counting = False
+            tracer, results = _first(run, trace)
             substitutes = unrouted(parts, tracer.reached, trace.touched)
             if substitutes:
                 with experts_substituted(substitutes, trace):
                     run(training=False)
             with contextlib.suppress(ForwardError):  # a model may refuse to be trained on these inputs
                 run(training=True)
-        trace.constraints.close()
+        trace.constraints.is_recording = False
         trace.finalize()
         return Axes(trace, tracer.readings, results)
     finally:
-        trace.constraints.close()
+        trace.constraints.is_recording = False
         trace.close()
 
 
@@ -104,6 +103,22 @@ def _borrowed(parts: Parts, trace: DimTracer) -> Iterator[None]:
         yield
 
 
+def _first(run: Callable[..., Traced], trace: DimTracer) -> Traced:
+    """The forward in evaluation mode, whose work is counted."""
+    trace.counting = True
+    try:
+        return run(training=False)
+    except ForwardError as error:
+        if not isinstance(error.__cause__, KeyError):
+            raise
+        # A dict that is no attribute of the model's is looked up by a size: with hashes of plain integers it is found.
+        trace.constraints.salt = None
+        trace.work.clear()
+        return run(training=False)
+    finally:
+        trace.counting = False
+
+
 def _run(
     model: nn.Module,
     parts: Parts,
@@ -113,7 +128,7 @@ def _run(
     outputs: Outputs,
     *,
     training: bool,
-) -> tuple[SizeTracer, list[tuple[Layout, ...]]]:
+) -> Traced:
     """One traced forward: its tracer, and the layouts of the results that count."""
     with (
         attributes.in_mode(model, writes=trace.writes, training=training),

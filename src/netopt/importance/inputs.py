@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from netopt.model.dispatch import ThreadDispatchMode
 from netopt.model.parameters import Place
 
 __all__ = ["Convolution", "InputWatch", "Matrix", "Reading"]
@@ -154,7 +154,7 @@ class Reading:
         return iter(self.inputs.split(max(CHUNK // max(one, 1), 1)))
 
 
-class InputWatch(TorchDispatchMode):
+class InputWatch(ThreadDispatchMode):
     """Calls ``see`` with a :class:`Reading` for every contraction of a watched weight, while it is entered."""
 
     def __init__(self, watched: Mapping[str, Place], see: Callable[[Reading], None]) -> None:

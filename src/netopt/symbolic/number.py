@@ -92,16 +92,21 @@ class Constraints:
     guards: list[Guard] = field(default_factory=list)
     numbers: list[tuple[Any, str]] = field(default_factory=list)
     thread: int | None = field(default_factory=threading.get_ident)
-    salt: object = field(default_factory=object)
+    salt: object | None = field(default_factory=object)
 
     @property
     def is_recording(self) -> bool:
-        """Whether this thread traces."""
+        """Whether this thread traces; set to False, its integers are plain ones from now on."""
         return self.thread == threading.get_ident()
 
-    def close(self) -> None:
-        """Ends the trace: its integers are plain ones from now on."""
-        self.thread = None
+    @is_recording.setter
+    def is_recording(self, value: bool) -> None:
+        self.thread = threading.get_ident() if value else None
+
+    def hash_of(self, number: Any) -> int:
+        """Salted, so that an lru_cache that holds the answer for the equal plain number is missed."""
+        salted = self.salt is not None and self.is_recording
+        return hash((self.salt, _plain(number)) if salted else _plain(number))
 
     def equate(self, number: Any, layout: Layout, operation: str) -> None:
         """States that ``number`` is the size of ``layout``."""
@@ -172,8 +177,7 @@ class SymbolicInt(int):
         return getattr(ufunc, method)(*map(_plain, inputs), **kwargs)
 
     def __hash__(self) -> int:
-        # Salted by the trace, so that an lru_cache that holds the answer for the equal plain integer is missed.
-        return hash((self.constraints.salt, _plain(self))) if self.constraints.is_recording else int.__hash__(self)
+        return self.constraints.hash_of(self)
 
     def __float__(self) -> float:
         _note_number(self)
@@ -219,7 +223,7 @@ class SymbolicFloat(float):
         return int(_plain(self))
 
     def __hash__(self) -> int:
-        return hash((self.constraints.salt, _plain(self))) if self.constraints.is_recording else float.__hash__(self)
+        return self.constraints.hash_of(self)
 
     def __float__(self) -> float:
         _note_number(self)

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from netopt.axes.layout import Atom, Layout, freeze, resolve
 from netopt.axes.operation import Dim, Dims, Mark, Operation, find_rule
@@ -22,6 +21,7 @@ from netopt.errors import TraceError
 from netopt.flops import formula
 from netopt.model.attributes import NUMBERS
 from netopt.model.copy_on_write import Writes, storage_of
+from netopt.model.dispatch import ThreadDispatchMode
 from netopt.symbolic.number import Constraints, calling_line, show_line
 
 _serial = itertools.count()
@@ -112,7 +112,7 @@ class _Known:
         return self  # what is known of a tensor holds of its copy
 
 
-class DimTracer(TorchDispatchMode):
+class DimTracer(ThreadDispatchMode):
     """The equations of one model, collected while its forward runs.
 
     Attributes:
@@ -140,11 +140,6 @@ class DimTracer(TorchDispatchMode):
         by_value: Whether sizes may depend on values: something was selected by value, read as a plain number, or given
             to an operation that nobody has described.
     """
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        # The default guards every call against compilation and imports the compiler, which takes seconds, to do so.
-        return False
 
     def __init__(self, members: dict[str, Tensor], parameters: frozenset[str]) -> None:
         super().__init__()
