@@ -461,10 +461,13 @@ class GroupedAttention(nn.Module):
     other=(3, 9, 12),
     share=0.99,
     expected=[
-        axis(f"layers.{layer}.q:0 layers.{layer}.k:0 layers.{layer}.v:0 layers.{layer}.out.weight:1", 2)
-        for layer in (0, 1, 2)
+        *(
+            axis(f"layers.{layer}.q:0 layers.{layer}.k:0 layers.{layer}.v:0 layers.{layer}.out.weight:1", 2)
+            for layer in (0, 1, 2)
+        ),
+        *(axis(f"layers.{layer}.q:0 layers.{layer}.out.weight:1", 2, label=f"r{layer}") for layer in (0, 1, 2)),
     ],
-    stays=["may have its size in `layers.[012].(per_group|place)`, which sets no size on these inputs"],
+    sizes={f"layers.{layer}.per_group": f"r{layer}" for layer in (0, 1, 2)} | {"layers.2.place": "2"},
 )
 class GroupedQueriesFoundByDividing(nn.Module):
     """The third layer holds another integer of that size, its own number."""
