@@ -121,30 +121,27 @@ MECHANISMS: dict[str, Callable[[], None]] = {
 }
 
 
-def answer(case: Any, *, twice: bool = True) -> tuple[Any, float]:
-    """What is found of one case on a model that has run before, and the seconds of the second search."""
+def answer(case: Any) -> tuple[Any, float]:
+    """What is found of one case, of a kind of model that has run before, and the seconds of the search."""
     from netopt.axes import find_axes
 
     with contextlib.suppress(Exception):
         bench.run(case.build(), case.inputs())
-    seconds, found = 0.0, None
-    for _ in range(1 + twice):
-        model, inputs = case.build(), case.inputs()
-        before = {name: value.clone() for name, value in model.state_dict().items() if hasattr(value, "clone")}
-        start = time.process_time()
-        try:
-            axes = find_axes(model, inputs)
-        except Exception as error:
-            return f"fails: {type(error).__name__}", time.process_time() - start
-        seconds = time.process_time() - start
-        half = axes.feasible({axis.name: max(1, axis.size // 2) for axis in axes.free})
-        changed = [n for n, value in model.state_dict().items() if n in before and not same(value, before[n])]
-        found = [
-            [[axis.size, [str(member) for member in axis.members], axis.exact] for axis in axes.free],
-            sorted(half.values()),
-            sorted([str(one.path), one.value] for one in axes.attribute_values(half)),
-            changed,
-        ]
+    model, inputs = case.build(), case.inputs()
+    before = {name: value.clone() for name, value in model.state_dict().items() if hasattr(value, "clone")}
+    start = time.process_time()
+    try:
+        axes = find_axes(model, inputs)
+    except Exception as error:
+        return f"fails: {type(error).__name__}", time.process_time() - start
+    seconds = time.process_time() - start
+    half = axes.feasible({axis.name: max(1, axis.size // 2) for axis in axes.free})
+    found = [
+        [[axis.size, [str(member) for member in axis.members], axis.exact] for axis in axes.free],
+        sorted(half.values()),
+        sorted([str(one.path), one.value] for one in axes.attribute_values(half)),
+        [name for name, value in model.state_dict().items() if name in before and not same(value, before[name])],
+    ]
     return found, seconds
 
 
@@ -191,9 +188,10 @@ def main() -> None:
     """Prints the table and writes it beside the others."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="part of the names of the models")
-    only = parser.parse_args().only
+    parser.add_argument("--skip", nargs="*", default=[], help="parts of the names of models to leave out")
+    chosen = parser.parse_args()
     bench.prepare()
-    names = [name for name in bench.zoo() if only in name]
+    names = [name for name in bench.zoo() if chosen.only in name and not any(part in name for part in chosen.skip)]
     print(f"{len(names)} models\n{'switched off':28} {'libraries':>9} {'hand-made':>9} {'time':>6}")
     rows = ablate(names)
     now = dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds")
@@ -203,8 +201,8 @@ def main() -> None:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
-    if not only:
-        found = {"about": about, "models": len(names), "mechanisms": rows}
+    if not chosen.only:
+        found = {"about": about, "models": len(names), "skipped": chosen.skip, "mechanisms": rows}
         (bench.RESULTS / "ablation.json").write_text(json.dumps(found, indent=1) + "\n")
 
 

@@ -1,9 +1,9 @@
 """Sizes that a fused kernel for grouped-query attention implies.
 
 Such a kernel is not given the number of query heads that share a key head: the shapes imply it. The module may hold
-that number for other inputs, as ``num_key_value_groups``, and use it on another path. Where every module of the class
-has one and the same integer that is as large and set no size on these inputs, that is the number and follows; where
-several are, or only in some modules, the layout is frozen.
+that number for other inputs, as ``num_key_value_groups``, and use it on another path. Where all of several modules of a
+class have one and the same integer that is as large and set no size on these inputs, that is the number and follows;
+anywhere else such an integer freezes the layout.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ def bind_implicit_sizes(implicit_sizes: Sequence[ImplicitSize], constraints: Con
         by_class.setdefault(type(one[2]), []).append(one)
     for several in by_class.values():
         possible = [set(_as_large(layout, name, module, constraints)) for layout, name, module in several]
-        everywhere = set.intersection(*possible)
+        # One module alone is no evidence: another integer may be as large by chance.
+        everywhere = set.intersection(*possible) if len({name for _, name, _ in several}) > 1 else set()
         for (layout, name, _), keys in zip(several, possible, strict=True):
             if len(everywhere) == 1:
                 ref = AttributeRef((name, *everywhere))
