@@ -151,15 +151,11 @@ INEXACT = {
     "variance": lambda m, h: h * h.var(-1, keepdim=True),
     "product": lambda m, h: h * h.prod(-1, keepdim=True),
     "logsumexp": lambda m, h: h * h.logsumexp(-1, keepdim=True),
-    "size over a literal": lambda m, h: h * (1.0 / h.shape[-1]),
-    "literal to the size": lambda m, h: h * 1.5 ** h.shape[-1],
-    "literal compared": lambda m, h: h * (h.shape[-1] > 2.5) * (0.5 * h.shape[-1]),
     "mean given away": lambda m, h: h * h.mean(-1).sum().item(),
     "mean by numpy": lambda m, h: h * float(h.detach().mean(-1).numpy().sum()),
     "mean in a list": lambda m, h: h * sum(h.detach().mean(-1).tolist()),
     "mean written and read": mean_written,
     "entries of a shape": lambda m, h: h * h.shape[1:].numel(),
-    "literal over entries": lambda m, h: h * (1.0 / (h.shape[1:] * 2).numel()),
     "mean squared distance": lambda m, h: h * F.mse_loss(h, 2 * h),
     "cross entropy of bits": lambda m, h: h * F.binary_cross_entropy_with_logits(h, h.sigmoid(), reduction="sum"),
     "soft margin": lambda m, h: h * F.soft_margin_loss(h, h.detach().sign(), reduction="sum"),
@@ -218,6 +214,14 @@ FROZEN = {
     "spectrum": (lambda m, h: torch.fft.fft(h).real, "transformed"),
     "convolved along": (lambda m, h: F.conv1d(h[:, None], h.new_ones(1, 1, 3), padding=1)[:, 0], "spatial dimension"),
     "uneven parts": (weighted, "uneven part"),
+}  # fmt: skip
+
+
+COMPARED = {
+    "size over a literal": lambda m, h: h * (1.0 / h.shape[-1]),
+    "literal to the size": lambda m, h: h * 1.5 ** h.shape[-1],
+    "literal compared": lambda m, h: h * (h.shape[-1] > 2.5) * (0.5 * h.shape[-1]),
+    "literal over entries": lambda m, h: h * (1.0 / (h.shape[1:] * 2).numel()),
 }  # fmt: skip
 
 
@@ -290,6 +294,17 @@ def test_what_depends_on_the_size_says_so(function):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert not torch.allclose(smaller(x), masked(model, axes, kept)(x)), "exact after all"
+
+
+@pytest.mark.parametrize("function", COMPARED.values(), ids=COMPARED)
+def test_a_float_on_the_left_of_a_size_is_left_to_the_comparison(function):
+    model, x = build(function)
+    axes = find_axes(model, x)
+    (axis,) = hidden(axes)
+    assert axis.frozen is None
+    assert axis.exact
+    kept, plan = halved(axes, [axis], torch.Generator().manual_seed(0))
+    assert not torch.allclose(removed(model, plan)(x), masked(model, axes, kept)(x))
 
 
 @pytest.mark.parametrize(("function", "reason"), FROZEN.values(), ids=FROZEN)

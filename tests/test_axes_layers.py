@@ -158,12 +158,19 @@ class Experts(nn.Module):
         return self.experts[0](x)
 
 
+UNMET = [f"experts.{index}.weight" for index in (1, 2, 3)]
+
+
 @pytest.mark.parametrize("importance", ["wanda", "sparsegpt"])
 def test_layers_without_inputs_are_named_together(importance):
-    data = [torch.randn(4, 6)]
+    data, include = [torch.randn(4, 6)], [f"experts.{index}.weight" for index in range(4)]
     with pytest.raises(InvalidArgumentError, match=r"exclude=\['experts.1.weight', 'experts.2.weight', 'experts.3.w"):
-        netopt.prune_weights(Experts(), 0.5, importance=importance, data=data, progress=False)
+        netopt.prune_weights(Experts(), 0.5, importance=importance, data=data, include=include, progress=False)
     model = Experts()
-    unmet = [f"experts.{index}.weight" for index in (1, 2, 3)]
-    netopt.prune_weights(model, 0.5, importance=importance, data=data, exclude=unmet, progress=False)
+    netopt.prune_weights(model, 0.5, importance=importance, data=data, exclude=UNMET, progress=False)
     assert (model.experts[0].weight == 0).float().mean() == 0.5
+
+
+def test_layers_without_inputs_are_left_out_where_nobody_named_them():
+    report = netopt.prune_weights(Experts(), 0.5, importance="wanda", data=[torch.randn(4, 6)], progress=False)
+    assert all("met no inputs" in report.frozen[name] for name in UNMET)

@@ -177,11 +177,11 @@ def traced(sample):
         with torch.no_grad(), trace:
             outs = sample.run(sample.held)
         trace.reach(outs)
-        trace.settle()
+        trace.finalize()
         layouts = {name: [resolve(dim.layout) for dim in trace.dims(tensor)] for name, tensor in sample.held.items()}
         return layouts, [trace.dims(out) for out in outs], not trace.unknown
     finally:
-        trace.forget()
+        trace.close()
 
 
 def is_whole(atom, layouts):

@@ -9,7 +9,7 @@ import json
 import math
 import operator
 import pickle
-import sys
+import threading
 import types
 from dataclasses import dataclass, field
 
@@ -22,8 +22,7 @@ from torch import nn
 
 from netopt.axes import find_axes
 from netopt.axes.layout import Atom
-from netopt.axes.literals import Literal, remembering_literals
-from netopt.axes.tracing.attributes import remembered
+from netopt.axes.tracing.attributes import symbolic_integers
 from netopt.errors import ForwardError
 from netopt.model.restore import Snapshot
 from netopt.prune import prune_neurons
@@ -113,8 +112,6 @@ OF_INTEGERS = {
     "sum": lambda n: sum([n, 3, n]),
     "all": lambda n: all(one > 4 for one in (n, 9)),
     "any of sizes": lambda n: any([n - 12, n - 9]),
-    "key": lambda n: {12: "is", 9: "other"}.get(n, "none"),
-    "in a set": lambda n: n in {12, 13},
     "in a list": lambda n: [9, 12].index(n) if n in [9, 12] else None,
     "match": lambda n: "twelve" if n == 12 else "not",
     "prod": lambda n: math.prod((2, n, n)),
@@ -437,6 +434,68 @@ def test_constraints_know_their_own_numbers():
 # The integers of a model, lent and given back.
 
 
+def test_another_thread_sees_plain_integers():
+    constraints = Constraints()
+    known = size(12, constraints)
+    seen = []
+
+    def look():
+        seen.extend([type(known + 1), type(known / 5), known == 12, float(known), hash(known), {12: "found"}[known]])
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    assert seen == [int, float, True, 12.0, hash(12), "found"]
+    assert not constraints.guards
+    assert not constraints.numbers
+
+
+def test_a_cache_of_plain_integers_is_missed_by_symbolic_ones():
+    calls = []
+
+    @functools.lru_cache
+    def double(n):
+        calls.append(n)
+        return 2 * n
+
+    constraints = Constraints()
+    known = size(12, constraints)
+    assert double(12) == 24
+    assert type(double(known)) is type(double(known)) is SymbolicInt
+    assert len(calls) == 2
+    constraints.close()
+    assert hash(known) == hash(12)
+    assert type(double(12)) is int
+
+
+class Tables(nn.Module):
+    """Looks tensors up by a size, in dicts of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.scales = {8: 0.5, 3: 2.0}
+        self.cache = {}
+
+    def forward(self, x):
+        x = self.first(x)
+        width = x.shape[-1]
+        if width not in self.cache:
+            self.cache[width] = torch.ones(width)
+        return self.last(x * self.scales[width] * self.scales.get(width, 1.0) * self.cache[width])
+
+
+def test_a_dict_of_the_models_own_is_looked_up_by_value():
+    model, x = Tables(), torch.randn(2, 4)
+    model(x)
+    axes = find_axes(model, x)
+    assert axes["first"].frozen is not None  # the width is a key
+    assert list(model.scales) == [8, 3]
+    assert list(model.cache) == [8]
+    assert all(type(key) is int for key in (*model.scales, *model.cache))
+    assert type(model.scales) is dict
+
+
 @dataclass
 class Settings:
     width: int = 8
@@ -444,22 +503,17 @@ class Settings:
     inner: types.SimpleNamespace = field(default_factory=lambda: types.SimpleNamespace(depth=3))
 
 
-class Base(nn.Module):
-    groups = 4
-    one = 1
-
-
 def scaled(x, times=8):
     return x * times
 
 
-class Holder(Base):
+class Holder(nn.Module):
     def __init__(self):
         super().__init__()
         self.settings = Settings()
         self.sizes = [8, (4, 2), {"k": 16}]
         self.flag, self.rate, self.text = True, 0.5, "8"
-        self.function = scaled
+        self.one, self.function = 1, scaled
         self.partial = functools.partial(scaled, times=16)
         self.layer = nn.Linear(8, 8)
 
@@ -493,7 +547,7 @@ def test_every_integer_is_lent_with_its_place_and_given_back():
     before = numbers(model)
     parts = list(model.named_modules())
     attributes = Snapshot(model)
-    with attributes.in_mode(model, training=False), remembered(parts, attributes, constraints):
+    with attributes.in_mode(model, training=False), symbolic_integers(parts, attributes, constraints):
         lent = {
             one.expression.key.path
             for one in (
@@ -503,7 +557,6 @@ def test_every_integer_is_lent_with_its_place_and_given_back():
                 model.sizes[0],
                 model.sizes[1][0],
                 model.sizes[2]["k"],
-                model.groups,
                 model.partial.keywords["times"],
                 model.layer.in_features,
             )
@@ -515,7 +568,6 @@ def test_every_integer_is_lent_with_its_place_and_given_back():
             ("", "sizes", 0),
             ("", "sizes", 1, 0),
             ("", "sizes", 2, "k"),
-            ("", "groups"),
             ("", "partial", "keywords", "times"),
             ("layer", "in_features"),
         }
@@ -524,10 +576,7 @@ def test_every_integer_is_lent_with_its_place_and_given_back():
         assert type(model.rate) is float
     assert numbers(model) == before
     assert all(kind in (int, bool) for kind, _ in numbers(model).values())
-    assert "groups" not in vars(model)
-    assert type(Base.groups) is int
     assert scaled.__defaults__ == (8,)
-    assert type(scaled.__defaults__[0]) is int
 
 
 def test_integers_are_given_back_after_an_error():
@@ -538,7 +587,7 @@ def test_integers_are_given_back_after_an_error():
     with (
         pytest.raises(KeyError),
         attributes.in_mode(model, training=False),
-        remembered(parts, attributes, Constraints()),
+        symbolic_integers(parts, attributes, Constraints()),
     ):
         raise KeyError
     assert numbers(model) == before
@@ -624,53 +673,7 @@ def test_values_kept_outside_the_model_are_plain_when_used():
     assert all(type(copy.deepcopy([one])[0]) is int for one in kept)
 
 
-# Floats of the user's code, and shapes.
-
-
-def average(n):
-    return 1.0 / n, [0.5 * n for _ in range(2)], 2.0 < n, 2.0 - n, 1.5 + 2.5  # noqa: SIM300 - the literal is asked first
-
-
-class Averaging(nn.Module):
-    def forward(self, x):
-        self.seen = (average(x.shape[1]), x.shape[1:].numel(), x.shape)
-        return x
-
-
-def test_float_constants_ask_sizes_first_and_are_put_back():
-    model, constraints = Averaging(), Constraints()
-    codes = average.__code__, Averaging.forward.__code__
-    n = SymbolicInt(8, AttributeRef(("", "n")), constraints)
-    with remembering_literals([("", model)]):
-        assert average.__code__ is not codes[0]
-        over, (half, _), less, rest, plain = average(n)
-    assert (average.__code__, Averaging.forward.__code__) == codes
-    (guard,) = constraints.guards
-    assert guard.outcome is less is True
-    assert list(map(float.__float__, (over, half, rest, plain))) == [0.125, 4.0, -6.0, 4.0]
-    assert [type(one) for one in (over, half, rest)] == [SymbolicFloat] * 3
-    assert type(plain) in (float, Literal)
-    smaller = {AttributeRef(("", "n")): 4}
-    assert [evaluate(one, smaller) for one in (over, half, rest)] == [0.25, 2.0, -2.0]
-    assert average(8)[0] == 0.125
-    assert type(average(8)[0]) is float
-
-
-def test_float_constants_are_put_back_after_an_error():
-    codes = average.__code__, Averaging.forward.__code__
-    with pytest.raises(RuntimeError, match="inside"), remembering_literals([("", Averaging())]):
-        raise RuntimeError("inside")
-    assert (average.__code__, Averaging.forward.__code__) == codes
-
-
-@pytest.mark.parametrize("operation", [operator.add, operator.sub, operator.mul, operator.truediv, operator.lt])
-@pytest.mark.parametrize("other", [2, 0.5, -3.5, True])
-def test_a_literal_is_a_float_to_everything_else(operation, other):
-    assert operation(Literal(1.5), other) == operation(1.5, other)
-    assert operation(other, Literal(1.5)) == operation(other, 1.5)
-    assert torch.equal(operation(torch.ones(2), Literal(1.5)), operation(torch.ones(2), 1.5))
-    assert hash(Literal(1.5)) == hash(1.5)
-    assert {1.5: "found"}[Literal(1.5)] == "found"
+# Shapes.
 
 
 def test_a_shape_is_a_torch_size_that_remembers():
@@ -693,26 +696,6 @@ def test_a_shape_is_a_torch_size_that_remembers():
     assert torch.zeros(shape).shape == torch.zeros(24).view(shape).shape == torch.Size([2, 3, 4])
     assert type(copy.deepcopy(shape)) is torch.Size
     assert type(pickle.loads(pickle.dumps(shape))) is torch.Size
-
-
-class Missing:
-    """What stands for a package that is not installed, as libraries leave it in their files."""
-
-    def __getattr__(self, name):
-        raise ImportError("not installed")
-
-
-def test_what_stands_for_a_missing_package_is_left_alone(monkeypatch):
-    class Net(nn.Module):
-        def forward(self, x):
-            return x * 0.5
-
-    file = types.ModuleType("lacking")
-    file.missing = Missing()
-    monkeypatch.setitem(sys.modules, "lacking", file)
-    Net.__module__ = "lacking"
-    with remembering_literals([("", Net())]):
-        assert Net()(1.0) == 0.5
 
 
 class Strided(nn.Module):
@@ -795,7 +778,6 @@ INEXACT = {
     "type of a size": lambda m, h: h * (1 if type(h.shape[-1]) is int else h.shape[-1][0]),
 }
 FROZEN = {
-    "key": lambda m, h: h * {12: 2.0}.get(h.shape[-1], 1.0),
     "view by numpy": lambda m, h: h.reshape(len(h), int(np.prod(h.shape[1:]))),
     "list": lambda m, h: h * torch.tensor([1.0] * h.shape[-1]),
     "share": lambda m, h: torch.cat([h[:, : int(h.shape[-1] * 0.66)], h[:, int(h.shape[-1] * 0.66) :]], 1),

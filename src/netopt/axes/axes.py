@@ -20,7 +20,7 @@ from netopt.axes.indices import indices, labels
 from netopt.axes.layout import LAYOUTS, Atom, Layout, SizeReason, atoms, count, freeze, mark_inexact, resolve
 from netopt.axes.solver import CountSolver
 from netopt.axes.tracing.dims import DimTracer, Work
-from netopt.axes.tracing.implicit_sizes import settle_implicit_sizes
+from netopt.axes.tracing.implicit_sizes import bind_implicit_sizes
 from netopt.errors import UnknownNameError, nearest
 from netopt.model.calls import Call
 from netopt.symbolic import DimSize, Expression, leaves
@@ -187,7 +187,7 @@ class Axes(Sequence[Axis]):
             # Parameters come first.
             if members[0].tensor not in trace.parameters:
                 freeze(atom, "belongs to no parameter")
-        settle_implicit_sizes(trace.implicit_sizes, trace.constraints)
+        bind_implicit_sizes(trace.implicit_sizes, trace.constraints)
 
     def _group(self, found: Mapping[Atom, list[Member]], kernels: set[Atom]) -> list[_Group]:
         groups: list[_Group] = []

@@ -16,8 +16,9 @@ from tqdm import tqdm
 
 from netopt import batches
 from netopt.batches import Batch
-from netopt.errors import ForwardError, InvalidArgumentError, MissingDataError, NonFiniteError, UnknownNameError
-from netopt.importance.inputs import InputWatch, Matrix, Reading, every_contraction
+from netopt.errors import ForwardError, InvalidArgumentError, MissingDataError, NonFiniteError, UnknownNameError, quoted
+from netopt.importance.inputs import InputWatch, Matrix, Reading
+from netopt.model.kernels import Unfused
 from netopt.model.parameters import Place, places
 from netopt.model.restore import restored
 
@@ -172,7 +173,7 @@ def _ready(model: nn.Module, wanted: Mapping[str, Place], needs: Collection[str]
     for place in wanted.values():
         place.parameter.requires_grad_(differentiated)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(every_contraction(model))
+        stack.enter_context(Unfused(attention=False))
         stack.enter_context(torch.enable_grad() if differentiated else torch.no_grad())
         yield
 
@@ -281,10 +282,10 @@ def _read(
     missed = [name for name in wanted if not squares[name]]
     owed = [name for name in missed if name in named]
     if owed or len(missed) == len(wanted):
-        listed = ", ".join(map(repr, (owed or missed)[:8])) + (", ..." if len(owed or missed) > 8 else "")
+        listed = quoted(owed or missed)
         raise InvalidArgumentError(
             f"{listed} met no inputs in a matrix product, convolution or embedding on this data, "
-            "so the norm of its inputs is unknown; exclude what is listed, or choose another importance."
+            f"so the norm of its inputs is unknown; pass exclude=[{listed}], or choose another importance."
         )
     return {name: place for name, place in wanted.items() if squares[name]}
 

@@ -6,7 +6,6 @@ weights, recurrent cells and attention need no module of a known kind. What is s
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -15,12 +14,12 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import Tensor
 
+from netopt.model.dispatch import ThreadDispatchMode
 from netopt.model.parameters import Place
 
-__all__ = ["Convolution", "InputWatch", "Matrix", "Reading", "every_contraction"]
+__all__ = ["Convolution", "InputWatch", "Matrix", "Reading"]
 
 aten = torch.ops.aten
 CHUNK = 1 << 24
@@ -181,7 +180,7 @@ class Reading:
         return iter(self.inputs.split(max(CHUNK // max(one, 1), 1)))
 
 
-class InputWatch(TorchDispatchMode):
+class InputWatch(ThreadDispatchMode):
     """Calls ``see`` with a :class:`Reading` for every contraction of a watched weight, while it is entered."""
 
     def __init__(self, watched: Mapping[str, Place], see: Callable[[Reading], None]) -> None:
@@ -280,22 +279,6 @@ class InputWatch(TorchDispatchMode):
         if found is not None and weight.shape == found[0].shape:
             size, stride = weight.shape, weight.stride()
             self._see(Reading(found[1].name, Matrix((1, size[1], size[0]), (0, stride[1], stride[0])), rows))
-
-
-@contextlib.contextmanager
-def every_contraction(model: nn.Module) -> Iterator[None]:
-    """Switches off the fused kernels that would hide contractions of ``model`` from a watch, for a while."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    with contextlib.ExitStack() as stack:
-        stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
-        torch.backends.mha.set_fastpath_enabled(False)
-        if any(isinstance(module, nn.RNNBase) for module in model.modules()):
-            # Fused recurrent kernels also have no gradient in eval mode, on a GPU. Not by torch.backends.mkldnn.flags,
-            # which sets and warns about settings of other devices as well.
-            stack.callback(torch._C._set_mkldnn_enabled, torch._C._get_mkldnn_enabled())
-            torch._C._set_mkldnn_enabled(False)
-            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-        yield
 
 
 def _look_convolution(watch: InputWatch, args: tuple[Any, ...], out: Tensor) -> None:

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from netopt.errors import ForwardError
@@ -37,6 +36,7 @@ from netopt.model.attributes import (
     own_classes,
     refill,
 )
+from netopt.model.dispatch import ThreadDispatchMode
 from netopt.model.signals import UndoLog
 from netopt.model.view import ModelView
 
@@ -320,16 +320,12 @@ class CopyOnWrite:
                 parameter.copy_(value)
         self._saved.clear()
 
-    def seen(self) -> TorchDispatchMode:
+    def seen(self) -> ThreadDispatchMode:
         """A mode that copies before writes, for code that is not traced."""
         return _Seen(self)
 
 
-class _Seen(TorchDispatchMode):
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False
-
+class _Seen(ThreadDispatchMode):
     def __init__(self, writes: CopyOnWrite) -> None:
         super().__init__()
         self._writes = writes

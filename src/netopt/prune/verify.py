@@ -7,18 +7,19 @@ one key gives the same for different arguments. Where outputs differ, the axes a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from netopt import batches
 from netopt.batches import Inputs
 from netopt.errors import ForwardError, VerificationError
+from netopt.model.kernels import Unfused
 from netopt.model.restore import preserve_random_state, restored
 from netopt.surgery import Operation, Swap, find_tensor
 
@@ -68,12 +69,17 @@ class Forward:
     counted: Counted
     steady: Steady = None
 
-    def run(self, inputs: Inputs | None = None) -> list[Tensor]:
-        """The outputs that count, in eval mode and without gradients, on the inputs at hand or on others."""
+    def run(self, inputs: Inputs | None = None, *modes: AbstractContextManager[Any]) -> list[Tensor]:
+        """The outputs that count, in eval mode and without gradients, on the inputs at hand or on others.
+
+        Args:
+            inputs: Others.
+            modes: Entered for the run.
+        """
         inputs = self.inputs if inputs is None else inputs
         # A masked row divided by its own length is no number, which the fused kernel makes one of in short sequences.
         with restored(self.model) as log:
-            log.enter_context(sdpa_kernel(SDPBackend.MATH), torch.no_grad())
+            log.enter_context(Unfused(), torch.no_grad(), *modes)
             return [tensor.detach().clone() for tensor in self.counted(batches.call(self.model.eval(), inputs))]
 
     @cached_property

@@ -14,8 +14,9 @@ from netopt import batches
 from netopt.batches import Batch
 from netopt.errors import InvalidArgumentError, MissingDataError, NonFiniteError, ShapeMismatchError
 from netopt.importance import Criterion, Importance, lookup
-from netopt.importance.inputs import Matrix, every_contraction
+from netopt.importance.inputs import Matrix
 from netopt.masking.decide import Request
+from netopt.model.kernels import Unfused
 from netopt.model.parameters import Place
 from netopt.model.restore import restored
 from netopt.model.signals import UndoLog
@@ -66,7 +67,7 @@ def reconstruct(
     masks: dict[str, Tensor] = {}
     log.callback(_write, wanted, before, on=BaseException)
     with restored(model) as looking:
-        looking.enter_context(every_contraction(model))
+        looking.enter_context(Unfused(attention=False))
         model.eval()
         container = container_of(model, wanted)
         order, chain = stages(model, held, wanted, container)

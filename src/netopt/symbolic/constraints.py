@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,7 @@ class Constraints:
         equations: Numbers that are sizes.
         guards: Comparisons.
         numbers: Numbers that were turned into plain ones, each with the line.
+        salt: Told apart from that of every other trace in hashes; ``None`` for the hashes of plain numbers.
     """
 
     def __init__(self) -> None:
@@ -81,16 +83,21 @@ class Constraints:
         self.numbers: list[tuple[Any, str]] = []
         self._unread: dict[int, tuple[Any, str]] = {}
         """Floats no operation has read yet; the code of ``math`` reads a float without a method of it being called."""
-        self._is_open = True
+        self.salt: object | None = object()
+        self._thread: int | None = threading.get_ident()
 
     @property
     def is_recording(self) -> bool:
-        """Whether numbers record what is done with them; decided here alone."""
-        return self._is_open
+        """Whether numbers record what is done with them: until closed, and only in the thread that traces."""
+        return self._thread == threading.get_ident()
+
+    def hash_of(self, value: Any) -> int:
+        """The hash of a recording number, salted so that an ``lru_cache`` that knows the plain number is missed."""
+        return hash((self.salt, value)) if self.salt is not None and self.is_recording else hash(value)
 
     def close(self) -> None:
         """Ends the recording; numbers that someone kept are as plain as any from now on."""
-        self._is_open = False
+        self._thread = None
         self.numbers.extend(self._unread.values())
         self._unread.clear()
 

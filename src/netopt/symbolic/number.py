@@ -42,7 +42,7 @@ class SymbolicInt(int):
         return number
 
     def __hash__(self) -> int:
-        return int.__hash__(self)
+        return self.constraints.hash_of(self.expression.value)
 
 
 class SymbolicFloat(float):
@@ -65,7 +65,7 @@ class SymbolicFloat(float):
         return number
 
     def __hash__(self) -> int:
-        return float.__hash__(self)
+        return self.constraints.hash_of(self.expression.value)
 
 
 class Shape(tuple[int, ...]):

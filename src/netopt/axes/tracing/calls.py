@@ -422,10 +422,6 @@ _CONSTRAIN: dict[str, Callable[..., None]] = {
 }
 
 
-_FUSED = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
-# Calls that torch's own layers make in both modes, with another rule in training: what they drop is no zero.
-_MODAL = frozenset({"alpha_dropout", "alpha_dropout_", "feature_alpha_dropout", "feature_alpha_dropout_"})
-
 # Arguments of a call that are contracted over, and along which dimension.
 CONTRACTIONS: dict[str, tuple[tuple[int, int], ...]] = {
     "linear": ((0, -1),),
@@ -499,21 +495,17 @@ class CallRule(NamedTuple):
     contracts: bool
     constrain: Callable[..., None] | None
     numbers: frozenset[type]
-    fused: bool
-    modal: bool
 
 
 CALL_RULES: dict[str, CallRule] = {}
 
 
 def call_rule_of(name: str) -> CallRule:
-    """What is to be done about the calls of one name; looked up in ``TREATMENTS`` from then on."""
+    """The rule of the calls of one name; kept in ``CALL_RULES`` from then on."""
     found = CALL_RULES[name] = CallRule(
         answer=_SHAPES.get(name),
         contracts=name in CONTRACTIONS,
         constrain=_CONSTRAIN.get(name),
         numbers=_FLOATING if name in _NO_NUMBERS else SYMBOLIC,
-        fused=name in _FUSED,
-        modal=name in _MODAL,
     )
     return found

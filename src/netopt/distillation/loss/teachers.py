@@ -14,13 +14,13 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from netopt import batches
 from netopt.distillation.loss.objective import Record
 from netopt.distillation.loss.outputs import Picker, pick
 from netopt.errors import ArgumentTypeError, InvalidArgumentError
+from netopt.model.dispatch import ThreadDispatchMode
 
 __all__ = ["Forward", "Reads", "Runner", "Shared", "as_teachers", "local", "set_eval", "shared_tensors"]
 
@@ -135,7 +135,7 @@ def shared_tensors(student: nn.Module, teacher: nn.Module, optimizer: Any) -> li
     ]
 
 
-class Reads(TorchDispatchMode):
+class Reads(ThreadDispatchMode):
     """Notes which tensors of ``shared`` any operation reads: a switched-off adapter is held and not read."""
 
     def __init__(self, shared: Iterable[Shared]) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -133,10 +134,10 @@ class _ScaledForward(Forward):
     calls: frozenset[Call] = frozenset()
     norms: Mapping[str, tuple[int, Tensor]] = field(default_factory=dict)
 
-    def run(self, inputs: Inputs | None = None) -> list[Tensor]:
+    def run(self, inputs: Inputs | None = None, *modes: AbstractContextManager[Any]) -> list[Tensor]:
         """The outputs that count, and the results of the scaled operations."""
-        with _ScaledResults(self.model, self.calls, self.norms) as results:
-            outputs = super().run(inputs)
+        results = _ScaledResults(self.model, self.calls, self.norms)
+        outputs = super().run(inputs, results, *modes)
         if not results.found or not all(bool(one.any()) for one in results.found):
             raise VerificationError("of nothing but zeros every multiple is the same")
         return [*outputs, *results.found]
@@ -176,13 +177,7 @@ class _ScaledResults(CallNames):
         if result is product:
             self._places[id(result)] = (result, place)
 
-    def on_return(
-        self,
-        module: nn.Module,
-        args: tuple[Any, ...],  # noqa: ARG002 - results are compared
-        kwargs: dict[str, Any],  # noqa: ARG002
-        result: Any,
-    ) -> None:
+    def on_return(self, module: nn.Module, result: Any) -> None:
         """Notes what stays of the result of a normalisation."""
         if id(module) in self._norms:
             size, kept = self._norms[id(module)]
