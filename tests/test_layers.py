@@ -18,6 +18,7 @@ SOURCES = sorted(ROOT.rglob("*.py"))
 # A module may import from rows below its own, and from its own package.
 LAYERS = (
     {"integrations"},
+    {"training"},
     {"prune", "distillation"},
     {"report"},
     {"plan", "reconstruction"},

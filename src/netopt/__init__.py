@@ -10,13 +10,16 @@ from netopt.distillation import DistillationReport, distill
 from netopt.plan import Plan
 from netopt.prune import plan_neurons, prune_neurons, prune_weights, shrink
 from netopt.report import PruningReport
+from netopt.training import GradualPruner, Regularizer, rewind
 
 __version__ = "0.1.0"
 
 __all__ = [
     "DistillationReport",
+    "GradualPruner",
     "Plan",
     "PruningReport",
+    "Regularizer",
     "axes",
     "distill",
     "errors",
@@ -26,5 +29,6 @@ __all__ = [
     "plan_neurons",
     "prune_neurons",
     "prune_weights",
+    "rewind",
     "shrink",
 ]
