@@ -4,12 +4,13 @@ Three calls do the work, ``prune_neurons``, ``prune_weights`` and ``distill``; `
 what neuron pruning decides. Nothing optional is imported here.
 """
 
-from netopt import axes, errors, importance, masking
+from netopt import axes, calibration, errors, importance, masking
 from netopt.axes import find_axes
 from netopt.distillation import DistillationReport, distill
 from netopt.plan import Plan
 from netopt.prune import plan_neurons, prune_neurons, prune_weights, shrink
 from netopt.report import PruningReport
+from netopt.sensitivity import SensitivityReport, sensitivity
 from netopt.training import GradualPruner, Regularizer, rewind
 
 __version__ = "0.1.0"
@@ -20,7 +21,9 @@ __all__ = [
     "Plan",
     "PruningReport",
     "Regularizer",
+    "SensitivityReport",
     "axes",
+    "calibration",
     "distill",
     "errors",
     "find_axes",
@@ -30,5 +33,6 @@ __all__ = [
     "prune_neurons",
     "prune_weights",
     "rewind",
+    "sensitivity",
     "shrink",
 ]
