@@ -27,7 +27,7 @@ def x():
 
 def metric_of(net, x):
     y = net(x).detach()
-    return lambda model: 1 - float((model(x) - y).square().mean() / y.square().mean())
+    return lambda model: 1 - ((model(x) - y).square().mean() / y.square().mean()).item()
 
 
 def test_an_axis_alone_is_what_prune_neurons_makes_of_it(net, x):
