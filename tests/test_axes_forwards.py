@@ -124,24 +124,38 @@ EXACT = {
     "vmap": lambda m, h: torch.vmap(lambda row: row * 2)(h),
     "product of parameters": lambda m, h: h * (m.scale[None] * m.scale[None]),
     "lerp": lambda m, h: torch.lerp(h, h.relu(), 0.3),
+    "distance": lambda m, h: h * torch.dist(h, 2 * h),
+    "one of a list": lambda m, h: h * torch.isin(h.abs(), torch.ones(1).to(h), invert=True),
+    "segments": lambda m, h: torch.segment_reduce(h, "sum", lengths=torch.tensor([1, 2]))[1:] + h,
+    "rounded to a grid": lambda m, h: h + torch.fake_quantize_per_tensor_affine(h.float(), 0.1, 3, 0, 255).double(),
+    "diagonal put in": lambda m, h: h @ torch.diagonal_scatter(h.t() @ h, torch.ones_like(m.scale)),
+    "zero put in by a mask": lambda m, h: h * h.index_put((h < 0,), torch.zeros((), dtype=h.dtype)).sum(1, True),
+    "zero where small": lambda m, h: torch.where(h > 0, h, 0.0).sum(-1, keepdim=True) * h,
+    "padded and summed": lambda m, h: F.pad(h[:, :, None], (1, 1)).sum(1)[:, :1] + h,
+    "a plane turned": lambda m, h: torch.rot90(h[:, :, None, None].expand(-1, -1, 2, 2), 1, (2, 3)).sum((2, 3)),
+    "squeezed": lambda m, h: h[:, None, :, None].squeeze(),
+    "a branch on bytes": lambda m, h: h * 2 if h.nbytes > 8 else h,
 }  # fmt: skip
 
 INEXACT = {
     "softmax": lambda m, h: h.softmax(-1),
+    "strides": lambda m, h: h * h.stride(0),
+    "bytes": lambda m, h: h / h.nbytes,
+    "negative order": lambda m, h: h * torch.linalg.vector_norm(h, -1, -1, keepdim=True),
+    "angle to a negative": lambda m, h: h * torch.atan2(h, -h.new_ones(())).sum(-1, keepdim=True),
+    "rows filled": lambda m, h: h * torch.index_put(h, (torch.tensor([0]),), h.new_ones(())).sum(-1, keepdim=True),
+    "padded with ones": lambda m, h: h * F.pad(h[:, :, None], (1, 0), value=1.0).sum((1, 2))[:, None],
+    "group norm over the length": lambda m, h: F.group_norm(h[:, None], 1)[:, 0],
     "mean": lambda m, h: h - h.mean(-1, keepdim=True),
     "max": lambda m, h: h * (-h.abs()).max(-1, keepdim=True).values,
     "variance": lambda m, h: h * h.var(-1, keepdim=True),
     "product": lambda m, h: h * h.prod(-1, keepdim=True),
     "logsumexp": lambda m, h: h * h.logsumexp(-1, keepdim=True),
-    "size over a literal": lambda m, h: h * (1.0 / h.shape[-1]),
-    "literal to the size": lambda m, h: h * 1.5 ** h.shape[-1],
-    "literal compared": lambda m, h: h * (h.shape[-1] > 2.5) * (0.5 * h.shape[-1]),
     "mean given away": lambda m, h: h * h.mean(-1).sum().item(),
     "mean by numpy": lambda m, h: h * float(h.detach().mean(-1).numpy().sum()),
     "mean in a list": lambda m, h: h * sum(h.detach().mean(-1).tolist()),
     "mean written and read": mean_written,
     "entries of a shape": lambda m, h: h * h.shape[1:].numel(),
-    "literal over entries": lambda m, h: h * (1.0 / (h.shape[1:] * 2).numel()),
     "mean squared distance": lambda m, h: h * F.mse_loss(h, 2 * h),
     "cross entropy of bits": lambda m, h: h * F.binary_cross_entropy_with_logits(h, h.sigmoid(), reduction="sum"),
     "soft margin": lambda m, h: h * F.soft_margin_loss(h, h.detach().sign(), reduction="sum"),
@@ -175,6 +189,8 @@ FROZEN = {
     "strides": (lambda m, h: h.as_strided((3, 8), (8, 1)), "viewed by strides"),
     "sort": (lambda m, h: h.sort(-1).values, "is ranked by sort"),
     "top": (lambda m, h: h * h.topk(2, -1).values[:, :1], "is ranked by topk"),
+    "windowed": (lambda m, h: h * torch.hann_window(h.shape[-1]), "numbered by hann_window"),
+    "the last by number": (lambda m, h: h * m.scale[h.shape[-1] - 1], "must satisfy a comparison"),
     "accumulated": (lambda m, h: h.cumsum(-1), "accumulated"),
     "numbered": (lambda m, h: h * torch.arange(h.shape[-1]), "numbered by arange"),
     "spaced": (lambda m, h: h * torch.linspace(0, 1, h.shape[-1]), "numbered by linspace"),
@@ -198,6 +214,14 @@ FROZEN = {
     "spectrum": (lambda m, h: torch.fft.fft(h).real, "transformed"),
     "convolved along": (lambda m, h: F.conv1d(h[:, None], h.new_ones(1, 1, 3), padding=1)[:, 0], "spatial dimension"),
     "uneven parts": (weighted, "uneven part"),
+}  # fmt: skip
+
+
+COMPARED = {
+    "size over a literal": lambda m, h: h * (1.0 / h.shape[-1]),
+    "literal to the size": lambda m, h: h * 1.5 ** h.shape[-1],
+    "literal compared": lambda m, h: h * (h.shape[-1] > 2.5) * (0.5 * h.shape[-1]),
+    "literal over entries": lambda m, h: h * (1.0 / (h.shape[1:] * 2).numel()),
 }  # fmt: skip
 
 
@@ -270,6 +294,17 @@ def test_what_depends_on_the_size_says_so(function):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert not torch.allclose(smaller(x), masked(model, axes, kept)(x)), "exact after all"
+
+
+@pytest.mark.parametrize("function", COMPARED.values(), ids=COMPARED)
+def test_a_float_on_the_left_of_a_size_is_left_to_the_comparison(function):
+    model, x = build(function)
+    axes = find_axes(model, x)
+    (axis,) = hidden(axes)
+    assert axis.frozen is None
+    assert axis.exact
+    kept, plan = halved(axes, [axis], torch.Generator().manual_seed(0))
+    assert not torch.allclose(removed(model, plan)(x), masked(model, axes, kept)(x))
 
 
 @pytest.mark.parametrize(("function", "reason"), FROZEN.values(), ids=FROZEN)

@@ -132,7 +132,7 @@ NEURONS = [
     Wrong("inputs on another device", lambda w: prune_neurons(w.model, w.x.to("meta"), 0.5), DeviceMismatchError, ValueError, r"meta.*cpu"),
     Wrong("empty data", lambda w: prune_neurons(w.model, w.x, 0.5, data=[]), EmptyDataError, ValueError, r"data.*no batch"),
     Wrong("data used up", lambda w: prune_neurons(w.model, w.x, 0.5, data=w.used_up()), EmptyDataError, ValueError, r"read only once"),
-    Wrong("dataset as data", lambda w: prune_neurons(w.model, w.x, 0.5, data=TensorDataset(w.x)), ArgumentTypeError, TypeError, r"data.*DataLoader"),
+    Wrong("string as data", lambda w: prune_neurons(w.model, w.x, 0.5, data="train"), ArgumentTypeError, TypeError, r"data.*DataLoader"),
     Wrong("number as data", lambda w: prune_neurons(w.model, w.x, 0.5, data=3), ArgumentTypeError, TypeError, r"data.*int"),
     Wrong("data of another shape", lambda w: prune_neurons(w.model, w.x, 0.5, data=[torch.ones(2, 7)]), ForwardError, RuntimeError, r"shape \(\d, 7\)"),
     Wrong("data missing", lambda w: prune_neurons(w.model, w.x, 0.5, importance="fisher"), MissingDataError, ValueError, r"fisher"),

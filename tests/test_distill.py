@@ -105,7 +105,8 @@ def test_the_student_trains_in_every_epoch_whatever_mode_it_came_in(x):
         distill(student, net(32), [x] * 2, epochs=3, validation=[x], progress=False)
         handle.remove()
         trained = [mode for mode in modes if mode]
-        assert len(trained) == 6
+        # The dry run is in training mode, too.
+        assert len(trained) == 1 + 6
         assert all(part.training is flag for part in student.modules())
 
 
@@ -278,13 +279,13 @@ def test_ctrl_c_finishes_the_step_and_leaves_a_usable_student(x):
     def interrupt(_module, _inputs):
         if student.training:
             seen.append(len(seen))
-            if len(seen) == 3:
+            if len(seen) == 1 + 3:  # the dry run, and three steps
                 signal.raise_signal(signal.SIGINT)
 
     handle = student.register_forward_pre_hook(interrupt)
     report = distill(student, net(32), [x] * 10, epochs=2, validation=[x], progress=False)
     handle.remove()
-    assert (report.stopped, report.steps, len(seen)) == ("interrupted", 3, 3)
+    assert (report.stopped, report.steps, len(seen)) == ("interrupted", 3, 4)
     assert len(report.history) == 1
     assert signal.getsignal(signal.SIGINT) is handler
     assert all(torch.isfinite(one).all() for one in student.state_dict().values())

@@ -326,7 +326,7 @@ BAD = {
     "a number as data": (lambda s, t: distill(s, t, 3), ArgumentTypeError, "data must be a DataLoader"),
     "a model as data": (lambda s, t: distill(s, t, t), ArgumentTypeError, "data must be a DataLoader"),
     "input shape": (lambda s, t: distill(s, t, X[:, :4]), NetoptError, "forward of Net failed"),
-    "no labels": (lambda s, t: distill(s, t, X, hard=0.5), MissingDataError, "hard=0.5 asks for labels"),
+    "no labels": (lambda s, t: distill(s, t, X, hard=0.5), MissingDataError, "hard=0.5 needs labels"),
     "labels' key": (lambda s, t: distill(s, t, [{"x": X}], hard=0.5, labels="y"), InvalidArgumentError, "no key of"),
     "labels' shape": (lambda s, t: distill(s, t, (X, Y[:, None, None]), hard=0.5), ShapeMismatchError, "positions"),
     "epochs": (lambda s, t: distill(s, t, X, epochs=0), InvalidArgumentError, "epochs must be positive"),

@@ -202,14 +202,15 @@ def test_a_full_disk_leaves_no_half_file_and_the_next_call_goes_on(shards, tmp_p
     before = len(calls)
     monkeypatch.setattr(os, "fsync", calls.append)
     plan.apply_to_checkpoint(source, tmp_path / "target")
-    assert len(calls) - before == 1
+    # One shard; the configuration and the index are written again.
+    assert len(calls) - before == (2 if shards == 1 else 3)
     plan.apply(model)
     assert {name: tuple(one.shape) for name, one in loaded(tmp_path / "target").items()} == {
         name: tuple(one.shape) for name, one in model.state_dict().items()
     }
 
 
-@pytest.mark.parametrize("what", ["mkdir", "open", "write_text", "replace"])
+@pytest.mark.parametrize("what", ["mkdir", "open", "replace"])
 def test_a_disk_that_fails_anywhere_is_named(what, tmp_path, monkeypatch):
     model, x = built("mlp")
     source = saved(model, tmp_path / "source", 2)

@@ -135,6 +135,25 @@ def test_budgets_are_met_and_one_neuron_more_would_break_them(sizes, share, seed
         assert max(more) > limit
 
 
+@given(st.lists(st.integers(2, 40), min_size=1, max_size=4), st.floats(0.05, 1.0), st.integers(1, 5))
+@settings(deadline=None, max_examples=80)
+def test_a_budget_by_layer_takes_the_same_share_of_every_axis_and_no_more_than_needed(sizes, share, step):
+    scores = table(sizes)
+    whole = product_cost({name: torch.arange(len(one)) for name, one in scores.items()})
+    smallest = product_cost({name: torch.arange(min(step, len(one))) for name, one in scores.items()})
+    limit = max(int(share * whole), smallest)
+    kept = select_within(scores, product_cost, limit, unit_costs=None, limits=Limits(round_to=step))
+    assert product_cost(kept) <= limit
+    if step == 1:
+        # Some share gives just these counts, and the next smaller share that gives others costs too much.
+        shares = sorted({(gone - 0.5) / size for size in sizes for gone in range(1, size)})
+        counts = [{f"axis{place}": max(1, size - int(one * size + 0.5 + 1e-9)) for place, size in enumerate(sizes)}
+                  for one in [0.0, *shares]]  # fmt: skip
+        at = counts.index({name: len(one) for name, one in kept.items()})
+        less = {name: torch.arange(count) for name, count in counts[max(at - 1, 0)].items()}
+        assert at == 0 or product_cost(less) > limit
+
+
 def test_the_greedy_choice_keeps_nearly_the_best_score_there_is():
     shares = []
     for seed in range(30):

@@ -7,6 +7,7 @@ what neuron pruning decides. Nothing optional is imported here.
 from netopt import axes, calibration, errors, importance, masking
 from netopt.axes import find_axes
 from netopt.distillation import DistillationReport, distill
+from netopt.integrations import huggingface as _huggingface  # noqa: F401 - keeps configurations in step
 from netopt.plan import Plan
 from netopt.prune import plan_neurons, prune_neurons, prune_weights, shrink
 from netopt.report import PruningReport

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from netopt.errors import (
     ArgumentTypeError,
@@ -21,6 +22,7 @@ from netopt.errors import (
     EmptyDataError,
     ForwardError,
     NetoptError,
+    ShapeMismatchError,
 )
 
 __all__ = [
@@ -28,8 +30,13 @@ __all__ = [
     "Feeder",
     "Inputs",
     "call",
+    "count_samples",
     "device_of",
     "feed",
+    "is_batches",
+    "is_dataset",
+    "is_factory",
+    "is_samples",
     "iterate",
     "move",
     "normalize",
@@ -95,7 +102,7 @@ def call(model: nn.Module, inputs: Inputs) -> Any:
         return model(*args, **kwargs)
     except NetoptError:
         raise
-    except Exception as error:
+    except Exception as error:  # a forward is the user's, and may raise anything
         raise _forward_error(model, args, kwargs, error) from error
 
 
@@ -172,7 +179,7 @@ class Feeder:
             return self.model(*args, **kwargs)
         except NetoptError:
             raise
-        except Exception as error:
+        except Exception as error:  # a forward is the user's, and may raise anything
             raise _forward_error(self.model, args, kwargs, error) from error
 
     def _arguments(self, inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -196,14 +203,19 @@ def device_of(model: nn.Module) -> torch.device | None:
 
 def move(value: Any, device: torch.device | str) -> Any:
     """Returns ``value`` with every tensor in its tuples, lists and mappings on ``device``; the rest is passed on."""
+    return _mapped(value, operator.methodcaller("to", device))
+
+
+def _mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """Returns ``value`` with ``function`` applied to every tensor in its tuples, lists and mappings."""
     if isinstance(value, Tensor):
-        return value.to(device)
+        return function(value)
     if isinstance(value, tuple) and getattr(value, "_fields", None):
-        return type(value)(*(move(one, device) for one in value))
+        return type(value)(*(_mapped(one, function) for one in value))
     if isinstance(value, (tuple, list)):
-        return type(value)([move(one, device) for one in value])
+        return type(value)([_mapped(one, function) for one in value])
     if isinstance(value, Mapping):
-        return {key: move(one, device) for key, one in value.items()}
+        return {key: _mapped(one, function) for key, one in value.items()}
     return value
 
 
@@ -249,17 +261,95 @@ def primary(result: Any) -> Tensor:
     )
 
 
-def iterate(data: Iterable[Any], *, what: str = "data") -> Iterator[Any]:
-    """Iterates over the batches of ``data``, called ``what`` in messages.
+def iterate(data: Any, *, batch_size: int = 64, what: str = "data") -> Iterator[Any]:
+    """Iterates over the batches of ``data``, whatever form it has; ``data`` means the same in every call.
+
+    Args:
+        data: A DataLoader, a list or another iterable of batches, or a function that returns one; a Dataset, or the
+            samples themselves, ``x`` or ``(x, y)`` or a mapping of tensors, which are cut into batches in their order.
+        batch_size: Samples a batch, where batches are made here.
+        what: How messages call ``data``.
 
     Raises:
-        ArgumentTypeError: at once, if ``data`` is no iterable of batches.
+        ArgumentTypeError: at once, if ``data`` is none of these.
+        ShapeMismatchError: at once, if its tensors have different numbers of samples.
         EmptyDataError: on the first step, if ``data`` yields nothing.
+
+    Example:
+        >>> x, y = torch.arange(5), torch.arange(5)
+        >>> [len(inputs) for inputs, _ in iterate((x, y), batch_size=2)]
+        [2, 2, 1]
+        >>> list(iterate([(x, y)])) == [(x, y)]
+        True
     """
-    hint = _no_batches(data)
-    if hint:
-        raise ArgumentTypeError(f"{what} must be an iterable of batches, not {type(data).__name__}; {hint}.")
+    data = data.tensors if type(data) is TensorDataset else data
+    if is_samples(data):
+        return _cut(data, count_samples(data, what), batch_size)
+    if is_dataset(data):
+        data = DataLoader(data, batch_size=batch_size)
+    elif is_factory(data):
+        data = data()
+    if not is_batches(data):
+        raise ArgumentTypeError(
+            f"{what} must be a DataLoader, a Dataset, tensors, an iterable of batches or a function that returns one, "
+            f"not {type(data).__name__}."
+        )
     return _checked(data, what)
+
+
+def is_samples(data: Any) -> bool:
+    """Whether ``data`` is the samples themselves: a tensor, or a tuple or mapping of nothing but tensors."""
+    if isinstance(data, Tensor):
+        return data.dim() > 0
+    if isinstance(data, Mapping):
+        return bool(data) and all(is_samples(one) for one in data.values())
+    return isinstance(data, tuple) and bool(data) and all(is_samples(one) for one in data)
+
+
+def is_dataset(data: Any) -> bool:
+    """Whether ``data`` yields single samples by index."""
+    if isinstance(data, (IterableDataset, list, tuple, str, bytes, Mapping)):
+        return False
+    if isinstance(data, Dataset):
+        return hasattr(data, "__len__") and hasattr(data, "__getitem__")
+    # Hugging Face's datasets are no torch Dataset and look like one.
+    return hasattr(data, "__getitems__") and hasattr(data, "__len__")
+
+
+def is_factory(data: Any) -> bool:
+    """Whether ``data`` is a function that makes an iterable of batches."""
+    return callable(data) and not isinstance(data, (Iterable, type, nn.Module))
+
+
+def is_batches(data: Any) -> bool:
+    """Whether ``data`` can be iterated for batches."""
+    if isinstance(data, (Tensor, Mapping, str, bytes, type, nn.Module)):
+        return False
+    return isinstance(data, Iterable) or hasattr(data, "__getitem__")
+
+
+def count_samples(data: Any, what: str = "data") -> int:
+    """Returns how many samples there are in tensors given directly.
+
+    Raises:
+        ShapeMismatchError: some have more than others.
+        EmptyDataError: there is none.
+    """
+    lengths = {len(one) for _, one in tensors(data)}
+    if len(lengths) > 1:
+        raise ShapeMismatchError(
+            f"the tensors of {what} have {' and '.join(map(str, sorted(lengths)))} samples; give all as many, or "
+            f"write a list, [(x, y), ...], if they are batches."
+        )
+    count = lengths.pop()
+    if count == 0:
+        raise EmptyDataError(f"{what} has no sample; its tensors have length 0.")
+    return count
+
+
+def _cut(data: Any, count: int, size: int) -> Iterator[Any]:
+    for start in range(0, count, size):
+        yield _mapped(data, operator.itemgetter(slice(start, start + size)))
 
 
 def _checked(data: Iterable[Any], what: str) -> Iterator[Any]:
@@ -275,21 +365,6 @@ def _checked(data: Iterable[Any], what: str) -> Iterator[Any]:
             else "check the dataset's length, and drop_last of the loader"
         )
         raise EmptyDataError(f"{what} ({type(data).__name__}) yielded no batch; {hint}.")
-
-
-def _no_batches(data: Any) -> str:
-    """Says what to write instead of ``data``, or nothing if it may be an iterable of batches."""
-    if isinstance(data, Tensor):
-        return "for a single batch write [tensor]"
-    if isinstance(data, Mapping):
-        return "for a single batch write [batch]"
-    if isinstance(data, (str, bytes, nn.Module)):
-        return "pass a list of batches or a DataLoader"
-    if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
-        return "a dataset yields single samples, so wrap it: DataLoader(dataset, batch_size=...)"
-    if not isinstance(data, Iterable) and not hasattr(data, "__getitem__"):
-        return "pass a list of batches or a DataLoader"
-    return ""
 
 
 def _positional(inputs: Any) -> Any:
@@ -359,7 +434,10 @@ def _forward_error(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
             f"{type(model).__name__} is on {home} and some inputs are not:\n{listing}\n"
             f"The forward failed ({reason}). Move the inputs with .to({str(home)!r})."
         )
+    advice = "Pass inputs with which model(...) runs"
+    if "does not require grad" in reason:
+        advice = "A forward that takes gradients itself does so under torch.enable_grad(); it is run without gradients"
     return ForwardError(
         f"the forward of {type(model).__name__} failed on the inputs given:\n{listing}\n  {reason}\n"
-        "Pass inputs with which model(...) runs; the chained exception shows the line."
+        f"{advice}; the chained exception shows the line."
     )

@@ -65,6 +65,16 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     return f"Did you mean {' or '.join(repr(one) for one in close)}?" if close else ""
 
 
+def quoted(names: Iterable[str]) -> str:
+    """Returns names in quotes, as a list that can be pasted.
+
+    Example:
+        >>> quoted(["fc1", "fc2"])
+        "'fc1', 'fc2'"
+    """
+    return ", ".join(map(repr, names))
+
+
 class NetoptError(Exception):
     """The root of every error this library raises on purpose."""
 

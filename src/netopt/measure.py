@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +21,9 @@ from netopt.errors import InvalidArgumentError
 from netopt.flops import EXTRA
 from netopt.model.parameters import count_nonzero
 from netopt.model.restore import restored
+from netopt.model.signals import UndoLog
 from netopt.model.view import ModelView
+from netopt.model.wrappers import TorchCalls
 
 __all__ = [
     "Cost",
@@ -154,10 +155,12 @@ def count_macs(model: nn.Module, inputs: Inputs) -> int:
         6912
     """
     counter = FlopCounterMode(display=False, custom_mapping=EXTRA)
-    with restored(model), torch.no_grad(), _separate_operations():
+    with restored(model) as log:
+        log.enter_context(torch.no_grad(), TorchCalls())  # no fast path of attention
         # The counter's hooks stumble over views of parameters that ask for gradients.
         model.eval().requires_grad_(False)
-        with counter:
+        with UndoLog() as counting:
+            counting.enter_context(counter)
             batches.call(model, inputs)
     return int(counter.get_total_flops()) // 2
 
@@ -192,7 +195,8 @@ def latencies(models: Sequence[nn.Module], inputs: Inputs, repeats: int = 30, wa
     if repeats < 1:
         raise InvalidArgumentError(f"repeats must be at least 1, not {repeats}.")
     seconds: list[list[float]] = [[] for _ in models]
-    with restored(*models), torch.no_grad():
+    with restored(*models) as log:
+        log.enter_context(torch.no_grad())
         for model in models:
             model.eval()
             for _ in range(warmup):
@@ -225,14 +229,3 @@ def _summary(times: list[float]) -> Latency:
         return Latency(times[0], 0.0)
     low, median, high = statistics.quantiles(times, n=4, method="inclusive")
     return Latency(median, high - low)
-
-
-@contextmanager
-def _separate_operations() -> Iterator[None]:
-    # The fast path of torch's transformer layers is one operation, whose work a counter cannot see.
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)

@@ -35,6 +35,7 @@ class Row:
         after: The number kept.
         exact: Whether the smaller model computes what the masked one does; ``None`` where that is no question.
         note: Anything to add, such as why an axis is not exact or what a pattern made of the amount.
+        size: Of a tensor, all entries, those that were zero before too.
     """
 
     name: str
@@ -42,11 +43,17 @@ class Row:
     after: int
     exact: bool | None = None
     note: str = ""
+    size: int | None = None
+
+    @property
+    def total(self) -> int:
+        """The number of neurons before, or of all entries."""
+        return self.before if self.size is None else self.size
 
     @property
     def removed(self) -> float:
-        """The fraction removed, in ``[0, 1]``."""
-        return 1 - self.after / self.before if self.before else 0.0
+        """The fraction removed, in ``[0, 1]``; of a tensor, what is zero now."""
+        return 1 - self.after / self.total if self.total else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +68,8 @@ class PruningReport:
         after: What it costs now.
         rows: One row an axis for neurons, one a tensor for weights.
         plan: The plan that was carried out, for neurons; ``None`` for weights.
-        frozen: Names of what could not be pruned, with the reason.
+        frozen: Names of what could not be pruned, or is not unless it is named, with the reason; of weights, with
+            their share of the parameters.
         settings: What was asked for, such as ``{"amount": 0.5, "importance": "saliency"}``.
         latency_before: Seconds of a forward call before, if measured; see :meth:`measure`.
         latency_after: Seconds of a forward call now, if measured.
@@ -150,8 +158,8 @@ class PruningReport:
 
     @property
     def removed(self) -> float:
-        """The fraction of the rows' neurons or entries that was removed, in ``[0, 1]``."""
-        total = sum(row.before for row in self.rows)
+        """The fraction of the rows' neurons that was removed, or of their entries that is zero now, in ``[0, 1]``."""
+        total = sum(row.total for row in self.rows)
         return 1 - sum(row.after for row in self.rows) / total if total else 0.0
 
     def measure(
@@ -210,7 +218,7 @@ class PruningReport:
         if self.frozen:
             width = max(len(name) for name in list(self.frozen)[:rows])
             reasons = [f"  {name:<{width}}  {reason}" for name, reason in list(self.frozen.items())[:rows]]
-            lines += ["", "frozen:", *reasons, *_rest(self.frozen, rows)]
+            lines += ["", f"{self._left()}:", *reasons, *_rest(self.frozen, rows)]
         return "\n".join(lines)
 
     def plot(self, rows: int | None = 40) -> Figure:
@@ -226,7 +234,7 @@ class PruningReport:
         drawn_on = figure(figsize=(8, 1.2 + 0.28 * max(len(drawn), 1)), layout="constrained")
         axes = drawn_on.add_subplot()
         places = range(len(drawn))
-        axes.barh(places, [row.before for row in drawn], color="#d7dce2", label="before")
+        axes.barh(places, [row.total for row in drawn], color="#d7dce2", label="before")
         axes.barh(places, [row.after for row in drawn], color="#2f6db2", label="kept")
         axes.set_yticks(list(places), [row.name for row in drawn])
         axes.invert_yaxis()
@@ -244,7 +252,7 @@ class PruningReport:
         totals = _html_table(["", "before", "after", ""], self._totals())
         cells = [[_shown(row)[index] for index in self._kept_columns()] for row in self.rows[:SHOWN]]
         rows = _html_table(self._heads(), cells) if cells else ""
-        frozen = _html_table(["frozen", "reason"], [list(item) for item in list(self.frozen.items())[:SHOWN]])
+        frozen = _html_table([self._left(), "reason"], [list(item) for item in list(self.frozen.items())[:SHOWN]])
         more = "".join(f"<p>{line.strip()}</p>" for line in _rest(self.rows, SHOWN))
         kept_out = "".join(f"<p>{line.strip()}</p>" for line in _rest(self.frozen, SHOWN))
         return (
@@ -252,11 +260,17 @@ class PruningReport:
             f"{frozen if self.frozen else ''}{kept_out}"
         )
 
+    def _left(self) -> str:
+        return "left out" if self.call == "prune_weights" else "frozen"
+
     def _unit(self) -> str:
         return "entries" if self.call == "prune_weights" else "neurons"
 
     def _headline(self) -> str:
-        total = sum(row.before for row in self.rows)
+        total = sum(row.total for row in self.rows)
+        if any(row.size is not None for row in self.rows):
+            was = 1 - sum(row.before for row in self.rows) / max(total, 1)
+            return f"{self.call}: {self.removed:.1%} zero ({was:.1%} before) of {total:,} entries".replace("%", " %")
         return f"{self.call}: {self.removed:.1%} of {total:,} {self._unit()} removed".replace("%", " %")
 
     def _totals(self) -> list[list[str]]:
@@ -278,7 +292,9 @@ class PruningReport:
         return lines
 
     def _heads(self) -> list[str]:
-        heads = ["tensor" if self.call == "prune_weights" else "axis", self._unit(), "kept", "removed", "exact", "note"]
+        heads = ["axis", self._unit(), "kept", "removed", "exact", "note"]
+        if self.call == "prune_weights":
+            heads[0], heads[3] = "tensor", "zero" if any(row.size is not None for row in self.rows) else "removed"
         return [heads[index] for index in self._kept_columns()]
 
     def _kept_columns(self) -> list[int]:
@@ -312,7 +328,7 @@ def figure(**settings: Any) -> Figure:
 def _shown(row: Row) -> list[str]:
     exact = {True: "yes", False: "no", None: ""}[row.exact]
     removed = f"{row.removed * 100:.1f} %"
-    return [row.name, f"{row.before:,}", f"{row.after:,}", removed, exact, row.note]
+    return [row.name, f"{row.total:,}", f"{row.after:,}", removed, exact, row.note]
 
 
 def _ratio(new: float, old: float) -> str:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from fractions import Fraction
 from typing import Literal
 
 import numpy as np
@@ -173,14 +174,15 @@ def select_within(
     cost: Callable[[Mapping[str, Tensor]], int],
     limit: int,
     *,
-    unit_costs: Mapping[str, float],
+    unit_costs: Mapping[str, float] | None,
     limits: Limits = Limits(),
 ) -> dict[str, Tensor]:
-    """Keeps as much as a budget allows: neurons go in the order of least score for the cost they free.
+    """Keeps as much as a budget allows.
 
-    The order is that of the greedy solution of the knapsack problem, with each neuron's cost taken in the whole model.
-    How many go is then found by bisection on the true cost, so that the result is never above ``limit`` and one neuron
-    fewer removed would be.
+    With ``unit_costs`` neurons go in the order of least score for the cost they free: that of the greedy solution of
+    the knapsack problem, with each neuron's cost taken in the whole model. Without, every axis loses the same share.
+    How many go is found by bisection on the true cost, so that the result is never above ``limit``, and with one
+    neuron, or the next smaller share, removed it would be.
 
     Args:
         scores: One score a neuron, by axis; higher means keep.
@@ -194,18 +196,16 @@ def select_within(
     """
     _check_scores(scores)
     sizes = {name: len(one) for name, one in scores.items()}
-    order = _cheapest_first(scores, unit_costs)
+    steps = _share_by_share(sizes) if unit_costs is None else _one_by_one(scores, sizes, unit_costs)
     tried: dict[int, tuple[dict[str, Tensor], int]] = {}
 
-    def attempt(removed: int) -> tuple[dict[str, Tensor], int]:
-        if removed not in tried:
-            gone = order[:removed]
-            counts = {name: size - int((gone == place).sum()) for place, (name, size) in enumerate(sizes.items())}
-            kept = best(scores, limits.settle(counts, sizes, down=True))
-            tried[removed] = kept, cost(kept)
-        return tried[removed]
+    def attempt(step: int) -> tuple[dict[str, Tensor], int]:
+        if step not in tried:
+            kept = best(scores, limits.settle(steps(step), sizes, down=True))
+            tried[step] = kept, cost(kept)
+        return tried[step]
 
-    low, high = 0, len(order)
+    low, high = 0, steps.count
     if attempt(high)[1] > limit:
         raise NothingToPruneError(
             f"the budget allows {limit:,}, and with one neuron left on every axis that may be pruned the model still "
@@ -218,6 +218,40 @@ def select_within(
         else:
             low = middle + 1
     return attempt(high)[0]
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """Counts by axis after each of so many steps; none grows from one to the next, and at the end each is one."""
+
+    count: int
+    counts: Callable[[int], Counts]
+
+    def __call__(self, step: int) -> Counts:
+        return self.counts(step)
+
+
+def _one_by_one(scores: Scores, sizes: Mapping[str, int], unit_costs: Mapping[str, float]) -> _Steps:
+    """One neuron a step."""
+    order = _cheapest_first(scores, unit_costs)
+
+    def counts(step: int) -> Counts:
+        gone = order[:step]
+        return {name: size - int((gone == place).sum()) for place, (name, size) in enumerate(sizes.items())}
+
+    return _Steps(len(order), counts)
+
+
+def _share_by_share(sizes: Mapping[str, int]) -> _Steps:
+    """The same share of every axis, larger by as little as removes one neuron more from some axis."""
+    # Half a neuron is rounded up, so at these shares one more goes.
+    shares = sorted({Fraction(2 * gone - 1, 2 * size) for size in sizes.values() for gone in range(1, size)})
+
+    def counts(step: int) -> Counts:
+        share = shares[step - 1] if step else Fraction(0)
+        return {name: max(1, size - math.floor(share * size + Fraction(1, 2))) for name, size in sizes.items()}
+
+    return _Steps(len(shares), counts)
 
 
 def normalized(scores: Tensor, how: str | None = None) -> Tensor:
@@ -269,14 +303,14 @@ def _counts(scores: Scores, amount: Amount, scope: Scope) -> Counts:
     if scope == "layer":
         return {name: max(1, size - _removed(amount, size)) for name, size in sizes.items()}
     total = sum(sizes.values())
-    asked = _removed(amount, total)
+    wanted = _removed(amount, total)
     removable = total - len(sizes)
     if isinstance(amount, int) and amount > removable:
         raise InvalidArgumentError(
             f"amount asks for {amount} neurons and {removable} can go: {total} on {len(sizes)} axes, of which each "
             f"keeps one"
         )
-    gone = _cheapest_first(scores, dict.fromkeys(scores, 1.0))[:asked]
+    gone = _cheapest_first(scores, dict.fromkeys(scores, 1.0))[:wanted]
     return {name: size - int((gone == place).sum()) for place, (name, size) in enumerate(sizes.items())}
 
 

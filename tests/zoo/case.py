@@ -56,6 +56,8 @@ class Case:
         stir: Whether constant parameters and running statistics get random values, so that nothing cancels by luck.
         fake: Why the model cannot run in shape only, or empty.
         ordered: Why the order of neurons matters although some can go, or empty.
+        compared: Why axes are inexact in a way that the trace does not show and the comparison after surgery finds, or
+            empty.
         warns: A pattern of warnings that torch itself gives when this model runs.
         prepare: Called with the finished model (to freeze parameters, set modes, ...).
     """
@@ -76,6 +78,7 @@ class Case:
     stir: bool = True
     fake: str = ""
     ordered: str = ""
+    compared: str = ""
     warns: str = ""
     prepare: Callable[[nn.Module], Any] | None = None
 

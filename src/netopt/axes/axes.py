@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from netopt.axes.indices import indices, labels
-from netopt.axes.layout import LAYOUTS, Atom, Layout, atoms, count, freeze, mark_inexact, resolve
+from netopt.axes.layout import LAYOUTS, Atom, Layout, SizeReason, atoms, count, freeze, mark_inexact, resolve
 from netopt.axes.solver import CountSolver
 from netopt.axes.tracing.dims import DimTracer, Work
-from netopt.axes.tracing.implicit_sizes import settle_implicit_sizes
+from netopt.axes.tracing.implicit_sizes import bind_implicit_sizes
 from netopt.errors import UnknownNameError, nearest
 from netopt.model.calls import Call
-from netopt.symbolic.number import DimSize, leaves
+from netopt.symbolic import DimSize, Expression, leaves
 
 
 class Member(NamedTuple):
@@ -92,6 +92,11 @@ class Axis:
     def exact(self) -> bool:
         """Whether removing neurons of this axis computes the same function as masking them."""
         return self.inexact is None
+
+    @property
+    def scales(self) -> bool:
+        """Whether it is inexact because its size is used as a number, which may scale what is computed."""
+        return isinstance(self.inexact, SizeReason)
 
     def __str__(self) -> str:
         return f"{self.name} ({self.size})"
@@ -182,7 +187,7 @@ class Axes(Sequence[Axis]):
             # Parameters come first.
             if members[0].tensor not in trace.parameters:
                 freeze(atom, "belongs to no parameter")
-        settle_implicit_sizes(trace.implicit_sizes, trace.constraints)
+        bind_implicit_sizes(trace.implicit_sizes, trace.constraints)
 
     def _group(self, found: Mapping[Atom, list[Member]], kernels: set[Atom]) -> list[_Group]:
         groups: list[_Group] = []
@@ -212,7 +217,7 @@ class Axes(Sequence[Axis]):
     def _mark_numbers(self, trace: DimTracer, groups: Sequence[_Group]) -> None:
         """A size used as a number makes its axes inexact."""
         for number, where in trace.constraints.numbers:
-            why = f"has a size that the forward computes with, at {where}"
+            why = SizeReason(f"has a size that the forward computes with, at {where}")
             for leaf in leaves(number):
                 if isinstance(leaf, DimSize):
                     mark_inexact(leaf.layout, why)
@@ -234,9 +239,9 @@ class Axes(Sequence[Axis]):
             base = next((made[atom] for atom in group.atoms if atom in made), None)
             bases.append(base if base is not None else f"{_layer(group.members[0].tensor)}.in")
         attributes: dict[int, str] = {}
-        for place, expression in self._counts.bound_places():
-            if expression[0] == "var" and isinstance(expression[1], int):
-                attributes.setdefault(expression[1], str(place.path[-1]))
+        for attribute, term in self._counts.bound_attributes():
+            if isinstance(term, Expression) and term.operation is None and isinstance(term.key, int):
+                attributes.setdefault(term.key, str(attribute.path[-1]))
         return _distinct(bases, attributes)
 
     # Reading.

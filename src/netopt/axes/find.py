@@ -1,52 +1,51 @@
-"""Finds the axes of a model by watching its forward.
+"""Finds the axes of a model: borrow, trace in evaluation mode, trace in training mode, solve, restore.
 
-The forward is run on the example inputs in evaluation mode, and in training mode too where it may do something else
-there; what the operations say of dimensions, and the code of integers, is solved together. The model is read, never
-changed.
+What a trace needs of the model is borrowed: its mode, its gradients, and its integers, which are symbolic for the time
+being. Two forwards are traced, one in each mode, since a model may compute something else in training. Their equations
+between dimensions, and between these and integers, are solved together. Everything borrowed is given back, whatever
+happens, and nothing outside the model is changed.
 """
 
 from __future__ import annotations
 
 import contextlib
-import gc
 import inspect
-import sys
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_iter
 
 from netopt import batches
 from netopt.axes import rules as _rules  # noqa: F401 - registers the rules
 from netopt.axes.axes import Axes
-from netopt.axes.layout import Layout, freeze
-from netopt.axes.literals import remembering_literals
-from netopt.axes.memos import memos_passed_by
-from netopt.axes.modes import modes_watched
-from netopt.axes.tracing.attributes import remembered
+from netopt.axes.layout import Layout, freeze, mark_inexact
+from netopt.axes.tracing.attributes import symbolic_integers
+from netopt.axes.tracing.described_sizes import settle_described_sizes
 from netopt.axes.tracing.dims import DimTracer
 from netopt.axes.tracing.sizes import SizeTracer
-from netopt.axes.tracing.unrouted_experts import twins_substituted, unreached
+from netopt.axes.tracing.unrouted_experts import experts_substituted, unrouted
 from netopt.batches import Inputs
 from netopt.errors import ArgumentTypeError, ForwardError, InvalidArgumentError
-from netopt.model.attributes import Attributes, Parts
-from netopt.model.restore import preserve_gradients, preserve_random_state, preserve_values
+from netopt.model.attributes import Parts
+from netopt.model.restore import Snapshot, random_state
+from netopt.model.signals import UndoLog
+from netopt.model.view import ModelView
 
+Traced: TypeAlias = "tuple[SizeTracer, list[tuple[Layout, ...]]]"
 Outputs: TypeAlias = "str | Sequence[str] | Callable[..., Any] | None"
 
 
 def find_axes(model: nn.Module, example_inputs: Inputs, *, outputs: Outputs = None) -> Axes:
     """Finds which neurons a model has, what is coupled to each, and what cannot be removed and why.
 
-    The forward is run on ``example_inputs`` in evaluation mode, and in training mode too where its code asks for the
-    mode and does not only switch dropout by it, without gradients; parameters, buffers, flags, attributes and random
-    states are as before afterwards. Fake and meta tensors work alike.
+    The forward is run on ``example_inputs`` in evaluation and in training mode, without gradients; parameters, buffers,
+    flags, attributes and random states are as before afterwards. A forward that fails in training mode is left out, as
+    batch norm fails there on a single sample. Fake and meta tensors work alike.
 
     Args:
         model: Any module.
@@ -70,73 +69,79 @@ def find_axes(model: nn.Module, example_inputs: Inputs, *, outputs: Outputs = No
     """
     if not isinstance(model, nn.Module):
         raise ArgumentTypeError(f"model must be a torch.nn.Module, not {type(model).__name__}.")
-    parts = list(model.named_modules())
-    attributes = Attributes(parts)
-    trace = DimTracer(*attributes.tensors())
-    try:
-        with ExitStack() as borrowed:
-            for context in (
-                _collection_paused(),
-                preserve_random_state(),
-                preserve_gradients([trace.members[name] for name in trace.parameters]),
-                preserve_values(one for _, module in parts for one in module._buffers.values() if one is not None),
-                _plain_kernels(),
-                torch.inference_mode(False),
-                torch.no_grad(),
-                _fake_mode(trace.members.values()),
-            ):
-                borrowed.enter_context(context)
+    view = ModelView(model)
+    attributes = Snapshot(view)
+    with UndoLog() as tracing:
+        trace = tracing.enter_context(_closed(*attributes.tensors()))
+        with UndoLog() as borrowed:
+            borrowed.callback(random_state())
+            borrowed.callback(attributes.put_back)
+            attributes.gradients.set_aside()
+            borrowed.enter_context(torch.inference_mode(False), torch.no_grad(), _fake_mode(trace.members.values()))
             trace.inputs(leaf for leaf in tree_iter(batches.normalize(example_inputs)) if isinstance(leaf, Tensor))
-            _freeze_scripted(parts, trace)
-            with attributes.in_mode(model, writes=trace.writes, training=False) as more, modes_watched() as modes:
-                tracer = SizeTracer(model, parts, trace, modes)
-                trace.counting = True
-                results = _run(model, parts, attributes, example_inputs, tracer, outputs)
-                trace.counting = False
-                modes.differ |= more or bool(modes.asking)  # one that was not called as a module, but by its forward
-            readings = tracer.readings
-            twins = unreached(parts, tracer.reached, trace.touched)
-            if twins:
-                with twins_substituted(twins, trace), attributes.in_mode(model, writes=trace.writes, training=False):
-                    _run(model, parts, attributes, example_inputs, SizeTracer(model, parts, trace, modes), outputs)
-            if modes.differ or not attributes.flags_alone:
-                # Batch norm fails in training mode on a single sample, and a model may refuse to be trained.
-                with (
-                    contextlib.suppress(ForwardError),
-                    attributes.in_mode(model, writes=trace.writes, training=True) as more,
-                ):
-                    if modes.differ or more:
-                        tracer = SizeTracer(model, parts, trace, modes)
-                        _run(model, parts, attributes, example_inputs, tracer, outputs)
-        trace.constraints.is_recording = False
-        trace.settle()
-        return Axes(trace, readings, results)
+            _freeze_scripted(view.parts, trace)
+            run = partial(_run, view, attributes, trace, example_inputs, outputs)
+            tracer, results = _first(run, trace)
+            substitutes = unrouted(view.parts, tracer.reached, trace.touched)
+            if substitutes:
+                with experts_substituted(substitutes, trace):
+                    run(training=False, symbolic=tracer.symbolic)
+            with contextlib.suppress(ForwardError):  # a model may refuse to be trained on these inputs
+                run(training=True, symbolic=tracer.symbolic)
+        settle_described_sizes(view.parts, trace)
+        trace.constraints.close()
+        if not tracer.symbolic:
+            _mark_unfollowed(trace)
+        trace.finalize()
+        return Axes(trace, tracer.readings, results)
+
+
+def _first(run: Callable[..., Traced], trace: DimTracer) -> Traced:
+    """The forward in evaluation mode, whose work is counted."""
+    trace.counting, symbolic = True, True
+    try:
+        while True:
+            try:
+                return run(training=False, symbolic=symbolic)
+            except ForwardError as error:  # noqa: PERF203 - three tries at most
+                if not symbolic:
+                    raise
+                if trace.constraints.salt is not None and isinstance(error.__cause__, KeyError):
+                    # A dict that is no attribute of the model's is looked up by a size: plain hashes find it.
+                    trace.constraints.salt = None
+                else:
+                    symbolic = False  # code may ask for the very type of an integer
+                trace.work.clear()
     finally:
-        trace.constraints.is_recording = False
-        trace.forget()
+        trace.counting = False
 
 
 def _run(
-    model: nn.Module, parts: Parts, attributes: Attributes, inputs: Inputs, tracer: SizeTracer, outputs: Outputs
-) -> list[tuple[Layout, ...]]:
-    """One traced forward; the layouts of the results that count."""
-    trace = tracer.trace
-    with (
-        remembered(parts, attributes, trace.constraints),
-        remembering_literals(parts),
-        memos_passed_by(),
-        warnings.catch_warnings(),
-    ):
-        warnings.simplefilter("ignore")  # such as those that a run without gradients alone gives
-        with trace, tracer:
-            result = batches.call(model, inputs)
+    view: ModelView,
+    attributes: Snapshot,
+    trace: DimTracer,
+    inputs: Inputs,
+    outputs: Outputs,
+    *,
+    training: bool,
+    symbolic: bool,
+) -> Traced:
+    """One traced forward: its tracer, and the layouts of the results that count."""
+    tracer = SizeTracer(view.model, view.parts, trace, symbolic=symbolic)
+    with UndoLog() as log:
+        log.enter_context(attributes.in_mode(view.model, writes=trace.writes, training=training))
+        if symbolic:
+            log.enter_context(symbolic_integers(view.parts, attributes, trace.constraints))
+        with UndoLog() as modes:
+            modes.enter_context(trace, tracer)
+            result = batches.call(view.model, inputs)
         counted = counted_outputs(result, outputs)
         trace.reach(counted)
         results = [tuple([dim.layout for dim in trace.dims(tensor)]) for tensor in counted]
         for layouts in results:
             for layout in layouts:
                 freeze(layout, "is a dimension of the model's output")
-    return results
+    return tracer, results
 
 
 def counted_outputs(result: Any, outputs: Outputs) -> list[Tensor]:
@@ -160,28 +165,14 @@ def counted_outputs(result: Any, outputs: Outputs) -> list[Tensor]:
 
 
 @contextmanager
-def _collection_paused() -> Iterator[None]:
-    """Leaves garbage for later: a trace makes many small objects, and a search of a large heap takes as long as it."""
-    enabled = gc.isenabled()
-    gc.disable()
+def _closed(members: dict[str, Tensor], parameters: frozenset[str]) -> Iterator[DimTracer]:
+    """A trace of these tensors, whose notes are taken off them in the end."""
+    trace = DimTracer(members, parameters)
     try:
-        yield
+        yield trace
     finally:
-        if enabled:
-            gc.enable()
-
-
-@contextmanager
-def _plain_kernels() -> Iterator[None]:
-    """Switches off kernels that fuse many operations into one, so that each is seen."""
-    with ExitStack() as stack:
-        fast = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)
-        stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        if "torch._dynamo" in sys.modules:  # importing it takes seconds, and without it nothing is compiled
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        yield
+        trace.constraints.close()
+        trace.close()
 
 
 @contextmanager
@@ -202,6 +193,14 @@ def _freeze_scripted(parts: Parts, trace: DimTracer) -> None:
             for tensor in (*module.parameters(), *module.buffers()):
                 for dim in trace.dims(tensor):
                     freeze(dim.layout, "belongs to a scripted module, whose sizes cannot be rewritten")
+
+
+def _mark_unfollowed(trace: DimTracer) -> None:
+    """Plain integers say nothing of how they are computed with."""
+    for tensor in trace.members.values():
+        known = trace._known(tensor)
+        for layout, _ in known.dims if known is not None else ():
+            mark_inexact(layout, "is of a forward that runs with plain integers only, as one that asks for their type")
 
 
 __all__ = ["Outputs", "counted_outputs", "find_axes"]

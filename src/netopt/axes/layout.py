@@ -15,6 +15,12 @@ from typing import TypeAlias, final
 _MOST_ROWS = 64  # a concatenation is compared row by row up to this many
 
 
+class SizeReason(str):
+    """Why an axis is inexact: its size is used as a number, such as the default scale of attention."""
+
+    __slots__ = ()
+
+
 @final
 class Atom:
     """An index space that nothing splits so far; the unknown of the unification.

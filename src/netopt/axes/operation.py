@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
+from torch.utils._mode_utils import no_dispatch
 
 from netopt.axes.layout import (
     LAYOUTS,
@@ -211,6 +213,13 @@ class Operation:
         """Whether a tensor is made of parameters, buffers and constants alone, not of the model's inputs."""
         return isinstance(tensor, Tensor) and not self.trace.depends_on_data(tensor)
 
+    def is_held(self, tensor: Tensor) -> bool:
+        """Whether a tensor is a member of the model, or was made of one alone, as the opposite of a mask."""
+        known = self.trace._known(tensor)
+        if known is None or known.data or known.source is None:
+            return False
+        return self.trace.members[known.source].dtype == tensor.dtype and len(known.parents) < 2
+
     def contract(self, tensor: Tensor, summed: Iterable[Dim], kept: Iterable[Dim]) -> None:
         """Notes which dimensions of a weight an operation sums over (reads) and which remain (makes)."""
         if self.is_weight(tensor):
@@ -235,6 +244,18 @@ _ONE = (Dim, *LAYOUTS)
 def _atoms(layout: Layout) -> Iterable[Atom]:
     """The atoms of a resolved layout; by far the most are one."""
     return (layout,) if type(layout) is Atom else atoms(layout)
+
+
+def is_zero(op: Operation, value: Any) -> bool:
+    """Whether a value, a number or a constant of one entry, is known to be zero."""
+    if not isinstance(value, Tensor):
+        return value == 0
+    known = op.trace._known(value)
+    if value.numel() != 1 or (known is not None and (known.data or known.source is not None)):
+        return False
+    value = getattr(value, "constant", None) if isinstance(value, FakeTensor) else value
+    with no_dispatch():
+        return value is not None and not value.is_meta and not value.any().item()
 
 
 def merge(dims: Sequence[Dim]) -> Dim:

@@ -1,8 +1,8 @@
-"""How many neurons each axis may keep.
+"""How many neurons each axis may keep: a solver of constraints between integers.
 
 The integers of a model tie the sizes of its axes: halves must stay equal, heads times head-dim must give the width, an
-attribute read in two places has one value. This module writes those ties as constraints between counts, and finds, for
-wanted counts, the nearest that satisfy all of them together.
+attribute read in two places has one value. This module states those ties as guards over counts, and finds, for wanted
+counts, the nearest that satisfy all of them together.
 """
 
 from __future__ import annotations
@@ -10,101 +10,41 @@ from __future__ import annotations
 import math
 import operator
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 from netopt.axes.layout import Atom, Layout, Product, atoms, resolve
-from netopt.symbolic.number import AttributeRef, BinaryOp, Constraints, DimSize, SymbolicFloat, SymbolicInt, show_line
+from netopt.symbolic import (
+    AttributeRef,
+    Constraints,
+    DimSize,
+    Expression,
+    Guard,
+    Term,
+    combine,
+    evaluate,
+    expression_of,
+    leaf,
+    leaves,
+    plain,
+    substitute,
+    value_of,
+    walk,
+)
 
-_BUDGET = 20_000  # constraint evaluations per component and question
-_CLOSER = 2_000  # values tried, per question, to find counts closer than the first that were found
+_BUDGET = 20_000  # constraint evaluations per component and call
+_CLOSER = 2_000  # values tried, per call, to find counts closer than the first that were found
 _FEW = 8  # components of more unknowns are not searched for closer counts
-_COMMUTATIVE = {operator.mul: "*", operator.add: "+"}
-Expression = tuple  # ("const", n) | ("var", key) | ("*", parts) | ("+", parts) | ("op", function, left, right)
-
-
-def constant(value: Any) -> Expression:
-    """A number that does not change."""
-    return ("const", value)
-
-
-def _fold(kind: str, parts: Iterable[Expression]) -> Expression:
-    flat: list[Expression] = []
-    number = 1 if kind == "*" else 0
-    for part in parts:
-        for one in part[1] if part[0] == kind else (part,):
-            if one[0] == "const":
-                number = number * one[1] if kind == "*" else number + one[1]
-            else:
-                flat.append(one)
-    if not flat:
-        return constant(number)
-    if number != (1 if kind == "*" else 0):
-        flat.append(constant(number))
-    return flat[0] if len(flat) == 1 else (kind, tuple(sorted(flat, key=repr)))
-
-
-def value_of(expression: Expression, counts: Mapping[Any, int]) -> Any:
-    """The value of an expression under ``counts``."""
-    kind = expression[0]
-    if kind == "const":
-        return expression[1]
-    if kind == "var":
-        return counts[expression[1]]
-    if kind == "*":
-        return math.prod(value_of(part, counts) for part in expression[1])
-    if kind == "+":
-        return sum(value_of(part, counts) for part in expression[1])
-    return expression[1](value_of(expression[2], counts), value_of(expression[3], counts))
-
-
-def variables_of(expression: Expression) -> frozenset[Hashable]:
-    """The unknowns an expression depends on."""
-    kind = expression[0]
-    if kind == "const":
-        return frozenset()
-    if kind == "var":
-        return frozenset((expression[1],))
-    parts = expression[1] if kind in ("*", "+") else expression[2:]
-    return frozenset().union(*(variables_of(part) for part in parts))
-
-
-def _within(expression: Expression) -> Iterator[Expression]:
-    """An expression and everything it is computed from."""
-    yield expression
-    if expression[0] not in ("const", "var"):
-        for part in expression[1] if expression[0] in ("*", "+") else expression[2:]:
-            yield from _within(part)
-
-
-class Constraint:
-    """A comparison between two expressions that must keep its outcome."""
-
-    __slots__ = ("compare", "left", "outcome", "right", "variables", "where")
-
-    def __init__(self, left: Expression, right: Expression, compare: Any, outcome: bool, where: str) -> None:
-        self.left, self.right, self.compare, self.outcome, self.where = left, right, compare, outcome, where
-        self.variables = variables_of(left) | variables_of(right)
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """Equal for two constraints that say the same."""
-        return (self.left, self.right, self.compare, self.outcome)
-
-    def holds(self, counts: Mapping[Any, int]) -> bool:
-        """Whether the counts keep the outcome."""
-        try:
-            return bool(self.compare(value_of(self.left, counts), value_of(self.right, counts))) is self.outcome
-        except (ZeroDivisionError, OverflowError, ValueError):
-            return False
 
 
 class CountSolver:
     """The constraints of one model, over groups of atoms that are counted together.
 
+    An unknown is a leaf of an expression: the key of a group, or an :class:`~netopt.symbolic.AttributeRef`.
+
     Args:
-        groups: For each unknown, the atoms it counts and its size; an atom stands in one group at most.
-        ledger: What a trace learned of integers.
+        groups: For each unknown, the atoms it counts; an atom is in one group at most.
+        constraints: What a trace recorded of integers.
     """
 
     def __init__(self, groups: Mapping[Any, Sequence[Atom]], constraints: Constraints) -> None:
@@ -112,158 +52,144 @@ class CountSolver:
         self._together = {key: len(together) for key, together in groups.items()}
         self.sizes: dict[Hashable, int] = {key: sum(atom.size for atom in together) for key, together in groups.items()}
         self.least: dict[Hashable, int] = dict.fromkeys(self.sizes, 1)
-        self._bound: dict[AttributeRef, Expression] = {}
+        self._bound: dict[AttributeRef, Term] = {}
         self._values: dict[AttributeRef, int] = {}
-        self.constraints: list[Constraint] = []
-        self._uneven: set[Hashable] = set()
-        self._expressions: dict[Layout, Expression] = {}  # as many equations are about one layout
+        self.constraints: list[Guard] = []
+        self._fixed: dict[Any, str] = {}  # unknowns that keep their value, and why
+        self._terms: dict[Layout, Term] = {}  # as many equations are about one layout
         self._collect(constraints)
         self._components = self._connect()
 
     # From integers to constraints.
 
-    def layout(self, layout: Layout) -> Expression:
-        """The size of a layout as an expression over counts."""
-        known = self._expressions.get(layout)
+    def layout(self, layout: Layout) -> Term:
+        """The size of a layout as a term over counts."""
+        known = self._terms.get(layout)
         if known is None:
-            known = self._expressions[layout] = self._layout(resolve(layout))
+            known = self._terms[layout] = self._layout(resolve(layout))
         return known
 
-    def _layout(self, layout: Layout) -> Expression:
+    def _layout(self, layout: Layout) -> Term:
         if isinstance(layout, Atom):
             key = self._group_of.get(layout)
-            return constant(layout.size) if key is None else ("var", key)
+            return plain(layout.size) if key is None else leaf(key, self.sizes[key])
         if isinstance(layout, Product):
-            return _fold("*", (self.layout(part) for part in layout.parts))
-        found: list[Expression] = []
-        units: dict[Expression, Counter[tuple[Atom, ...]]] = defaultdict(Counter)
+            return combine(operator.mul, map(self.layout, layout.parts))
+        found: list[Term] = []
+        units: dict[Term, Counter[tuple[Atom, ...]]] = defaultdict(Counter)
+        sizes: Counter[Term] = Counter()
         for part in layout.parts:
-            expression = self.layout(part)
+            term = self.layout(part)
             single = tuple(atom for atom in atoms(part) if atom.unit and atom in self._group_of)
             if single:
-                units[expression][single] += 1
+                units[term][single] += 1
+                sizes[term] += plain(part.size)
             else:
-                found.append(expression)
-        for expression, times in units.items():
+                found.append(term)
+        for term, times in units.items():
             rounds = self._rounds(times)
-            found.append(_fold("*", (expression, constant(rounds))) if rounds else constant(sum(times.values())))
-        return _fold("+", found)
+            if rounds:
+                found.append(combine(operator.mul, (term, rounds)))
+            else:
+                found.append(sizes[term])
+                self._fixed.update(dict.fromkeys(leaves(term), "a size that depends on which positions remain"))
+        return combine(operator.add, found)
 
     def _rounds(self, times: Counter[tuple[Atom, ...]]) -> int:
-        """How often the positions of taken-apart axes run through; where not all run alike, their counts must stay."""
+        """How many copies of each position of permuted axes a layout has; 0 where their numbers differ."""
         keys = [self._group_of[atom] for atom in next(iter(times))]
         if len(set(times.values())) == 1 and len(times) == math.prod(self._together[key] for key in keys):
             return next(iter(times.values()))
-        self._uneven.update(keys)
         return 0
 
-    def number(self, number: Any) -> Expression:
-        """An integer of the user's code as an expression over counts and attributes."""
-        if not isinstance(number, (SymbolicInt, SymbolicFloat)):
-            return constant(number)
-        origin = number.origin
-        if isinstance(origin, AttributeRef):
-            self._values[origin] = int(number)
-            return ("var", origin)
-        if isinstance(origin, DimSize):
-            return self.layout(origin.layout)
-        return self._computed(origin)
+    def _number(self, number: Any) -> Term:
+        """An integer of the user's code as a term over counts and attributes."""
+        return substitute(expression_of(number), self._leaf)
 
-    def _computed(self, origin: BinaryOp) -> Expression:
-        left, right = self.number(origin.left), self.number(origin.right)
-        kind = _COMMUTATIVE.get(origin.operation)
-        if kind is not None:
-            return _fold(kind, (left, right))
-        if left[0] == right[0] == "const":
-            return constant(origin.operation(left[1], right[1]))
-        return ("op", origin.operation, left, right)
+    def _leaf(self, expression: Expression) -> Term:
+        key = expression.key
+        if isinstance(key, DimSize):
+            return self.layout(key.layout)
+        self._values[key] = expression.value
+        return expression
 
     def _collect(self, constraints: Constraints) -> None:
-        equal: list[tuple[Expression, Expression, str]] = []
-        other: list[tuple[Expression, Expression, Any, bool, str]] = []
+        guards: list[Guard] = []
+        for one in (*self._equations(constraints), *self._guards(constraints)):
+            if bool(one.compare(value_of(one.left), value_of(one.right))) is one.outcome:
+                guards.append(one)
+            else:  # such as the size of a part that a permutation has scattered, which no counts determine
+                why = f"a size that {one.where} states, and that does not follow from the counts of its axes"
+                self._fixed.update({key: why for key in one.leaves if key not in self._fixed})
+        guards += self._kept()
+        self._bind(one for one in guards if one.compare is operator.eq and one.outcome)
+        known: dict[Any, Guard] = {}
+        for one in guards:
+            settled = Guard(one.compare, self._settle(one.left), self._settle(one.right), one.outcome, one.where)
+            trivial = settled.left == settled.right and settled.outcome and settled.compare is operator.eq
+            if settled.leaves and not trivial:
+                known.setdefault(settled.key, settled)
+        self.constraints = list(known.values())
+        self._keep_divisible()
+        tied = frozenset().union(*(one.leaves for one in self.constraints))
+        for attribute in self._values:
+            if attribute in tied:  # one that changes alone has nothing to follow
+                self.sizes[attribute], self.least[attribute] = self._values[attribute], 1
+
+    def _equations(self, constraints: Constraints) -> Iterable[Guard]:
         named = Counter(resolve(equation.layout) for equation in constraints.equations)
         for equation in constraints.equations:
             only = resolve(equation.layout)
             if isinstance(only, Atom) and only not in self._group_of and only.frozen is None and named[only] == 1:
                 continue  # a tensor that never met a parameter is as large as the code makes it
-            where = f"{equation.operation} at {show_line(equation.where)}"
-            equal.append((self.number(equation.number), self.layout(equation.layout), where))
-        for condition in constraints.guards:
-            left, right = self.number(condition.left), self.number(condition.right)
-            where = f"a comparison at {show_line(condition.where)}"
-            must_equal = condition.outcome if condition.compare is operator.eq else not condition.outcome
-            if condition.compare in (operator.eq, operator.ne) and must_equal:
-                equal.append((left, right, where))
-            else:
-                other.append((left, right, condition.compare, condition.outcome, where))
-        self._bind_places(equal)
-        seen: set[Any] = set()
-        for left, right, compare, outcome, where in (
-            *((left, right, operator.eq, True, where) for left, right, where in equal),
-            *other,
-        ):
-            one = Constraint(self._settle(left), self._settle(right), compare, outcome, where)
-            trivial = one.left == one.right and outcome and compare is operator.eq
-            if one.variables and not trivial and one.key not in seen:
-                seen.add(one.key)
-                self.constraints.append(one)
-        for key in sorted(self._uneven, key=list(self.sizes).index):
-            where = "a size that depends on which positions remain"
-            self.constraints.append(Constraint(("var", key), constant(self.sizes[key]), operator.eq, True, where))
-        self._keep_divisible()
-        tied = {key for one in self.constraints for key in one.variables}
-        # An attribute that changes alone has nothing to follow.
-        loose = {key for key in tied if isinstance(key, AttributeRef)}
-        for place in loose:
-            self.sizes[place] = self._values[place]
-            self.least[place] = 1
+            yield Guard(operator.eq, self._number(equation.number), self.layout(equation.layout), True, str(equation))
+
+    def _guards(self, constraints: Constraints) -> Iterable[Guard]:
+        for guard in constraints.guards:
+            compare, outcome = guard.compare, guard.outcome
+            if compare is operator.ne and not outcome:
+                compare, outcome = operator.eq, True
+            yield Guard(compare, self._number(guard.left), self._number(guard.right), outcome, str(guard))
+
+    def _kept(self) -> list[Guard]:
+        """What keeps the unknowns that are fixed."""
+        present = {**self.sizes, **self._values}
+        return [
+            Guard(operator.eq, leaf(key, present[key]), present[key], True, where) for key, where in self._fixed.items()
+        ]
 
     def _keep_divisible(self) -> None:
-        """An attribute that is taken apart evenly, ``out_features // heads``, stays a multiple of what divides it."""
+        """An attribute divided without remainder, ``out_features // heads``, stays a multiple of the divisor."""
+        present = {**self.sizes, **self._values}
         for one in list(self.constraints):
-            for expression in (*_within(one.left), *_within(one.right)):
-                if expression[0] != "op" or expression[1] is not operator.floordiv:
+            for expression in (*walk(one.left), *walk(one.right)):
+                if expression.operation is not operator.floordiv or not _is_attribute(expression.operands[0]):
                     continue
-                dividend = expression[2]
-                if dividend[0] != "var" or not isinstance(dividend[1], AttributeRef):
-                    continue
-                rest = Constraint(("op", operator.mod, *expression[2:]), constant(0), operator.eq, True, one.where)
-                if rest.holds({**self.sizes, **self._values}) and all(
-                    rest.key != other.key for other in self.constraints
-                ):
+                rest = Guard(operator.eq, combine(operator.mod, expression.operands), 0, True, one.where)
+                if rest.holds(present) and all(rest.key != other.key for other in self.constraints):
                     self.constraints.append(rest)
 
-    def _bind_places(self, equal: list[tuple[Expression, Expression, str]]) -> None:
+    def _bind(self, equal: Iterable[Guard]) -> None:
         """An attribute compared with a layout *is* that layout's size; with a computed number, that number."""
+        equal = list(equal)
         for simple in (True, False):
-            for left, right, _ in equal:
-                for place, expression in ((left, right), (right, left)):
-                    is_layout = not any(isinstance(key, AttributeRef) for key in variables_of(expression))
+            for one in equal:
+                for attribute, term in ((one.left, one.right), (one.right, one.left)):
+                    is_layout = not any(isinstance(key, AttributeRef) for key in leaves(term))
                     if (
-                        place[0] == "var"
-                        and isinstance(place[1], AttributeRef)
-                        and place[1] not in self._bound
+                        isinstance(attribute, Expression)
+                        and _is_attribute(attribute)
+                        and attribute.key not in self._bound
                         and is_layout is simple
-                        and place[1] not in variables_of(self._settle(expression))
+                        and attribute.key not in leaves(self._settle(term))
                     ):
-                        self._bound[place[1]] = expression
+                        self._bound[attribute.key] = term
 
-    def _settle(self, expression: Expression) -> Expression:
-        """The expression with attributes replaced by what they are bound to."""
-        kind = expression[0]
-        if kind == "const":
-            return expression
-        if kind == "var":
-            bound = self._bound.get(expression[1]) if isinstance(expression[1], AttributeRef) else None
-            return expression if bound is None else self._settle(bound)
-        if kind in ("*", "+"):
-            return _fold(kind, (self._settle(part) for part in expression[1]))
-        left, right = self._settle(expression[2]), self._settle(expression[3])
-        if left[0] == right[0] == "const":
-            return constant(expression[1](left[1], right[1]))
-        return ("op", expression[1], left, right)
+    def _settle(self, term: Term) -> Term:
+        """The term with attributes replaced by what they are bound to."""
+        return substitute(term, lambda one: self._settle(self._bound[one.key]) if one.key in self._bound else one)
 
-    def _connect(self) -> list[tuple[list[Hashable], list[Constraint]]]:
+    def _connect(self) -> list[tuple[list[Hashable], list[Guard]]]:
         parent: dict[Hashable, Hashable] = {}
 
         def root(key: Hashable) -> Hashable:
@@ -273,16 +199,16 @@ class CountSolver:
             return key
 
         for one in self.constraints:
-            first, *rest = one.variables
+            first, *rest = one.leaves
             for key in rest:
                 parent[root(key)] = root(first)
         members: dict[Hashable, list[Hashable]] = defaultdict(list)
         order = {key: index for index, key in enumerate(self.sizes)}
-        for key in sorted({key for one in self.constraints for key in one.variables}, key=order.__getitem__):
+        for key in sorted({key for one in self.constraints for key in one.leaves}, key=order.__getitem__):
             members[root(key)].append(key)
-        by_root: dict[Hashable, list[Constraint]] = defaultdict(list)
+        by_root: dict[Hashable, list[Guard]] = defaultdict(list)
         for one in self.constraints:
-            by_root[root(next(iter(one.variables)))].append(one)
+            by_root[root(next(iter(one.leaves)))].append(one)
         return [(keys, by_root[top]) for top, keys in members.items()]
 
     # From wanted counts to possible ones.
@@ -323,35 +249,36 @@ class CountSolver:
                 counts = _Search(self, keys, constraints, {key: max(self.sizes[key] // 2, 1)}).run()
                 free.update(other for other in groups if counts[other] < self.sizes[other])
                 if counts[key] == self.sizes[key]:
-                    tie = next(one for one in constraints if key in one.variables)
-                    found[key] = f"has a size that must satisfy {tie.where}, which no smaller one does"
+                    tie = next(one for one in constraints if key in one.leaves)
+                    why = f"a size that must satisfy {tie.where}, which no smaller one does"
+                    found[key] = f"has {self._fixed.get(key, why)}"
         return found
 
     def assignments(self, counts: Mapping[Any, int]) -> list[tuple[AttributeRef, int]]:
         """The attributes that change under ``counts``, with their new values."""
         full = {**self.sizes, **counts}
         changed: list[tuple[AttributeRef, int]] = []
-        for place, old in self._values.items():
-            expression = self._settle(("var", place))
-            if any(isinstance(key, AttributeRef) and key not in full for key in variables_of(expression)):
+        for attribute, old in self._values.items():
+            term = self._settle(leaf(attribute, old))
+            if any(isinstance(key, AttributeRef) and key not in full for key in leaves(term)):
                 continue
-            new = value_of(expression, full)
-            if new != old:
-                changed.append((place, int(new)))
+            new = evaluate(term, full)
+            if new is not None and new != old:
+                changed.append((attribute, int(new)))
         return changed
 
-    def extents(self, place: AttributeRef) -> frozenset[Hashable]:
+    def extents(self, attribute: AttributeRef) -> frozenset[Hashable]:
         """The groups whose counts an attribute follows, or is tied to by a constraint."""
-        found = variables_of(self._settle(("var", place)))
+        found = leaves(self._settle(leaf(attribute, 0)))
         loose = {key for key in found if isinstance(key, AttributeRef)}
         for keys, _ in self._components:
             if not loose.isdisjoint(keys):
                 found = found.union(keys)
         return frozenset(key for key in found if not isinstance(key, AttributeRef))
 
-    def bound_places(self) -> Iterable[tuple[AttributeRef, Expression]]:
-        """Attributes and the expressions they are bound to."""
-        return ((place, self._settle(expression)) for place, expression in self._bound.items())
+    def bound_attributes(self) -> Iterable[tuple[AttributeRef, Term]]:
+        """Attributes and the terms they are bound to."""
+        return ((attribute, self._settle(term)) for attribute, term in self._bound.items())
 
 
 class _Search:
@@ -362,16 +289,16 @@ class _Search:
     """
 
     def __init__(
-        self, counts: CountSolver, keys: list[Hashable], constraints: list[Constraint], wanted: Mapping[Any, int]
+        self, counts: CountSolver, keys: list[Hashable], constraints: list[Guard], wanted: Mapping[Any, int]
     ) -> None:
         self.keys = keys
         self.sizes = counts.sizes
         self.least = counts.least
         self.wanted = {key: wanted.get(key, counts.sizes[key]) for key in keys}
-        self.asked = set(wanted)
-        self.of: dict[Hashable, list[Constraint]] = defaultdict(list)
+        self.requested = set(wanted)
+        self.of: dict[Hashable, list[Guard]] = defaultdict(list)
         for one in constraints:
-            for key in one.variables:
+            for key in one.leaves:
                 self.of[key].append(one)
         self.left = _BUDGET
 
@@ -421,24 +348,24 @@ class _Search:
 
     def _farther(self, far: tuple[int, int], key: Hashable, value: int) -> tuple[int, int]:
         off = abs(value - self.wanted[key])
-        return (far[0] + off, far[1]) if key in self.asked else (far[0], far[1] + off)
+        return (far[0] + off, far[1]) if key in self.requested else (far[0], far[1] + off)
 
     def _next(self, chosen: dict[Hashable, int]) -> tuple[Hashable, Iterable[int]]:
-        """The next unknown: one that a constraint determines, else one that was asked for, in model order."""
+        """The next unknown: one that a constraint determines, else one that is requested, in model order."""
         for key in self.keys:
             if key not in chosen:
                 for one in self.of[key]:
                     if (
                         one.compare is operator.eq
                         and one.outcome
-                        and len(one.variables) > 1  # alone, it narrows the choice and makes none
-                        and all(k in chosen for k in one.variables if k != key)
+                        and len(one.leaves) > 1  # alone, it narrows the choice and makes none
+                        and all(k in chosen for k in one.leaves if k != key)
                     ):
                         return key, self._solutions(key, one, chosen)
         open_keys = [key for key in self.keys if key not in chosen]
         key = min(
             open_keys,
-            key=lambda k: (isinstance(k, AttributeRef), k not in self.asked, -len(self.of[k]), -self.sizes[k]),
+            key=lambda k: (isinstance(k, AttributeRef), k not in self.requested, -len(self.of[k]), -self.sizes[k]),
         )
         return key, self._values(key)
 
@@ -446,12 +373,13 @@ class _Search:
         aim = self.wanted[key]
         return sorted(range(self.least[key], self.sizes[key] + 1), key=lambda value: (abs(value - aim), -value))
 
-    def _solutions(self, key: Hashable, one: Constraint, chosen: dict[Hashable, int]) -> list[int]:
+    def _solutions(self, key: Hashable, one: Guard, chosen: dict[Hashable, int]) -> list[int]:
         for mine, other in ((one.left, one.right), (one.right, one.left)):
-            if mine == ("var", key) and key not in variables_of(other):
-                value = value_of(other, chosen)
-                fits = value == int(value) and self.least[key] <= value <= self.sizes[key]
-                return [int(value)] if fits else []
+            if isinstance(mine, Expression) and mine.operands == (key,) and key not in leaves(other):
+                value = evaluate(other, chosen)
+                if value is None or value != int(value) or not self.least[key] <= value <= self.sizes[key]:
+                    return []
+                return [int(value)]
         found = []
         for value in self._values(key):
             self.left -= 1
@@ -461,8 +389,12 @@ class _Search:
 
     def _consistent(self, key: Hashable, chosen: dict[Hashable, int]) -> bool:
         for one in self.of[key]:
-            if all(k in chosen for k in one.variables):
+            if all(k in chosen for k in one.leaves):
                 self.left -= 1
                 if not one.holds(chosen):
                     return False
         return True
+
+
+def _is_attribute(term: Term) -> bool:
+    return isinstance(term, Expression) and term.operation is None and isinstance(term.key, AttributeRef)

@@ -1,9 +1,8 @@
-"""One call trains a student on what a teacher says."""
+"""One call trains a student on the outputs of a teacher."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -12,25 +11,36 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from netopt.distillation.data.cache import Cache, TeacherCache, cache_for
+from netopt import batches
 from netopt.distillation.data.fingerprints import model_fingerprint
-from netopt.distillation.data.sources import Drawn, Source, seed_all, source
+from netopt.distillation.data.sources import Drawn, Sampling, Source, seed_all, source
 from netopt.distillation.loop.checkpoint import Checkpoint
-from netopt.distillation.loop.dry_run import check_finite, check_numbers, check_student, dry_run
-from netopt.distillation.loop.engines import Engine, engine_for, precision
-from netopt.distillation.loop.interrupts import graceful
-from netopt.distillation.loop.loop import Loop, Settings
-from netopt.distillation.loop.optimizing import OptimizerLike, SchedulerLike, fused, optimizers_for, scheduler_for
-from netopt.distillation.loop.student import Trainee, lent, modes, undone_on_error
+from netopt.distillation.loop.dry_run import Lesson, check_finite, check_student, dry_run
+from netopt.distillation.loop.engines import engine_for, precision
+from netopt.distillation.loop.interrupts import Interruption
+from netopt.distillation.loop.loop import Loop
+from netopt.distillation.loop.optimizing import (
+    OptimizerLike,
+    SchedulerLike,
+    Stepper,
+    fused,
+    optimizers_for,
+    scheduler_for,
+)
+from netopt.distillation.loop.student import Trainee, lend, modes, undo_on_error
 from netopt.distillation.loop.validation import Metric, Validation
+from netopt.distillation.loss.cache import Cache, TeacherCache, cache_for
 from netopt.distillation.loss.hints import Hints, hint_terms
+from netopt.distillation.loss.labels import Labelling, Labels, is_causal
 from netopt.distillation.loss.objective import Objective, SoftLoss
-from netopt.distillation.loss.outputs import Picker, is_causal
-from netopt.distillation.loss.targets import Labels, Targets
-from netopt.distillation.loss.teachers import Forward, as_teachers, check_apart
+from netopt.distillation.loss.outputs import Picker
+from netopt.distillation.loss.targets import Targets
+from netopt.distillation.loss.teachers import Forward, Runner, as_teachers, shared_tensors
 from netopt.distillation.report import DistillationReport
+from netopt.distillation.settings import Data, Goal, Run, Schedule, pair
 from netopt.errors import InvalidArgumentError
 from netopt.model.restore import restored
+from netopt.model.signals import UndoLog
 
 __all__ = ["distill"]
 
@@ -71,7 +81,7 @@ def distill(
     seed: int | None = None,
     progress: bool = True,
 ) -> DistillationReport:
-    r"""Trains ``student``, in place, to say what ``teacher`` says.
+    r"""Trains ``student``, in place, to return what ``teacher`` returns.
 
     The base loss is the squared error summed over outputs and averaged over samples; the data needs no labels. The
     teacher runs in eval mode without gradients and is bit for bit unchanged afterwards. Training flags, gradients,
@@ -99,7 +109,8 @@ def distill(
             ``"hint"``; or the plan of the pruning that made the student. Of several teachers the first is meant.
         teacher_weights: One a teacher, by default equal.
         forward: ``(model, batch) -> result``, for both, or a pair for student and teacher.
-        output: Path or function that finds the output in a result, for both, or a pair for student and teacher.
+        output: Path or function that finds the output in a result, for both, or a pair for student and teacher; needed
+            where a result holds several outputs and none called ``logits``, ``out`` or ``last_hidden_state``.
         optimizer: An optimizer of the student's parameters, or a function that makes one of a list of parameters; by
             default AdamW.
         lr: Learning rate of the default optimizer, 0.001 if not given.
@@ -112,13 +123,13 @@ def distill(
         patience: Stop after this many epochs without a better validation.
         keep_best: Put the best weights back at the end; by default if ``validation`` is given.
         cache: ``"auto"`` keeps the teacher's outputs where samples come back; ``False`` never, ``True`` always, and a
-            :class:`netopt.distillation.Cache` says how.
+            :class:`netopt.distillation.Cache` sets how.
         engine: A Hugging Face ``Accelerator`` or a Lightning ``Fabric``.
         checkpoint: File to write between steps, so that a killed run can be taken up; outputs kept of the teacher go
             into a folder beside it.
         checkpoint_every: Optimizer steps between two checkpoints; by default one after every epoch.
         resume: Take up the run of the checkpoint, if there is one; all other arguments must be the same.
-        callbacks: Called as ``(student, epoch)`` after every epoch; a true answer stops.
+        callbacks: Called as ``(student, epoch)`` after every epoch; a true result stops.
         seed: Makes the call reproducible by itself; otherwise it follows the global random state.
         progress: Show a bar.
 
@@ -127,8 +138,10 @@ def distill(
         way, with the report and a usable student.
 
     Raises:
-        ShapeMismatchError: student and teacher say tensors of different shapes.
-        InvalidArgumentError: student and teacher share what would be trained, or an argument cannot be meant.
+        ShapeMismatchError: student and teacher return tensors of different shapes.
+        InvalidArgumentError: the teacher reads a tensor that would be trained, a model returns several outputs and
+            ``output`` names none, or an argument cannot be meant.
+        CheckpointError: a file cannot be read or written, or there is no room for it, or another run has it.
         NonFiniteError: the loss is NaN or infinite.
         EmptyDataError: the data yields no batch.
 
@@ -142,182 +155,153 @@ def distill(
         >>> report.stopped, report.steps, report.loss < 1e-3
         ('finished', 160, True)
     """
-    whole = {"epochs": epochs, "steps": steps, "batch_size": batch_size, "accumulate": accumulate, "patience": patience}
-    check_numbers(whole=whole, real={"temperature": temperature, "lr": lr, "clip": clip}, hard=hard, seed=seed)
-    check_student(student)
-    teachers, shares = as_teachers(teacher, teacher_weights)
-    check_apart(student, teachers)
-    runs, pickers = _pair(forward, "forward"), _pair(output, "output")
-    terms = hint_terms(hints, student, teachers[0])
-    objective = Objective(loss, temperature=temperature, hard=hard, teachers=shares, hints=terms)
-    machine = engine_for(engine, student, precision(amp))
-    saved = _checkpoint(checkpoint, checkpoint_every, resume, machine)
-    with ExitStack() as stack:
-        _lend(stack, student, teachers, optimizer, scheduler)
-        if seed is not None:
-            seed_all(seed)
-        base = int(machine.agreed(torch.randint(2**31, ()).item()))
-        base = base if saved is None or saved.seed is None else saved.seed
-        common: dict[str, Any] = {"batch_size": batch_size, "seed": base, "share": (machine.rank, machine.world)}
-        drawn_from, kept = _source(data, cache, epochs, steps, saved, common)
-        held = None if kept is None else _held(kept, teachers, drawn_from, machine, objective, stack)
+    with UndoLog() as stack:
+        interruption = stack.enter_context(Interruption())
+        setup = _Setup(
+            student,
+            teacher,
+            Data(data, batch_size, labels, ignore_index, cache, validation, metric),
+            Goal(loss, temperature, hard, hints, teacher_weights, pair(forward, "forward"), pair(output, "output")),
+            Schedule(epochs, steps, optimizer, lr, scheduler, accumulate, clip, patience, keep_best),
+            Run(amp, engine, checkpoint, checkpoint_every, resume, callbacks, seed, progress),
+        )
+        setup.open_checkpoint(stack)
+        setup.borrow(stack)
+        lesson = setup.lesson(stack)
+        states, drawn = setup.begin(lesson.source)
+        trainee, first = setup.dry_run(lesson, next(drawn, None), stack)
+        stepper = setup.stepper(trainee, lesson, stack)
+        loop = Loop(trainee, lesson, stepper, setup.schedule, setup.run, setup.saved)
+        report = loop.run(chain(first, drawn), states, interruption)
+        setup.finish(report)
+        return report
+
+
+class _Setup:
+    """What a call is set up from: the arguments, checked, and what follows from them at once."""
+
+    def __init__(self, student: Any, teacher: Any, data: Data, goal: Goal, schedule: Schedule, run: Run) -> None:
+        check_student(student)
+        self.student, self.data, self.goal, self.schedule, self.run = student, data, goal, schedule, run
+        self.teachers, shares = as_teachers(teacher, goal.teacher_weights)
+        self.shared = [shared_tensors(student, one, schedule.optimizer) for one in self.teachers]
+        self.objective = Objective(
+            goal.loss,
+            temperature=goal.temperature,
+            hard=goal.hard,
+            teachers=shares,
+            hints=hint_terms(goal.hints, student, self.teachers[0]),
+        )
+        self.machine = engine_for(run.engine, student, precision(run.amp))
+        self.saved: Checkpoint | None = None
+
+    def open_checkpoint(self, stack: UndoLog) -> None:
+        """Takes the checkpoint's file for this call alone, and reads it if there is a run to take up."""
+        if self.run.checkpoint is None:
+            return
+        self.saved = Checkpoint(self.run.checkpoint, self.run.checkpoint_every)
+        self.saved.open(stack, self.machine, self.run.resume)
+
+    def borrow(self, stack: UndoLog) -> None:
+        """Enters the contexts that give everything back, and puts the student into the modes it learns in."""
+        own = self.schedule.optimizer if isinstance(self.schedule.optimizer, Optimizer) else None
+        stack.enter_context(restored(*self.teachers))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        undo_on_error(stack, self.student, own, self.schedule.scheduler)
+        lend(stack, self.student, own)
+        for part, flag in modes(self.student).items():
+            part.training = flag
+
+    def lesson(self, stack: UndoLog) -> Lesson:
+        """Returns the data, what the student should return, the loss, and the validation."""
+        if self.run.seed is not None:
+            seed_all(self.run.seed)
+        seed = int(self.machine.agreed(torch.randint(2**31, ()).item()))
+        seed = seed if self.saved is None or self.saved.seed is None else self.saved.seed
+        how = Sampling(self.data.batch_size, seed, (self.machine.rank, self.machine.world))
+        found, cache = self._source(how, stack)
+        own = set(self.student.modules())
+        (_, forward), (_, picker) = self.goal.forward, self.goal.output
         targets = Targets(
-            teachers,
-            forward=runs[1],
-            picker=pickers[1],
-            layers=[one.hint.layer for one in terms],
-            labels=labels,
-            ignore_index=ignore_index,
-            causal=is_causal(student),
-            engine=machine,
-            cache=held,
+            [Runner(one, forward, picker, own.intersection(one.modules())) for one in self.teachers],
+            [one.hint.layer for one in self.objective.hints],
+            Labelling(self.data.labels, self.data.ignore_index, is_causal(self.student)),
+            self.machine,
+            cache,
         )
-        stack.enter_context(targets.listening())
-        checked = _validation(validation, metric, targets, objective, common)
-        if checked is None and (patience is not None or keep_best):
-            raise InvalidArgumentError("patience and keep_best need validation=, which is not given.")
-        keeps = checked is not None if keep_best is None else keep_best
-        states, drawn = _begin(drawn_from, saved, machine)
-        first = next(drawn, None)
-        trainee = Trainee(student, terms, runs[0], pickers[0])
+        stack.enter_context(targets.hooked())
+        return Lesson(found, targets, self.objective, self._validation(targets, how))
+
+    def _source(self, how: Sampling, stack: UndoLog) -> tuple[Source, TeacherCache | None]:
+        """Returns where batches come from, and what keeps the teachers' outputs if that is wanted."""
+        steps = self.schedule.steps
+        kept = cache_for(self.data.cache, None if self.saved is None else self.saved.cache)
+        once = steps is not None or self.schedule.epochs == 1
+        found = source(self.data.train, how._replace(shuffle=True, once=once, tagged=kept is not None))
+        again = not once if steps is None else not 0 < steps <= len(found)
+        return found, self._cache(kept, found, stack) if kept and (again or self.data.cache != "auto") else None
+
+    def _cache(self, kept: Cache, found: Source, stack: UndoLog) -> TeacherCache:
+        """Returns the cache, which ``stack`` closes; processes on one machine share it, where samples have indices."""
+        first, about = self.machine.rank == 0, {}
+        folder = self.machine.shared_folder() if found.samples and kept.path is None else None
+        if kept.path is not None:
+            # Of a function no more than its name is known; that it finds the same is tried on the first batch.
+            picker = self.goal.output[1]
+            about = {
+                "teachers": model_fingerprint(self.teachers),
+                "output": str(getattr(picker, "__qualname__", picker)),
+            }
+        cache = TeacherCache(kept, found, self.objective, about=about, folder=folder)
+        stack.callback(cache.close, first)
+        return cache
+
+    def _validation(self, targets: Targets, how: Sampling) -> Validation | None:
+        """Returns what scores the student, or ``None``."""
+        validation, metric = self.data.validation, self.data.metric
+        if validation is None:
+            if self.schedule.patience is not None or self.schedule.keep_best:
+                raise InvalidArgumentError("patience and keep_best need validation=, which is not given.")
+            return None
+        if metric is None and batches.is_factory(validation):
+            return Validation(validation, None, targets, self.objective)
+        return Validation(source(validation, how, "validation"), metric, targets, self.objective)
+
+    def begin(self, found: Source) -> tuple[list[torch.Tensor], Iterator[Drawn]]:
+        """Returns the states of the caller's generators where the epoch begins, and what is left of it."""
+        if self.machine.world > 1:
+            # Every process has dropout of its own.
+            seed_all(found.seed + 1 + self.machine.rank)
+        generators = found.generators()
+        if self.saved is not None:
+            self.saved.restore_random(self.machine.rank, generators)
+        states = [one.get_state() for one in generators]
+        return states, found.begin(*((0, 0) if self.saved is None else self.saved.place))
+
+    def dry_run(self, lesson: Lesson, first: Drawn | None, stack: UndoLog) -> tuple[Trainee, list[Drawn]]:
+        """Returns the student ready to be trained, after one batch has been through everything; and that batch."""
+        (forward, _), (picker, _), hints = self.goal.forward, self.goal.output, self.objective.hints
         if first is not None:
-            trainee = dry_run(student, runs[0], pickers[0], first, targets, objective, base, drawn_from.whole)
-        stack.enter_context(trainee.listening())
-        stack.callback(machine.close)
-        if checked is not None:
-            checked.dry_run(trainee)
-        optimizers = optimizers_for(optimizer, lr, trainee, teachers)
+            dry_run(Trainee(self.student, hints, forward, picker), lesson, first, self.shared)
+        # Only now do the hints have their projections.
+        trainee = Trainee(self.student, hints, forward, picker)
+        stack.enter_context(trainee.hooked())
+        stack.callback(self.machine.close)
+        if lesson.validation is not None:
+            lesson.validation.dry_run(trainee)
+        return trainee, [] if first is None else [first]
+
+    def stepper(self, trainee: Trainee, lesson: Lesson, stack: UndoLog) -> Stepper:
+        """Returns the optimizers and schedulers, and the engine they step in."""
+        optimizers = optimizers_for(self.schedule.optimizer, self.schedule.lr, trainee, self.teachers)
         stack.enter_context(fused(optimizers))
-        loop = Loop(
-            trainee,
-            targets,
-            objective,
-            drawn_from,
-            machine,
-            optimizers=optimizers,
-            schedulers=scheduler_for(scheduler, optimizers, steps or -(-len(drawn_from) // accumulate) * epochs),
-            settings=Settings(epochs, steps, accumulate, clip, patience, keeps),
-            validation=checked,
-            callbacks=tuple(callbacks),
-            interruption=stack.enter_context(graceful()),
-            checkpoint=saved,
-            generators=states,
-            progress=progress,
-        )
-        return _run(loop, drawn if first is None else chain([first], drawn))
+        steps = self.schedule.total(len(lesson.source))
+        return Stepper(self.machine, optimizers, scheduler_for(self.schedule.scheduler, optimizers, steps))
 
-
-def _lend(stack: ExitStack, student: nn.Module, teachers: Sequence[nn.Module], optimizer: Any, scheduler: Any) -> None:
-    """Enters the contexts that give everything back, and puts the student into the modes it learns in."""
-    own = optimizer if isinstance(optimizer, Optimizer) else None
-    stack.enter_context(restored(*teachers))
-    stack.enter_context(torch.inference_mode(False))
-    stack.enter_context(torch.enable_grad())
-    stack.enter_context(undone_on_error(student, own, scheduler))
-    stack.enter_context(lent(student, own))
-    for part, flag in modes(student).items():
-        part.training = flag
-
-
-def _source(
-    data: Any, cache: Any, epochs: int, steps: int | None, saved: Checkpoint | None, common: Mapping[str, Any]
-) -> tuple[Source, Cache | None]:
-    """Returns where batches come from, and how the teachers' outputs are kept if that is wanted."""
-    kept = cache_for(cache, None if saved is None else saved.cache)
-    once = steps is not None or epochs == 1
-    found = source(data, shuffle=True, once=once, tagged=kept is not None, **common)
-    again = not once if steps is None else not 0 < steps <= len(found)
-    return found, kept if again or cache != "auto" else None
-
-
-def _run(loop: Loop, drawn: Iterator[Drawn]) -> DistillationReport:
-    """Trains, from where a checkpoint says if there is one, and removes that when all is done."""
-    saved, machine = loop.checkpoint, loop.engine
-    if saved is not None:
-        saved.restore(loop)
-    report = loop.run(drawn)
-    machine.wait()
-    if saved is not None and machine.rank == 0 and report.stopped != "interrupted":
-        saved.clear()
-    check_finite(loop.trainee.student, "after the last step", "lower lr, or set clip=1.0")
-    return report
-
-
-def _begin(drawn_from: Source, saved: Checkpoint | None, machine: Engine) -> tuple[list[torch.Tensor], Iterator[Drawn]]:
-    """Returns the states of the caller's generators where the epoch begins, and what is left of it."""
-    if machine.world > 1:
-        # Every process has dropout of its own.
-        seed_all(drawn_from.seed + 1 + machine.rank)
-    generators = drawn_from.generators()
-    if saved is not None:
-        saved.restore_random(machine.rank, generators)
-    states = [one.get_state() for one in generators]
-    return states, drawn_from.begin(*((0, 0) if saved is None else saved.place))
-
-
-def _held(
-    kept: Cache,
-    teachers: Sequence[nn.Module],
-    drawn_from: Source,
-    machine: Engine,
-    objective: Objective,
-    stack: ExitStack,
-) -> TeacherCache:
-    """Returns the cache, which ``stack`` closes; processes on one machine share it, where samples have indices."""
-    folder = machine.shared_folder() if drawn_from.samples and kept.path is None else None
-
-    def make() -> TeacherCache:
-        return TeacherCache(
-            kept,
-            teachers=model_fingerprint(teachers) if kept.path is not None else "",
-            samples=drawn_from.samples,
-            fixed=drawn_from.fixed,
-            temperature=objective.temperature,
-            condensable=objective.condensable,
-            folder=folder,
-        )
-
-    # The first process clears a folder of other teachers' outputs before the others look into it.
-    first = make() if machine.rank == 0 else None
-    machine.wait()
-    held = first or make()
-    stack.callback(held.close, machine.rank == 0)
-    return held
-
-
-def _validation(
-    validation: Any, metric: Metric, targets: Targets, objective: Objective, common: Mapping[str, Any]
-) -> Validation | None:
-    """Returns what scores the student, or ``None``."""
-    if validation is None:
-        if metric is not None:
-            raise InvalidArgumentError("metric needs validation=, the data to measure it on.")
-        return None
-    if not (metric is None or callable(metric) or metric in ("loss", "accuracy")):
-        raise InvalidArgumentError(f"metric must be None, 'loss', 'accuracy' or a function, not {metric!r}.")
-    if callable(validation) and not isinstance(validation, (Iterable, nn.Module)) and metric is None:
-        judge: Callable[[nn.Module], Any] = validation
-        return Validation(judge, None, targets, objective)
-    found = source(validation, shuffle=False, once=False, what="validation", **common)
-    return Validation(found, metric, targets, objective)
-
-
-def _pair(value: Any, name: str) -> tuple[Any, Any]:
-    if not isinstance(value, (tuple, list)):
-        return value, value
-    if len(value) != 2:
-        raise InvalidArgumentError(f"{name} must be one entry for both models or a pair (student, teacher).")
-    return value[0], value[1]
-
-
-def _checkpoint(path: Any, every: int | None, resume: bool, machine: Engine) -> Checkpoint | None:
-    """Returns what is written between steps, or ``None``."""
-    if path is None:
-        if resume or every is not None:
-            raise InvalidArgumentError("resume and checkpoint_every need checkpoint=, the path of the file.")
-        return None
-    saved = Checkpoint(path, every, resume)
-    if saved.found is None and machine.rank == 0:
-        saved.clear()
-    machine.wait()
-    return saved
+    def finish(self, report: DistillationReport) -> None:
+        """Removes what was kept for taking the run up again once it is done, and looks at the weights."""
+        self.machine.wait()
+        if self.saved is not None and self.machine.rank == 0 and report.stopped != "interrupted":
+            self.saved.clear()
+        check_finite(self.student, "after the last step", "lower lr, or set clip=1.0")

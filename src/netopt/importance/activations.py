@@ -22,10 +22,11 @@ from tqdm import tqdm
 from netopt import batches
 from netopt.batches import Batch
 from netopt.errors import MissingDataError, NonFiniteError
-from netopt.importance.evidence import _ready
+from netopt.importance.evidence import _ready, gradients
 from netopt.model.calls import Call, CallNames
 from netopt.model.parameters import places
 from netopt.model.restore import restored
+from netopt.model.signals import UndoLog
 
 __all__ = ["Saliency", "Tap", "activations", "recordable", "saliency"]
 
@@ -128,7 +129,8 @@ def saliency(
         Optimal Brain Damage (LeCun et al., 1989) for derivatives as importance; Hutchinson's estimator (1990) for the
         random signs.
     """
-    with restored(model), _differentiable(model):
+    with restored(model) as log:
+        log.enter_context(_differentiable(model))
         run = _Differentiation(
             model, taps, sizes, outputs=outputs or _outputs, exact=exact_outputs, error=relative_error
         )
@@ -151,9 +153,11 @@ def activations(
     """
     sums = {name: torch.zeros(size, dtype=torch.float64) for name, size in sizes.items()}
     seen = {name: torch.zeros(size, dtype=torch.float64) for name, size in sizes.items()}
-    with restored(model), torch.no_grad(), _ready(model, {}, ("input_norm",)):
+    with restored(model) as log:
+        log.enter_context(torch.no_grad(), _ready(model, {}, ("input_norm",)))
         for batch in tqdm(batches.iterate(data), desc="activations", disable=not progress, leave=False):
-            with _Readings(model, taps, gradients=False) as readings:
+            with UndoLog() as reading:
+                readings = reading.enter_context(_Readings(model, taps, gradients=False))
                 batches.feed(model, batch)
             for name, tensor, dim, positions in readings.tensors:
                 size = tensor.numel() // max(tensor.shape[dim], 1)
@@ -289,7 +293,8 @@ class _Differentiation:
 
     def _forward(self, inputs: Any) -> tuple[_Readings, list[Tensor]]:
         inputs = recordable(inputs)
-        with _Readings(self.model, self.taps, gradients=True) as readings:
+        with UndoLog() as log:
+            readings = log.enter_context(_Readings(self.model, self.taps, gradients=True))
             result = batches.feed(self.model, inputs if not isinstance(inputs, (tuple, list)) else (inputs, None))
             found = [tensor for tensor in self.outputs(result) if tensor.requires_grad]
         return readings, found
@@ -310,7 +315,7 @@ class _Differentiation:
                 sign = torch.zeros_like(tensor)
                 sign[half] = torch.randn(tensor[half].shape, generator=self.generator).to(tensor)
                 signs.append(sign)
-            grads = torch.autograd.grad(found, readings.edges, signs, retain_graph=True, allow_unused=True)
+            grads = gradients(found, readings.edges, signs)
             touched.append([None if grad is None else grad != 0 for grad in grads])
         return not any(
             first is not None and second is not None and bool((first & second).any())
@@ -347,7 +352,7 @@ class _Differentiation:
         done = 0
         while True:
             signs = torch.randint(0, 2, flat.shape, generator=self.generator).to(flat) * 2 - 1
-            grads = torch.autograd.grad(flat, readings.edges, signs, retain_graph=True, allow_unused=True)
+            grads = gradients(flat, readings.edges, signs)
             one = {name: torch.zeros_like(total) for name, total in first.items()}
             self._tally(readings, [None if g is None else g.unsqueeze(0) for g in grads], one)
             for name, value in one.items():
@@ -380,7 +385,7 @@ def _every_output(flat: Tensor, edges: Sequence[GradientEdge], at_once: int) -> 
         except RuntimeError:
             # Some operations have no batched backward.
             for direction in directions:
-                grads = torch.autograd.grad(flat, edges, direction, retain_graph=True, allow_unused=True)
+                grads = gradients(flat, edges, direction)
                 yield [None if grad is None else grad.unsqueeze(0) for grad in grads]
 
 

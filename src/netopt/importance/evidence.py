@@ -6,7 +6,7 @@ Only what is asked for is collected, and only sums are kept. The model runs in e
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +16,13 @@ from tqdm import tqdm
 
 from netopt import batches
 from netopt.batches import Batch
-from netopt.errors import InvalidArgumentError, MissingDataError, NonFiniteError, UnknownNameError
-from netopt.importance.inputs import InputWatch, Matrix, Reading, every_contraction
+from netopt.errors import ForwardError, InvalidArgumentError, MissingDataError, NonFiniteError, UnknownNameError, quoted
+from netopt.importance.inputs import InputWatch, Matrix, Reading
+from netopt.model.kernels import Unfused
 from netopt.model.parameters import Place, places
 from netopt.model.restore import restored
 
-__all__ = ["NEEDS", "Evidence", "collect", "samples"]
+__all__ = ["NEEDS", "Evidence", "collect", "missing_data", "samples"]
 
 NEEDS = ("grad", "grad_abs", "grad_sq", "output_grad_sq", "input_norm")
 OF_LOSS = frozenset({"grad", "grad_abs", "grad_sq"})
@@ -67,6 +68,7 @@ def collect(
     *,
     data: Iterable[Batch] | None = None,
     loss_fn: Callable[[Any, Any], Tensor] | None = None,
+    named: Collection[str] | None = None,
     progress: bool = False,
 ) -> dict[str, Evidence]:
     """Collects evidence about weights of ``model``.
@@ -75,14 +77,17 @@ def collect(
         model: Run in eval mode, and given back as it was.
         wanted: The weights, as :func:`netopt.model.parameters.places` lists them; by default those pruned by default.
         needs: Names among the attributes of :class:`Evidence`.
-        data: Batches; read once, and not at all where nothing is needed.
+        data: Batches, in any form :func:`netopt.batches.iterate` takes; read once, and not at all where nothing is
+            needed.
         loss_fn: Of the model's result and a batch's targets; by default the ``loss`` the model itself returns.
+        named: Those that evidence is owed of, by default all: others are left out of the result where input norms are
+            needed and they were multiplied with nothing.
         progress: Whether to show a progress bar.
 
     Raises:
         MissingDataError: something is needed that takes data, or a loss, and there is none.
         NonFiniteError: a loss is NaN or infinite.
-        InvalidArgumentError: input norms are needed of a weight that was multiplied with nothing.
+        InvalidArgumentError: input norms are needed of weights that were multiplied with nothing; all are named.
     """
     if wanted is None:
         wanted = {name: place for name, place in places(model).items() if place.prunable}
@@ -92,15 +97,52 @@ def collect(
     sums: dict[str, dict[str, Tensor]] = {name: {} for name in wanted}
     if needs:
         if data is None:
-            raise MissingDataError(f"this importance needs {', '.join(sorted(needs))}; pass data=, a list of batches.")
-        with restored(model), _ready(model, wanted, needs):
+            raise missing_data("this importance", needs, loss_fn)
+        with restored(model) as log:
+            log.enter_context(_ready(model, wanted, needs))
             seen = _Pass(model, wanted, frozenset(needs), loss_fn, sums)
             count = seen.run(data, progress)
+        if "input_norm" in needs:
+            wanted = _read(wanted, seen.squares, wanted if named is None else named)
         for name, place in wanted.items():
             if "input_norm" in needs:
                 sums[name]["input_norm"] = _norms(place, seen.squares[name])
             sums[name] = _finished(place, sums[name], frozenset(needs), count)
     return {name: Evidence(name, place.value, sums[name]) for name, place in wanted.items()}
+
+
+def missing_data(what: str, needs: Collection[str], loss_fn: Any) -> MissingDataError:
+    """Returns the error for a criterion without data, which names all that it lacks."""
+    message = f"{what} needs {', '.join(sorted(needs))}; pass data=, batches or a dataset"
+    if loss_fn is None and OF_LOSS & set(needs):
+        message += (
+            ", and loss_fn=, a function of the model's result and the batch's targets, unless the model returns its "
+            "own loss"
+        )
+    return MissingDataError(f"{message}.")
+
+
+def gradients(
+    outputs: Tensor | Sequence[Tensor],
+    inputs: Sequence[Any],
+    directions: Any = None,
+    *,
+    retain_graph: bool = True,
+) -> tuple[Tensor | None, ...]:
+    """The gradients of a model's outputs, ``None`` where there is none.
+
+    Raises:
+        ForwardError: The outputs cannot be differentiated.
+    """
+    try:
+        return torch.autograd.grad(outputs, inputs, directions, retain_graph=retain_graph, allow_unused=True)
+    except RuntimeError as error:
+        first = str(error).partition("\n")[0]
+        raise ForwardError(
+            f"the outputs of the model cannot be differentiated: {first}\n"
+            "Where the forward takes gradients itself, pass create_graph=True there; where it writes in place over "
+            "what a gradient needs, copy that first (.clone()); or choose an importance without gradients, 'magnitude'."
+        ) from error
 
 
 def samples(batch: Batch) -> Iterator[Batch]:
@@ -131,7 +173,7 @@ def _ready(model: nn.Module, wanted: Mapping[str, Place], needs: Collection[str]
     for place in wanted.values():
         place.parameter.requires_grad_(differentiated)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(every_contraction(model))
+        stack.enter_context(Unfused(attention=False))
         stack.enter_context(torch.enable_grad() if differentiated else torch.no_grad())
         yield
 
@@ -217,7 +259,7 @@ class _Pass:
                 "the output does not depend on any of the weights in a differentiable way; "
                 "the forward must not run under no_grad, nor detach."
             )
-        grads = torch.autograd.grad(scalar, self.parameters, retain_graph=retain, allow_unused=True)
+        grads = gradients(scalar, self.parameters, retain_graph=retain)
         for name, grad in zip(self.wanted, grads, strict=True):
             if grad is not None:
                 yield name, grad.to(torch.promote_types(grad.dtype, torch.float32))
@@ -233,13 +275,23 @@ class _Pass:
         self.sums[name][need] = value.detach() if known is None else known + value.detach()
 
 
+def _read(
+    wanted: Mapping[str, Place], squares: Mapping[str, Mapping[Matrix, Tensor]], named: Collection[str]
+) -> dict[str, Place]:
+    """The weights that were multiplied with something."""
+    missed = [name for name in wanted if not squares[name]]
+    owed = [name for name in missed if name in named]
+    if owed or len(missed) == len(wanted):
+        listed = quoted(owed or missed)
+        raise InvalidArgumentError(
+            f"{listed} met no inputs in a matrix product, convolution or embedding on this data, "
+            f"so the norm of its inputs is unknown; pass exclude=[{listed}], or choose another importance."
+        )
+    return {name: place for name, place in wanted.items() if squares[name]}
+
+
 def _norms(place: Place, squares: Mapping[Matrix, Tensor]) -> Tensor:
     """Returns the norm of what each entry of a weight was multiplied with, in whatever matrices it was."""
-    if not squares:
-        raise InvalidArgumentError(
-            f"{place.name!r} met no inputs in a matrix product, convolution or embedding on this data, "
-            "so its input norm is unknown; exclude it or choose another importance."
-        )
     like = place.parameter.detach()
     if len(squares) == 1:
         return next(matrix.spread(values.sqrt(), like) for matrix, values in squares.items())

@@ -6,7 +6,7 @@ weights, recurrent cells and attention need no module of a known kind. What is s
 
 from __future__ import annotations
 
-import contextlib
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import Tensor
 
+from netopt.model.dispatch import ThreadDispatchMode
 from netopt.model.parameters import Place
 
-__all__ = ["Convolution", "InputWatch", "Matrix", "Reading", "every_contraction"]
+__all__ = ["Convolution", "InputWatch", "Matrix", "Reading"]
 
 aten = torch.ops.aten
 CHUNK = 1 << 24
@@ -113,23 +113,34 @@ class Reading:
         inputs: The other operand: ``(..., inputs)`` of a product, of a batched one ``(groups, samples, inputs)``,
             ``(batch, channels, ...)`` of a convolution, integer rows of an embedding.
         convolution: How a convolution walks, or ``None``.
+        ends: Of a grouped product, ``(samples, inputs)`` sorted by group, where the samples of each group end.
     """
 
     name: str
     matrix: Matrix
     inputs: Tensor
     convolution: Convolution | None = None
+    ends: Tensor | None = None
 
     @property
     def counts(self) -> bool:
         """Whether the weight was looked up, which is a product with rows of a single one each."""
         return not self.inputs.is_floating_point()
 
+    def pairs_with(self, other: Reading) -> bool:
+        """Whether the samples of another run of the same contraction are these, one by one."""
+        ends = self.ends, other.ends
+        grouped = ends[0] is not None and ends[1] is not None and torch.equal(ends[0], ends[1])
+        return self.inputs.shape == other.inputs.shape and (grouped or ends == (None, None))
+
     def square_sums(self) -> Tensor:
         """Returns the sum of squares of what each input was, ``(groups, inputs)``."""
         groups, columns = self.matrix.size[0], self.matrix.columns
         if self.counts:
             return torch.bincount(self.inputs.flatten(), minlength=columns).float()[None]
+        if self.ends is not None:
+            parts = [part.to(_wide(part)).square().sum(0) for part in self._by_group(self.ends)]
+            return torch.stack(parts)
         squares = self.inputs.to(_wide(self.inputs)).square()
         if self.convolution is None:
             return squares.view(groups, -1, columns).sum(1) if groups > 1 else squares.flatten(0, -2).sum(0)[None]
@@ -141,6 +152,9 @@ class Reading:
     def samples(self) -> Iterator[Tensor]:
         """Yields what the matrix was multiplied with, in parts of bounded size, ``(groups, samples, inputs)``."""
         groups = self.matrix.size[0]
+        if self.ends is not None:
+            yield from self._padded(self._by_group(self.ends))
+            return
         if self.convolution is None:
             yield self.inputs if groups > 1 else self.inputs.flatten(0, -2)[None]
             return
@@ -149,13 +163,24 @@ class Reading:
             windows = self.convolution.windows(part, kernel).unflatten(1, (groups, -1)).movedim(2, -1)
             yield windows.movedim(1, 0).flatten(1, 1 + len(kernel)).flatten(2)
 
+    def _by_group(self, ends: Tensor) -> list[Tensor]:
+        bounds = [0, *ends.tolist()]
+        return [self.inputs[start:stop] for start, stop in itertools.pairwise(bounds)]
+
+    def _padded(self, parts: list[Tensor]) -> Iterator[Tensor]:
+        """Groups of unequal size side by side, what is missing filled up with zeros, which add to no moment."""
+        step = max(CHUNK // max(len(parts) * self.matrix.columns, 1), 1)
+        for start in range(0, max(map(len, parts)), step):
+            rows = [part[start : start + step] for part in parts]
+            yield torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
     def _batches(self, kernel: tuple[int, ...]) -> Iterator[Tensor]:
         assert self.convolution is not None, "products have no windows"
         one = self.convolution.windows(self.inputs[:1], kernel).numel()
         return iter(self.inputs.split(max(CHUNK // max(one, 1), 1)))
 
 
-class InputWatch(TorchDispatchMode):
+class InputWatch(ThreadDispatchMode):
     """Calls ``see`` with a :class:`Reading` for every contraction of a watched weight, while it is entered."""
 
     def __init__(self, watched: Mapping[str, Place], see: Callable[[Reading], None]) -> None:
@@ -169,9 +194,9 @@ class InputWatch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        look = _LOOK.get(func)
+        look = _LOOK.get(func) or _LOOK_BY_NAME.get(func.name())
         if look is not None:
-            look(self, args, out)
+            look(self, args + tuple((kwargs or {}).values()), out)
         return out
 
     def _learn(self, tensor: Tensor, place: Place) -> None:
@@ -216,7 +241,14 @@ class InputWatch(TorchDispatchMode):
                 self._contracted(used[:1] if repeated else used, inputs)
                 return
 
-    def _contracted(self, used: Tensor, inputs: Tensor) -> None:
+    def _grouped(self, inputs: Tensor, weights: Tensor, ends: Tensor | None) -> None:
+        """Sees a product of samples, sorted by group, with the matrix of each one's group."""
+        if ends is None:
+            self._batched(inputs, weights)
+        elif weights.dim() == 3 and self._find(weights):
+            self._contracted(weights.mT, inputs, ends)
+
+    def _contracted(self, used: Tensor, inputs: Tensor, ends: Tensor | None = None) -> None:
         """Reports ``used``, a view of a weight as ``(groups, outputs, inputs)``."""
         found = self._find(used)
         assert found is not None, "the caller has found it"
@@ -224,7 +256,7 @@ class InputWatch(TorchDispatchMode):
         offset = int(used.storage_offset() - known.storage_offset())
         # Along a dimension of one entry any stride would do; one and the same makes equal matrices equal.
         stride = tuple(step if size > 1 else 0 for size, step in zip(used.shape, used.stride(), strict=True))
-        self._see(Reading(place.name, Matrix(tuple(used.shape), stride, offset), inputs))
+        self._see(Reading(place.name, Matrix(tuple(used.shape), stride, offset), inputs, ends=ends))
 
     def _convolution(self, inputs: Tensor, weight: Tensor, walk: Convolution, groups: int) -> None:
         found = self._find(weight)
@@ -247,22 +279,6 @@ class InputWatch(TorchDispatchMode):
         if found is not None and weight.shape == found[0].shape:
             size, stride = weight.shape, weight.stride()
             self._see(Reading(found[1].name, Matrix((1, size[1], size[0]), (0, stride[1], stride[0])), rows))
-
-
-@contextlib.contextmanager
-def every_contraction(model: nn.Module) -> Iterator[None]:
-    """Switches off the fused kernels that would hide contractions of ``model`` from a watch, for a while."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    with contextlib.ExitStack() as stack:
-        stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
-        torch.backends.mha.set_fastpath_enabled(False)
-        if any(isinstance(module, nn.RNNBase) for module in model.modules()):
-            # Fused recurrent kernels also have no gradient in eval mode, on a GPU. Not by torch.backends.mkldnn.flags,
-            # which sets and warns about settings of other devices as well.
-            stack.callback(torch._C._set_mkldnn_enabled, torch._C._get_mkldnn_enabled())
-            torch._C._set_mkldnn_enabled(False)
-            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-        yield
 
 
 def _look_convolution(watch: InputWatch, args: tuple[Any, ...], out: Tensor) -> None:
@@ -288,8 +304,17 @@ _LOOK: dict[Any, Callable[[InputWatch, Any, Any], None]] = {
     aten.convolution.default: _look_convolution,
     aten.embedding.default: lambda watch, args, _: watch._lookup(args[0], args[1]),
     aten.mul.Tensor: lambda watch, args, out: watch._derive(args[:2], out),
+    aten.div.Tensor: lambda watch, args, out: watch._derive(args[:1], out),
+    aten._weight_norm_interface.default: lambda watch, args, out: watch._derive(args[:1], out[0]),
     aten._to_copy.default: lambda watch, args, out: watch._derive(args[:1], out),
 }
+
+# Operations that libraries define for themselves; fused experts of transformers go by the first where torch's own
+# refuses their alignment.
+_LOOK_BY_NAME: dict[str, Callable[[InputWatch, Any, Any], None]] = dict.fromkeys(
+    ("aten::_grouped_mm", "transformers::grouped_mm_fallback"),
+    lambda watch, args, _: watch._grouped(args[0], args[1], args[2] if len(args) > 2 else None),
+)
 
 
 def _set_apart(x: Tensor, stride: tuple[int, ...]) -> Tensor:

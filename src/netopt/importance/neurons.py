@@ -26,7 +26,7 @@ from netopt.errors import (
     ShapeMismatchError,
 )
 from netopt.importance.activations import Saliency, Tap, activations, gather, over_others, saliency
-from netopt.importance.evidence import Evidence
+from netopt.importance.evidence import Evidence, missing_data
 from netopt.importance.registry import PART, Criterion, Importance, criterion, lookup
 from netopt.importance.scores import scores
 from netopt.model.parameters import effective, places
@@ -131,9 +131,7 @@ def neuron_scores(
         return NeuronScores({name: _checked(importance.get(name), name, size) for name, size in sizes.items()})
     chosen = lookup(importance, of="neurons")
     if data is None and chosen.of == "weights" and chosen.needs:
-        raise MissingDataError(
-            f"importance {chosen.name!r} needs {', '.join(sorted(chosen.needs))}; pass data=, a list of batches."
-        )
+        raise missing_data(f"importance {chosen.name!r}", chosen.needs, loss_fn)
     held = ModelView.of(model)
     values, model = _values(held, {name for axis in sizes for name, _, _ in members[axis]}), held.model
     if chosen.of == "weights" and not chosen.needs:

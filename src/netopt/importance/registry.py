@@ -163,7 +163,9 @@ def _found(importance: Importance, of: str) -> Criterion:
         kinds = [of, "weights", "layers"]
         found = next((_REGISTERED[importance, kind] for kind in kinds if (importance, kind) in _REGISTERED), None)
         if found is None:
-            raise UnknownNameError.of("importance", importance, {name for kind in kinds for name in names(kind)})
+            # What scores no neuron is no suggestion where neurons are scored.
+            usable = [kind for kind in kinds if kind != "layers" or of != "neurons"]
+            raise UnknownNameError.of("importance", importance, {name for kind in usable for name in names(kind)})
         return found
     if callable(importance):
         needs = frozenset(getattr(importance, "needs", ()))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ def scores(
     include: Selector = None,
     exclude: Selector = None,
     wanted: Mapping[str, Place] | None = None,
+    named: Collection[str] | None = None,
     progress: bool = False,
 ) -> dict[str, Tensor]:
     """Scores every entry of the weights of ``model``; higher means keep.
@@ -41,6 +42,8 @@ def scores(
         include: Restricts the weights to these names, patterns, types, modules or predicates.
         exclude: Leaves these out.
         wanted: The weights themselves, instead of those pruned by default.
+        named: Those among them that a score is owed of, by default all; of others none is returned if they meet no
+            inputs on this data and the criterion needs inputs.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -67,8 +70,9 @@ def scores(
     if isinstance(importance, Mapping):
         return {name: _given(importance, name, place) for name, place in wanted.items()}
     criterion = lookup(importance)
-    seen = collect(model, wanted, criterion.needs, data=data, loss_fn=loss_fn, progress=progress)
-    return {name: _checked(criterion(seen[name]), name, place) for name, place in wanted.items()}
+    owed = wanted if named is None else named
+    seen = collect(model, wanted, criterion.needs, data=data, loss_fn=loss_fn, named=owed, progress=progress)
+    return {name: _checked(criterion(one), name, wanted[name]) for name, one in seen.items()}
 
 
 def _given(given: Mapping[str, Tensor], name: str, place: Place) -> Tensor:

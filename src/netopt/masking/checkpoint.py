@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from netopt.errors import MaskError, ShapeMismatchError
 from netopt.masking.lifecycle import adopt, strip
 from netopt.masking.lifecycle import masks as masks_of
-from netopt.model.parameters import effective, places
+from netopt.masking.saving import dense, pairs
+from netopt.masking.undo import all_or_nothing, note_values
+from netopt.model.parameters import places
 
 __all__ = ["load_state_dict", "state_dict"]
 
@@ -37,17 +39,8 @@ def state_dict(model: nn.Module, *, bits: bool = False) -> dict[str, Any]:
         (['weight', 'bias'], ['weight', 'bias', 'weight_mask_bits'])
     """
     full = model.state_dict()
-    state: dict[str, Any] = {}
-    packed: dict[str, Tensor] = {}
-    for key, value in full.items():
-        name = key.removesuffix("_orig")
-        mask = full.get(f"{name}_mask")
-        if name != key and mask is not None:
-            state[name] = effective(value, mask)
-            packed[name + BITS] = _packed(mask.bool())
-        elif not (key.endswith("_mask") and f"{key.removesuffix('_mask')}_orig" in full):
-            state[key] = value
-    return state | packed if bits else state
+    packed = {name + BITS: _packed(mask.bool()) for name, mask in pairs(full)} if bits else {}
+    return dense(full) | packed
 
 
 def load_state_dict(
@@ -72,28 +65,29 @@ def load_state_dict(
         MaskError: names are missing or unexpected; or a mask lacks its weight.
         ShapeMismatchError: a tensor has another shape than the model's.
     """
-    dense, found = _opened(state)
+    plain, found = _opened(state)
     known = places(model)
     aliases = {alias: name for name, place in known.items() for alias in place.names}
-    _check_names(model, dense, found, aliases, strict)
+    _check_names(model, plain, found, aliases, strict)
     own = masks_of(model)
     for name, place in known.items():
-        value = next((dense[alias] for alias in place.names if alias in dense), None)
+        value = next((plain[alias] for alias in place.names if alias in plain), None)
         mask = next((found[alias] for alias in place.names if alias in found), None)
         if derive and mask is None and isinstance(value, Tensor) and place.prunable:
             mask = _from_zeros(value)
         if mask is not None:
             own[name] = mask.view(place.parameter.shape).to(place.parameter.device)
-    strip(model)
-    # Checked above, so that this does not fail half-way.
-    model.load_state_dict(dense, strict=False)
-    adopt(model, dict(own))
+    with all_or_nothing(model) as log:
+        note_values(log, model.state_dict(keep_vars=True))
+        strip(model)
+        model.load_state_dict(plain, strict=False)
+        adopt(model, dict(own))
     return own
 
 
 def _opened(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Splits a checkpoint into unmasked names and masks."""
-    dense: dict[str, Any] = {}
+    plain: dict[str, Any] = {}
     masks: dict[str, Tensor] = {}
     for key, value in state.items():
         if key.endswith(BITS):
@@ -104,18 +98,18 @@ def _opened(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]
         elif key.endswith("_mask") and f"{key.removesuffix('_mask')}_orig" in state:
             masks[key.removesuffix("_mask")] = value.bool()
         elif key.endswith("_orig") and f"{key.removesuffix('_orig')}_mask" in state:
-            dense[key.removesuffix("_orig")] = value
+            plain[key.removesuffix("_orig")] = value
         else:
-            dense[key] = value
-    return dense, masks
+            plain[key] = value
+    return plain, masks
 
 
 def _check_names(
-    model: nn.Module, dense: Mapping[str, Any], masks: Mapping[str, Tensor], aliases: Mapping[str, str], strict: bool
+    model: nn.Module, plain: Mapping[str, Any], masks: Mapping[str, Tensor], aliases: Mapping[str, str], strict: bool
 ) -> None:
     expected = state_dict(model)
-    missing = [name for name in expected if name not in dense]
-    unexpected = [name for name in dense if name not in expected]
+    missing = [name for name in expected if name not in plain]
+    unexpected = [name for name in plain if name not in expected]
     if strict and (missing or unexpected):
         parts = [
             f"{what}: {', '.join(names[:5])}{' and more' if len(names) > 5 else ''}"
@@ -127,7 +121,7 @@ def _check_names(
             "Pass strict=False to load what fits."
         )
     for name, value in expected.items():
-        given = dense.get(name)
+        given = plain.get(name)
         if isinstance(value, Tensor) and isinstance(given, Tensor) and value.shape != given.shape:
             raise ShapeMismatchError(
                 f"{name!r} has shape {tuple(given.shape)} in the checkpoint and {tuple(value.shape)} in the model; "

@@ -12,7 +12,9 @@ from torch.optim import Optimizer
 
 from netopt.errors import ArgumentTypeError, MaskError, ShapeMismatchError, UnknownNameError
 from netopt.masking.lifecycle import masks as masks_of
+from netopt.masking.undo import write_zeros
 from netopt.model.parameters import Place, places
+from netopt.model.signals import UndoLog
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -25,8 +27,10 @@ class Hold:
 
     def __init__(self, dropped: list[tuple[nn.Parameter, Tensor]], optimizer: Optimizer) -> None:
         self._dropped = dropped
-        self._handle = optimizer.register_step_post_hook(self._after_step)
-        self.zero()
+        with UndoLog() as log:
+            write_zeros(log, ((parameter, gone.to(parameter.device)) for parameter, gone in dropped))
+            log.callback(self._forget, optimizer, on=BaseException)
+            self._handle = optimizer.register_step_post_hook(self._after_step)
 
     @torch.no_grad()
     def zero(self) -> None:
@@ -39,6 +43,11 @@ class Hold:
     def release(self) -> None:
         """Lets the weights go."""
         self._handle.remove()
+
+    def _forget(self, optimizer: Optimizer) -> None:
+        hooks = optimizer._optimizer_step_post_hooks
+        for key in [key for key, hook in hooks.items() if hook == self._after_step]:
+            del hooks[key]
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         del optimizer, args, kwargs

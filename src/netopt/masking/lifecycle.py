@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from netopt.errors import ArgumentTypeError, ShapeMismatchError, UnknownNameError
-from netopt.masking.method import dress, undress
+from netopt.masking.method import dress, save_dense, undress
+from netopt.masking.undo import all_or_nothing, write_zeros
 from netopt.model.parameters import Place, places
 
 __all__ = ["Sparsity", "adopt", "bake", "masks", "put", "sparsity", "strip"]
@@ -55,10 +56,12 @@ def put(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
 def adopt(model: nn.Module, masks: dict[str, Tensor]) -> None:
     """Puts masks that fit, and that nobody else holds; ``masks`` is used up. Users call :func:`put`."""
     known = places(model)
-    for name in list(masks):
-        place, mask = known[name], masks.pop(name)
-        for module, attribute in place.owners:
-            dress(module, attribute, mask)
+    with all_or_nothing(model):
+        for name in list(masks):
+            place, mask = known[name], masks.pop(name)
+            for module, attribute in place.owners:
+                dress(module, attribute, mask)
+        _save_dense(model)
 
 
 def masks(model: nn.Module) -> dict[str, Tensor]:
@@ -94,17 +97,22 @@ def strip(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _take_off(model: nn.Module, zero: bool) -> dict[str, Tensor]:
-    taken: dict[str, Tensor] = {}
-    for name, place in places(model).items():
-        if place.mask is None:
-            continue
-        taken[name] = place.mask.bool()
-        if zero:
-            with torch.no_grad():
-                place.parameter.masked_fill_(~taken[name], 0)
-        for module, attribute in place.owners:
-            undress(module, attribute)
+    masked = {name: place for name, place in places(model).items() if place.mask is not None}
+    taken = {name: place.mask.bool() for name, place in masked.items() if place.mask is not None}
+    dropped = ((place.parameter, ~taken[name]) for name, place in masked.items() if zero)
+    with all_or_nothing(model) as log:
+        write_zeros(log, dropped)
+        for place in masked.values():
+            for module, attribute in place.owners:
+                undress(module, attribute)
+        _save_dense(model)
     return taken
+
+
+def _save_dense(model: nn.Module) -> None:
+    for module in model.modules():
+        if hasattr(module, "save_pretrained"):
+            save_dense(module, any(place.mask is not None for place in places(module).values()))
 
 
 @dataclass(frozen=True)

@@ -8,22 +8,21 @@ never runs. The hook that torch looks for is there, holds no tensor, and does no
 from __future__ import annotations
 
 import copyreg
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
+from netopt.errors import MaskError
+from netopt.masking.product import PRODUCTS, is_traced, product
+from netopt.masking.saving import SavesDense
 from netopt.model.parameters import effective
 
-__all__ = ["HeldMask", "dress", "undress"]
-
-PRODUCTS = "_netopt_products"
-SAMPLE = 16
+__all__ = ["HeldMask", "dress", "save_dense", "undress"]
 
 
 class HeldMask(prune.BasePruningMethod):
@@ -77,6 +76,15 @@ class MaskedModule:
         self.__dict__.pop(PRODUCTS, None)
         return super()._apply(fn, recurse)  # type: ignore[misc]
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "qconfig":
+            _warn_of_quantization(type(self).__name__)
+        stored = f"{name}_orig"
+        if name in self._netopt_names and isinstance(value, nn.Parameter) and stored in self.__dict__["_parameters"]:
+            _replace(self, name, value)  # type: ignore[arg-type]
+        else:
+            super().__setattr__(name, value)
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         for name in self._netopt_names:
             # A dense checkpoint: its values go below the mask, and the mask stays.
@@ -85,6 +93,26 @@ class MaskedModule:
                 state_dict[f"{prefix}{name}_orig"] = state_dict.pop(prefix + name)
                 state_dict[f"{prefix}{name}_mask"] = getattr(self, f"{name}_mask")
         super()._load_from_state_dict(state_dict, prefix, *rest)  # type: ignore[misc]
+
+
+def _replace(module: nn.Module, name: str, value: nn.Parameter) -> None:
+    """Puts another parameter below the mask."""
+    mask = module._buffers[f"{name}_mask"]
+    if mask is not None and mask.shape != value.shape:
+        raise MaskError(
+            f"{name!r} has a mask of {tuple(mask.shape)} and cannot become a parameter of {tuple(value.shape)}; "
+            "take the mask off first, masking.bake(model) or masking.strip(model)."
+        )
+    module._parameters[f"{name}_orig"] = value
+    module.__dict__.pop(PRODUCTS, None)
+
+
+def _warn_of_quantization(name: str) -> None:
+    warnings.warn(
+        f"quantization goes by the class of a module, and a masked {name} has one of its own, so it may be passed "
+        "over; write the zeros first, netopt.masking.bake(model), and quantize then.",
+        stacklevel=4,
+    )
 
 
 def dress(module: nn.Module, name: str, mask: Tensor) -> None:
@@ -119,6 +147,13 @@ def undress(module: nn.Module, name: str, hooks: bool = True) -> None:
         module._init_flat_weights()
 
 
+def save_dense(module: nn.Module, masked: bool) -> None:
+    """Lets a module with a ``save_pretrained`` write unmasked names while there are masks below it, or no longer."""
+    base, names = _own_class(type(module))
+    if callable(getattr(base, "save_pretrained", None)):
+        module.__class__ = _masked_class(base, names) if masked or names else base
+
+
 def _rename(module: nn.Module, old: str, new: str) -> None:
     # In place and in order: optimizers and checkpoints go by the order of parameters.
     renamed = {new if key == old else key: value for key, value in module._parameters.items()}
@@ -149,7 +184,8 @@ def _masked_class(base: type, names: tuple[str, ...]) -> type:
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
     }
-    return type(base.__name__, (MaskedModule, base), attributes)
+    saves = (SavesDense,) if callable(getattr(base, "save_pretrained", None)) else ()
+    return type(base.__name__, (MaskedModule, *saves, base), attributes)
 
 
 def _rebuild(make: Callable[..., nn.Module], arguments: tuple[Any, ...], names: tuple[str, ...]) -> nn.Module:
@@ -160,13 +196,34 @@ def _rebuild(make: Callable[..., nn.Module], arguments: tuple[Any, ...], names: 
 
 
 def _property(name: str) -> property:
-    stored, masked = f"{name}_orig", f"{name}_mask"
-
     def read(module: nn.Module) -> Tensor:
-        return _product(module, name, stored, masked)
+        return product(module, name)
 
-    # Torch's own methods, put on top of ours, store the product: it is ignored, as it is computed when read.
-    return property(read, _ignore, _ignore)
+    def write(module: nn.Module, value: Any) -> None:
+        # Torch's own masks, put on top of ours, store the product, which is computed when it is read.
+        if is_traced() or _is_product(module, name, value):
+            return
+        raise MaskError(
+            f"{name!r} is masked and cannot be replaced by {_kind(value)}; assign a parameter of its shape, or write "
+            f"to it in place, `with torch.no_grad(): module.{name}.copy_(values)`."
+        )
+
+    return property(read, write, _ignore)
+
+
+def _is_product(module: nn.Module, name: str, value: Any) -> bool:
+    weight, mask = module._parameters.get(f"{name}_orig"), module._buffers.get(f"{name}_mask")
+    if type(weight) is not nn.Parameter or mask is None:
+        return True
+    if not isinstance(value, Tensor) or value.shape != weight.shape:
+        return False
+    with torch.no_grad():
+        expected = effective(weight, mask)
+        return bool(((value == expected) | expected.isnan()).all())
+
+
+def _kind(value: Any) -> str:
+    return f"a tensor of {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def _ignore(module: nn.Module, value: Any = None) -> None:
@@ -174,80 +231,6 @@ def _ignore(module: nn.Module, value: Any = None) -> None:
 
 
 def _flat_weights(module: Any) -> list[Tensor | None]:
-    return [getattr(module, name, None) for name in module._flat_weights_names]
-
-
-@dataclass(frozen=True)
-class _Product:
-    """A product computed before, with what it was computed from.
-
-    Attributes:
-        value: The product.
-        source: The weight.
-        mask: The mask.
-        state: What tells that neither has been changed.
-        seen: Some entries of the weight where they lie, or ``None`` where looking there would cost.
-        sample: What they were.
-    """
-
-    value: Tensor
-    source: Tensor
-    mask: Tensor
-    state: tuple[Any, ...]
-    seen: np.ndarray | None
-    sample: bytes
-
-    def holds(self, weight: Tensor, mask: Tensor) -> bool:
-        """Whether it still is the product of ``weight`` and ``mask``."""
-        if self.source is not weight or self.mask is not mask or self.state != _state(weight, mask):
-            return False
-        # Writing through `.data` leaves no trace in the version. Where looking costs no synchronization, a few entries
-        # are compared, which finds the exchange of a whole tensor (averaged weights swapped in, for example).
-        return self.seen is None or self.seen.tobytes() == self.sample
-
-
-def _product(module: nn.Module, name: str, stored: str, masked: str) -> Tensor:
-    parameters = module._parameters
-    weight = parameters.get(stored)
-    mask = module._buffers.get(masked)
-    if weight is None or mask is None:
-        # By whatever else stands for them: a parametrization, or a plain weight where no mask is.
-        if name in parameters:
-            return parameters[name]  # type: ignore[return-value]
-        weight, mask = getattr(module, stored), getattr(module, masked)
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not _may_keep(weight):  # type: ignore[attr-defined]
-        return effective(weight, mask)
-    products = module.__dict__.setdefault(PRODUCTS, {})
-    if torch.is_grad_enabled() and weight.requires_grad:
-        products.pop(name, None)
-        return effective(weight, mask)
-    known = products.get(name)
-    if known is None or not known.holds(weight, mask):
-        known = products[name] = _compute(weight, mask)
-    return known.value
-
-
-def _may_keep(weight: Tensor) -> bool:
-    # Other kinds of tensors (sharded, functional, fake), and modes that want to see every operation, get a product
-    # of their own each time.
-    modes = torch._C._len_torch_dispatch_stack() + torch._C._len_torch_function_stack()
-    return type(weight) is nn.Parameter and modes == 0 and not weight.is_inference()
-
-
-def _compute(weight: Tensor, mask: Tensor) -> _Product:
-    with torch.inference_mode(False), torch.no_grad():
-        value, seen = effective(weight, mask), _some(weight)
-    return _Product(value, weight, mask, _state(weight, mask), seen, b"" if seen is None else seen.tobytes())
-
-
-def _state(weight: Tensor, mask: Tensor) -> tuple[Any, ...]:
-    version = -1 if mask.is_inference() else mask._version
-    return weight._version, version, weight.data_ptr(), weight.dtype, weight.device
-
-
-def _some(weight: Tensor) -> np.ndarray | None:
-    """Returns a few entries of ``weight`` where they lie in memory, evenly apart."""
-    if weight.device.type != "cpu" or not weight.is_contiguous() or weight.numel() == 0:
-        return None
-    flat = weight.detach().view(-1).view(torch.uint8).view(-1, weight.element_size())
-    return flat[:: max(len(flat) // SAMPLE, 1)].numpy()
+    masked = _own_class(type(module))[1]
+    names = module._flat_weights_names
+    return [product(module, name, watched=False) if name in masked else getattr(module, name, None) for name in names]

@@ -7,21 +7,15 @@ through, so that only calls that reach C++ have names.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-import torch
-import torch._tensor
-import torch.functional
-import torch.nn.functional
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
-_WRAPPERS = (torch.nn.functional, torch.functional, torch._tensor)
-_TESTS = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
-_lock = threading.RLock()
+from netopt.model.visits import Visits
+from netopt.model.wrappers import TorchCalls
+
+__all__ = ["Call", "CallNames"]
 
 
 class Call(NamedTuple):
@@ -40,31 +34,7 @@ class Call(NamedTuple):
     number: int
 
 
-def _never(*_args: Any, **_kwargs: Any) -> bool:
-    return False
-
-
-@contextmanager
-def transparent_wrappers() -> Iterator[None]:
-    """Lets ``torch.nn.functional`` run its Python bodies although a torch-function mode is active.
-
-    Each wrapper first asks whether an argument or a mode overrides it, which a mode makes true of every call; answered
-    with no, only the calls that reach C++ are seen by the mode.
-    """
-    with _lock:
-        plain = [
-            (module, name, getattr(module, name)) for module in _WRAPPERS for name in _TESTS if hasattr(module, name)
-        ]
-        for module, name, _ in plain:
-            setattr(module, name, _never)
-        try:
-            yield
-        finally:
-            for module, name, test in plain:
-                setattr(module, name, test)
-
-
-class CallNames(TorchFunctionMode):
+class CallNames(TorchCalls):
     """Runs a model with a name for every torch call; subclasses override :meth:`on_call`.
 
     Example:
@@ -82,76 +52,37 @@ class CallNames(TorchFunctionMode):
 
     def __init__(self, model: nn.Module, parts: Iterable[tuple[str, nn.Module]] | None = None) -> None:
         super().__init__()
-        self._names = {id(module): name for name, module in (model.named_modules() if parts is None else parts)}
-        self._visits: dict[str, int] = {}
-        self._stack: list[tuple[str, int, dict[str, int]]] = [("", 0, {})]
-        self._open: ExitStack | None = None
+        self.visits = Visits(model.named_modules() if parts is None else parts, self.on_return)
 
     def __enter__(self) -> Any:
-        """Starts naming; the model is left without hooks of its own."""
-        self._open = ExitStack()
-        self._open.enter_context(transparent_wrappers())
-        self._open.enter_context(self._visits_counted())
+        """Starts naming; modules carry hooks until left."""
+        self.visits.__enter__()
         return super().__enter__()
 
     def __exit__(self, *error: object) -> None:
-        """Stops naming and lets modules be called as before."""
+        """Stops naming and takes the hooks away."""
         super().__exit__(*error)
-        assert self._open is not None
-        self._open.close()
+        self.visits.__exit__(*error)
 
-    @contextmanager
-    def _visits_counted(self) -> Iterator[None]:
-        """Notes which module is being run. A global hook would tell as well, and send every call a longer way."""
-        plain = nn.Module._call_impl
-        stack, visits, names = self._stack, self._visits, self._names
-
-        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            name = names.get(id(module))
-            if name is None:
-                name = stack[-1][0]
-            depth = len(stack)
-            visit = visits.get(name, 0)
-            stack.append((name, visit, {}))
-            visits[name] = visit + 1
-            try:
-                result = plain(module, *args, **kwargs)
-                self.on_return(module, args, kwargs, result)
-                return result
-            finally:
-                del stack[depth:]
-
-        with _lock:
-            nn.Module._call_impl = call  # type: ignore[assignment, method-assign]  # pyright: ignore[reportAttributeAccessIssue]
-            try:
-                yield
-            finally:
-                nn.Module._call_impl = plain
-
-    def __torch_function__(
-        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Runs one torch function, then hands it to :meth:`on_call` under its name."""
-        kwargs = kwargs or {}
+    def run_call(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs one torch function, then gives it to :meth:`on_call` under its name."""
         result = function(*args, **kwargs)
         return self.on_call(self.name_of(getattr(function, "__name__", "")), function, args, kwargs, result)
 
-    def on_return(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+    def on_return(self, module: nn.Module, result: Any) -> None:
         """Sees what a module returned; does nothing unless a subclass does.
 
         Args:
             module: That was called.
-            args: Its positional arguments.
-            kwargs: Its keyword arguments.
             result: What it returned.
         """
 
     def name_of(self, function: str) -> Call:
         """The name of the call of ``function`` that has just been made; each call is to be named once, or none."""
-        module, visit, seen = self._stack[-1]
-        number = seen.get(function, 0)
-        seen[function] = number + 1
-        return Call(module, visit, function, number)
+        visit = self.visits.current
+        number = visit.seen.get(function, 0)
+        visit.seen[function] = number + 1
+        return Call(visit.module, visit.number, function, number)
 
     def on_call(
         self,

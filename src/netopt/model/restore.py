@@ -1,33 +1,62 @@
-"""What is borrowed is given back.
+"""One snapshot of what a forward may change, put back as a whole.
 
-A user's model is run to be looked at: its flags, gradients, buffers, cached tensors and the random state of the process
-are noted before, and put back after, whatever happens in between.
+A user's model is run to be looked at. What it keeps meanwhile (flags, gradients, buffers, tables, counters, caches,
+entries of its configuration) is noted before and put back together after: a table without the number that says how long
+it is would be worse than both left as they are.
 """
 
 from __future__ import annotations
 
-import copy
+import operator
 import random
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import filterfalse
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
+from torch.utils._pytree import tree_iter
 
-__all__ = ["preserve_gradients", "preserve_random_state", "preserve_values", "restored", "version_of"]
+from netopt.errors import ForwardError
+from netopt.model.attributes import (
+    COMMON,
+    CONTAINERS,
+    DEPTH,
+    NUMBERS,
+    Parts,
+    container_of,
+    copy_entries,
+    differs,
+    own_attributes,
+    own_classes,
+    refill,
+)
+from netopt.model.dispatch import ThreadDispatchMode
+from netopt.model.signals import UndoLog
+from netopt.model.view import ModelView
+
+__all__ = [
+    "CopyOnWrite",
+    "Gradients",
+    "Snapshot",
+    "preserve_random_state",
+    "restored",
+    "storage_of",
+    "version_of",
+]
+
+_common = operator.itemgetter(*(name for name, value in COMMON.items() if isinstance(value, (dict, set))))
 
 
-@contextmanager
-def restored(*modules: nn.Module, rng: bool = True) -> Iterator[None]:
-    """Restores the modules on leaving, by whatever way: flags, gradients, buffers and, with ``rng``, random states.
+def restored(*models: nn.Module | ModelView, rng: bool = True) -> UndoLog:
+    """Restores models on leaving, by whatever way: all of a :class:`Snapshot` and, with ``rng``, random states.
 
-    Restored are each sub-module's training flag, each parameter's ``requires_grad``, the ``.grad`` objects (set aside
-    inside, so that nothing is added to them), and each buffer, as the same object with the same bits; buffers that
-    appeared are gone again. So are tensors kept in plain attributes, lists and dicts, which a forward or a change of
-    mode may make anew or drop. Values of parameters are not copied: who changes them restores them.
+    Gradients are set aside inside, so that nothing is added to them. The log can enter further contexts.
 
     Example:
         >>> model = nn.BatchNorm1d(2)
@@ -36,32 +65,29 @@ def restored(*modules: nn.Module, rng: bool = True) -> Iterator[None]:
         >>> model.num_batches_tracked.item(), model.weight.grad
         (0, None)
     """
-    parts = list(dict.fromkeys(part for module in modules for part in module.modules()))
-    parameters = dict.fromkeys(one for part in parts for one in part._parameters.values() if one is not None)
-    with (
-        preserve_random_state() if rng else nullcontext(),
-        preserve_gradients(parameters),
-        _buffers_kept(parts),
-        _plain_tensors_kept(parts),
-    ):
-        flags = [(part, part.training) for part in parts]
-        try:
-            yield
-        finally:
-            for part, training in flags:
-                if part.training is not training:
-                    part.training = training
+
+    def start(log: UndoLog) -> None:
+        if rng:
+            log.callback(random_state())
+        snapshot = Snapshot(*models)
+        log.callback(snapshot.put_back)
+        snapshot.gradients.set_aside()
+
+    return UndoLog(start)
 
 
-@contextmanager
-def preserve_random_state() -> Iterator[None]:
+def preserve_random_state() -> UndoLog:
     """Restores on leaving the random state of torch (on every device in use), of Python and of numpy."""
+    return UndoLog(lambda log: log.callback(random_state()))
+
+
+def random_state() -> Callable[[], None]:
+    """Notes the random state of the process; what is returned puts it back."""
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
     mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
-    try:
-        yield
-    finally:
+
+    def put_back() -> None:
         random.setstate(python)
         np.random.set_state(numpy)
         torch.set_rng_state(cpu)
@@ -70,103 +96,247 @@ def preserve_random_state() -> Iterator[None]:
         if mps is not None:
             torch.mps.set_rng_state(mps)
 
+    return put_back
 
-@contextmanager
-def preserve_gradients(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Restores ``requires_grad`` and the ``.grad`` objects of parameters, set aside inside."""
-    noted = [(parameter, parameter.grad, parameter.requires_grad) for parameter in parameters]
-    for parameter, grad, _ in noted:
-        if grad is not None:
-            parameter.grad = None
-    try:
-        yield
-    finally:
-        for parameter, grad, requires_grad in noted:
+
+class Snapshot:
+    """What models hold: the same objects with the same entries and, of tensors that are no parameters, the same bits.
+
+    Noted are the attributes of each module (flags, parameters, buffers, hooks, children); the entries of containers and
+    the attributes of objects reached from them, in a few steps; those of the modules' classes that are no library's;
+    the bits of buffers and of tensors kept elsewhere; the states of random generators; ``.grad`` and ``requires_grad``
+    of parameters. Not noted is what functions keep in closures, nor the values of parameters, which would double the
+    memory of every model: see :class:`CopyOnWrite`.
+
+    Args:
+        models: Modules, or what they hold.
+        values: Whether to copy bits at all, or to note attributes alone.
+        parameters: Whether to copy the values of parameters all the same.
+
+    Attributes:
+        gradients: Of the parameters.
+        own: Of each module, its attributes that not every module has, flags and texts left out.
+        flags_alone: Whether a change of mode changes flags and nothing else; known once one was made.
+    """
+
+    def __init__(self, *models: nn.Module | ModelView, values: bool = True, parameters: bool = False) -> None:
+        views = [ModelView.of(model) for model in models]
+        self._parts: Parts = [one for view in views for one in view.parts]
+        self.flags_alone = True
+        self._kept: list[tuple[Any, Any]] = []
+        self._empty: list[Any] = []
+        self._named: list[tuple[str, Any]] = []
+        self._tensors: dict[int, Tensor] = {}
+        self._generators: list[Callable[[], object]] = []
+        self._scripted = [(module, module.training) for _, module in self._parts if "training" not in module.__dict__]
+        self.own = self._own = own_attributes(self._parts)
+        self._look_inside(self._note_modules())
+        weights = {id(one): one for view in views for one in view.parameters.values()}
+        copied = {id(one): one for view in views for one in view.buffers.values()} | self._tensors
+        if parameters:
+            copied |= weights
+        self._values = _Values(copied.values() if values else ())
+        self.gradients = Gradients(weights.values())
+
+    def put_back(self) -> None:
+        """Puts everything back."""
+        self.put_back_attributes()
+        for module, flag in self._scripted:
+            module.training = flag
+        for put_back in self._generators:
+            put_back()
+        self._values.put_back()
+        self.gradients.put_back()
+
+    def put_back_attributes(self) -> None:
+        """Gives modules, classes, containers and objects the entries they had; what tensors hold is not looked at."""
+        for container in filter(None, self._empty):
+            container.clear()
+        for container, before in reversed(self._kept):
+            refill(container, before)
+
+    @contextmanager
+    def in_mode(self, model: nn.Module, *, training: bool, writes: CopyOnWrite | None = None) -> Iterator[bool]:
+        """Puts the model these modules are of in training or evaluation mode, and attributes back on leaving.
+
+        Gives whether this changed more than flags, as where a model's own ``train`` sets up something else. What is
+        written into parameters is undone by ``writes``.
+        """
+        writes = CopyOnWrite(()) if writes is None else writes
+        try:
+            try:
+                self.flags_alone = _set_mode(model, self._parts, writes, training)
+            except Exception as error:  # a model's own train may raise anything
+                name = "train" if training else "eval"
+                raise ForwardError(f"{name}() of {type(model).__name__} failed; see the chained exception.") from error
+            changed = not self.flags_alone and self._are_changed()
+            self.own = own_attributes(self._parts) if changed else self._own
+            yield changed
+        finally:
+            self.put_back_attributes()
+            writes.undo()
+            for module, flag in self._scripted:
+                module.training = flag
+
+    def tensors(self) -> tuple[dict[str, Tensor], frozenset[str]]:
+        """Parameters, buffers, then other tensors, each under its first name; and the names of the parameters."""
+        parameters: dict[int, tuple[str, Tensor]] = {}
+        buffers: dict[int, tuple[str, Tensor]] = {}
+        others: dict[int, tuple[str, Tensor]] = {}
+        for prefix, module in self._parts:
+            start = f"{prefix}." if prefix else ""
+            for held, found in ((module._parameters, parameters), (module._buffers, buffers)):
+                if held:
+                    for key, tensor in held.items():
+                        if tensor is not None:
+                            found.setdefault(id(tensor), (start + key, tensor))
+        for name, value in self._named:
+            for path, tensor in _tensors_in(value, name, depth=3):
+                others.setdefault(id(tensor), (path, tensor))
+        named = dict(parameters.values())
+        names = frozenset(named)
+        named.update(one for key, one in buffers.items() if key not in parameters)
+        named.update(one for key, one in others.items() if key not in parameters and key not in buffers)
+        return named, names
+
+    def _note_modules(self) -> list[tuple[Any, int]]:
+        """Notes modules and their classes; what is to be looked into."""
+        waiting: list[tuple[Any, int]] = []
+        for (name, module), own in zip(self._parts, self._own, strict=True):
+            attributes = module.__dict__
+            self._kept.append((attributes, attributes.copy()))
+            common = _common_of(attributes)
+            self._kept += [(container, container.copy()) for container in filter(None, common)]
+            self._empty += filterfalse(None, common)
+            for key, value in own:
+                kind = type(value)
+                if kind is int or (kind is tuple and NUMBERS.issuperset(map(type, value))):
+                    continue
+                inside = self._look_at(value)
+                if inside is not None:
+                    waiting.append((inside, DEPTH - 1))
+                if inside is not None or isinstance(value, Tensor):
+                    self._named.append((f"{name}.{key}" if name else key, value))
+        for kind in {
+            base for module_kind in {type(module) for _, module in self._parts} for base in own_classes(module_kind)
+        }:
+            entries = {key: value for key, value in vars(kind).items() if not key.startswith("__")}
+            self._kept.append((kind, entries))
+            waiting += [
+                (inside, DEPTH - 1) for value in entries.values() if (inside := self._look_at(value)) is not None
+            ]
+        return waiting
+
+    def _look_at(self, value: Any) -> Any:
+        """Notes a tensor or a generator; the entries of anything else that has some, or None."""
+        if isinstance(value, Tensor):
+            if not isinstance(value, nn.Parameter):
+                self._tensors[id(value)] = value
+            return None
+        state = _generator_state(value)
+        if state is not None:
+            self._generators.append(state)
+        return container_of(value)
+
+    def _look_inside(self, waiting: list[tuple[Any, int]]) -> None:
+        seen = {id(module.__dict__) for _, module in self._parts}
+        while waiting:
+            value, depth = waiting.pop()
+            entries: Any = value
+            if not isinstance(value, tuple):
+                if id(value) in seen:
+                    continue
+                seen.add(id(value))
+                if isinstance(value, CONTAINERS) and not value:
+                    self._empty.append(value)
+                    continue
+                entries = copy_entries(value)
+                self._kept.append((value, entries))
+            entries = list(entries.values()) if isinstance(entries, dict) else entries
+            if depth and not NUMBERS.issuperset(map(type, entries)):
+                for item in entries:
+                    inside = item.__dict__ if isinstance(item, nn.Module) else self._look_at(item)
+                    if inside is not None:
+                        waiting.append((inside, depth - 1))
+
+    def _are_changed(self) -> bool:
+        """Whether something else than flags is not as it was."""
+        return any(self._empty) or any(map(differs, *zip(*self._kept, strict=True)))
+
+
+class Gradients:
+    """``requires_grad`` and the ``.grad`` objects of parameters.
+
+    Args:
+        parameters: Whose.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        self._noted = [(parameter, parameter.grad, parameter.requires_grad) for parameter in parameters]
+
+    def set_aside(self) -> None:
+        """Leaves the parameters without gradients, so that nothing is added to them."""
+        for parameter, grad, _ in self._noted:
+            if grad is not None:
+                parameter.grad = None
+
+    def put_back(self) -> None:
+        """Puts flags and gradients back."""
+        for parameter, grad, requires_grad in self._noted:
             if parameter.requires_grad is not requires_grad:
                 parameter.requires_grad_(requires_grad)
             if parameter.grad is not grad:
                 parameter.grad = grad
 
 
-@contextmanager
-def _buffers_kept(parts: Iterable[nn.Module]) -> Iterator[None]:
-    tables, empty = [], []
-    for part in parts:
-        if part._buffers or part._non_persistent_buffers_set:
-            tables.append((part, dict(part._buffers), set(part._non_persistent_buffers_set)))
-        else:
-            empty.append(part)
-    with preserve_values(buffer for _, buffers, _ in tables for buffer in buffers.values() if buffer is not None):
-        try:
-            yield
-        finally:
-            for part, buffers, transient in tables:
-                _refill(part, buffers, transient)
-            for part in empty:
-                if part._buffers or part._non_persistent_buffers_set:
-                    _refill(part, {}, set())
+class CopyOnWrite:
+    """Values of parameters, each copied before it is first written to.
+
+    A forward may write into a parameter, as a teacher's moving average does, and so may a model's own ``train``, as one
+    that merges what it has learned.
+
+    Args:
+        parameters: The ones to watch.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        self._parameters = list(parameters)
+        self._stored: dict[int, Tensor] | None = None
+        self._saved: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def save(self, tensors: Iterable[Tensor]) -> None:
+        """Copies the parameters that an operation may write to by being given these."""
+        if self._stored is None:
+            self._stored = {storage_of(parameter): parameter for parameter in self._parameters}
+        for tensor in tensors:
+            key = storage_of(tensor)
+            if key in self._stored and key not in self._saved:
+                self._saved[key] = (self._stored[key], self._stored[key].detach().clone())
+
+    def undo(self) -> None:
+        """Gives the parameters the values they had."""
+        with torch.no_grad():
+            for parameter, value in self._saved.values():
+                parameter.copy_(value)
+        self._saved.clear()
+
+    def seen(self) -> ThreadDispatchMode:
+        """A mode that copies before writes, for code that is not traced."""
+        return _Seen(self)
 
 
-@contextmanager
-def preserve_values(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Restores the bits of tensors, and writes to none whose bits are as they were."""
-    values = _Values(tensors)
-    try:
-        yield
-    finally:
-        values.put_back()
+class _Seen(ThreadDispatchMode):
+    def __init__(self, writes: CopyOnWrite) -> None:
+        super().__init__()
+        self._writes = writes
 
-
-@contextmanager
-def _plain_tensors_kept(parts: Iterable[nn.Module]) -> Iterator[None]:
-    noted: list[tuple[Any, Any]] = []
-    for part in parts:
-        if isinstance(part, torch.jit.ScriptModule):
-            continue
-        own = {name: value for name, value in vars(part).items() if name not in _OWN}
-        noted.append((vars(part), own))
-        noted += [(value, copy.copy(value)) for value in own.values() if isinstance(value, (dict, list))]
-    try:
-        yield
-    finally:
-        for holder, before in noted:
-            _put_back(holder, before)
-
-
-_OWN = frozenset(vars(nn.Module()))
-
-
-def _holds_tensor(value: Any) -> bool:
-    if isinstance(value, dict):
-        value = list(value.values())
-    return isinstance(value, Tensor) or (isinstance(value, (tuple, list)) and any(map(_holds_tensor, value)))
-
-
-def _put_back(holder: Any, before: Any) -> None:
-    if isinstance(holder, list):
-        if _holds_tensor(holder) or _holds_tensor(before):
-            holder[:] = before
-        return
-    for name, value in before.items():
-        now = holder.get(name)
-        if now is not value and (_holds_tensor(now) or _holds_tensor(value)):
-            holder[name] = value
-    appeared = [name for name in holder if name not in before and name not in _OWN and _holds_tensor(holder[name])]
-    for name in appeared:
-        del holder[name]
-
-
-def _refill(module: nn.Module, buffers: dict[str, Any], transient: set[str]) -> None:
-    """Gives a module its buffers again: the same objects, in the same order."""
-    now = module._buffers
-    if not isinstance(now, dict):  # a scripted module's are fixed, and not in a dict
-        return
-    if list(now) != list(buffers) or any(now[name] is not buffers[name] for name in buffers):
-        now.clear()
-        now.update(buffers)
-    if module._non_persistent_buffers_set != transient:
-        module._non_persistent_buffers_set.clear()
-        module._non_persistent_buffers_set.update(transient)
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function._schema.is_mutable:
+            self._writes.save(one for one in tree_iter((args, kwargs)) if isinstance(one, Tensor))
+        return function(*args, **kwargs)
 
 
 class _Values:
@@ -175,15 +345,22 @@ class _Values:
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         self._small: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         self._noted: list[tuple[Tensor, int | None, Tensor]] = []
-        for tensor in {id(tensor): tensor for tensor in tensors}.values():  # hashing tensors takes longer
-            if type(tensor) is Tensor and tensor.dim() < 2 and tensor.layout is torch.strided and not tensor.is_meta:
-                self._small.setdefault((tensor.device, tensor.dtype), []).append(tensor)
-            else:
-                self._noted.append((tensor, version_of(tensor), tensor.detach().clone()))
+        self._places: list[tuple[Tensor, Tensor, int]] = []
+        with torch.no_grad():
+            for tensor in {id(tensor): tensor for tensor in tensors}.values():  # hashing tensors takes longer
+                if _is_plain(tensor):
+                    self._places.append((tensor, tensor.detach(), tensor.data_ptr()))
+                if type(tensor) is Tensor and tensor.dim() < 2 and _is_plain(tensor):
+                    self._small.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+                else:
+                    self._noted.append((tensor, version_of(tensor), tensor.detach().clone()))
         # Models hold many small buffers (statistics, counters): joined, they are copied and compared at once.
         self._joined = {kind: _join(several) for kind, several in self._small.items()}
 
     def put_back(self) -> None:
+        for tensor, place, address in self._places:
+            if tensor.data_ptr() != address or tensor.shape != place.shape or tensor.dtype != place.dtype:
+                tensor.data = place  # it was given other memory, by ``.data`` or ``resize_``
         for kind, several in self._small.items():
             if not torch.equal(_join(several), self._joined[kind]):
                 values = self._joined[kind].split([tensor.numel() for tensor in several])
@@ -192,8 +369,17 @@ class _Values:
         for tensor, version, value in self._noted:
             if version_of(tensor) != version:
                 _write(tensor, value)
-            else:
+            elif _is_plain(tensor):
                 _copy_back(tensor, value)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor's entries lie in memory and can be compared."""
+    return (
+        type(tensor) in (Tensor, nn.Parameter)
+        and tensor.layout is torch.strided
+        and not (tensor.is_meta or tensor.is_nested or tensor.is_quantized)
+    )
 
 
 def _join(tensors: Sequence[Tensor]) -> Tensor:
@@ -204,15 +390,78 @@ def _join(tensors: Sequence[Tensor]) -> Tensor:
 def _copy_back(tensor: Tensor, value: Tensor) -> None:
     """Copies ``value`` where it differs: unasked, it would disturb a graph of the user's that has saved the tensor."""
     # Batch norm writes its running statistics without counting a version, so values are compared.
-    if not (tensor.is_meta or isinstance(tensor, FakeTensor)) and not torch.equal(tensor, value):
+    if not torch.equal(tensor, value):
         _write(tensor, value)
 
 
 def _write(tensor: Tensor, value: Tensor) -> None:
-    with torch.inference_mode(tensor.is_inference()), torch.no_grad():
-        tensor.copy_(value)
+    if not (tensor.is_meta or isinstance(tensor, FakeTensor)):
+        with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+            tensor.copy_(value)
 
 
 def version_of(tensor: Tensor) -> int | None:
     """How often a tensor was written to, ``None`` where that is not counted."""
     return None if tensor.is_inference() else tensor._version
+
+
+def storage_of(tensor: Tensor) -> int:
+    """The identity of a tensor's memory."""
+    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)
+
+
+def _generator_state(value: Any) -> Callable[[], object] | None:
+    """What puts a random generator back to where it is now."""
+    if isinstance(value, torch.Generator):
+        return partial(value.set_state, value.get_state())
+    if isinstance(value, random.Random):
+        return partial(value.setstate, value.getstate())
+    if isinstance(value, np.random.RandomState):
+        return partial(value.set_state, value.get_state())
+    if isinstance(value, np.random.Generator):
+        return partial(setattr, value.bit_generator, "state", value.bit_generator.state)
+    return None
+
+
+def _set_mode(model: nn.Module, parts: Parts, writes: CopyOnWrite, training: bool) -> bool:
+    """Sets the mode; says whether flags alone were set, since nothing in the model does more in ``train``."""
+    own = any("train" in module.__dict__ or "eval" in module.__dict__ for _, module in parts)
+    if not own and all(map(_changes_flags_alone, {type(module) for _, module in parts})):
+        for _, module in parts:
+            module.__dict__["training"] = training
+        return True
+    with writes.seen():
+        if training:
+            model.train()
+        elif any(module.training for _, module in parts):
+            model.eval()
+    return False
+
+
+def _changes_flags_alone(kind: type[nn.Module]) -> bool:
+    plain = nn.Module
+    return kind.train is plain.train and kind.eval is plain.eval and kind.__setattr__ is plain.__setattr__
+
+
+def _common_of(attributes: dict[str, Any]) -> Sequence[Any]:
+    """The containers that every module has."""
+    try:
+        if "training" in attributes:
+            return _common(attributes)
+    except KeyError:  # made by an older torch
+        pass
+    # Some of a scripted module's are no containers of Python's.
+    return [value for key, value in attributes.items() if key in COMMON and type(value) in (dict, OrderedDict, set)]
+
+
+def _tensors_in(value: Any, path: str, depth: int) -> Iterator[tuple[str, Tensor]]:
+    if type(value) in NUMBERS:
+        return
+    if isinstance(value, Tensor):
+        yield path, value
+    elif depth and isinstance(value, (list, tuple)):
+        for index, item in enumerate(() if NUMBERS.issuperset(map(type, value)) else value):
+            yield from _tensors_in(item, f"{path}.{index}", depth - 1)
+    elif depth and isinstance(value, dict):
+        for key, item in value.items():
+            yield from _tensors_in(item, f"{path}.{key}", depth - 1)

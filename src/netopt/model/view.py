@@ -57,6 +57,12 @@ class ModelView:
                     self._visit(start + key, child)
 
     @property
+    def parts(self) -> list[tuple[str, nn.Module]]:
+        """The modules, each once, under its first name."""
+        first = {id(module): name for name, module in reversed(self.modules.items())}
+        return [(name, module) for name, module in self.modules.items() if first[id(module)] == name]
+
+    @property
     def tensors(self) -> dict[str, Tensor]:
         """The parameters and the buffers."""
         return self.parameters | self.buffers

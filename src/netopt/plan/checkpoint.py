@@ -14,9 +14,8 @@ import os
 import shutil
 import struct
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, Any, Protocol
 
 import numpy as np
@@ -24,6 +23,8 @@ import torch
 from torch import Tensor
 
 from netopt.errors import CheckpointError, PlanMismatchError
+from netopt.plan.files import checksum, inside, partial, replace
+from netopt.surgery.commit import broadcasts
 
 __all__ = ["Stored", "open_checkpoint", "rewrite"]
 
@@ -43,6 +44,10 @@ TYPES = {
     "BOOL": torch.bool,
 }
 INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
+LONGEST = 100_000_000
+LARGEST = 1 << 62
+"""Bytes of a header, and entries of a tensor, at most."""
 BLOCK = 1 << 18
 """Bytes read at a time: what fits in a cache is judged and narrowed without being written to memory in between."""
 _PLAIN = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -85,39 +90,39 @@ class Shard:
     entries: Mapping[str, Entry]
     metadata: Mapping[str, str]
     offset: int
+    name: PurePosixPath
+    """Its place below the checkpoint's folder."""
 
     @classmethod
-    def open(cls, path: Path) -> Shard:
-        """Reads the header and checks that the bytes it promises are there.
+    def open(cls, path: Path, name: PurePosixPath | None = None) -> Shard:
+        """Reads the header and checks it, and that the bytes it promises are there.
 
         Raises:
-            CheckpointError: The file is no safetensors file, or is truncated.
+            CheckpointError: The file is no safetensors file, or is truncated; the field is named.
         """
         try:
             size = path.stat().st_size
             with path.open("rb") as file:
-                (length,) = struct.unpack("<Q", file.read(8))
-                if length > size:
+                start = file.read(8)
+                (length,) = struct.unpack("<Q", start) if len(start) == 8 else (0,)
+                if not 2 <= length <= min(size - 8, LONGEST):
                     raise ValueError(f"a header of {length} bytes in a file of {size}")
-                header = json.loads(file.read(length))
-            metadata = header.pop("__metadata__", {})
-            entries = {
-                name: Entry(one["dtype"], tuple(one["shape"]), *one["data_offsets"]) for name, one in header.items()
-            }
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+                header = json.loads(file.read(length).decode())
+            entries, metadata = _entries(header)
+        except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} cannot be read as a safetensors file: {error}") from error
         end = max((entry.stop for entry in entries.values()), default=0)
         if size != 8 + length + end:
             raise CheckpointError(
                 f"{path} is truncated: it has {size} bytes and its header asks for {8 + length + end}"
             )
-        for name, entry in entries.items():
+        for tensor, entry in entries.items():
             dtype = TYPES.get(entry.kind)
             if dtype is not None and entry.stop - entry.start != math.prod(entry.shape) * dtype.itemsize:
                 raise CheckpointError(
-                    f"{path} is broken: `{name}` {entry.shape} of {entry.kind} has {entry.stop - entry.start} bytes"
+                    f"{path} is broken: `{tensor}` {entry.shape} of {entry.kind} has {entry.stop - entry.start} bytes"
                 )
-        return cls(path, entries, metadata, 8 + length)
+        return cls(path, entries, metadata, 8 + length, name or PurePosixPath(path.name))
 
     def dtype(self, name: str) -> torch.dtype:
         """The type of the tensor called ``name``.
@@ -169,6 +174,41 @@ class Shard:
             yield slice(start, start + count), self.read(name, start * row, (count, *shape[1:]))
 
 
+def _entries(header: Any) -> tuple[dict[str, Entry], dict[str, str]]:
+    """The tensors of a header and its metadata; ValueError names the field that is broken."""
+    if not isinstance(header, dict):
+        raise ValueError("its header is no mapping")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(one, str) for one in metadata.values()):
+        raise ValueError("`__metadata__` is no mapping of texts")
+    entries = {name: _entry(name, one) for name, one in header.items()}
+    end = 0
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if entry.start != end:
+            raise ValueError(f"`{name}.data_offsets` begin at {entry.start}, and what is before them ends at {end}")
+        end = entry.stop
+    return entries, metadata
+
+
+def _entry(name: str, field: Any) -> Entry:
+    known = field if isinstance(field, dict) else {}
+    kind = known.get("dtype")
+    if not isinstance(kind, str):
+        raise ValueError(f"`{name}.dtype` is no text")
+    shape, offsets = (_sizes(known.get(key), f"{name}.{key}") for key in ("shape", "data_offsets"))
+    if math.prod(one for one in shape if one) > LARGEST:
+        raise ValueError(f"`{name}.shape` is larger than any tensor")
+    if len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise ValueError(f"`{name}.data_offsets` are no two places, one after the other")
+    return Entry(kind, tuple(shape), *offsets)
+
+
+def _sizes(value: Any, what: str) -> list[int]:
+    if not isinstance(value, list) or not all(type(one) is int and 0 <= one <= LARGEST for one in value):
+        raise ValueError(f"`{what}` is no list of sizes")
+    return value
+
+
 @dataclass(frozen=True)
 class Stored:
     """A checkpoint in one or several safetensors files."""
@@ -191,28 +231,47 @@ def open_checkpoint(source: str | os.PathLike[str]) -> Stored:
     path = Path(source)
     if path.is_file():
         return Stored((Shard.open(path),), None)
-    index, listed = path / INDEX, {}
-    if index.is_file():
-        listed = json.loads(index.read_text())["weight_map"]
-    names = sorted(set(listed.values()) or {file.name for file in path.glob("*.safetensors")})
+    listed = _listed(path / INDEX) if (path / INDEX).is_file() else {}
+    names = sorted({*listed.values()} or {PurePosixPath(file.name) for file in path.glob("*.safetensors")})
     if not names:
         raise CheckpointError(f"{path} is no safetensors file, and no folder with one")
     missing = next((name for name in names if not (path / name).is_file()), None)
     if missing is not None:
         raise CheckpointError(f"{path} lacks {missing}, which its index lists")
-    shards = {name: Shard.open(path / name) for name in names}
+    shards = {name: Shard.open(path / name, name) for name in names}
     absent = next((name for name, file in listed.items() if name not in shards[file].entries), None)
     if absent is not None:
         raise CheckpointError(f"{path / listed[absent]} lacks `{absent}`, which the index lists there")
     return Stored(tuple(shards.values()), path)
 
 
-def rewrite(plan: Decision, fingerprint: str, source: str | os.PathLike[str], target: str | os.PathLike[str]) -> Path:
-    """Writes ``source`` as ``plan`` leaves it to ``target``; see :meth:`netopt.Plan.apply_to_checkpoint`."""
-    stored, goal = open_checkpoint(source), Path(target)
+def _listed(index: Path) -> dict[str, PurePosixPath]:
+    """The file of each tensor, as an index has it."""
+    found = _json(index).get("weight_map")
+    if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
+        raise CheckpointError(f"{index} is broken: `weight_map` is no mapping from tensors to files")
+    return {name: inside(file, index) for name, file in found.items()}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} is broken: it holds no mapping")
+    return found
+
+
+def rewrite(
+    plan: Decision, fingerprint: str, stored: Stored, source: str | os.PathLike[str], target: str | os.PathLike[str]
+) -> Path:
+    """Writes ``stored``, read from ``source``, as ``plan`` leaves it; see :meth:`netopt.Plan.apply_to_checkpoint`."""
+    goal = Path(target)
     if goal.resolve() == Path(source).resolve():
         raise CheckpointError(f"the target {goal} is the source; write to another place")
     _check(plan, stored)
+    _configured(plan, stored.folder)
     try:
         _write_all(plan, fingerprint, stored, goal)
     except OSError as error:
@@ -231,13 +290,17 @@ def _write_all(plan: Decision, fingerprint: str, stored: Stored, goal: Path) -> 
     goal.mkdir(parents=True, exist_ok=True)
     total, weight_map = 0, {}
     for shard in stored.shards:
-        entries = _write(plan, fingerprint, shard, goal / shard.path.name)
+        target = goal / shard.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not target.parent.resolve().is_relative_to(goal.resolve()):
+            raise CheckpointError(f"{target.parent} is a link that leads out of {goal}; remove it")
+        entries = _write(plan, fingerprint, shard, target)
         total += sum(entry.stop - entry.start for entry in entries.values())
-        weight_map.update(dict.fromkeys(entries, shard.path.name))
+        weight_map.update(dict.fromkeys(entries, str(shard.name)))
     _copy_rest(plan, stored.folder, goal)
     if (stored.folder / INDEX).is_file():
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        _replace_text(goal / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
+        replace(goal / INDEX, _text(index))
 
 
 def _check(plan: Decision, stored: Stored) -> None:
@@ -256,14 +319,33 @@ def _check(plan: Decision, stored: Stored) -> None:
         for dim, kept in plan.tensors[name].items():
             if dim >= len(shape) or int(kept[-1]) >= shape[dim]:
                 raise PlanMismatchError(f"the plan keeps index {int(kept[-1])} of dimension {dim} of `{name}` {shape}")
+    _check_values(plan, places)
+
+
+def _check_values(plan: Decision, places: Mapping[str, Shard]) -> None:
+    for name, shard in places.items():
+        shard.dtype(name)
+        shape = _shape_after(plan, name, shard.entries[name])
+        value = plan.values.get(name)
+        if value is not None and tuple(value.shape) != shape:
+            raise PlanMismatchError(f"the plan gives `{name}` values of {tuple(value.shape)}; it will have {shape}")
+        for what in (plan.shifts.get(name), plan.scales.get(name)):
+            if isinstance(what, Tensor) and not broadcasts(what.shape, shape):
+                raise PlanMismatchError(
+                    f"the plan shifts or scales `{name}` {shape} by a tensor of {tuple(what.shape)}"
+                )
+
+
+def _shape_after(plan: Decision, name: str, entry: Entry) -> tuple[int, ...]:
+    cuts = plan.tensors.get(name, {})
+    return tuple(len(cuts[dim]) if dim in cuts else size for dim, size in enumerate(entry.shape))
 
 
 def _planned(plan: Decision, shard: Shard) -> dict[str, Entry]:
     """The entries the new file will have."""
     entries, end = {}, 0
     for name, old in sorted(shard.entries.items(), key=lambda item: item[1].start):
-        cuts = plan.tensors.get(name, {})
-        shape = tuple(len(cuts[dim]) if dim in cuts else size for dim, size in enumerate(old.shape))
+        shape = _shape_after(plan, name, old)
         count = math.prod(old.shape)
         width = (old.stop - old.start) // count if count else 0
         entries[name] = Entry(old.kind, shape, end, end + width * math.prod(shape))
@@ -273,16 +355,15 @@ def _planned(plan: Decision, shard: Shard) -> dict[str, Entry]:
 
 def _write(plan: Decision, fingerprint: str, shard: Shard, target: Path) -> dict[str, Entry]:
     entries = _planned(plan, shard)
-    metadata = {**shard.metadata, "netopt.plan": fingerprint, "netopt.source_bytes": str(shard.path.stat().st_size)}
-    if target.is_file() and _is_whole(target, entries, metadata):
+    # What is there is known by what it was made from: a source of equal names and sizes has another hash.
+    metadata = {**shard.metadata, "netopt.plan": fingerprint, "netopt.source": checksum(shard.path)}
+    if target.is_file() and not target.is_symlink() and _is_whole(target, entries, metadata):
         return entries
-    with _partial(target) as partial, partial.open("wb") as file:
+    with partial(target) as file:
         _write_header(file, entries, metadata)
         for name in entries:
             for part in _parts(plan, shard, name):
                 file.write(_bytes(part))
-        file.flush()
-        os.fsync(file.fileno())
     return entries
 
 
@@ -310,8 +391,7 @@ def _parts(plan: Decision, shard: Shard, name: str) -> Iterator[Tensor]:
     if name in plan.values:
         yield plan.values[name].to(dtype).contiguous()
         return
-    cuts, entry = plan.tensors.get(name, {}), shard.entries[name]
-    shape = tuple(len(cuts[dim]) if dim in cuts else size for dim, size in enumerate(entry.shape))
+    cuts, shape = plan.tensors.get(name, {}), _shape_after(plan, name, shard.entries[name])
     shift, factor = (_spread(values.get(name), shape) for values in (plan.shifts, plan.scales))
     for place, part in _narrowed(shard, name, cuts):
         shifted = part if shift is None else (part + shift[place]).to(dtype)
@@ -372,37 +452,34 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 def _copy_rest(plan: Decision, source: Path, target: Path) -> None:
     """Configuration, tokenizer and whatever else lies beside the weights."""
-    changes = {path[2:]: value for path, value in plan.attributes if path[:2] == ("", "config")}
+    config = _configured(plan, source)
     for file in source.iterdir():
         if not file.is_file() or file.suffix == ".safetensors" or file.name == INDEX:
             continue
-        if file.name == "config.json" and changes:
-            config = json.loads(file.read_text())
-            for path, value in changes.items():
-                _set(config, path, value)
-            _replace_text(target / file.name, json.dumps(config, indent=2, sort_keys=True) + "\n")
+        if file.name == CONFIG and config is not None:
+            replace(target / file.name, _text(config))
         else:
-            with _partial(target / file.name) as partial:
-                shutil.copyfile(file, partial)
+            with file.open("rb") as old, partial(target / file.name) as new:
+                shutil.copyfileobj(old, new)
 
 
-def _set(config: dict[str, Any], path: tuple[Any, ...], value: Any) -> None:
-    for step in path[:-1]:
-        config = config.setdefault(step, {})
-    config[path[-1]] = value
+def _configured(plan: Decision, folder: Path | None) -> dict[str, Any] | None:
+    """The configuration beside the weights as the plan leaves it, or None where it stays or there is none."""
+    changes = {path[2:]: value for path, value in plan.attributes if path[:2] == ("", "config") and len(path) > 2}
+    if folder is None or not changes or not (folder / CONFIG).is_file():
+        return None
+    config = _json(folder / CONFIG)
+    for path, value in changes.items():
+        holder: Any = config
+        try:
+            for step in path[:-1]:
+                holder = holder.setdefault(step, {}) if isinstance(holder, dict) else holder[step]
+            holder[path[-1]] = value
+        except (TypeError, IndexError, KeyError) as error:
+            named = ".".join(map(str, path))
+            raise PlanMismatchError(f"the plan sets `{named}`, which {folder / CONFIG} has no place for") from error
+    return config
 
 
-def _replace_text(path: Path, text: str) -> None:
-    with _partial(path) as partial:
-        partial.write_text(text)
-
-
-@contextmanager
-def _partial(target: Path) -> Iterator[Path]:
-    """A file beside ``target`` that takes its place once it is whole, and is gone otherwise."""
-    partial = target.with_name(f"{target.name}.partial")
-    try:
-        yield partial
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
+def _text(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()

@@ -10,7 +10,7 @@ import hashlib
 import html
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 from types import MappingProxyType
@@ -21,15 +21,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from netopt import surgery
-from netopt.errors import InvalidArgumentError, PlanMismatchError
+from netopt.errors import CheckpointError, InvalidArgumentError, PlanMismatchError
 from netopt.model.view import ModelView
-from netopt.plan.checkpoint import rewrite
-from netopt.plan.codec import IndexCodec, pack, unpack
+from netopt.plan import schema
+from netopt.plan.checkpoint import open_checkpoint, rewrite
+from netopt.plan.codec import IndexCodec, pack
+from netopt.plan.files import replace
+from netopt.plan.wrapped import innermost, renaming
 from netopt.surgery.attributes import Path, show
 
 __all__ = ["AxisCut", "Plan", "shapes_of"]
-
-VERSION = 1
 
 Key = TypeVar("Key")
 
@@ -154,15 +155,16 @@ class Plan:
         self, model: nn.Module | ModelView, optimizer: Optimizer | Iterable[Optimizer] | None = None
     ) -> surgery.Operation:
         """Everything :meth:`apply` needs, built and checked, with nothing changed yet."""
-        held = model if isinstance(model, ModelView) else ModelView(self._unwrap(model))
-        self._check(held)
+        held = ModelView.of(model)
+        plan = self._fitted(held)
+        plan._check(held)
         return surgery.prepare(
             held.model,
-            self.tensors,
-            attributes=self.attributes,
-            values=self.values,
-            shifts=self.shifts,
-            scales=self.scales,
+            plan.tensors,
+            attributes=plan.attributes,
+            values=plan.values,
+            shifts=plan.shifts,
+            scales=plan.scales,
             optimizer=optimizer,
             held=held,
         )
@@ -186,7 +188,12 @@ class Plan:
             PlanMismatchError: A tensor of the plan is missing or has another shape.
             CheckpointError: A file is missing, truncated, or cannot be written.
         """
-        return rewrite(self, self._digest(), source, target)
+        stored = open_checkpoint(source)
+        known = stored.places
+        missing = [name for name in self.tensors if name not in known and name not in self.unsaved]
+        rename = renaming({*self.tensors} - {*self.unsaved}, known) if missing else None
+        plan = self if rename is None else self._renamed(rename, innermost([""]))
+        return rewrite(plan, self._digest(), stored, source, target)
 
     def check(self, model: nn.Module) -> None:
         """Compares names and shapes with ``model``.
@@ -194,7 +201,8 @@ class Plan:
         Raises:
             PlanMismatchError: They differ; the message names the first difference.
         """
-        self._check(ModelView(model))
+        held = ModelView(model)
+        self._fitted(held)._check(held)
 
     def _check(self, held: ModelView) -> None:
         if not self.shapes:
@@ -219,15 +227,23 @@ class Plan:
                 f"this {type(model).__name__} has `{extra}` {found[extra]}, which the model the plan was made for lacks"
             )
 
-    def _unwrap(self, model: nn.Module) -> nn.Module:
-        """The model inside wrappers that add a prefix to every name (averages, parallel, compiled models)."""
-        known = self.shapes or self.tensors
-        while known and not any(surgery.find_tensor(model, name) is not None for name in known):
-            inner = next((child for name, child in model.named_children() if name in ("module", "_orig_mod")), None)
-            if inner is None:
-                break
-            model = inner
-        return model
+    def _fitted(self, held: ModelView) -> Plan:
+        """The plan under the names of ``held``, where one of the two models is in wrappers that the other is not in."""
+        known = {*shapes_of(held), *held.buffers}
+        if known.issuperset(self.tensors):
+            return self
+        rename = renaming({*self.tensors, *self.shapes}, known)
+        return self if rename is None else self._renamed(rename, innermost(held.modules))
+
+    def _renamed(self, rename: Callable[[str], str], rename_module: Callable[[str], str]) -> Plan:
+        fields = ("tensors", "values", "scales", "shapes", "shifts")
+        return Plan(
+            **{field: {rename(name): one for name, one in getattr(self, field).items()} for field in fields},
+            attributes=tuple(((rename_module(path[0]), *path[1:]), value) for path, value in self.attributes),
+            axes=self.axes,
+            predicted=self.predicted,
+            unsaved=tuple(rename(name) for name in self.unsaved),
+        )
 
     def merge(self, other: Plan) -> Plan:
         """One plan for this one and ``other``, made for the same model and cutting other axes.
@@ -310,7 +326,7 @@ class Plan:
         pool = IndexCodec()
         return {
             "format": "netopt.plan",
-            "version": VERSION,
+            "version": schema.VERSION,
             "tensors": {
                 name: {str(dim): pool.add(kept) for dim, kept in dims.items()} for name, dims in self.tensors.items()
             },
@@ -319,16 +335,7 @@ class Plan:
             "scales": {
                 name: pack(factor) if isinstance(factor, Tensor) else factor for name, factor in self.scales.items()
             },
-            "axes": [
-                {
-                    "name": axis.name,
-                    "size": axis.size,
-                    "kept": pool.add(axis.kept),
-                    "exact": axis.exact,
-                    "reason": axis.reason,
-                }
-                for axis in self.axes
-            ],
+            "axes": [{**vars(axis), "kept": pool.add(axis.kept)} for axis in self.axes],
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
             "predicted": dict(self.predicted),
             "unsaved": list(self.unsaved),
@@ -341,54 +348,42 @@ class Plan:
         """The plan that :meth:`to_dict` wrote.
 
         Raises:
-            InvalidArgumentError: The data is no plan, or of a version this library does not know.
+            InvalidArgumentError: The data is no plan, of a version this library does not know, or broken; the field is
+                named.
         """
-        if data.get("format") != "netopt.plan":
-            raise InvalidArgumentError("this is no plan: its 'format' is not 'netopt.plan'")
-        if data.get("version") != VERSION:
-            raise InvalidArgumentError(
-                f"this plan has version {data.get('version')!r} and this library reads {VERSION}; update netopt"
-            )
-        indices = IndexCodec(data["indices"]).tensors()
-        return cls(
-            tensors={
-                name: {int(dim): indices[place] for dim, place in dims.items()}
-                for name, dims in data["tensors"].items()
-            },
-            attributes=tuple((tuple(path), value) for path, value in data["attributes"]),
-            values={name: unpack(value) for name, value in data["values"].items()},
-            scales={name: unpack(one) if isinstance(one, dict) else one for name, one in data["scales"].items()},
-            axes=tuple(AxisCut(**{**row, "kept": indices[row["kept"]]}) for row in data["axes"]),
-            shapes=data["shapes"],
-            predicted=data["predicted"],
-            unsaved=tuple(data["unsaved"]),
-            shifts={name: unpack(one) for name, one in data["shifts"].items()},
-        )
+        read = schema.fields(data)
+        return cls(**{**read, "axes": tuple(AxisCut(**row) for row in read["axes"])})
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the plan as JSON; an existing file is replaced whole or not at all."""
-        target = FilePath(path)
-        partial = target.with_name(f"{target.name}.partial")
+        """Writes the plan as JSON; an existing file is replaced whole or not at all.
+
+        Raises:
+            CheckpointError: The file cannot be written.
+        """
+        text = json.dumps(self.to_dict(), separators=(",", ":")) + "\n"
         try:
-            partial.write_text(json.dumps(self.to_dict(), separators=(",", ":")) + "\n")
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
+            replace(FilePath(path), text.encode())
+        except OSError as error:
+            raise CheckpointError(f"{path} could not be written: {error}") from error
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
         """Reads a plan that :meth:`save` wrote.
 
         Raises:
-            InvalidArgumentError: The file holds no plan.
+            CheckpointError: The file cannot be read.
+            InvalidArgumentError: The file holds no plan; the message names the field that is broken.
         """
         try:
-            data = json.loads(FilePath(path).read_text())
-        except ValueError as error:
+            data = json.loads(FilePath(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
+        except (ValueError, RecursionError) as error:
             raise InvalidArgumentError(f"{path} holds no plan: it is not JSON ({error})") from error
-        if not isinstance(data, dict):
-            raise InvalidArgumentError(f"{path} holds no plan")
-        return cls.from_dict(data)
+        try:
+            return cls.from_dict(data)
+        except InvalidArgumentError as error:
+            raise InvalidArgumentError(f"{path} holds no plan: {error}") from error
 
     def __eq__(self, other: object) -> bool:
         return self.to_dict() == other.to_dict() if isinstance(other, Plan) else NotImplemented

@@ -92,16 +92,16 @@ def _entries(selector: AxisSelector) -> list[Any]:
 def _resolve(model: nn.Module, axes: Axes, selector: AxisSelector, what: str) -> Callable[[Axis], bool]:
     if not _entries(selector):
         return lambda _: False
-    asked, rest = [], []
+    tests, rest = [], []
     names = names_of(model, axes)
     for entry in _entries(selector):
         test = _of_axis(axes, entry)
         if test is not None:
-            asked.append(test)
+            tests.append(test)
         if test is None or (isinstance(entry, str) and _is_known(model, entry)):
             rest.append(entry)
     named = matches(rest, model, what=what)
-    return lambda axis: any(test(axis) for test in asked) or any(named(name) for name in names[axis.name])
+    return lambda axis: any(test(axis) for test in tests) or any(named(name) for name in names[axis.name])
 
 
 def _of_axis(axes: Axes, entry: Any) -> Callable[[Axis], bool] | None:

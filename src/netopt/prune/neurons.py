@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,24 +12,25 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from netopt import masking, measure, surgery
-from netopt.axes import Axes, Axis, Outputs, find_axes
-from netopt.axes.find import counted_outputs
+from netopt.axes import Outputs
 from netopt.batches import Batch, Inputs
-from netopt.errors import ArgumentTypeError, InvalidArgumentError, UnknownNameError
+from netopt.errors import ArgumentTypeError, InvalidArgumentError, NetoptError, UnknownNameError
 from netopt.importance import Importance, lookup
-from netopt.importance.activations import recordable
 from netopt.importance.neurons import NeuronScores, neuron_scores
-from netopt.integrations.huggingface.config import configured
+from netopt.masking.undo import all_or_nothing
 from netopt.model.view import ModelView
 from netopt.plan import Plan
 from netopt.plan.build import make_plan
-from netopt.prune.candidates import AxisSelector, candidates
-from netopt.prune.exactness.dead_neurons import suspects
-from netopt.prune.exactness.folding import fold_removed
-from netopt.prune.exactness.rescaling import compensated
-from netopt.prune.verify import Tensors, reference_outputs
+from netopt.plan.hooks import complete
+from netopt.prune.budget import Budget, choose
+from netopt.prune.candidates import AxisSelector
+from netopt.prune.exactness.dead_neurons import may_exist
+from netopt.prune.exactness.folding import Folds, fold_removed, shifted
+from netopt.prune.exactness.rescaling import Rescaling, find_rescalings, rescaled
+from netopt.prune.look import Found, Where, check_model, look, without_gradients
+from netopt.prune.verify import DifferentOutputsError, Tensors, differing, reference_outputs
 from netopt.report import PruningReport, Row
-from netopt.selection import Amount, Limits, Scope, check_amount, check_scope, check_threshold, select, select_within
+from netopt.selection import Amount, Scope
 
 __all__ = ["plan_neurons", "prune_neurons"]
 
@@ -80,7 +80,7 @@ def prune_neurons(
             ``example_inputs``.
         loss_fn: Of the model's result and a batch's targets, for criteria that need the loss.
         scope: ``"global"`` ranks the neurons of all axes together, each score as its share of those of its axis that
-            are not below it; ``"layer"`` removes the amount of every axis.
+            are not below it; ``"layer"`` removes the amount, or for a budget the same share, of every axis.
         include: Names, patterns, types, modules, or predicates of an :class:`~netopt.axes.Axis`, whose neurons may go.
         exclude: The same, whose neurons all stay.
         outputs: Which results must keep their shape; see :func:`netopt.find_axes`.
@@ -89,7 +89,8 @@ def prune_neurons(
         repair: Reserved.
         mode: ``"remove"``, or ``"mask"`` to put the same plan on as masks of ``torch.nn.utils.prune``.
         verify: Run the smaller model on the example inputs, compare the shapes of its outputs, and, where removing is
-            the same as masking, their values with the masked model's.
+            the same as masking, their values with the masked model's, there and on a variation of the inputs. Axes
+            found to differ are marked as not exact, and go all the same.
         progress: Whether to show a progress bar on long work.
 
     Returns:
@@ -100,7 +101,7 @@ def prune_neurons(
         InvalidArgumentError: An argument is out of range, or not exactly one of the four amounts is given.
         MissingDataError: ``importance`` needs ``data``, or a ``loss_fn``, and none was given.
         OptimizerStateError: Some optimizer state cannot be narrowed.
-        VerificationError: The smaller model failed the check; everything was put back.
+        VerificationError: The smaller model fails, or its outputs have other shapes; everything was put back.
 
     References:
         Importance Estimation for Neural Network Pruning (Molchanov et al., 2019), https://arxiv.org/abs/1906.10771
@@ -111,65 +112,19 @@ def prune_neurons(
         >>> net[0].out_features, net[2].in_features
         (12, 12)
     """
-    request = _Request(amount, threshold, max_params, max_macs, scope, Limits(round_to))
-    held = _check(model, request, mode, repair, loss_fn, importance)
+    budget = Budget(amount, threshold, max_params, max_macs, scope, round_to)
+    scoring = _Scoring(importance, data, loss_fn, progress)
+    held = check_model(model, example_inputs)
+    _check(budget, scoring, mode, repair)
     optimizers = surgery.as_optimizers(optimizer)
-    sources = _Sources(importance, data, loss_fn, progress)
-    # A budget of operations is one of those counted in a run; elsewhere those of the traced forward are counted.
-    macs = None if max_macs is None else measure.count_macs(model, example_inputs)
-    selectors = {"include": include, "exclude": exclude, "outputs": outputs}
     # A mask can be taken off; what is folded into a bias could not.
-    decision = _decide(held, example_inputs, macs, request, sources, **selectors, fold=mode == "remove")
-    plan, counted = decision.plan, decision.counted
-    if macs is None:
-        macs = decision.axes.macs()
-    before = measure.cost_of(held, macs, decision.nonzero)
-
-    # A part of what has no zero has none, unless something is done to it besides.
-    changed = mode == "mask" or plan.shifts or plan.scales or plan.values
-    full = (
-        () if changed else {name for name, count in decision.nonzero.items() if count == held.parameters[name].numel()}
-    )
-
-    def report(full: Collection[str] = ()) -> PruningReport:
-        settings = request.settings() | {"importance": _name(importance), "mode": mode}
-        if decision.unexpressed is not None:
-            settings["config"] = decision.unexpressed
-        if decision.scores.saliency is not None:
-            settings["saliency"] = decision.scores.saliency.summary()
-        if max_macs is None:
-            left = decision.axes.macs(decision.counts() if mode == "remove" else {})
-        else:
-            left = measure.count_macs(model, example_inputs)
-        now = held if mode == "remove" else ModelView(model)
-        after = measure.cost_of(now, left, measure.nonzero_of(now, full))
-        predicted = _predicted(before, after)
-        return PruningReport(
-            call="prune_neurons",
-            before=before,
-            after=after,
-            rows=decision.rows(),
-            plan=plan.with_prediction(predicted) if mode == "remove" else plan,
-            frozen=decision.kept_out,
-            settings=settings,
-            subject=model,
-        )
-
+    decision = _decide(held, example_inputs, budget, scoring, Where(include, exclude, outputs), fold=mode == "remove")
+    report = _Report(decision, budget, scoring, mode)
     if mode == "mask":
-        masking.put(model, _parameter_masks(model, plan))
-        return report()
-    operation = plan.prepare(held, optimizers)
-    if not verify:
-        return operation.run(lambda: report(full))
-    reference = reference_outputs(
-        model, example_inputs, counted, decision.computing() if plan.exact else None, steady=decision.axes.steady
-    )
-
-    def finish() -> PruningReport:
-        reference.check(model, example_inputs, counted)
-        return report()
-
-    return operation.run(finish)
+        with all_or_nothing(model):
+            masking.put(model, _parameter_masks(model, decision.plan))
+            return report.make(decision)
+    return _remove(decision, optimizers, report, verify=verify)
 
 
 def plan_neurons(
@@ -193,7 +148,7 @@ def plan_neurons(
     """Decides what :func:`prune_neurons` would remove, and does not do it.
 
     The arguments are those of :func:`prune_neurons`. What the smaller model costs is found by carrying the plan out,
-    measuring, and putting everything back.
+    measuring, and putting everything back. Its outputs are not compared with the masked model's.
 
     Returns:
         The plan, with parameters, MACs and bytes before and after in ``plan.predicted``.
@@ -208,37 +163,18 @@ def plan_neurons(
         >>> plan.predicted["params_before"], plan.predicted["params_after"], net[0].out_features
         (212, 160, 16)
     """
-    request = _Request(amount, threshold, max_params, max_macs, scope, Limits(round_to))
-    held = _check(model, request, "remove", None, loss_fn, importance)
-    sources = _Sources(importance, data, loss_fn, progress)
+    budget = Budget(amount, threshold, max_params, max_macs, scope, round_to)
+    scoring = _Scoring(importance, data, loss_fn, progress)
+    held = check_model(model, example_inputs)
+    _check(budget, scoring)
     before = measure.cost(model, example_inputs)
-    selectors = {"include": include, "exclude": exclude, "outputs": outputs}
-    decision = _decide(held, example_inputs, before.macs, request, sources, **selectors)
-    after = decision.plan.prepare(model).dry_run(lambda: measure.cost(model, example_inputs))
-    return decision.plan.with_prediction(_predicted(before, after))
+    plan = _decide(held, example_inputs, budget, scoring, Where(include, exclude, outputs)).plan
+    after = plan.prepare(model).dry_run(lambda: measure.cost(model, example_inputs))
+    return plan.with_prediction(_predicted(before, after))
 
 
 @dataclass(frozen=True)
-class _Request:
-    """How much is to be removed."""
-
-    amount: Amount | None
-    threshold: float | None
-    max_params: float | None
-    max_macs: float | None
-    scope: Scope
-    limits: Limits
-
-    def settings(self) -> dict[str, Any]:
-        given = {name: getattr(self, name) for name in ("amount", "threshold", "max_params", "max_macs")}
-        return {name: value for name, value in given.items() if value is not None} | {
-            "scope": self.scope,
-            "round_to": self.limits.round_to,
-        }
-
-
-@dataclass(frozen=True)
-class _Sources:
+class _Scoring:
     """Where scores come from."""
 
     importance: Importance | Mapping[str, Tensor]
@@ -246,26 +182,34 @@ class _Sources:
     loss_fn: Callable[[Any, Any], Tensor] | None
     progress: bool
 
+    @property
+    def name(self) -> str:
+        return "given" if isinstance(self.importance, Mapping) else lookup(self.importance, of="neurons").name
+
 
 @dataclass(frozen=True)
 class _Decision:
-    """A plan and what it was made from."""
+    """A plan and what it was made from.
 
-    axes: Axes
-    chosen: list[Axis]
-    kept_out: dict[str, str]
+    Attributes:
+        found: The axes.
+        scores: Of their neurons.
+        kept: Positions that stay, by axis.
+        plan: What is done.
+        rescalings: Factors in the plan, by axis.
+        folds: Constants in the plan, by axis.
+        nonzero: Entries that are not zero now, by parameter.
+        hook_notes: What hooks could not add to the plan, by their names.
+    """
+
+    found: Found
     scores: NeuronScores
     kept: dict[str, Tensor]
     plan: Plan
-    counted: Callable[[Any], list[Tensor]]
-    unexpressed: str | None
-    """Why the model's configuration cannot express the smaller model."""
-    folded: Mapping[str, Tensor]
-    """Positions removed whose constants are folded into what reads them, by axis."""
-    notes: Mapping[str, str]
-    """What is to be said of axes with dead neurons."""
+    rescalings: Mapping[str, Rescaling]
+    folds: Folds
     nonzero: Mapping[str, int]
-    """Entries that are not zero now, by parameter."""
+    hook_notes: Mapping[str, str]
 
     def counts(self) -> dict[str, int]:
         """How many neurons each axis keeps."""
@@ -275,20 +219,170 @@ class _Decision:
         """One row an axis that could lose neurons."""
         rows = []
         exact = {cut.name: (cut.exact, cut.reason) for cut in self.plan.axes}
-        for axis in self.chosen:
-            scores = self.scores.scores[axis.name]
-            low, high = map(float, torch.aminmax(scores))
+        for axis in self.found.chosen:
+            low, high = map(float, torch.aminmax(self.scores.scores[axis.name]))
             equal, reason = exact.get(axis.name, (True, None))
-            notes = [f"scores {low:.2g} to {high:.2g}", *filter(None, (reason, self.notes.get(axis.name)))]
+            notes = [f"scores {low:.2g} to {high:.2g}", *filter(None, (reason, self._constants(axis.name)))]
             rows.append(Row(axis.name, axis.size, len(self.kept[axis.name]), equal, "; ".join(notes)))
         return tuple(rows)
 
-    def computing(self) -> Tensors:
-        """What computes after the plan: what is kept of each tensor, and what is folded instead of masked."""
-        if not self.folded:
-            return self.plan.tensors
-        others = {name: torch.cat([self.kept[name], at]).sort().values for name, at in self.folded.items()}
-        return self.axes.tensor_indices({**self.kept, **others})
+    def _constants(self, name: str) -> str | None:
+        """What became of the constants of dead neurons of an axis."""
+        if name in self.folds.shifts:
+            return "constants folded into what reads them"
+        why = self.folds.refused.get(name)
+        return None if why is None else f"constants of dead neurons are lost: {why}"
+
+    def part(self, names: Collection[str]) -> Plan:
+        """The plan for some axes alone."""
+        kept = {name: self.kept[name] for name in names}
+        plan = make_plan(self.found.held, self.found.axes, kept)
+        plan = rescaled(plan, {name: one for name, one in self.rescalings.items() if name in kept})
+        return shifted(plan, self.folds.of([name for name in self.folds.shifts if name in kept]))
+
+    def computing(self, names: Iterable[str]) -> Tensors:
+        """What computes once some axes are cut: what stays of each tensor, and what is folded instead of masked."""
+        kept = {name: self.kept[name] for name in names}
+        folded = {name: at for name, at in self.folds.positions.items() if name in kept}
+        kept |= {name: torch.cat([kept[name], at]).sort().values for name, at in folded.items()}
+        return self.found.axes.tensor_indices(kept)
+
+    def agrees(self, names: Sequence[str]) -> bool | None:
+        """Whether cutting some axes alone is the same as masking them; None where they cannot be cut alone."""
+        axes, counts = self.found.axes, {name: len(self.kept[name]) for name in names}
+        possible = axes.feasible(counts)
+        if any(possible[axis.name] != counts.get(axis.name, axis.size) for axis in axes.free):
+            return None
+        try:
+            reference = reference_outputs(self.found.forward, self.computing(names))
+            self.part(names).prepare(self.found.held).dry_run(reference.check)
+        except DifferentOutputsError:
+            return False
+        except NetoptError:  # which the whole plan need not raise
+            return None
+        return True
+
+    def marked(self, names: Sequence[str]) -> _Decision:
+        """The same, with those of some axes that are at fault for a difference marked as not exact."""
+        at_fault, why = differing(names, self.agrees), "is not the same as masking, found by comparison"
+        rows = tuple(
+            dataclasses.replace(row, exact=False, reason=why) if row.name in at_fault else row for row in self.plan.axes
+        )
+        return dataclasses.replace(self, plan=dataclasses.replace(self.plan, axes=rows))
+
+    def compared(self) -> _Decision:
+        """The same, where some axes are not exact, with the others compared by themselves."""
+        exact = [row.name for row in self.plan.axes if row.exact]
+        # With factors they were compared when these were tried.
+        if len(exact) == len(self.plan.axes) or self.rescalings or not exact or self.agrees(exact) is not False:
+            return self
+        return self.marked(exact)
+
+
+def _decide(
+    held: ModelView, example_inputs: Inputs, budget: Budget, scoring: _Scoring, where: Where, *, fold: bool = True
+) -> _Decision:
+    """Look, score, select, repair."""
+    found = look(held, example_inputs, where)
+    scores = _score(found, scoring, where)
+    kept = choose(found, scores.scores, budget)
+    return _repair(found, scores, kept, fold=fold)
+
+
+def _score(found: Found, scoring: _Scoring, where: Where) -> NeuronScores:
+    def differentiated(result: Any) -> list[Tensor]:
+        return [tensor for tensor in where.counted(result) if tensor.is_floating_point()]
+
+    try:
+        return neuron_scores(
+            found.held,
+            {axis.name: found.axes.members(axis) for axis in found.chosen},
+            lambda name: found.axes.taps(found.axes[name]),
+            found.sizes,
+            importance=scoring.importance,
+            data=scoring.data,
+            example_inputs=found.forward.inputs,
+            loss_fn=scoring.loss_fn,
+            outputs=None if where.outputs is None else differentiated,
+            progress=scoring.progress,
+        )
+    except RuntimeError as error:
+        why = without_gradients(found.held, error)
+        if why is None:
+            raise
+        raise InvalidArgumentError(f'importance "{scoring.name}" cannot be computed: {why}.') from error
+
+
+def _repair(found: Found, scores: NeuronScores, kept: dict[str, Tensor], *, fold: bool) -> _Decision:
+    """The plan, with what makes removing the same as masking: factors for sizes, constants in biases."""
+    held, axes, model = found.held, found.axes, found.held.model
+    rescalings = find_rescalings(held, axes, kept, found.forward)
+    plan = rescaled(make_plan(held, axes, kept), rescalings)
+    plan, hook_notes = complete(model, plan)
+    nonzero = measure.nonzero_of(held)
+    folds = fold_removed(found.forward, axes, kept, plan) if fold and may_exist(held, plan, nonzero) else Folds()
+    plan = shifted(plan, folds.of(list(folds.shifts)))
+    return _Decision(found, scores, kept, plan, rescalings, folds, nonzero, hook_notes)
+
+
+def _remove(decision: _Decision, optimizers: Sequence[Optimizer], report: _Report, *, verify: bool) -> PruningReport:
+    """Change, check, report; where the check finds other values, the axes at fault are marked."""
+    plan, forward = decision.plan, decision.found.forward
+    operation = plan.prepare(decision.found.held, optimizers)
+    if not verify:
+        return operation.run(lambda: report.make(decision))
+    cut = [row.name for row in plan.axes]
+    reference = reference_outputs(forward, decision.computing(cut) if plan.exact else None, equal=plan.exact)
+
+    def finish(done: _Decision) -> PruningReport:
+        reference.check(values=done.plan.exact)
+        return report.make(done)
+
+    compared = decision.compared()
+    try:
+        return operation.run(lambda: finish(compared))
+    except DifferentOutputsError:
+        marked = decision.marked(cut)
+    return operation.run(lambda: finish(marked))
+
+
+class _Report:
+    """What there was before, noted at once, and the report, made when everything is done."""
+
+    def __init__(self, decision: _Decision, budget: Budget, scoring: _Scoring, mode: Mode) -> None:
+        held, plan = decision.found.held, decision.plan
+        self._settings = budget.settings() | {"importance": scoring.name, "mode": mode}
+        self._removes = mode == "remove"
+        # A budget of operations is one of those counted in a run; elsewhere those of the traced forward are counted.
+        self._counted = budget.max_macs is not None
+        macs = decision.found.macs if self._counted else decision.found.axes.macs()
+        self._before = measure.cost_of(held, macs, decision.nonzero)
+        # A part of what has no zero has none, unless something is done to it besides.
+        changed = not self._removes or plan.shifts or plan.scales or plan.values
+        full = decision.nonzero.items() if not changed else ()
+        self._full = {name for name, count in full if count == held.parameters[name].numel()}
+
+    def make(self, decision: _Decision) -> PruningReport:
+        """The report, of the model as it is now."""
+        found, plan, settings = decision.found, decision.plan, {**self._settings, **decision.hook_notes}
+        if decision.scores.saliency is not None:
+            settings["saliency"] = decision.scores.saliency.summary()
+        if self._counted:
+            left = measure.count_macs(found.forward.model, found.forward.inputs)
+        else:
+            left = found.axes.macs(decision.counts() if self._removes else {})
+        now = found.held if self._removes else ModelView(found.held.model)
+        after = measure.cost_of(now, left, measure.nonzero_of(now, self._full))
+        return PruningReport(
+            call="prune_neurons",
+            before=self._before,
+            after=after,
+            rows=decision.rows(),
+            plan=plan.with_prediction(_predicted(self._before, after)) if self._removes else plan,
+            frozen=found.kept_out,
+            settings=settings,
+            subject=found.held.model,
+        )
 
 
 def _parameter_masks(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
@@ -305,178 +399,18 @@ def _parameter_masks(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
     return masks
 
 
-def _decide(
-    held: ModelView,
-    example_inputs: Inputs,
-    macs: int | None,
-    request: _Request,
-    sources: _Sources,
-    *,
-    include: AxisSelector,
-    exclude: AxisSelector,
-    outputs: Outputs,
-    fold: bool = True,
-) -> _Decision:
-    model = held.model
-    # In inference mode some operations hide from a trace, and none has a gradient.
-    with torch.inference_mode(False):
-        example_inputs = recordable(example_inputs)
-        axes = find_axes(model, example_inputs, outputs=outputs)
-    chosen, kept_out = candidates(model, axes, include, exclude)
-
-    def counted(result: Any) -> list[Tensor]:
-        return counted_outputs(result, outputs)
-
-    def differentiated(result: Any) -> list[Tensor]:
-        return [tensor for tensor in counted(result) if tensor.is_floating_point()]
-
-    scored = neuron_scores(
-        held,
-        {axis.name: axes.members(axis) for axis in chosen},
-        lambda name: axes.taps(axes[name]),
-        {axis.name: axis.size for axis in chosen},
-        importance=sources.importance,
-        data=sources.data,
-        example_inputs=example_inputs,
-        loss_fn=sources.loss_fn,
-        outputs=None if outputs is None else differentiated,
-        progress=sources.progress,
-    )
-    kept = _select(model, example_inputs, axes, chosen, scored.scores, request=request, macs=macs)
-    plan = compensated(
-        held,
-        axes,
-        kept,
-        make_plan(held, axes, kept),
-        make_plan=lambda some: make_plan(held, axes, some),
-        inputs=example_inputs,
-        counted=counted,
-    )
-    more, unexpressed = configured(model, plan)
-    if more:
-        plan = dataclasses.replace(plan, attributes=(*plan.attributes, *more))
-    folded: dict[str, Tensor] = {}
-    notes: dict[str, str] = {}
-    nonzero = measure.nonzero_of(held)
-    if fold and suspects(held, plan, nonzero):
-        plan, folded, notes = fold_removed(model, axes, kept, plan, inputs=example_inputs, counted=counted)
-    return _Decision(axes, chosen, kept_out, scored, kept, plan, counted, unexpressed, folded, notes, nonzero)
-
-
-def _select(
-    model: nn.Module,
-    example_inputs: Inputs,
-    axes: Axes,
-    chosen: list[Axis],
-    scores: Mapping[str, Tensor],
-    *,
-    request: _Request,
-    macs: int | None,
-) -> dict[str, Tensor]:
-    sizes = {axis.name: axis.size for axis in chosen}
-
-    def feasible(counts: Mapping[str, int]) -> dict[str, int]:
-        found = axes.feasible(counts)
-        coupled = next((name for name, count in found.items() if name not in sizes and count < axes[name].size), None)
-        if coupled is not None:
-            raise InvalidArgumentError(
-                f"axis `{coupled}` would have to shrink with the others because the model computes with their sizes, "
-                "and it is excluded; exclude what it is tied to as well, or include it."
-            )
-        return {name: found[name] for name in sizes}
-
-    limits = Limits(request.limits.round_to, feasible)
-    if request.amount is not None or request.threshold is not None:
-        return select(scores, request.amount, threshold=request.threshold, scope=request.scope, limits=limits)
-
-    def cost_of(kept: Mapping[str, Tensor]) -> int:
-        if request.max_params is not None:
-            return _parameters_left(model, axes.tensor_indices(kept))
-        if predictable:
-            return axes.macs({name: len(positions) for name, positions in kept.items()})
-        return make_plan(model, axes, kept).prepare(model).dry_run(lambda: measure.count_macs(model, example_inputs))
-
-    # Operations are counted by arithmetic where that gives what was measured, else by running the smaller model.
-    predictable = request.max_macs is not None and axes.macs() == macs
-
-    whole = cost_of({})
-    share = request.max_params if request.max_params is not None else request.max_macs
-    assert share is not None
-    return select_within(
-        scores, cost_of, int(share * whole), unit_costs=_unit_costs(sizes, cost_of, whole, limits), limits=limits
-    )
-
-
-def _parameters_left(model: nn.Module, tensors: Mapping[str, Mapping[int, Tensor]]) -> int:
-    """Entries of all parameters once these cuts are made, a shared one counted once."""
-    total = 0
-    for name, parameter in model.named_parameters():
-        cuts = tensors.get(name, {})
-        total += math.prod(len(cuts[dim]) if dim in cuts else size for dim, size in enumerate(parameter.shape))
-    return total
-
-
-def _unit_costs(
-    sizes: Mapping[str, int], cost_of: Callable[[Mapping[str, Tensor]], int], whole: int, limits: Limits
-) -> dict[str, float]:
-    """What one neuron of each axis costs in the whole model: the saving of halving the axis, spread over what goes."""
-    costs = {}
-    full = {name: torch.arange(size) for name, size in sizes.items()}
-    for name, size in sizes.items():
-        counts = limits.settle({**sizes, name: max(1, size // 2)}, sizes, down=True)
-        gone = sum(sizes[other] - count for other, count in counts.items())
-        kept = {other: full[other][:count] for other, count in counts.items()}
-        costs[name] = max((whole - cost_of(kept)) / gone, 1e-9) if gone else 1.0
-    return costs
-
-
-def _check(
-    model: nn.Module,
-    request: _Request,
-    mode: str,
-    repair: Any,
-    loss_fn: Any,
-    importance: Importance | Mapping[str, Tensor],
-) -> ModelView:
-    """Checks every argument that can be checked before the model is looked at; what the model holds."""
-    if not isinstance(model, nn.Module):
-        shown = model.__name__ if isinstance(model, type) else type(model).__name__
-        raise ArgumentTypeError(f"model must be a torch.nn.Module, not {shown}.")
-    held = ModelView(model)
-    lazy = next((name for name, one in held.parameters.items() if nn.parameter.is_lazy(one)), None)
-    if lazy is not None:
-        raise InvalidArgumentError(f"{lazy!r} is not initialised yet; run the model once before pruning it.")
-    _check_request(request)
+def _check(budget: Budget, scoring: _Scoring, mode: str = "remove", repair: Any = None) -> None:
+    """Checks every argument that can be checked before the model is looked at."""
+    budget.check()
     if mode not in MODES:
         raise UnknownNameError.of("mode", str(mode), MODES)
     if repair is not None:
         raise InvalidArgumentError("repair is reserved and must be None.")
+    loss_fn = scoring.loss_fn
     if loss_fn is not None and not callable(loss_fn):
         raise ArgumentTypeError(f"loss_fn must be a function of result and targets, not {type(loss_fn).__name__}.")
-    if not isinstance(importance, Mapping):
-        lookup(importance, of="neurons")
-    return held
-
-
-def _check_request(request: _Request) -> None:
-    names = ("amount", "threshold", "max_params", "max_macs")
-    given = [name for name in names if getattr(request, name) is not None]
-    if len(given) != 1:
-        got = " and ".join(given) if given else "none"
-        raise InvalidArgumentError(f"give exactly one of amount, threshold, max_params and max_macs, not {got}.")
-    if request.amount is not None:
-        check_amount(request.amount)
-    if request.threshold is not None:
-        check_threshold(request.threshold)
-    check_scope(request.scope)
-    for name in ("max_params", "max_macs"):
-        value = getattr(request, name)
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ArgumentTypeError(f"{name} must be a fraction of the model's, in (0, 1], not {value!r}.")
-        if not 0 < value <= 1:
-            raise InvalidArgumentError(f"{name} must be a fraction of the model's, in (0, 1], not {value}.")
+    if not isinstance(scoring.importance, Mapping):
+        lookup(scoring.importance, of="neurons")
 
 
 def _predicted(before: measure.Cost, after: measure.Cost) -> dict[str, int]:
@@ -484,7 +418,3 @@ def _predicted(before: measure.Cost, after: measure.Cost) -> dict[str, int]:
     for kind in ("params", "macs", "bytes"):
         found[f"{kind}_before"], found[f"{kind}_after"] = getattr(before, kind), getattr(after, kind)
     return found
-
-
-def _name(importance: Importance | Mapping[str, Tensor]) -> str:
-    return "given" if isinstance(importance, Mapping) else lookup(importance, of="neurons").name

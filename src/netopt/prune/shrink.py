@@ -1,6 +1,6 @@
 """Removes physically the neurons that do nothing any more.
 
-A neuron is dead when every weight that makes it is zero or masked: what it carries then no longer depends on the input.
+A neuron is dead when every weight that makes it is zero or masked: its output then no longer depends on the input.
 If that is zero it goes; if it is a constant (a bias, through an activation) it is folded into what follows; where that
 cannot be done the neuron stays, and the report says why. Removing may kill others, so this repeats until none is left.
 """
@@ -19,13 +19,13 @@ from netopt import measure, surgery
 from netopt.axes import Axes, Outputs, find_axes
 from netopt.axes.find import counted_outputs
 from netopt.batches import Inputs
-from netopt.errors import ArgumentTypeError
 from netopt.plan import Plan
 from netopt.plan.build import make_plan
 from netopt.prune.candidates import names_of
-from netopt.prune.exactness.dead_neurons import carried, dead
-from netopt.prune.exactness.folding import Folds, folds, shifted
-from netopt.prune.verify import Reference, reference_outputs
+from netopt.prune.exactness import dead_neurons
+from netopt.prune.exactness.folding import Folds, fold, shifted
+from netopt.prune.look import check_model
+from netopt.prune.verify import Forward, Reference, reference_outputs
 from netopt.report import PruningReport, Row
 
 __all__ = ["shrink"]
@@ -64,19 +64,19 @@ def shrink(
         >>> net[0].out_features, net[2].in_features
         (10, 10)
     """
-    if not isinstance(model, nn.Module):
-        raise ArgumentTypeError(f"model must be a torch.nn.Module, not {type(model).__name__}.")
+    check_model(model, example_inputs)
     optimizers = surgery.as_optimizers(optimizer)
 
     def counted(result: Any) -> list[Tensor]:
         return counted_outputs(result, outputs)
 
-    reference = reference_outputs(model, example_inputs, counted, None, equal=True)
+    forward = Forward(model, example_inputs, counted)
+    reference = reference_outputs(forward)
     before = measure.cost(model, example_inputs)
-    shrinking = _Shrinking(model, example_inputs, optimizers, outputs, counted, reference)
+    shrinking = _Shrinking(forward, optimizers, outputs, reference)
 
     def finish(plan: Plan, notes: Mapping[str, str], staying: Mapping[str, str]) -> PruningReport:
-        reference.check(model, example_inputs, counted)
+        reference.check()
         rows = tuple(Row(cut.name, cut.size, len(cut.kept), cut.exact, notes.get(cut.name, "")) for cut in plan.axes)
         after = measure.cost(model, example_inputs)
         return PruningReport(call="shrink", before=before, after=after, rows=rows, plan=plan, frozen=dict(staying))
@@ -89,7 +89,7 @@ Finish = Callable[[Plan, Mapping[str, str], Mapping[str, str]], PruningReport]
 
 @dataclass
 class _Round:
-    """What is found dead: which neurons go, what is added for them, and what is to be said."""
+    """What is found dead: which neurons go, what is added for them, and the notes for the report."""
 
     gone: dict[str, Tensor]
     shifts: dict[str, Tensor]
@@ -102,45 +102,43 @@ class _Round:
 class _Shrinking:
     """Rounds of removal inside one another, so that a failure in the last undoes the first."""
 
-    model: nn.Module
-    inputs: Inputs
+    forward: Forward
     optimizers: Sequence[Optimizer]
     outputs: Outputs
-    counted: Callable[[Any], list[Tensor]]
     reference: Reference
 
     def run(self, done: Plan, notes: Mapping[str, str], finish: Finish) -> PruningReport:
         """Removes what is dead now, then what died of that; at the end ``finish`` is called, and everything stays."""
-        axes = find_axes(self.model, self.inputs, outputs=self.outputs)
+        model = self.forward.model
+        axes = find_axes(model, self.forward.inputs, outputs=self.outputs)
         found = self._decide(axes)
         if not found.gone:
             return finish(done, notes, found.staying)
         kept = {name: torch.nonzero(~gone).flatten() for name, gone in found.gone.items()}
-        plan = shifted(make_plan(self.model, axes, kept), found.shifts)
+        plan = shifted(make_plan(model, axes, kept), found.shifts)
         whole = done.then(plan) if done.tensors else plan
-        said = {**notes, **found.notes}
-        return plan.prepare(self.model, self.optimizers).run(lambda: self.run(whole, said, finish))
+        noted = {**notes, **found.notes}
+        return plan.prepare(model, self.optimizers).run(lambda: self.run(whole, noted, finish))
 
     def _decide(self, axes: Axes) -> _Round:
-        names = names_of(self.model, axes)
+        model = self.forward.model
+        names = names_of(model, axes)
         exact = [axis for axis in axes.free if axis.exact]
-        zero = {axis.name: dead(self.model, axes, axis, names[axis.name]) for axis in exact}
+        zero = {axis.name: dead_neurons.find(model, axes, axis, names[axis.name]) for axis in exact}
         found = {name: one for name, one in zero.items() if one is not None and bool(one.any())}
-        seen = carried(self.model, axes, list(found), self.inputs) if found else {}
-        gone = self._settled(axes, {name: one & seen[name].constant for name, one in found.items()})
-        constant = {name: one for name, one in gone.items() if bool((one & ~seen[name].zero).any())}
+        outputs = dead_neurons.constant_outputs(model, axes, list(found), self.forward.inputs) if found else {}
+        gone = self._settled(axes, {name: one & outputs[name].constant for name, one in found.items()})
+        constant = {name: one for name, one in gone.items() if bool((one & ~outputs[name].zero).any())}
         folding = Folds()
         if constant:
-            folding = folds(
-                self.model, axes, seen, constant, inputs=self.inputs, counted=self.counted, reference=self.reference
-            )
-            nothing = {name: gone[name] & seen[name].zero for name in folding.refused}
+            folding = fold(self.forward, axes, outputs, constant, self.reference)
+            nothing = {name: gone[name] & outputs[name].zero for name in folding.refused}
             gone = self._settled(axes, {**gone, **nothing})
         staying = {
             name: f"{int((one & ~gone.get(name, torch.zeros_like(one))).sum())} dead neurons stay: "
             + folding.refused.get(name, "what they carry is not the same everywhere it is read")
             for name, one in found.items()
-            if name in folding.refused or not bool(seen[name].constant[one].all())
+            if name in folding.refused or not bool(outputs[name].constant[one].all())
         }
         folded = [name for name in folding.shifts if name in gone]
         notes = dict.fromkeys(folded, "constants folded into what reads them")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, TypeAlias, cast
 
@@ -17,8 +17,9 @@ from netopt.masking.decide import Request, decide
 from netopt.masking.lifecycle import adopt
 from netopt.masking.patterns import Pattern, Shape, parse
 from netopt.masking.quantile import Scores
+from netopt.masking.undo import all_or_nothing
 from netopt.measure import Cost, count_parameters, size_bytes
-from netopt.model.parameters import Place, places
+from netopt.model.parameters import EMBEDDINGS, Place, places
 from netopt.reconstruction import reconstruct
 from netopt.report import PruningReport, Row
 from netopt.selectors import Selector, chosen, matches
@@ -101,31 +102,80 @@ def prune_weights(
         0.75
     """
     shape = _check_arguments(model, amount, threshold, scope, pattern)
-    wanted = _candidates(model, include, exclude)
-    nonzero = {name: place.nonzero for name, place in places(model).items()}
+    known = places(model)
+    wanted = _candidates(model, known, include, exclude)
+    solves, passed = updates_layers(importance), {}
+    if solves:
+        reason = "its layer normalises it, which a criterion of layers cannot make up for"
+        passed = {name: reason for name, place in wanted.items() if place.computed is not None}
+        wanted = {name: place for name, place in wanted.items() if name not in passed}
+    if not wanted:
+        raise NothingToPruneError(_nothing(model, known))
+    nonzero = {name: place.nonzero for name, place in known.items()}
     before = _cost(model, nonzero)
-    requests = [(group, Request(shape, scope, part, threshold)) for group, part in _groups(wanted, amount)]
     masks: dict[str, Tensor] = {}
-    if updates_layers(importance):
-        parts = [(list(group), request) for group, request in requests]
-        masks = reconstruct(model, wanted, data, cast("Importance", importance), parts, progress=progress)
-    else:
-        score = _scorer(model, wanted, importance=importance, data=data, loss_fn=loss_fn, progress=progress)
-        for group, request in requests:
-            masks |= decide(group, score, request)
-    adopt(model, masks)
-    again = places(model)
-    left = nonzero | {name: again[name].nonzero for name in wanted}
-    rows = tuple(Row(name, nonzero[name], left[name]) for name in wanted)
-    settings = {"amount": amount, "threshold": threshold, "importance": _name(importance), "scope": scope}
-    return PruningReport(
-        call="prune_weights",
-        before=before,
-        after=_cost(model, left),
-        rows=rows,
-        settings=settings | {"pattern": str(shape)},
-        subject=model,
-    )
+    with all_or_nothing(model) as log:
+        if solves:
+            requests = _requests(wanted, amount, shape, scope, threshold)
+            parts = [(list(group), request) for group, request in requests]
+            masks = reconstruct(model, wanted, data, cast("Importance", importance), parts, log=log, progress=progress)
+        else:
+            named = [name for name, place in wanted.items() if _is_named(place, include)]
+            score, unread = _scorer(
+                model, wanted, named, importance=importance, data=data, loss_fn=loss_fn, progress=progress
+            )
+            passed = dict.fromkeys(unread, "met no inputs on this data")
+            wanted = {name: place for name, place in wanted.items() if name not in unread}
+            for group, request in _requests(wanted, amount, shape, scope, threshold):
+                masks |= decide(group, score, request)
+            _check_norms(wanted, masks)
+        adopt(model, masks)
+        again = places(model)
+        left = nonzero | {name: again[name].nonzero for name in wanted}
+        rows = tuple(Row(name, nonzero[name], left[name], size=known[name].parameter.numel()) for name in wanted)
+        settings = {"amount": amount, "threshold": threshold, "importance": _name(importance), "scope": scope}
+        return PruningReport(
+            call="prune_weights",
+            before=before,
+            after=_cost(model, left),
+            rows=rows,
+            frozen=_left_out(known, wanted, passed),
+            settings=settings | {"pattern": str(shape)},
+            subject=model,
+        )
+
+
+def _requests(
+    wanted: Mapping[str, Place], amount: Amount | None, shape: Shape, scope: str, threshold: float | None
+) -> list[tuple[dict[str, Place], Request]]:
+    return [(group, Request(shape, scope, part, threshold)) for group, part in _groups(wanted, amount)]
+
+
+def _left_out(known: Mapping[str, Place], wanted: Mapping[str, Place], passed: Mapping[str, str]) -> dict[str, str]:
+    """What is not pruned though nobody excluded it, largest first, with its share of the parameters and the reason."""
+    total = max(sum(place.parameter.numel() for place in known.values()), 1)
+    others = [place for name, place in known.items() if name in passed or (name not in wanted and not place.prunable)]
+    others.sort(key=lambda place: -place.parameter.numel())
+    vectors = [place for place in others if place.parameter.dim() < 2 and place.name not in passed]
+    found = {
+        place.name: (place.parameter.numel(), passed.get(place.name) or _why_left_out(place))
+        for place in others
+        if place not in vectors
+    }
+    if vectors:
+        count = sum(place.parameter.numel() for place in vectors)
+        found[f"{len(vectors)} biases, norms and scales"] = count, "name in include those to prune"
+    return {name: f"{count / total * 100:.1f} % of the parameters: {why}" for name, (count, why) in found.items()}
+
+
+def _why_left_out(place: Place) -> str:
+    if place.unsupported is not None:
+        return place.unsupported
+    if any(isinstance(module, EMBEDDINGS) for module, _ in place.owners):
+        return "is an embedding; name it in include to prune it"
+    if place.computed is not None:
+        return "a layer's weight is computed from it, and zeros here are no zeros there"
+    return "is used without a layer; name it in include to prune it"
 
 
 def _check_arguments(
@@ -182,22 +232,30 @@ def _check_number(name: str, value: Any) -> None:
         raise ArgumentTypeError(f"{name} must be a number, not {value!r} ({type(value).__name__}).")
 
 
-def _candidates(model: nn.Module, include: Selector, exclude: Selector) -> dict[str, Place]:
+def _candidates(model: nn.Module, known: Mapping[str, Place], include: Selector, exclude: Selector) -> dict[str, Place]:
     selected, excluded = chosen(model, include, exclude), matches(exclude, model, what="exclude")
-    known = places(model)
     wanted = {
         name: place
         for name, place in known.items()
         if (place.prunable and selected(name)) or (_named(place, model, include) and not excluded(name))
     }
-    if not wanted:
-        raise NothingToPruneError(_nothing(model, known))
+    for name, place in known.items():
+        if hasattr(place.parameter, "device_mesh") and (place.prunable or name in wanted):
+            raise InvalidArgumentError(
+                f"{name!r} is sharded, and weights are compared whole; prune before fully_shard, which keeps the masks."
+            )
     for name, place in wanted.items():
         if nn.parameter.is_lazy(place.parameter):
             raise InvalidArgumentError(f"{name!r} has no values yet; run the model once before pruning it.")
-        if not place.parameter.is_floating_point():
-            raise ArgumentTypeError(f"{name!r} is of {place.parameter.dtype}; only floating-point weights are pruned.")
+        if place.unsupported is not None:
+            raise ArgumentTypeError(f"{name!r} {place.unsupported}; only dense floating-point weights are pruned.")
     return wanted
+
+
+def _is_named(place: Place, include: Selector) -> bool:
+    """Whether ``include`` has a name of this very parameter, spelt out."""
+    entries = [include] if isinstance(include, str) else include if isinstance(include, (list, tuple, set)) else []
+    return any(isinstance(entry, str) and entry in place.names for entry in entries)
 
 
 def _named(place: Place, model: nn.Module, include: Selector) -> bool:
@@ -267,25 +325,49 @@ def _under(name: str, entry: str) -> bool:
 def _scorer(
     model: nn.Module,
     wanted: Mapping[str, Place],
+    named: Collection[str],
     *,
     importance: Importance | Mapping[str, Tensor],
     data: Iterable[Batch] | None,
     loss_fn: Callable[[Any, Any], Tensor] | None,
     progress: bool,
-) -> Callable[[Place], Scores]:
+) -> tuple[Callable[[Place], Scores], set[str]]:
+    """Returns what scores one weight, and the names of those that nothing can be said of on this data."""
     if isinstance(importance, str) and importance == "magnitude":
         # Read from the weights themselves: no second tensor of their size.
-        return lambda place: Scores(place.parameter.detach(), True, _alive(place), place.name)
-    found = scores(model, data, importance, loss_fn=loss_fn, wanted=wanted, progress=progress)
+        return _by_magnitude, set()
+    found = scores(model, data, importance, loss_fn=loss_fn, wanted=wanted, named=named, progress=progress)
 
     def score(place: Place) -> Scores:
         given = found[place.name]
         given = given if given.is_floating_point() else given.to(torch.float64)
         # What is zero already is removed already, whatever the criterion thinks of it.
         zero = place.parameter.detach() == 0
+        if place.computed is not None:
+            given = given.masked_fill(
+                place.computed.best(given.masked_fill(zero, -torch.inf)), torch.finfo(given.dtype).max
+            )
         return Scores(given.masked_fill(zero, torch.finfo(given.dtype).min), False, _alive(place), place.name)
 
-    return score
+    return score, {*wanted} - {*found}
+
+
+def _by_magnitude(place: Place) -> Scores:
+    if place.computed is None:
+        return Scores(place.weight, True, _alive(place), place.name)
+    found = place.weight.abs()
+    alive = found if place.mask is None else found.masked_fill(~place.mask.bool(), -1)
+    best = torch.finfo(found.dtype).max
+    return Scores(found.masked_fill(place.computed.best(alive), best), False, _alive(place), place.name)
+
+
+def _check_norms(wanted: Mapping[str, Place], masks: Mapping[str, Tensor]) -> None:
+    for name, place in wanted.items():
+        if place.computed is not None and place.computed.is_lost(masks[name]):
+            raise InvalidArgumentError(
+                f"nothing would be left of a part of {name!r} whose norm is taken, and the norm of nothing divides by "
+                "zero; remove less, or exclude it."
+            )
 
 
 def _alive(place: Place) -> Tensor | None:

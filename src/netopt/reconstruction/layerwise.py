@@ -14,10 +14,12 @@ from netopt import batches
 from netopt.batches import Batch
 from netopt.errors import InvalidArgumentError, MissingDataError, NonFiniteError, ShapeMismatchError
 from netopt.importance import Criterion, Importance, lookup
-from netopt.importance.inputs import Matrix, every_contraction
+from netopt.importance.inputs import Matrix
 from netopt.masking.decide import Request
+from netopt.model.kernels import Unfused
 from netopt.model.parameters import Place
 from netopt.model.restore import restored
+from netopt.model.signals import UndoLog
 from netopt.reconstruction.replay import Runner, container_of
 from netopt.reconstruction.solvers import Demand, Problem
 from netopt.reconstruction.stages import by_block, moments, stages
@@ -33,6 +35,7 @@ def reconstruct(
     importance: Importance,
     requests: Sequence[tuple[Sequence[str], Request]],
     *,
+    log: UndoLog,
     progress: bool = False,
 ) -> dict[str, Tensor]:
     """Decides masks and updates the weights below them, layer by layer.
@@ -43,6 +46,7 @@ def reconstruct(
         data: Calibration batches; inputs are kept, activations are not.
         importance: A criterion of layers, or its name; see :func:`netopt.importance.names`.
         requests: For groups of names, how much and in what pattern. A global amount is shared out in proportion.
+        log: Puts the weights back if its block fails.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -61,26 +65,26 @@ def reconstruct(
     held = list(batches.iterate(data))
     before = {name: place.parameter.detach().clone() for name, place in wanted.items()}
     masks: dict[str, Tensor] = {}
-    try:
-        with restored(model), every_contraction(model):
-            model.eval()
-            container = container_of(model, wanted)
-            order, chain = stages(model, held, wanted, container)
-            # Who aims at no outputs needs no unpruned model, and makes up for nothing done before in the same block.
-            aims = solver.needs != {"moment"}
-            runner = Runner(
-                model, held, container, chain, unpruned=(lambda: _exchanged(wanted, before)) if aims else None
-            )
-            for stage in tqdm(order if aims else by_block(order), desc=solver.name, disable=not progress, leave=False):
-                for name, found in moments(runner, stage, wanted).items():
-                    parts = list(zip(stage.matrices[name], found, strict=True))
-                    masks[name] = _solve(wanted[name], parts, shares[name], solver)
-    except BaseException:
-        with torch.no_grad():
-            for name, place in wanted.items():
-                place.parameter.copy_(before[name])
-        raise
+    log.callback(_write, wanted, before, on=BaseException)
+    with restored(model) as looking:
+        looking.enter_context(Unfused(attention=False))
+        model.eval()
+        container = container_of(model, wanted)
+        order, chain = stages(model, held, wanted, container)
+        # Who aims at no outputs needs no unpruned model, and makes up for nothing done before in the same block.
+        aims = solver.needs != {"moment"}
+        runner = Runner(model, held, container, chain, unpruned=(lambda: _exchanged(wanted, before)) if aims else None)
+        for stage in tqdm(order if aims else by_block(order), desc=solver.name, disable=not progress, leave=False):
+            for name, found in moments(runner, stage, wanted).items():
+                parts = list(zip(stage.matrices[name], found, strict=True))
+                masks[name] = _solve(wanted[name], parts, shares[name], solver)
     return {name: masks[name] for name in wanted}
+
+
+def _write(wanted: Mapping[str, Place], values: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, place in wanted.items():
+            place.parameter.copy_(values[name])
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from netopt import batches
-from netopt.errors import InvalidArgumentError
+from netopt.errors import InvalidArgumentError, quoted
 from netopt.importance.inputs import InputWatch, Matrix, Reading
 from netopt.model.parameters import Place
 from netopt.reconstruction.replay import Chain, Runner, noting
@@ -82,10 +82,17 @@ def stages(
         chain = notes.chain() if chain is None else chain
         if all(survey.lacks(place) is None for place in wanted.values()):
             break
-    for place in wanted.values():
-        lack = survey.lacks(place)
-        if lack is not None:
-            raise InvalidArgumentError(f"{lack}; exclude it, or choose another importance.")
+    unmet = [name for name in wanted if name not in survey.found]
+    if unmet:
+        raise InvalidArgumentError(
+            f"{quoted(unmet)} met no inputs in a matrix product or convolution on this data, so nothing can be "
+            f"reconstructed; pass exclude=[{quoted(unmet)}], or choose another importance."
+        )
+    lacks = {name: lack for name, place in wanted.items() if (lack := survey.lacks(place)) is not None}
+    if lacks:
+        first, *others = lacks
+        more = f" Neither can {', '.join(map(repr, others))}." if others else ""
+        raise InvalidArgumentError(f"{lacks[first]}; exclude it, or choose another importance.{more}")
     assert chain is not None, "there is a batch"
     for stage in survey.order:
         inside = [block for name in stage.readings for block in survey.blocks[name]]
@@ -145,10 +152,7 @@ class _Survey:
         """Says why a weight cannot be reconstructed from what has been seen, or ``None`` if it can."""
         name, parameter = place.name, place.parameter.detach()
         if name not in self.found:
-            return (
-                f"{name!r} met no inputs in a matrix product or convolution on this data, so nothing can be "
-                "reconstructed"
-            )
+            return f"{name!r} met no inputs on this data"
         matrices = self.found[name].matrices[name]
         covered = torch.zeros_like(parameter, dtype=torch.bool)
         for matrix in matrices:
@@ -256,7 +260,7 @@ class _Tally:
             self.seen.setdefault(key, []).append(kept)
             return
         before = self.seen[key].pop(0) if self.seen.get(key) else reading
-        if before.inputs.shape != reading.inputs.shape:
+        if not reading.pairs_with(before):
             # Another number of inputs found its way here than in the unpruned model: to an expert, for example.
             before = reading
         sums = self.sums[reading.name]

@@ -6,14 +6,15 @@ around the new value.
 
 from __future__ import annotations
 
+import types
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from netopt.errors import PlanMismatchError
-from netopt.surgery.tensors import step_into
+from netopt.model.descriptions import QUOTIENTS, ROWS_OF, dimension, stored_under
+from netopt.surgery.tensors import may_step, step_into
 
 Path = tuple[Any, ...]
 """Module's dotted name ("" is the model), attribute, then items or attributes below it."""
@@ -38,23 +39,30 @@ def read(model: nn.Module, path: Path, modules: Mapping[str, nn.Module] | None =
         modules: Its modules by dotted name, if they are listed already.
 
     Raises:
-        PlanMismatchError: The model has nothing there.
+        PlanMismatchError: The model has nothing there, or something else than a plain value.
     """
     holder: Any = None
     try:
         holder = model.get_submodule(path[0]) if modules is None else modules[path[0]]
         for step in path[1:-1]:
             holder = step_into(holder, step)
-        return step_into(holder, path[-1]) if not _may_be_given(holder, path[-1]) else None
-    except (AttributeError, KeyError, IndexError, StopIteration, TypeError) as error:
+        found = step_into(holder, path[-1]) if not _may_be_given(holder, path[-1]) else None
+    except (AttributeError, KeyError, IndexError, StopIteration, TypeError, ValueError) as error:
         raise PlanMismatchError(f"the plan sets `{show(path)}`, which this {type(model).__name__} lacks") from error
+    if callable(found) or isinstance(found, (Tensor, types.ModuleType)):
+        raise PlanMismatchError(
+            f"the plan sets `{show(path)}`, which is no number of this {type(model).__name__} but a "
+            f"{type(found).__name__}"
+        )
+    return found
 
 
 def _may_be_given(holder: Any, step: Any) -> bool:
     """Whether this is an entry that a configuration, which takes any, lacks."""
     # A module is asked for an attribute it lacks by way of all its members.
     is_module = isinstance(holder, nn.Module)
-    return not is_module and hasattr(holder, "to_dict") and isinstance(step, str) and not hasattr(holder, step)
+    named = isinstance(step, str) and may_step(holder, step)
+    return not is_module and named and hasattr(holder, "to_dict") and not hasattr(holder, step)
 
 
 class Assignment:
@@ -148,74 +156,6 @@ def _with_item(holder: tuple[Any, ...], index: int, value: Any) -> tuple[Any, ..
     return make(items)
 
 
-@dataclass(frozen=True)
-class Description:
-    """An integer by which a module describes one of its tensors."""
-
-    attribute: str
-    tensor: str
-    dim: int
-    transposed: int | None = None
-    """The dimension instead, in a module whose own ``transposed`` is true."""
-    grouped: bool = False
-    """The integer counts all groups, the dimension one."""
-
-
-# What modules say about themselves and never compute with, so that no equation can know it. A row holds for a module
-# only if it is true of it before the surgery; the module's class plays no part.
-DESCRIPTIONS = (
-    Description("out_features", "weight", 0),
-    Description("in_features", "weight", 1),
-    Description("in1_features", "weight", 1),
-    Description("in2_features", "weight", 2),
-    Description("out_channels", "weight", 0, transposed=1),
-    Description("in_channels", "weight", 1, transposed=0),
-    Description("out_channels", "weight", 1, transposed=1, grouped=True),
-    Description("in_channels", "weight", 1, transposed=0, grouped=True),
-    Description("num_features", "weight", 0),
-    Description("num_features", "running_mean", 0),
-    Description("num_channels", "weight", 0),
-    Description("num_embeddings", "weight", 0),
-    Description("embedding_dim", "weight", 1),
-    Description("num_parameters", "weight", 0),
-    Description("nf", "weight", 1),
-    Description("nx", "weight", 0),
-    Description("input_size", "weight_ih", 1),
-    Description("hidden_size", "weight_hh", 1),
-    Description("input_size", "weight_ih_l0", 1),
-    Description("hidden_size", "weight_hr_l0", 1),
-    Description("proj_size", "weight_hr_l0", 0),
-    Description("embed_dim", "out_proj_weight", 0),
-    Description("kdim", "k_proj_weight", 1),
-    Description("vdim", "v_proj_weight", 1),
-)
-
-
-_ROWS_OF = {
-    name: tuple(row for row in DESCRIPTIONS if row.attribute == name)
-    for name in dict.fromkeys(row.attribute for row in DESCRIPTIONS)
-}
-"""The rows of each attribute."""
-
-# An integer that is another divided by a third: attribute, dividend, divisor. It follows where the dividend is set;
-# where only the divisor is, as by code that keeps its own width, the quotient is what the equations made it.
-QUOTIENTS = (("head_dim", "embed_dim", "num_heads"),)
-
-
-def stored_under(module: nn.Module, tensor: str) -> str | None:
-    """The name below ``module`` of the parameter or buffer behind its attribute ``tensor``."""
-    parameters, buffers = module._parameters, module._buffers
-    if parameters.get(tensor) is not None:
-        return tensor
-    for name in (tensor, f"{tensor}_orig", f"{tensor}_v"):
-        if parameters.get(name) is not None or buffers.get(name) is not None:
-            return name
-    if "parametrizations" not in module._modules:
-        return None
-    inner = f"parametrizations.{tensor}.original"
-    return next((name for name, _ in module.named_parameters() if name in (inner, f"{inner}1")), None)
-
-
 def described(
     modules: Mapping[str, nn.Module],
     named: Mapping[str, Tensor],
@@ -257,23 +197,20 @@ def _said_by(
 ) -> Iterator[tuple[Path, int]]:
     """The integers of one module that describe its tensors; ``settled`` are those decided already."""
     own, start = vars(module), f"{prefix}." if prefix else ""
-    for attribute in [attribute for attribute in own if attribute in _ROWS_OF and attribute not in settled]:
+    for attribute in [attribute for attribute in own if attribute in ROWS_OF and attribute not in settled]:
         said = own[attribute]
-        for row in _ROWS_OF[attribute] if type(said) is int else ():
+        for row in ROWS_OF[attribute] if type(said) is int else ():
             name = stored_under(module, row.tensor)
             full = None if name is None else _shrinking(start + name, row.tensor, shapes)
             if full is None:
                 continue
-            dim = row.transposed if row.transposed is not None and getattr(module, "transposed", False) else row.dim
-            was, becomes = named[full].shape, shapes[full]
-            if dim is None or dim >= len(was):
+            dim = dimension(row, module, said, named[full].shape)
+            if dim is None:
                 continue
-            factor = getattr(module, "groups", 1) if row.grouped else 1
-            if said != was[dim] * factor:
-                continue
-            groups = taken.get((prefix, "groups"), factor) if row.grouped else 1
-            if becomes[dim] * groups != said:
-                yield (prefix, attribute), becomes[dim] * groups
+            groups = taken.get((prefix, "groups"), getattr(module, "groups", 1)) if row.grouped else 1
+            becomes = shapes[full][dim] * groups
+            if becomes != said:
+                yield (prefix, attribute), becomes
             break
 
 

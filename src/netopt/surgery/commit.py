@@ -1,7 +1,7 @@
 """All of it or nothing: every change is built and checked first, then done, and any failure puts everything back.
 
-Each change can be done and undone any number of times, so that an interruption anywhere, even in the middle of an
-undo, still ends with the model as it was.
+Each change can be done and undone any number of times, and its undoing is recorded before it is done, so that an
+interruption anywhere ends with the model as it was.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from netopt.errors import PlanMismatchError, ShapeMismatchError
+from netopt.model.signals import UndoLog
 from netopt.model.view import ModelView
 from netopt.surgery.attributes import Path, assignment, described, read
 from netopt.surgery.optimizers import FORMER, as_optimizers, narrowed_states
@@ -55,8 +56,6 @@ class Operation:
         """
 
         def work() -> Result:
-            self._do()
-            self._flatten()
             result = finish()
             exchanged = [change for change in self.changes if isinstance(change, Swap)]
             FORMER.add(self._held, {id(change.tensor): change.new.shape for change in exchanged})
@@ -66,7 +65,7 @@ class Operation:
                     self._retired.append(handle)
             return result
 
-        return self._undone_on_failure(work)
+        return self._done(work, undone_on=BaseException)
 
     def dry_run(self, look: Callable[[], Result]) -> Result:
         """Does all changes, looks, and undoes them whatever happens.
@@ -77,41 +76,28 @@ class Operation:
         Returns:
             What ``look`` returned.
         """
+        return self._done(look)
 
-        def work() -> Result:
-            self._do()
-            result = look()
-            self._restore()
-            return result
-
-        return self._undone_on_failure(work)
-
-    def _undone_on_failure(self, work: Callable[[], Result]) -> Result:
+    def _done(self, work: Callable[[], Result], undone_on: type[BaseException] | None = None) -> Result:
+        """Does all changes and what comes after; undoes them in the end, or only on an exception."""
+        log = UndoLog()
         try:
-            try:
+            with log:
+                log.callback(self._flatten, on=undone_on)
+                log.callback(self._revive, on=undone_on)
+                for change in self.changes:
+                    log.callback(change.undo, on=undone_on)
+                for change in self.changes:
+                    change.do()
+                self._flatten()
                 return work()
-            except BaseException:
-                self._restore()
-                raise
-        except BaseException:
-            # Twice, which costs nothing: an interruption on the very line before the undo must not skip it.
-            self._restore()
+        except BaseException as error:
+            log.close(error)  # once more, which costs nothing: debuggers interrupt where signals do not
             raise
 
-    def _do(self) -> None:
-        for change in self.changes:
-            change.do()
-
-    def _restore(self) -> None:
-        try:
-            for change in reversed(self.changes):
-                change.undo()
-            for handle in self._retired:
-                handle.remove()
-            self._flatten()
-        except KeyboardInterrupt:
-            # The interruption that led here is on its way already; a second one must not leave half a model.
-            self._restore()
+    def _revive(self) -> None:
+        for handle in self._retired:
+            handle.remove()
 
     def _flatten(self) -> None:
         """Recurrent modules keep their weights in one block on some devices."""
@@ -237,6 +223,10 @@ def _replacements(
         built[id(tensor)] = (tensor, new)
     for name, factor in scales.items():
         tensor, new = _pending(model, name, built, named)
+        if isinstance(factor, Tensor) and not broadcasts(factor.shape, new.shape):
+            raise ShapeMismatchError(
+                f"the plan scales `{name}` by a factor of shape {tuple(factor.shape)}; it will have {tuple(new.shape)}"
+            )
         new.detach().mul_(factor.to(new.device) if isinstance(factor, Tensor) else factor)
         built[id(tensor)] = (tensor, new)
     for name, value in values.items():
@@ -248,6 +238,11 @@ def _replacements(
         new.detach().copy_(value)
         built[id(tensor)] = (tensor, new)
     return list(built.values())
+
+
+def broadcasts(shape: Sequence[int], to: Sequence[int]) -> bool:
+    """Whether a tensor of ``shape`` applies to one of shape ``to`` without making it larger."""
+    return len(shape) <= len(to) and all(one in (1, size) for one, size in zip(shape[::-1], to[::-1], strict=False))
 
 
 def _pending(

@@ -8,7 +8,9 @@ the undo.
 from __future__ import annotations
 
 import ast
+import functools
 import re
+import types
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -39,11 +41,16 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def step_into(holder: Any, step: Any) -> Any:
-    """One step of a path: a member of a module, an item of a container, or an attribute of anything else.
+    """One step of a path: a member of a module, an item of a container, or an attribute of a configuration.
+
+    A path may come from a file: no step leads to what Python keeps about objects, nor through a class, a function, a
+    module of Python or a tensor.
 
     Raises:
         KeyError, IndexError, AttributeError, StopIteration: There is no such member, item or attribute.
     """
+    if not may_step(holder, step):
+        raise AttributeError(f"{step!r} of {type(holder).__name__} is nothing that a plan may name")
     if isinstance(holder, nn.Module) and not isinstance(holder, torch.jit.ScriptModule):
         for members in (holder._parameters, holder._buffers, holder._modules):
             if members.get(step) is not None:
@@ -55,6 +62,15 @@ def step_into(holder: Any, step: Any) -> Any:
     if isinstance(holder, (list, tuple, nn.ModuleList, nn.Sequential)) and str(step).isdigit():
         return holder[int(step)]
     return getattr(holder, str(step))
+
+
+def may_step(holder: Any, step: Any) -> bool:
+    """Whether a path may lead on from ``holder`` by ``step``."""
+    if isinstance(step, str) and step.startswith("__"):
+        return False
+    if isinstance(holder, (type, types.ModuleType, Tensor)):
+        return False
+    return isinstance(holder, (nn.Module, functools.partial)) or not callable(holder)
 
 
 def steps(name: str) -> Iterator[str | int]:

@@ -147,6 +147,7 @@ class LinearProbe(nn.Module):
         axis("blocks.0.0:0 blocks.0.2.weight:1", 12),
         axis("blocks.1.0:0 blocks.1.2.weight:1", 12),
     ],
+    warns="None of the inputs have requires_grad",
 )
 class Checkpointed(nn.Module):
     def __init__(self):

@@ -149,9 +149,7 @@ def cdist(op: Operation, left: Tensor, right: Tensor, *args: Any) -> Dims:
     op.same(a[-1], b[-1])
     if not (a[-1].zero and b[-1].zero):
         op.inexact(a[-1], "is summed over by cdist where a masked neuron need not be zero")
-    batch = list(a[:-2])
-    for index, dim in enumerate(batch):
-        op.same(dim, b[index])
+    batch = [Dim(op.same(one, other), one.zero and other.zero) for one, other in zip(a[:-2], b[:-2], strict=False)]
     return [*batch, Dim(a[-2].layout), Dim(b[-2].layout)]
 
 
@@ -190,6 +188,13 @@ def cross(op: Operation, left: Tensor, right: Tensor, dim: int = -1) -> Dims:
 def attention(op: Operation, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
     """``softmax(q k^T) v``, head by head; fewer key heads than query heads serve several each."""
     q, k, v = op.dims(query), op.dims(key), op.dims(value)
+    if True in args[:4]:  # it may be masked by position
+        _causal(op, q[-2], k[-2])
+    if kwargs.get("scale") is None:
+        op.inexact(q[-1], "sets the default scale of attention")
+    for mask in (*args, kwargs.get("attn_mask")):
+        if isinstance(mask, Tensor):
+            _scores_masked(op, [*q[:-1], k[-2]], mask)
     op.summed(q[-1], k[-1])
     op.same(k[-2], v[-2])
     op.inexact(k[-2], "is normalised over by softmax")
@@ -220,17 +225,22 @@ def attention_called(
     """Attention as the user's code calls it, with as many heads of keys as of queries."""
     q, k, v = op.dims(query), op.dims(key), op.dims(value)
     if is_causal:
-        if q[-2].size == k[-2].size:
-            op.same(q[-2], k[-2])  # a triangle without some rows and the same columns is a triangle
-        else:
-            op.freeze([q[-2], k[-2]], "is masked by its position")
+        _causal(op, q[-2], k[-2])
     op.contract(query, [q[-1]], [q[-2]])
     op.contract(key, [k[-1]], [k[-2]])
     op.contract(value, [v[-2]], [v[-1]])
-    result = attention(op, query, key, value)[0]
-    if attn_mask is not None:
-        scores = [*q[:-1], k[-2]]
-        for right, dim in enumerate(reversed(op.dims(attn_mask)), 1):
-            if dim.size > 1:
-                op.same(scores[-right], dim)
-    return result
+    return attention(op, query, key, value, attn_mask=attn_mask, scale=kwargs.get("scale"))[0]
+
+
+def _causal(op: Operation, queries: Dim, keys: Dim) -> None:
+    """A triangle without some rows and the same columns is a triangle."""
+    if queries.size == keys.size:
+        op.same(queries, keys)
+    else:
+        op.freeze([queries, keys], "is masked by its position")
+
+
+def _scores_masked(op: Operation, scores: Dims, mask: Tensor) -> None:
+    for right, dim in enumerate(reversed(op.dims(mask)), 1):
+        if dim.size > 1:
+            op.same(scores[-right], dim)

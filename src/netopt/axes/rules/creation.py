@@ -27,7 +27,6 @@ def zeros(op: Operation, *args: Any, **kwargs: Any) -> Dims:
     "aten::new_empty_strided",
     "aten::empty_strided",
     "aten::scalar_tensor",
-    "aten::hann_window",
     "aten::normal_like",
     "aten::_efficientzerotensor",
 )
@@ -37,7 +36,9 @@ def fresh(op: Operation, *args: Any, **kwargs: Any) -> Dims:
 
 
 @rule("aten::arange", "aten::range", "aten::linspace", "aten::logspace", "aten::randperm",
-      "aten::tril_indices", "aten::triu_indices", "aten::one_hot")  # fmt: skip
+      "aten::tril_indices", "aten::triu_indices",
+      "aten::bartlett_window", "aten::blackman_window", "aten::hamming_window", "aten::hann_window",
+      "aten::kaiser_window")  # fmt: skip
 def positional(op: Operation, *args: Any, **kwargs: Any) -> Dims:
     """Values that are numbers of positions: those of some positions are not those of the first so many."""
     dims = [op.asked(size) for size in op.out.shape]

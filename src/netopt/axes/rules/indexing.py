@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.utils._mode_utils import no_dispatch
 
 from netopt.axes.layout import Atom, atoms, concat, shatter
-from netopt.axes.operation import Dim, Dims, Operation, rule
+from netopt.axes.operation import Dim, Dims, Operation, is_zero, rule
 from netopt.axes.rules.pointwise import aligned
 
 
@@ -37,6 +38,7 @@ def embedding_bag(op: Operation, weight: Tensor, indices: Tensor, offsets: Tenso
 def embedding_renorm(op: Operation, weight: Tensor, indices: Tensor, *args: Any) -> Dims:
     """Rows brought to a length."""
     table = op.dims(weight)
+    op.freeze(table[0], "is looked up by number")
     op.inexact(table[1], "is normalised over by embedding_renorm")
     return table
 
@@ -48,65 +50,92 @@ _MOST_REPEATED = 4096
 def looked_up(op: Operation, dim: Dim, indices: Tensor) -> Dim | None:
     """The dimension that a fixed list of positions makes of ``dim``, if the list can be rewritten with it.
 
-    The positions are followed one by one, so that a permutation or a selection of channels ties the right neurons.
+    The positions are followed one by one, so that a permutation or a selection of channels ties the right neurons. A
+    fixed mask says for each position whether it is selected, and shrinks along with the dimension.
     """
+    if indices.dim() != 1 or all(atom.frozen is not None for atom in atoms(dim.layout)):
+        return None
+    if _is_mask(indices):
+        return _masked(op, dim, indices)
     name = op.trace.pointer(indices)
     if name is None or _MOST_REPEATED < indices.numel() > dim.size:
         return None
-    if all(atom.frozen is not None for atom in atoms(dim.layout)):
-        return None
-    units = shatter(dim.layout)
-    with no_dispatch():
-        chosen = [units[position] for position in indices.tolist()]
-    made = Dim(concat(chosen), dim.zero)
+    made = _positions(dim, indices)
     op.same(op.dims(indices)[0], made)
     op.same(op.trace.pointers.setdefault(name, dim.layout), dim)
     op.trace.follows = name
     return made
 
 
-@rule("aten::index", "aten::_unsafe_index")
-def index(op: Operation, tensor: Tensor, indices: Sequence[Tensor | None]) -> Any:
-    """Dimensions with an index are replaced by the index's own."""
-    dims = op.dims(tensor)
-    given = [(at, one) for at, one in enumerate(indices) if one is not None]
-    if len(given) == 1:
-        at, only = given[0]
-        followed = looked_up(op, dims[at], only)
-        if followed is not None:
-            return [*dims[:at], followed, *dims[at + 1 :]]
+def _positions(dim: Dim, indices: Tensor) -> Dim:
+    units = shatter(dim.layout)
+    with no_dispatch():
+        return Dim(concat([units[position] for position in indices.tolist()]), dim.zero)
+
+
+def _masked(op: Operation, dim: Dim, mask: Tensor) -> Dim | None:
+    """The positions that a mask held by the model selects."""
+    if not op.is_held(mask) or mask.is_meta or isinstance(mask, FakeTensor):
+        return None
+    op.same(op.dims(mask)[0], dim)
+    with no_dispatch():
+        selected = mask.nonzero().flatten()
+    return _positions(dim, selected) if len(selected) else None
+
+
+def _is_mask(indices: Tensor) -> bool:
+    return indices.dtype in (torch.bool, torch.uint8)
+
+
+class _Indexed(NamedTuple):
+    """What an index by tensors does to dimensions: which it replaces, by how many, and before which of the others."""
+
+    places: list[int]
+    tensors: list[Tensor]
+    rank: int
+    front: int
+
+    def put_in(self, dims: Dims, made: Dims) -> Dims:
+        """The dimensions of what is selected, of which ``made`` are those of the index."""
+        rest = [dim for position, dim in enumerate(dims) if position not in self.places]
+        return [*rest[: self.front], *made, *rest[self.front :]]
+
+
+def _indexed(indices: Sequence[Tensor | None]) -> _Indexed:
     places: list[int] = []
     tensors: list[Tensor] = []
     at = 0
     for one in indices:
-        if one is None:
-            at += 1
-            continue
-        width = one.dim() if one.dtype in (torch.bool, torch.uint8) else 1
-        op.freeze(dims[at : at + width], "is indexed by a tensor")
-        places.extend(range(at, at + width))
-        tensors.append(one)
+        width = one.dim() if one is not None and _is_mask(one) else 1
+        if one is not None:
+            places.extend(range(at, at + width))
+            tensors.append(one)
         at += width
-    if any(one.dtype in (torch.bool, torch.uint8) for one in tensors):
-        op.trace.by_value = True
-        for one in tensors:
-            op.freeze(op.dims(one), "is a mask that selects positions")
-        made = [op.frozen(op.out.shape[places[0]], "is selected by value")] if len(tensors) == 1 else None
-    else:
-        rank = max(one.dim() for one in tensors)
-        made = [Dim(common.layout) if common is not None else Dim(Atom(1)) for common, _ in aligned(op, tensors, rank)]
-    if made is None:
-        op.freeze(dims, "is indexed by a tensor")
-        return [op.frozen(size, "is indexed by a tensor") for size in op.out.shape]
-    rest = [dim for position, dim in enumerate(dims) if position not in places]
-    adjacent = places == list(range(places[0], places[-1] + 1)) and _no_gap(indices)
-    front = sum(position < places[0] for position in range(len(dims)) if position not in places) if adjacent else 0
-    return [*rest[:front], *made, *rest[front:]]
-
-
-def _no_gap(indices: Sequence[Tensor | None]) -> bool:
+    rank = max(1 if _is_mask(one) else one.dim() for one in tensors)
     given = [position for position, one in enumerate(indices) if one is not None]
-    return given == list(range(given[0], given[-1] + 1))
+    front = given[0] if given == list(range(given[0], given[-1] + 1)) else 0  # with a gap, they come first
+    return _Indexed(places, tensors, rank, front)
+
+
+@rule("aten::index", "aten::_unsafe_index")
+def index(op: Operation, tensor: Tensor, indices: Sequence[Tensor | None]) -> Any:
+    """Dimensions with an index are replaced by the index's own."""
+    dims = op.dims(tensor)
+    found = _indexed(indices)
+    if len(found.tensors) == len(found.places) == 1:
+        followed = looked_up(op, dims[found.places[0]], found.tensors[0])
+        if followed is not None:
+            return found.put_in(dims, [followed])
+    op.freeze([dims[place] for place in found.places], "is indexed by a tensor")
+    masks = [one for one in found.tensors if _is_mask(one)]
+    if masks:
+        op.trace.by_value = True
+        for one in masks:
+            op.freeze(op.dims(one), "is a mask that selects positions")
+        sizes = op.out.shape[found.front : found.front + found.rank]
+        return found.put_in(dims, [op.frozen(size, "is selected by value") for size in sizes])
+    common = aligned(op, found.tensors, found.rank)
+    return found.put_in(dims, [Dim(Atom(1)) if one is None else Dim(one.layout) for one, _ in common])
 
 
 @rule("aten::index_select")
@@ -136,77 +165,128 @@ def gather(op: Operation, tensor: Tensor, dim: int, indices: Tensor, **kwargs: A
     return [Dim(one.layout, dims[at].zero and at != dim % len(dims)) for at, one in enumerate(chosen)]
 
 
+_NUMBERED = "is written to by number"
+
+
 @rule("aten::scatter", "aten::scatter_add", "aten::scatter_reduce")
 def scatter(
     op: Operation, tensor: Tensor, dim: int, indices: Tensor, source: Any = None, *args: Any, **kwargs: Any
 ) -> Dims:
     """Values written to positions of one dimension by number, elsewhere position by position."""
-    dims = op.dims(tensor)
-    others = [indices, *([source] if isinstance(source, Tensor) else [])]
-    result = []
+    dims = list(op.dims(tensor))
+    others = [op.dims(other) for other in (indices, source) if isinstance(other, Tensor) and other.dim() == len(dims)]
+    keeps = source is not None and (len(others) > 1 or is_zero(op, source))
     for at, target in enumerate(dims):
-        written = [op.dims(other)[at] for other in others if other.dim() == len(dims)]
+        written = [other[at] for other in others]
         if at == dim % len(dims):
-            op.freeze([target, *written], "is written to by number")
-            result.append(Dim(target.layout))
+            op.freeze(target, _NUMBERED)
+            dims[at] = Dim(target.layout)
+            _told_where(op, written, adds="add" in op.short or "sum" in args)
             continue
         for one in written:
             if one.size == target.size:
                 op.same(one, target)
             else:
                 op.freeze([one, target], "is written to in part")
-        zero = target.zero and isinstance(source, Tensor) and written[-1].zero
-        result.append(Dim(target.layout, zero))
-    return result
+        dims[at] = Dim(target.layout, target.zero and keeps and all(one.zero for one in written[1:]))
+    return dims
+
+
+def _told_where(op: Operation, written: Dims, *, adds: bool) -> None:
+    """Positions of an index, then of what is written there: without one, nothing is written, not a zero."""
+    if not written:
+        return
+    for one in written[1:]:
+        if one.size == written[0].size:
+            op.same(one, written[0])
+        else:
+            op.freeze([one, written[0]], "is written in part")
+    if not (adds and len(written) > 1 and written[1].zero):
+        op.inexact(written[0], f"says by {op.short} where something is written")
 
 
 @rule("aten::index_add", "aten::index_copy", "aten::index_fill", "aten::index_reduce")
-def index_add(op: Operation, tensor: Tensor, dim: int, indices: Tensor, source: Any, **kwargs: Any) -> Dims:
+def index_add(op: Operation, tensor: Tensor, dim: int, indices: Tensor, source: Any, *args: Any, **kwargs: Any) -> Dims:
     """Slices written to positions of one dimension by number."""
     dims = list(op.dims(tensor))
-    op.freeze(dims[dim], "is written to by number")
-    if isinstance(source, Tensor) and source.dim() == len(dims):
-        given = op.dims(source)
-        for at, target in enumerate(dims):
-            if at != dim % len(dims):
-                op.same(target, given[at])
-                dims[at] = Dim(target.layout, target.zero and given[at].zero)
-            else:
-                dims[at] = Dim(target.layout)
+    if not dims:
         return dims
-    return [Dim(one.layout) for one in dims]
+    where = dim % len(dims)
+    given = op.dims(source) if isinstance(source, Tensor) and source.dim() == len(dims) else None
+    followed = looked_up(op, dims[where], indices)
+    for at, target in enumerate(dims):
+        if at != where:
+            if given is not None:
+                op.same(target, given[at])
+            dims[at] = Dim(target.layout, target.zero and (is_zero(op, source) if given is None else given[at].zero))
+    if followed is not None:
+        if given is not None:
+            op.same(followed, given[where])
+        dims[where] = Dim(dims[where].layout, dims[where].zero and given is not None and given[where].zero)
+        return dims
+    op.freeze(dims[where], _NUMBERED)
+    dims[where] = Dim(dims[where].layout)
+    if indices.dim():
+        _told_where(op, [op.dims(indices)[0], *([] if given is None else [given[where]])], adds="add" in op.short)
+    return dims
 
 
 @rule("aten::index_put", "aten::_unsafe_index_put", "aten::_index_put_impl")
 def index_put(
     op: Operation, tensor: Tensor, indices: Sequence[Tensor | None], values: Tensor, *args: Any, **kwargs: Any
 ) -> Dims:
-    """Values written to positions by number or mask; dimensions without an index match the values', from the right."""
+    """Values written to positions by number or mask; they are broadcast to what the same index would select."""
     dims = list(op.dims(tensor))
-    at = 0
-    for one in indices:
-        width = one.dim() if one is not None and one.dtype in (torch.bool, torch.uint8) else 1
-        if one is not None:
-            op.freeze(dims[at : at + width], "is written to by number")
+    found = _indexed(indices)
+    if len(found.tensors) == 1 and _is_mask(found.tensors[0]) and values.numel() == 1:
+        return _filled(op, dims, found, values)
+    followed = None
+    if len(found.tensors) == len(found.places) == 1:
+        followed = looked_up(op, dims[found.places[0]], found.tensors[0])
+    if followed is None:
+        op.freeze([dims[place] for place in found.places], _NUMBERED)
+        for one in found.tensors:
             op.freeze(op.dims(one), "is a list of positions")
-        at += width
-    trailing = len(dims) - at
+    positions = found.put_in([Dim(Atom(1))] * len(dims), [Dim(Atom(1))] * found.rank)
+    passing = iter(place for place in range(len(dims)) if place not in found.places)
+    made = range(found.front, found.front + found.rank)
+    zero = is_zero(op, values)
     given = op.dims(values)
-    op.freeze(given[: max(len(given) - trailing, 0)], "is written by number")
-    for right in range(1, min(trailing, len(given)) + 1):
-        if given[-right].size == dims[-right].size:
-            op.same(dims[-right], given[-right])
-            dims[-right] = Dim(dims[-right].layout, dims[-right].zero and given[-right].zero)
-        elif given[-right].size == 1:
-            dims[-right] = Dim(dims[-right].layout)
+    for at in range(len(positions)):
+        right = len(positions) - at
+        one = given[-right] if right <= len(given) else None
+        if at in made and followed is None:
+            if one is not None:
+                op.freeze(one, "is written by number")
+            continue
+        place = found.places[0] if at in made else next(passing)
+        target = dims[place] if at not in made or followed is None else followed
+        if one is not None and one.size == target.size:
+            op.same(target, one)
+            kept = one.zero
+        else:
+            kept = target.size == 1
+        dims[place] = Dim(dims[place].layout, dims[place].zero and (kept or zero))
     return dims
 
 
+def _filled(op: Operation, dims: Dims, found: _Indexed, value: Tensor) -> Dims:
+    """One number written where a mask is true."""
+    for place, one in zip(found.places, op.dims(found.tensors[0]), strict=True):
+        op.same(dims[place], one)
+    return [Dim(dim.layout, dim.zero and is_zero(op, value)) for dim in dims]
+
+
 @rule("aten::take", "aten::put")
-def flat(op: Operation, tensor: Tensor, indices: Tensor, *args: Any, **kwargs: Any) -> Dims:
+def flat(op: Operation, tensor: Tensor, indices: Tensor, *rest: Any, **kwargs: Any) -> Dims:
     """Positions counted through all dimensions."""
     op.freeze(op.dims(tensor), "is indexed as if flattened")
-    return op.dims(tensor) if op.short == "put" else [Dim(dim.layout) for dim in op.dims(indices)]
+    if op.short == "take":
+        return [Dim(dim.layout) for dim in op.dims(indices)]
+    for one in (indices, *rest):
+        if isinstance(one, Tensor):
+            op.freeze(op.dims(one), "is written as if flattened")
+    return [Dim(dim.layout) for dim in op.dims(tensor)]
 
 
 @rule("aten::masked_scatter")
@@ -214,7 +294,15 @@ def masked_scatter(op: Operation, tensor: Tensor, mask: Tensor, source: Tensor) 
     """Values written where a mask is true, in order."""
     for one in (tensor, mask, source):
         op.freeze(op.dims(one), "is written to by a mask")
-    return [Dim(dim.layout) for dim in op.dims(tensor)]
+    return [op.frozen(size, "is written to by a mask") for size in op.out.shape]
+
+
+@rule("aten::isin")
+def isin(op: Operation, elements: Any, sought: Any, **kwargs: Any) -> Dims:
+    """For each entry whether it is one of a list."""
+    if isinstance(sought, Tensor):
+        op.freeze(op.dims(sought), "is searched in")
+    return [Dim(dim.layout) for dim in op.dims(elements)] if isinstance(elements, Tensor) else []
 
 
 @rule("aten::searchsorted", "aten::bucketize")
@@ -224,4 +312,6 @@ def searchsorted(op: Operation, first: Tensor, second: Any, *args: Any, **kwargs
     op.freeze(op.dims(sorted_list), "is searched in")
     if not isinstance(asked, Tensor):
         return []
+    if sorted_list.dim() > 1:
+        op.freeze(op.dims(asked)[:-1], "is searched for in a list of its own")
     return [Dim(dim.layout) for dim in op.dims(asked)]

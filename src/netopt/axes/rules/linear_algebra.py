@@ -29,7 +29,7 @@ def whole_matrix(op: Operation, *args: Any, **kwargs: Any) -> tuple[Dims, ...]:
             for mine, other in zip(dims, batch, strict=False):
                 op.same(mine, other) if mine.size == other.size else op.freeze([mine, other], why)
         else:
-            op.freeze(dims, why)
+            op.freeze([*dims, *batch], why)
     answers = []
     for out in tree_leaves(op.out):
         sizes = list(out.shape)

@@ -46,11 +46,11 @@ def batch_norm(op: Operation, tensor: Tensor, weight: Any, bias: Any, *stats: An
     op.inexact([dims[0], *dims[2:]], "is normalised over by batch_norm")
     _per_channel(op, dims[1], [weight, bias, *stats])
     if weight is None:
-        running = [stat for stat in stats[:1] if isinstance(stat, Tensor)]
+        running = [stat for stat in (bias, *stats[:1]) if isinstance(stat, Tensor)]
         zero = dims[1].zero and all(op.dims(stat)[0].zero for stat in running)
     else:
         zero = _affine_zero(op, weight, bias)
-    dims[1] = Dim(dims[1].layout, zero)
+    dims = [Dim(dim.layout, zero and index == 1) for index, dim in enumerate(dims)]
     if isinstance(op.out, Tensor):
         return dims
     extra = tuple(
@@ -70,6 +70,8 @@ def layer_norm(
     name = op.short.removeprefix("native_")  # as the user's code calls it
     op.inexact(dims[start:], f"is normalised over by {name}")
     terms = [one for one in (weight, bias) if isinstance(one, Tensor)]
+    if isinstance(bias, Tensor):
+        dims[:start] = [Dim(dim.layout) for dim in dims[:start]]
     for index in range(start, len(dims)):
         for term in terms:
             op.same(op.dims(term)[index - start], dims[index])
@@ -88,10 +90,11 @@ def group_norm(
     if halves is None:
         op.freeze(dims[1], "is cut into groups across the boundaries of its parts")
     else:
-        op.inexact(halves[1], "is normalised over by group_norm")
+        op.inexact([halves[1], *dims[2:]], "is normalised over by group_norm")
         op.trace.groups = halves[0].layout if halves[0] is not None else None
     _per_channel(op, dims[1], [weight, bias])
-    dims[1] = Dim(dims[1].layout, _affine_zero(op, weight, bias))
+    zero = _affine_zero(op, weight, bias)
+    dims = [Dim(dim.layout, zero and index == 1) for index, dim in enumerate(dims)]
     return (dims, *_rest(op))
 
 

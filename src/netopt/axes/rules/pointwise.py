@@ -13,12 +13,14 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from netopt.axes.layout import Atom
-from netopt.axes.operation import Dim, Dims, Operation, rule
+from netopt.axes.operation import Dim, Dims, Operation, is_zero, rule
+
+_MEAN = 1
 
 _KEEP_ZERO = """
 abs alias arcsin arctan asin asinh atan atanh celu ceil clone contiguous conj _conj copysign detach
 dropout native_dropout elu erf erfinv expm1 feature_dropout floor frac gelu hardshrink hardswish
-leaky_relu lift lift_fresh lift_fresh_copy log1p mish nan_to_num neg negative relu relu6
+leaky_relu lift lift_fresh lift_fresh_copy log1p mish neg negative relu relu6
 rrelu_with_noise round selu sgn sign silu sin sinh softshrink sqrt square tan tanh trunc
 _to_copy to type_as remainder fmod fix positive resolve_conj resolve_neg real imag
 rrelu special_erf bitwise_left_shift bitwise_right_shift
@@ -29,8 +31,8 @@ _LOSE_ZERO = """
 acos acosh cos cosh digamma eq exp exp2 ge gt hardsigmoid isfinite isinf isnan le lgamma
 log log10 log2 log_sigmoid_forward logaddexp logaddexp2 logical_not logical_or logical_xor logit lt
 ne bitwise_not bitwise_or bitwise_xor reciprocal rsqrt sigmoid softplus threshold special_entr
-special_expit heaviside erfc full_like ones_like rand_like randn_like empty_like bernoulli
-normal_functional randint_like fill uniform normal exponential random igamma polar complex isposinf
+special_expit heaviside erfc ones_like rand_like randn_like empty_like bernoulli
+normal_functional randint_like uniform normal exponential random igamma polar complex isposinf
 isneginf isreal signbit angle i0 special_i0 sinc alpha_dropout feature_alpha_dropout nextafter
 cauchy log_normal geometric special_ndtr special_log_ndtr special_ndtri special_erfcx special_i0e
 special_airy_ai special_bessel_j0 special_bessel_y0 special_bessel_y1 special_zeta polygamma igammac binomial
@@ -112,14 +114,26 @@ def _answers(op: Operation, dims: Dims) -> Any:
 @rule(*_names(_KEEP_ZERO))
 def keeps_zero(op: Operation, *args: Any, **kwargs: Any) -> Any:
     """Functions with f(0) = 0, of the first operand."""
-    return _answers(op, pointwise(op, _operands(args, kwargs), lambda zeros: zeros[0]))
+    answer = _answers(op, pointwise(op, _operands(args, kwargs), lambda zeros: zeros[0]))
+    if "native_dropout" in op.name:  # beside it, what was dropped is told by a mask
+        return answer[0], [Dim(dim.layout) for dim in answer[0]]
+    return answer
+
+
+@rule("aten::nan_to_num")
+def nan_to_num(op: Operation, tensor: Tensor, nan: Any = None, *rest: Any) -> Dims:
+    """Zero where it was, if a zero divided by itself becomes one too."""
+    return pointwise(op, [tensor], lambda zeros: zeros[0] and not nan)
 
 
 @rule(*_names(_GRADIENTS), "aten::log_sigmoid_backward")
 def gradient(op: Operation, *args: Any, **kwargs: Any) -> Any:
     """The derivative of a pointwise function, times the gradient that comes in."""
     tensors = [tensor for tensor in _operands(args, kwargs) if tensor.numel()]
-    return _answers(op, pointwise(op, tensors, lambda zeros: zeros[0]))
+    dims = pointwise(op, tensors, lambda zeros: zeros[0])
+    if "loss" in op.name and _MEAN in args[3:4]:  # gradient, prediction, target, reduction
+        op.inexact(dims, f"is averaged over by {op.short}")
+    return _answers(op, dims)
 
 
 @rule(*_names(_LOSE_ZERO))
@@ -167,8 +181,9 @@ def mul(op: Operation, *args: Any, **kwargs: Any) -> Dims:
     "aten::gcd",
     "aten::lcm",
     "aten::__or__",
+    "aten::atan2",
 )
-def add(op: Operation, left: Any, right: Any, **kwargs: Any) -> Dims:
+def add(op: Operation, left: Any, right: Any, *rest: Any, **kwargs: Any) -> Dims:
     """A sum is zero where all terms are; a number added is zero nowhere."""
     tensors = [value for value in (left, right) if isinstance(value, Tensor)]
     numbers = [value for value in (left, right) if not isinstance(value, Tensor)]
@@ -176,12 +191,12 @@ def add(op: Operation, left: Any, right: Any, **kwargs: Any) -> Dims:
 
 
 @rule("aten::rsub")
-def rsub(op: Operation, left: Any, right: Any, **kwargs: Any) -> Dims:
+def rsub(op: Operation, left: Any, right: Any, *rest: Any, **kwargs: Any) -> Dims:
     """``right - left``."""
     return add(op, right, left)
 
 
-@rule("aten::div", "aten::divide", "aten::true_divide", "aten::floor_divide", "aten::atan2", "aten::ldexp")
+@rule("aten::div", "aten::divide", "aten::true_divide", "aten::floor_divide", "aten::ldexp")
 def div(op: Operation, left: Any, right: Any, **kwargs: Any) -> Dims:
     """A quotient is zero where its numerator is."""
     tensors = [value for value in (left, right) if isinstance(value, Tensor)]
@@ -192,10 +207,10 @@ def div(op: Operation, left: Any, right: Any, **kwargs: Any) -> Dims:
 @rule("aten::where")
 def where(op: Operation, condition: Tensor, *branches: Any) -> Any:
     """Zero where both branches are."""
-    tensors = [value for value in branches if isinstance(value, Tensor)]
     if not branches:
         op.freeze(op.dims(condition), "is searched for true entries")
         return tuple(None for _ in op.out)
+    tensors = [value for value in branches if isinstance(value, Tensor) and not is_zero(op, value)]
     numbers = [value for value in branches if not isinstance(value, Tensor)]
     return pointwise(op, [condition, *tensors], lambda zeros: all(zeros[1:]) and not any(numbers))
 
@@ -203,14 +218,20 @@ def where(op: Operation, condition: Tensor, *branches: Any) -> Any:
 @rule("aten::masked_fill")
 def masked_fill(op: Operation, tensor: Tensor, mask: Tensor, value: Any) -> Dims:
     """Zero where the tensor is, if what it is filled with is zero."""
-    filled_with_zero = not isinstance(value, Tensor) and value == 0
+    filled_with_zero = is_zero(op, value)
     return pointwise(op, [tensor, mask], lambda zeros: zeros[0] and filled_with_zero)
 
 
 @rule("aten::copy", "aten::expand_as", "aten::_copy_from")
 def copy(op: Operation, target: Tensor, source: Tensor, *rest: Any, **kwargs: Any) -> Dims:
     """The target becomes the source, broadcast."""
-    return pointwise(op, [source, target], lambda zeros: zeros[0])
+    return pointwise(op, [source, target], lambda zeros: zeros[0] or is_zero(op, source))
+
+
+@rule("aten::fill", "aten::full_like")
+def fill(op: Operation, tensor: Tensor, value: Any, **kwargs: Any) -> Dims:
+    """One number everywhere."""
+    return [Dim(dim.layout, is_zero(op, value)) for dim in op.dims(tensor)]
 
 
 @rule("aten::zeros_like", "aten::zero")

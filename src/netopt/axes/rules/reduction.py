@@ -5,7 +5,6 @@ Summing over a neuron that is zero is the same as not having it; a mean, a maxim
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from netopt.axes.layout import Atom
 from netopt.axes.operation import Dim, Dims, Operation, rule
+from netopt.axes.rules.pointwise import aligned, pointwise
 
 
 def reduce(op: Operation, tensor: Tensor, dim: Any, why: str | None) -> Any:
@@ -56,16 +56,43 @@ def reduced_over(op: Operation, dim: Dim, why: str | None) -> None:
         op.inexact(dim, f"is reduced by {op.short} where a masked neuron need not be zero")
 
 
-def _summing(position: int) -> Callable[..., Any]:
-    def speak(op: Operation, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-        dim = args[position] if len(args) > position else kwargs.get("dim")
-        return reduce(op, tensor, dim, None)
-
-    return speak
+@rule("aten::sum", "aten::nansum", "aten::count_nonzero", "aten::any", "aten::_is_any_true")
+def summed(op: Operation, tensor: Tensor, dim: Any = None, *args: Any, **kwargs: Any) -> Any:
+    """Reductions to which zeros add nothing."""
+    return reduce(op, tensor, dim, None)
 
 
-rule("aten::sum", "aten::nansum", "aten::count_nonzero", "aten::any", "aten::_is_any_true")(_summing(0))
-rule("aten::norm", "aten::linalg_vector_norm")(_summing(1))
+@rule("aten::norm", "aten::linalg_vector_norm")
+def norm(op: Operation, tensor: Tensor, order: Any = 2, dim: Any = None, *args: Any, **kwargs: Any) -> Any:
+    """A length; of a negative order it is that of the smallest entries."""
+    smallest = isinstance(order, (int, float)) and order < 0
+    return reduce(op, tensor, dim, f"is reduced by {op.short} of a negative order" if smallest else None)
+
+
+@rule("aten::dist")
+def dist(op: Operation, left: Tensor, right: Tensor, order: Any = 2) -> Dims:
+    """The length of a difference, over all dimensions."""
+    why = "is reduced by dist of a negative order" if order < 0 else None
+    for common, zeros in aligned(op, [left, right], max(left.dim(), right.dim())):
+        if common is not None:
+            reduced_over(op, Dim(common.layout, all(zeros)), why)
+    return []
+
+
+@rule("aten::segment_reduce")
+def segment_reduce(op: Operation, data: Tensor, how: str, *, axis: int = 0, **kwargs: Any) -> Dims:
+    """Runs of one dimension reduced, of given lengths; a run may be empty, which is zero for a sum alone."""
+    dims = list(op.dims(data))
+    why = "is cut into segments"
+    op.freeze(dims[axis], why)
+    for one in kwargs.values():
+        if isinstance(one, Tensor):
+            op.freeze(op.dims(one), why)
+    is_sum = how == "sum" and not kwargs.get("initial")
+    return [
+        op.frozen(op.out.shape[axis], why) if index == axis else Dim(dim.layout, dim.zero and is_sum)
+        for index, dim in enumerate(dims)
+    ]
 
 
 @rule(
@@ -90,10 +117,10 @@ rule("aten::norm", "aten::linalg_vector_norm")(_summing(1))
 )
 def whole(op: Operation, tensor: Tensor, dim: Any = None, *args: Any, **kwargs: Any) -> Any:
     """Reductions whose result depends on how many positions there are, or on more than their sum."""
-    dim = None if isinstance(dim, bool) else dim
+    dim = None if isinstance(dim, bool) else -1 if dim is None and op.short == "mode" else dim
     answer = reduce(op, tensor, dim, f"is reduced by {op.short}")
     for index, out in enumerate(tree_leaves(op.out)):
-        if out.dtype == torch.int64 and (index or op.short.startswith("arg")):
+        if out.dtype == torch.int64 and op.short != "aminmax" and (index or op.short.startswith("arg")):
             for gone in _gone(tensor.dim(), dim):
                 op.numbered(index, op.dims(tensor)[gone])
     return tuple([Dim(one.layout, False) for one in dims] for dims in answer)
@@ -103,8 +130,6 @@ def whole(op: Operation, tensor: Tensor, dim: Any = None, *args: Any, **kwargs: 
 def extremum(op: Operation, tensor: Tensor, other: Any = None, *args: Any, **kwargs: Any) -> Any:
     """The largest along a dimension, or of two tensors."""
     if isinstance(other, Tensor):
-        from netopt.axes.rules.pointwise import pointwise
-
         return pointwise(op, [tensor, other], all)
     return whole(op, tensor, other)
 

@@ -342,6 +342,16 @@ def flip(op: Operation, tensor: Tensor, dims: Sequence[int]) -> Dims:
     return result
 
 
+@rule("aten::rot90")
+def rot90(op: Operation, tensor: Tensor, times: int = 1, dims: Sequence[int] = (0, 1)) -> Dims:
+    """A plane turned by right angles."""
+    result = list(op.dims(tensor))
+    op.freeze([result[dim] for dim in dims], "is turned by rot90")
+    for dim in dims:
+        result[dim] = op.frozen(op.out.shape[dim], "is turned by rot90")
+    return result
+
+
 @rule("aten::roll")
 def roll(op: Operation, tensor: Tensor, shifts: Any, dims: Any = ()) -> Dims:
     """The last positions come first; how many is fixed, so they stay."""
@@ -425,8 +435,33 @@ def set_(op: Operation, tensor: Tensor, source: Any = None, *rest: Any) -> Dims:
 
 @rule("aten::as_strided")
 def as_strided(op: Operation, tensor: Tensor, size: Sequence[int], stride: Sequence[int], offset: Any = None) -> Any:
-    """A view by strides; followed only where it is the tensor itself."""
-    if tuple(size) == tuple(tensor.shape) and tuple(stride) == tuple(tensor.stride()):
-        return op.dims(tensor)
-    op.freeze(op.dims(tensor), "is viewed by strides")
-    return [op.frozen(one, "is viewed by strides") for one in op.out.shape]
+    """A view by strides; what it leaves as it is passes, as the signals that are each cut into frames."""
+    dims = op.dims(tensor)
+    passing = 0
+    rest = list(zip(size, stride, strict=True))
+    for own in zip(tensor.shape, tensor.stride(), strict=True):
+        if not rest or own != rest[0] or offset not in (None, tensor.storage_offset()):
+            break
+        reach = sum((one - 1) * step for one, step in rest[1:])
+        if reach >= own[1] and len(rest) > 1:  # the rest runs into the next row
+            break
+        passing += 1
+        del rest[0]
+    op.freeze(dims[passing:], "is viewed by strides")
+    return [*dims[:passing], *(op.frozen(one, "is viewed by strides") for one, _ in rest)]
+
+
+@rule("aten::diagonal_scatter")
+def diagonal_scatter(
+    op: Operation, tensor: Tensor, source: Tensor, offset: int = 0, dim1: int = 0, dim2: int = 1
+) -> Dims:
+    """Entries put where row and column are the same position."""
+    dims, given = list(op.dims(tensor)), op.dims(source)
+    for one, other in zip(diagonal(op, tensor, offset, dim1, dim2), given, strict=True):
+        op.same(one, other) if one.size == other.size else op.freeze([one, other], "is written to in part")
+    zeros = iter([one.zero for one in given])
+    places = {at(dim1, len(dims)), at(dim2, len(dims))}
+    return [
+        Dim(dim.layout, dim.zero and (given[-1].zero if index in places else next(zeros)))
+        for index, dim in enumerate(dims)
+    ]

@@ -31,9 +31,16 @@ def over_pixels(op: Operation, tensor: Tensor, *args: Any, **kwargs: Any) -> Any
     op.freeze(dims[len(passing) :], why)
     for other in args:
         if isinstance(other, Tensor):
-            op.freeze(op.dims(other)[len(passing) if "unpool" in op.name else 0 :], why)
+            numbers = op.dims(other)
+            op.freeze(numbers[len(passing) if "unpool" in op.name else 0 :], why)
+            if "unpool" in op.name:
+                for one, number in zip(passing, numbers, strict=False):
+                    op.same(one, number)
     return tuple(
-        [*passing, *(op.frozen(size, why) for size in out.shape[len(passing) :])]
+        [
+            *(Dim(dim.layout, dim.zero and out.is_floating_point()) for dim in passing),  # else they number pixels
+            *(op.frozen(size, why) for size in out.shape[len(passing) :]),
+        ]
         for out in tree_leaves(op.out)
         if isinstance(out, Tensor)
     )
@@ -56,7 +63,8 @@ def over_regions(op: Operation, tensor: Tensor, regions: Tensor, *args: Any) -> 
 @rule("aten::constant_pad_nd", "aten::pad", "aten::_pad_enum")
 def constant_pad(op: Operation, tensor: Tensor, pad: Sequence[int], *args: Any, **kwargs: Any) -> Dims:
     """New positions before and behind a dimension, from the last one on; negative ones cut."""
-    dims = list(op.dims(tensor))
+    value = next((one for one in args if isinstance(one, (int, float))), kwargs.get("value"))
+    dims = [Dim(dim.layout, dim.zero and not value) for dim in op.dims(tensor)]
     why = "is padding"
     for index in range(len(pad) // 2):
         left, right = int(pad[2 * index]), int(pad[2 * index + 1])
@@ -144,6 +152,17 @@ def unfold(op: Operation, tensor: Tensor, dim: int, size: int, step: int) -> Dim
     op.freeze(dims[at], why)
     dims[at] = op.frozen(op.out.shape[at], why)
     return [*dims, op.frozen(op.out.shape[-1], why)]
+
+
+@rule("aten::unfold_backward")
+def unfold_gradient(op: Operation, windows: Tensor, sizes: Sequence[int], dim: int, *args: Any) -> Dims:
+    """Windows added up where they lie."""
+    *dims, inside = op.dims(windows)
+    at = dim % len(dims)
+    why = "is read in windows"
+    op.freeze([dims[at], inside], why)
+    dims[at] = op.frozen(op.out.shape[at], why)
+    return dims
 
 
 @rule("aten::affine_grid_generator")

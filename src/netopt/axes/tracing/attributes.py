@@ -1,66 +1,64 @@
-"""The integers a model holds.
+"""The integer attributes of a model, symbolic for the time of a trace.
 
-Sizes sit in module attributes, in tuples and lists, in configuration objects reached from modules, in class bodies
-and in the defaults and closures of functions kept by modules. This module finds each of them, names its place, and
-lends it out as a :class:`~netopt.symbolic.number.SymbolicInt` for the time of a trace; everything is put back
-afterwards,
-including whatever the forward itself left in the attributes.
+Sizes sit in module attributes, in tuples, lists and dicts, and in configuration objects reached from modules. Each is
+replaced by a :class:`~netopt.symbolic.SymbolicInt` that refers to its attribute; everything is restored
+afterwards, including whatever the forward itself left in the attributes.
 """
 
 from __future__ import annotations
 
 import functools
 import operator
-import types
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
 
-from netopt.model.attributes import COMMON, DEPTH, OPAQUE, SIMPLE, Attributes, Own, Parts, is_configuration, is_library
-from netopt.symbolic.number import AttributeRef, Constraints, SymbolicInt
+from netopt.model.attributes import COMMON, DEPTH, OPAQUE, SIMPLE, Own, Parts, is_configuration
+from netopt.model.restore import Snapshot
+from netopt.model.signals import UndoLog
+from netopt.symbolic import AttributeRef, Constraints, SymbolicInt, plain
 
 _TORCH_OWN = frozenset(COMMON) | {"call_super_init", "dump_patches"}
 
 
-@contextmanager
-def remembered(parts: Parts, attributes: Attributes, constraints: Constraints) -> Iterator[None]:
-    """Replaces every integer above 1 that modules hold by one that remembers its place, and puts all back.
+def symbolic_integers(parts: Parts, attributes: Snapshot, constraints: Constraints) -> UndoLog:
+    """Replaces every integer above 1 that modules hold by a symbolic one, and restores all.
 
-    What modules hold in attributes of their own is put back by ``attributes``, when its mode is left.
+    Attributes of modules themselves are restored by ``attributes``, when its mode is left.
     """
-    loan = _Loan(constraints)
-    try:
+
+    def start(log: UndoLog) -> None:
+        wrapping = _Wrapping(constraints)
+        log.callback(wrapping.restore)
         for (name, module), own in zip(parts, attributes.own, strict=True):
-            loan.module(module, name, own)
-        yield
-    finally:
-        loan.give_back()
+            wrapping.module(module, name, own)
+
+    return UndoLog(start)
 
 
-def _put_back(container: Any, key: Any, value: Any) -> None:
-    """Undoes one loan, unless the forward has taken the entry away; then the copy of the container brings it back."""
+def _restore(container: Any, key: Any, value: Any) -> None:
+    """Undoes one replacement; if the forward has taken the entry away, the container is restored as a whole."""
     gone = isinstance(container, list) and isinstance(key, int) and key >= len(container)
     if not gone:
         container[key] = value
 
 
-class _Loan:
-    """Walks attributes and containers, replaces integers, and remembers how to undo it."""
+class _Wrapping:
+    """Walks attributes and containers, replaces integers, and records how to undo it."""
 
     def __init__(self, constraints: Constraints) -> None:
         self.constraints = constraints
         self.undo: list[Callable[[], None]] = []
         self.seen: set[int] = set()
 
-    def give_back(self) -> None:
+    def restore(self) -> None:
         for step in reversed(self.undo):
             step()
 
     def module(self, module: nn.Module, name: str, own: Own) -> None:
-        """Lends the integers of a module and its class; its own attributes are put back together, from their copy."""
+        """Wraps the integers of a module; its own attributes are restored together, from their copy."""
         held = module.__dict__
         changed = {}
         for key, value in own:
@@ -68,27 +66,24 @@ class _Loan:
                 if value > 1:
                     changed[key] = self.size(value, (name, key))
                 continue
-            lent = self.lend(value, (name, key), DEPTH)
-            if lent is not value:
-                changed[key] = lent
-        for key, value in _class_integers(type(module)):
-            if key not in held:
-                changed[key] = self.size(value, (name, key))
+            wrapped = self.wrap(value, (name, key), DEPTH)
+            if wrapped is not value:
+                changed[key] = wrapped
         held.update(changed)
 
     def attributes(self, held: dict[str, Any], path: tuple[str | int, ...], depth: int) -> None:
         for key, value in list(held.items()):
             if not isinstance(key, str) or key in _TORCH_OWN:
                 continue
-            lent = self.lend(value, (*path, key), depth)
-            if lent is not value:
-                held[key] = lent
+            wrapped = self.wrap(value, (*path, key), depth)
+            if wrapped is not value:
+                held[key] = wrapped
                 self.undo.append(functools.partial(held.__setitem__, key, value))
 
     def size(self, value: int, path: tuple[str | int, ...]) -> SymbolicInt:
         return SymbolicInt(value, AttributeRef(path), self.constraints)
 
-    def lend(self, value: Any, path: tuple[str | int, ...], depth: int) -> Any:
+    def wrap(self, value: Any, path: tuple[str | int, ...], depth: int) -> Any:
         """``value`` itself, changed inside where it can be, or its replacement."""
         kind = type(value)
         if kind is int:
@@ -100,15 +95,15 @@ class _Loan:
         if depth > 0 and id(value) not in self.seen:
             self.seen.add(id(value))
             self.inside(value, path, depth - 1)
-        return value
+        return _keyed_by_value(value)
 
     def entries(self, value: Any, path: tuple[str | int, ...], depth: int) -> Any:
         if _are_small(value):
             return value
-        lent = [self.lend(item, (*path, index), depth) for index, item in enumerate(value)]
-        if all(map(operator.is_, lent, value)):
+        wrapped = [self.wrap(item, (*path, index), depth) for index, item in enumerate(value)]
+        if all(map(operator.is_, wrapped, value)):
             return value
-        return type(value)(*lent) if hasattr(value, "_fields") else type(value)(lent)
+        return type(value)(*wrapped) if hasattr(value, "_fields") else type(value)(wrapped)
 
     def inside(self, value: Any, path: tuple[str | int, ...], depth: int) -> None:
         if isinstance(value, list):
@@ -118,8 +113,6 @@ class _Loan:
             self.items(value, list(value), path, depth)
         elif isinstance(value, functools.partial):
             self.items(value.keywords, list(value.keywords), (*path, "keywords"), depth)
-        elif isinstance(value, types.FunctionType):
-            self.function(value, path, depth)
         elif is_configuration(value):
             self.attributes(value.__dict__, path, depth)
 
@@ -128,47 +121,46 @@ class _Loan:
             if not isinstance(key, (str, int)):
                 continue
             value = container[key]
-            lent = self.lend(value, (*path, key), depth)
-            if lent is not value:
-                container[key] = lent
-                self.undo.append(functools.partial(_put_back, container, key, value))
+            wrapped = self.wrap(value, (*path, key), depth)
+            if wrapped is not value:
+                container[key] = wrapped
+                self.undo.append(functools.partial(_restore, container, key, value))
 
-    def function(self, function: types.FunctionType, path: tuple[str | int, ...], depth: int) -> None:
-        if function.__module__ is None or is_library(function.__module__):
-            return
-        for index, cell in enumerate(function.__closure__ or ()):
-            try:
-                value = cell.cell_contents
-            except ValueError:  # an empty cell
-                continue
-            lent = self.lend(value, (*path, "__closure__", index, "cell_contents"), depth)
-            if lent is not value:
-                cell.cell_contents = lent
-                self.undo.append(functools.partial(setattr, cell, "cell_contents", value))
-        defaults = function.__defaults__
-        if defaults:
-            lent = self.lend(defaults, (*path, "__defaults__"), depth)
-            if lent is not defaults:
-                function.__defaults__ = lent
-                self.undo.append(functools.partial(setattr, function, "__defaults__", defaults))
+
+def _keyed_by_value(value: Any) -> Any:
+    """A dict with integers for keys as one that finds them under symbolic keys, whose hashes differ."""
+    return _Table(value) if type(value) is dict and any(type(key) is int for key in value) else value
+
+
+class _Table(dict[Any, Any]):
+    """A dict that looks up symbolic integers by their value."""
+
+    def __getitem__(self, key: Any) -> Any:
+        return super().__getitem__(self._known(key))
+
+    def __contains__(self, key: Any) -> bool:
+        return super().__contains__(self._known(key))
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        super().__setitem__(self._known(key), value)
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        """As of any dict."""
+        return super().get(self._known(key), default)
+
+    def setdefault(self, key: Any, default: Any = None) -> Any:
+        """As of any dict."""
+        return super().setdefault(self._known(key), default)
+
+    def _known(self, key: Any) -> Any:
+        """The key that equals ``key``, if there is one; that they are equal is a guard."""
+        value = plain(key)
+        return value if value is not key and super().__contains__(value) and key == value else key
 
 
 def _are_small(values: Sequence[Any]) -> bool:
-    """Whether all entries are integers that are not lent: a one can neither shrink nor split."""
+    """Whether all entries are integers that stay as they are: a one can neither shrink nor split."""
     return _INTEGER.issuperset(map(type, values)) and (not values or max(values) < 2)
 
 
 _INTEGER = frozenset([int])
-
-
-@functools.cache
-def _class_integers(kind: type[nn.Module]) -> tuple[tuple[str, int], ...]:
-    found: dict[str, int] = {}
-    for base in reversed(kind.__mro__):
-        if issubclass(base, nn.Module) and not is_library(base.__module__):
-            found.update(
-                (key, value)
-                for key, value in vars(base).items()
-                if type(value) is int and value > 1 and not key.startswith("__") and key not in _TORCH_OWN
-            )
-    return tuple(found.items())

@@ -7,15 +7,15 @@ equations between them and the dimensions of its result. Calls are known by thei
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from netopt.axes.layout import Layout, Product, freeze, mark_inexact, resolve, split_concat, split_product
-from netopt.axes.operation import Mark
-from netopt.symbolic.number import SYMBOLIC, DimSize, Guard, Shape, SymbolicFloat, SymbolicInt, calling_line, plain
+from netopt.axes.layout import Layout, Product, SizeReason, freeze, mark_inexact, resolve, split_concat, split_product
+from netopt.axes.operation import Dim, Mark
+from netopt.symbolic import SYMBOLIC, DimSize, Shape, SymbolicFloat, SymbolicInt, plain
 
 if TYPE_CHECKING:
     from netopt.axes.tracing.sizes import SizeTracer
@@ -30,7 +30,8 @@ def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], position: int, name
 
 def _shape(tracer: SizeTracer, function: Any, args: Any, kwargs: Any, result: Any) -> Any:
     if not isinstance(result, torch.Size):  # ``__get__`` of another property
-        return result
+        is_bytes = type(result) is int and getattr(function, "__self__", None) is Tensor.nbytes
+        return _numel(tracer, function, args, kwargs, result) * args[0].itemsize if is_bytes else result
     dims = tracer.trace.dims(args[0])
     if len(dims) != len(result):  # it was given other entries
         return result
@@ -53,11 +54,43 @@ def _numel(tracer: SizeTracer, function: Any, args: Any, kwargs: Any, result: An
     return total
 
 
+def _stride(tracer: SizeTracer, function: Any, args: Any, kwargs: Any, result: Any) -> Any:
+    """Steps through dense memory are products of the sizes of what lies further in; others are numbers."""
+    tensor, dims = args[0], tracer.trace.dims(args[0])
+    strides = tensor.stride()
+    steps: list[Any] = list(strides)
+    inner: Any = 1
+    for at in sorted(range(len(dims)), key=lambda at: (strides[at], dims[at].size)):
+        if strides[at] == plain(inner):
+            steps[at] = inner
+            inner = inner * tracer.size(dims[at].size, dims[at].layout)
+        elif strides[at] > 1 and dims[at].size > 1:
+            _computed_with(tracer, tensor if tensor._base is None else tensor._base)
+            return result
+    return steps[int(_argument(args, kwargs, 1, "dim"))] if isinstance(result, int) else tuple(steps)
+
+
+def _as_number(tracer: SizeTracer, function: Any, args: Any, kwargs: Any, result: Any) -> Any:
+    """An answer that cannot be followed, as ``len`` must give a plain integer: it may be computed with."""
+    dims = tracer.trace.dims(args[0])
+    _computed_with(tracer, args[0], dims[:1] if getattr(function, "__name__", "") == "__len__" else dims)
+    return result
+
+
+def _computed_with(tracer: SizeTracer, tensor: Tensor, dims: Sequence[Dim] | None = None) -> None:
+    for dim in tracer.trace.dims(tensor) if dims is None else dims:
+        if dim.size > 1:
+            number = SymbolicInt(dim.size, DimSize(dim.layout), tracer.trace.constraints)
+            tracer.trace.constraints.note_number(number)
+
+
 _SHAPES: dict[str, Callable[..., Any]] = {
     "__get__": _shape,
     "size": _size,
     "numel": _numel,
     "nelement": _numel,
+    "stride": _stride,
+    **dict.fromkeys(("__len__", "storage_offset"), _as_number),
 }
 
 
@@ -87,6 +120,12 @@ def _given_sizes(first: int) -> Callable[..., None]:
     return constrain
 
 
+def _one_hot(tracer: SizeTracer, args: Any, kwargs: Any, result: Any) -> None:
+    """The last dimension is the number of classes, said or found by value."""
+    number = _argument(args, kwargs, 1, "num_classes", -1)
+    tracer.equate(number, tracer.trace.dims(result)[-1].layout, "one_hot")
+
+
 def _like(tracer: SizeTracer, args: Any, kwargs: Any, result: Any) -> None:
     """The result is as large as another tensor."""
     for made, given in zip(tracer.trace.dims(result), tracer.trace.dims(args[1]), strict=True):
@@ -107,7 +146,22 @@ def _keep(tracer: SizeTracer, numbers: Any) -> None:
     """States that these numbers must stay, where they are computed from sizes."""
     for number in numbers if isinstance(numbers, (tuple, list)) else (numbers,):
         if type(number) is SymbolicInt and tracer.trace.constraints.knows(number):
-            tracer.trace.constraints.guards.append(Guard(operator.eq, number, plain(number), True, calling_line()))
+            tracer.trace.constraints.guard(operator.eq, number, plain(number), True)
+
+
+def _squeeze(tracer: SizeTracer, args: Any, kwargs: Any, result: Any) -> None:
+    """A dimension that is kept because it is larger than one must stay so."""
+    dims = tracer.trace.dims(args[0])
+    chosen = _argument(args, kwargs, 1, "dim")
+    for at in range(len(dims)) if chosen is None else chosen if isinstance(chosen, (tuple, list)) else (chosen,):
+        if dims and dims[at].size > 1:
+            number = SymbolicInt(dims[at].size, DimSize(dims[at].layout), tracer.trace.constraints)
+            tracer.trace.constraints.guard(operator.gt, number, 1, True)
+
+
+def _select(tracer: SizeTracer, args: Any, kwargs: Any, result: Any) -> None:
+    """A position taken by a number that is computed from sizes must stay where it is."""
+    _keep(tracer, _argument(args, kwargs, 2, "index"))
 
 
 def _unflatten(tracer: SizeTracer, args: Any, kwargs: Any, result: Any) -> None:
@@ -153,12 +207,12 @@ def _split(tracer: SizeTracer, args: Any, kwargs: Any, result: Any) -> None:
     if isinstance(sizes, int):
         for part in parts:
             if part.size == plain(sizes):
-                tracer.equate(sizes, part, "split")
+                _equate_part(tracer, args[0], sizes, part, "split")
             else:
                 freeze(part, f"is the remainder of split at {tracer.trace.where()}")
     else:
         for size, part in zip(sizes, parts, strict=True):
-            tracer.equate(size, part, "split")
+            _equate_part(tracer, args[0], size, part, "split")
 
 
 def _chunk(tracer: SizeTracer, args: Any, kwargs: Any, result: Any) -> None:
@@ -205,13 +259,13 @@ def _lstm(tracer: SizeTracer, args: Any, kwargs: Any, result: Any) -> None:
         narrow, wide = (
             SymbolicInt(layout.size, DimSize(layout), tracer.trace.constraints) for layout in (projected, hidden)
         )
-        tracer.trace.constraints.guards.append(Guard(operator.lt, narrow, wide, True, calling_line()))
+        tracer.trace.constraints.guard(operator.lt, narrow, wide, True)
 
 
 def _narrow(tracer: SizeTracer, args: Any, kwargs: Any, result: Any) -> None:
     dim, start, length = (_argument(args, kwargs, 1 + i, name) for i, name in enumerate(("dim", "start", "length")))
     if isinstance(start, int) and isinstance(length, int):
-        _slice(tracer, tracer.trace.dims(args[0])[int(dim)].layout, slice(start, start + length), "narrow")
+        _slice(tracer, args[0], int(dim), slice(start, start + length), "narrow")
 
 
 def _getitem(tracer: SizeTracer, args: Any, kwargs: Any, result: Any) -> None:
@@ -223,9 +277,10 @@ def _getitem(tracer: SizeTracer, args: Any, kwargs: Any, result: Any) -> None:
         if entry is Ellipsis:
             position += len(dims) - taken
         elif isinstance(entry, slice):
-            _slice(tracer, dims[position].layout, entry, "slice")
+            _slice(tracer, tensor, position, entry, "slice")
             position += 1
         else:
+            _keep(tracer, entry)
             position += _consumes(entry)
 
 
@@ -237,29 +292,45 @@ def _consumes(entry: Any) -> int:
     return 1
 
 
-def _slice(tracer: SizeTracer, layout: Layout, asked: slice, name: str) -> None:
+def _slice(tracer: SizeTracer, tensor: Tensor, dim: int, asked: slice, name: str) -> None:
     """States what the bounds of a slice are: the sizes of what lies before, inside or behind it."""
     if asked.step not in (None, 1):  # where a stride starts is a phase, no count
         return
+    layout = tracer.trace.dims(tensor)[dim].layout
     size = layout.size
     start, stop = (plain(bound) for bound in asked.indices(size)[:2])
     if isinstance(asked.start, int) and 0 < start < size:
         halves = split_concat(layout, start)
         if halves is not None:
-            _bound(tracer, asked.start, halves, name)
+            _bound(tracer, tensor, asked.start, halves, name)
     if isinstance(asked.stop, int) and 0 < stop < size:
         halves = split_concat(layout, stop)
         if halves is not None:
-            _bound(tracer, asked.stop, halves, name)
+            _bound(tracer, tensor, asked.stop, halves, name)
     elif isinstance(asked.stop, SymbolicInt) and stop == size == plain(asked.stop):
         tracer.equate(asked.stop, layout, name)
 
 
-def _bound(tracer: SizeTracer, bound: int, halves: tuple[Layout, Layout], name: str) -> None:
+def _bound(tracer: SizeTracer, tensor: Tensor, bound: int, halves: tuple[Layout, Layout], name: str) -> None:
     if plain(bound) >= 0:
-        tracer.equate(bound, halves[0], name)
+        _equate_part(tracer, tensor, bound, halves[0], name)
     else:
-        tracer.equate(-bound, halves[1], name)
+        _equate_part(tracer, tensor, -bound, halves[1], name)
+
+
+def _equate_part(tracer: SizeTracer, tensor: Tensor, number: int, layout: Layout, name: str) -> None:
+    """States the size of a part; a single position that a plain number cuts off is one by its place, and stays."""
+    if layout.size == 1 and not tracer.trace.constraints.knows(number):
+        why = f"is a position that is singled out by {name}, at {tracer.trace.where()}"
+        tracer.trace.mark(tensor, [Mark(freeze, layout, why)])
+    else:
+        tracer.equate(number, layout, name)
+
+
+def _slice_scatter(tracer: SizeTracer, args: Any, kwargs: Any, result: Any) -> None:
+    names = ("dim", "start", "end", "step")
+    dim, start, end, step = (_argument(args, kwargs, 2 + i, name) for i, name in enumerate(names))
+    _slice(tracer, args[0], int(dim or 0), slice(start, end, step), "slice_scatter")
 
 
 def _arange(tracer: SizeTracer, args: Any, kwargs: Any, result: Any) -> None:
@@ -287,7 +358,7 @@ def _as_complex(tracer: SizeTracer, args: Any, kwargs: Any, result: Any) -> None
     row = row.parts[-1] if isinstance(row, Product) else row
     if row.size % 2 == 0:
         odd = SymbolicInt(row.size, DimSize(row), tracer.trace.constraints) % 2
-        tracer.trace.constraints.guards.append(Guard(operator.eq, odd, 0, True, calling_line()))
+        tracer.trace.constraints.guard(operator.eq, odd, 0, True)
 
 
 def _looked_at(tracer: SizeTracer, args: Any, kwargs: Any, result: Any) -> None:
@@ -312,7 +383,7 @@ def _attention(tracer: SizeTracer, args: Any, kwargs: Any, result: Any) -> None:
             name = tracer.name_of("").module
             tracer.trace.implicit_sizes.append((halves[1], name, tracer.model.get_submodule(name)))
     if _argument(args, kwargs, 6, "scale") is None:
-        why = f"sets the default scale of attention, at {tracer.trace.where()}"
+        why = SizeReason(f"sets the default scale of attention, at {tracer.trace.where()}")
         tracer.trace.mark(result, [Mark(mark_inexact, query[-1].layout, why)])
 
 
@@ -324,7 +395,10 @@ _CONSTRAIN: dict[str, Callable[..., None]] = {
     **dict.fromkeys(("tensor_split", "hsplit", "vsplit", "dsplit"), _tensor_split),
     "as_strided": _strides,
     "lstm": _lstm,
+    "one_hot": _one_hot,
     "unflatten": _unflatten,
+    **dict.fromkeys(("squeeze", "squeeze_"), _squeeze),
+    "select": _select,
     "pad": _pad,
     **dict.fromkeys(("view_as", "reshape_as", "expand_as"), _like),
     "layer_norm": _normalized,
@@ -337,6 +411,7 @@ _CONSTRAIN: dict[str, Callable[..., None]] = {
     **dict.fromkeys(("split", "split_with_sizes", "unsafe_split"), _split),
     **dict.fromkeys(("chunk", "unsafe_chunk"), _chunk),
     "narrow": _narrow,
+    "slice_scatter": _slice_scatter,
     "__getitem__": _getitem,
     "__setitem__": _getitem,
     "arange": _arange,
@@ -346,10 +421,6 @@ _CONSTRAIN: dict[str, Callable[..., None]] = {
     "data_ptr": _looked_at,
 }
 
-
-_FUSED = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
-# Calls that torch's own layers make in both modes, with another rule in training: what they drop is no zero.
-_MODAL = frozenset({"alpha_dropout", "alpha_dropout_", "feature_alpha_dropout", "feature_alpha_dropout_"})
 
 # Arguments of a call that are contracted over, and along which dimension.
 CONTRACTIONS: dict[str, tuple[tuple[int, int], ...]] = {
@@ -375,11 +446,9 @@ _NO_NUMBERS = frozenset(_CONSTRAIN) | frozenset(
         "repeat",
         "tile",
         "repeat_interleave",
-        "select",
         "transpose",
         "permute",
         "unsqueeze",
-        "squeeze",
         "flatten",
         "sum",
         "mean",
@@ -391,7 +460,6 @@ _NO_NUMBERS = frozenset(_CONSTRAIN) | frozenset(
         "index_select",
         "gather",
         "topk",
-        "one_hot",
         "eye",
         "linspace",
         "randint",
@@ -427,21 +495,17 @@ class CallRule(NamedTuple):
     contracts: bool
     constrain: Callable[..., None] | None
     numbers: frozenset[type]
-    fused: bool
-    modal: bool
 
 
 CALL_RULES: dict[str, CallRule] = {}
 
 
 def call_rule_of(name: str) -> CallRule:
-    """What is to be done about the calls of one name; looked up in ``TREATMENTS`` from then on."""
+    """The rule of the calls of one name; kept in ``CALL_RULES`` from then on."""
     found = CALL_RULES[name] = CallRule(
         answer=_SHAPES.get(name),
         contracts=name in CONTRACTIONS,
         constrain=_CONSTRAIN.get(name),
         numbers=_FLOATING if name in _NO_NUMBERS else SYMBOLIC,
-        fused=name in _FUSED,
-        modal=name in _MODAL,
     )
     return found

@@ -13,18 +13,16 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import maybe_current_level  # pyright: ignore[reportMissingModuleSource]
 from torch._subclasses import FakeTensor
-from torch.autograd import forward_ad
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from netopt.axes.layout import Atom, Layout, freeze, resolve
 from netopt.axes.operation import Dim, Dims, Mark, Operation, find_rule
 from netopt.errors import TraceError
 from netopt.flops import formula
 from netopt.model.attributes import NUMBERS
-from netopt.model.copy_on_write import Writes, storage_of
-from netopt.symbolic.number import Constraints, calling_line, plain, show_line
+from netopt.model.dispatch import ThreadDispatchMode
+from netopt.model.restore import CopyOnWrite, storage_of
+from netopt.symbolic import Constraints, calling_line
 
 _serial = itertools.count()
 # Operations that answer a question about a tensor and make none.
@@ -60,7 +58,6 @@ class Traits(NamedTuple):
 
 
 _traits: dict[Any, Traits] = {}
-_PLAIN = frozenset([Tensor, nn.Parameter])
 _POSITIONS = frozenset([torch.int64, torch.int32])
 
 
@@ -115,7 +112,7 @@ class _Known:
         return self  # what is known of a tensor holds of its copy
 
 
-class DimTracer(TorchDispatchMode):
+class DimTracer(ThreadDispatchMode):
     """The equations of one model, collected while its forward runs.
 
     Attributes:
@@ -137,18 +134,12 @@ class DimTracer(TorchDispatchMode):
             tensor as the layouts of its dimensions. Of the first run only.
         counting: Whether work is being noted.
         writes: Values of parameters from before something was written to them.
-        looks: How often values of tensors were looked at.
         complete: Whether every tensor an operation read is known to be given or made by an operation seen.
         pointers: Names of integer members whose entries are positions of a layout.
         follows: The name of such a member, if the operation in progress does nothing else with it.
         by_value: Whether sizes may depend on values: something was selected by value, read as a plain number, or given
             to an operation that nobody has described.
     """
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        # The default guards every call against compilation and imports the compiler, which takes seconds, to do so.
-        return False
 
     def __init__(self, members: dict[str, Tensor], parameters: frozenset[str]) -> None:
         super().__init__()
@@ -175,19 +166,18 @@ class DimTracer(TorchDispatchMode):
         self._strayed: set[str] = set()
         self.in_call = False
         self.by_value = False
-        self.looks = 0
         self.complete = True
         self._alive: list[_Known] = []
         self._marks: list[Mark] = []
         self._marked: list[Tensor] = []
         self._dirty: dict[int, Any] = {}
-        self.writes = Writes([members[name] for name in parameters])
+        self.writes = CopyOnWrite([members[name] for name in parameters])
         for name, tensor in members.items():
             zero = tensor.is_floating_point() or tensor.is_complex()
             vars(tensor)[self._note] = _Known([Dim(Atom(size), zero) for size in tensor.shape], data=False, source=name)
         self._marked.extend(members.values())
 
-    def forget(self) -> None:
+    def close(self) -> None:
         """Takes the notes off the tensors that outlive the trace, and undoes what the forward wrote into parameters."""
         self.writes.undo()
         for tensor in self._marked:
@@ -205,7 +195,7 @@ class DimTracer(TorchDispatchMode):
         """The dimensions of ``tensor``, resolved; a tensor from outside is a constant, whose positions all stay."""
         known = tensor.__dict__.get(self._note)
         if known is None:
-            known = self._met(tensor)
+            known = self._register(tensor)
         elif known.source is not None:
             self.touched.add(known.source)
         if self._dirty and storage_of(tensor) in self._dirty:
@@ -217,7 +207,7 @@ class DimTracer(TorchDispatchMode):
                 break
         return known.dims
 
-    def _met(self, tensor: Tensor) -> _Known:
+    def _register(self, tensor: Tensor) -> _Known:
         """What is known of a tensor that an operation reads."""
         known = tensor.__dict__.get(self._note)
         if known is None:
@@ -236,7 +226,7 @@ class DimTracer(TorchDispatchMode):
             if one is None:
                 if traits.name != "aten::lift_fresh":  # which takes in a tensor made of plain numbers
                     self.complete = False
-                one = self._met(tensor)
+                one = self._register(tensor)
             elif one.source is not None:
                 self.touched.add(one.source)
             known.append(one)
@@ -266,20 +256,19 @@ class DimTracer(TorchDispatchMode):
 
     def mark(self, tensor: Tensor, marks: Sequence[Mark]) -> None:
         """Notes what holds of layouts should ``tensor`` reach a result."""
-        known = self._met(tensor)
+        known = self._register(tensor)
         known.marks = [*known.marks, *marks]
         self._marks += marks
 
     def reach(self, tensors: Iterable[Tensor]) -> None:
         """Notes that the values of these tensors count: they are results, or the code looks at them."""
-        self.looks += 1
         for tensor in tensors:
-            known = self._met(tensor)
+            known = self._register(tensor)
             self._alive += [known, *known.memory]
             if known.source in self._lists:
                 self._strayed.add(known.source)
 
-    def settle(self) -> None:
+    def finalize(self) -> None:
         """Marks layouts by what reaches a result; where a tensor came from is not always known, then by everything."""
         seen = set(self._alive)
         waiting = list(seen)
@@ -297,14 +286,9 @@ class DimTracer(TorchDispatchMode):
         for name in self._strayed & self.pointers.keys():
             freeze(self.pointers[name], f"is numbered by {name}, whose entries are used in another way too")
 
-    @property
-    def marks(self) -> int:
-        """How many marks there are: what holds should a tensor reach a result."""
-        return len(self._marks)
-
     def where(self) -> str:
         """The line of the user's code being run."""
-        return show_line(calling_line())
+        return calling_line()
 
     def _known(self, tensor: Tensor) -> _Known | None:
         return tensor.__dict__.get(self._note)
@@ -335,38 +319,10 @@ class DimTracer(TorchDispatchMode):
         if traits.writes:
             self.writes.save(tensors)
         out = function(*args, **kwargs)
-        self._hear(traits, args, kwargs, tensors, known, out)
+        self._apply_rule(traits, args, kwargs, tensors, known, out)
         return out
 
-    def whole(self, traits: Traits, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Runs a call of which one rule says all, and passes by the operations it is made of.
-
-        Returns:
-            The result; ``NotImplemented``, and nothing was run, where these have to be seen: for gradients, for a mode
-            of the user's, within autocast, or for tensors that are no plain ones.
-        """
-        tensors = _tensors_in((*args, *kwargs.values()) if kwargs else args, [])
-        if traits.name == "aten::linear":
-            tensors.reverse()  # what is made of weights alone is named after the layer's own
-        if (
-            torch.is_grad_enabled()
-            or torch._C._len_torch_dispatch_stack() != 1
-            or torch._C._len_torch_function_stack()  # of modes entered around the trace, which would be run inside
-            or maybe_current_level() is not None
-            or forward_ad._current_level >= 0  # derivatives that go along are computed inside
-            or torch._C._is_any_autocast_enabled()  # it keeps what it has cast for other operations
-            or not _PLAIN.issuperset(map(type, tensors))
-            or str in map(type, args)  # such as the padding "same", which is worked out inside
-        ):
-            return NotImplemented
-        known = self._read(tensors, traits)
-        with torch._C._DisableTorchDispatch():
-            out = function(*args, **kwargs)
-        given = [plain(value) for value in args]
-        self._hear(traits, given, kwargs, tensors, known, out, costing=[one for one in args if isinstance(one, Tensor)])
-        return out
-
-    def _hear(
+    def _apply_rule(
         self,
         traits: Traits,
         args: Sequence[Any],
@@ -374,18 +330,14 @@ class DimTracer(TorchDispatchMode):
         tensors: list[Tensor],
         known: list[_Known],
         out: Any,
-        costing: Sequence[Any] | None = None,
     ) -> None:
-        """Lets the rule of an operation speak, and notes what it costs: by all arguments, or those named."""
+        """States what the rule of an operation says, and records its cost."""
         self.operations += 1
         outs = [out] if isinstance(out, Tensor) else _tensors_in((out,), [])
         if outs:
             self._state(traits, args, kwargs, tensors, known, out, outs)
             if self.counting and traits.formula is not None:
-                if costing is None:
-                    self._note_work(traits.formula, args, kwargs, outs)
-                else:
-                    self._note_work(traits.formula, costing, {}, outs)
+                self._note_work(traits.formula, args, kwargs, outs)
 
     def _state(
         self,

@@ -1,9 +1,8 @@
-"""What the user's code says of sizes.
+"""The constraints that the integers of torch calls put on dimensions.
 
-Operations state how dimensions relate; the calls that made them carry integers. This module watches the calls, and does
-about each what its treatment says: questions about shapes are answered with integers that remember, and every integer
-that sets the size of a dimension becomes an equation. It also notes which calls contract over a dimension, where
-activations can be read later.
+Operations state how dimensions relate; the calls that made them carry integers. This mode applies to each call its
+rule: shapes are returned as symbolic integers, and every integer that sets the size of a dimension becomes an equation.
+It also records which calls contract over a dimension, where activations can be read later.
 """
 
 from __future__ import annotations
@@ -12,19 +11,16 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_iter
 
 from netopt.axes.layout import Layout, freeze
-from netopt.axes.modes import Modes
 from netopt.axes.tracing.calls import CALL_RULES, CONTRACTIONS, OPERANDS, call_rule_of
 from netopt.axes.tracing.dims import DimTracer
-from netopt.axes.training import Trials
-from netopt.axes.whole import WHOLE
 from netopt.model.attributes import Parts
 from netopt.model.calls import Call, CallNames
-from netopt.symbolic.number import SYMBOLIC, DimSize, Guard, SymbolicInt, calling_line, plain
+from netopt.model.kernels import unfused
+from netopt.symbolic import SYMBOLIC, DimSize, SymbolicInt, plain
 
 
 class Reading(NamedTuple):
@@ -37,69 +33,43 @@ class Reading(NamedTuple):
 
 
 class SizeTracer(CallNames):
-    """Sees every torch call of one traced forward."""
+    """Sees every torch call of one traced forward, and answers with symbolic integers where ``symbolic``."""
 
-    def __init__(self, model: nn.Module, parts: Parts, trace: DimTracer, modes: Modes) -> None:
+    def __init__(self, model: nn.Module, parts: Parts, trace: DimTracer, *, symbolic: bool = True) -> None:
         super().__init__(model, parts)
+        self.symbolic = symbolic
         self.model = model
         self.trace = trace
-        self.modes = modes
         self.readings: list[Reading] = []
-        self._trials = Trials(trace)
 
-    def __torch_function__(
-        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Runs one call, with room for what its operations note, and turns its integers into equations."""
-        if kwargs is None:
-            kwargs = {}
+    def run_call(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs one call, and turns its integers into equations with the layouts its operations made."""
         trace = self.trace
         if trace.asked:
             trace.asked.clear()
         trace.groups = None
         name = getattr(function, "__name__", "")
-        treatment = CALL_RULES.get(name) or call_rule_of(name)
+        rule = CALL_RULES.get(name) or call_rule_of(name)
         trace.in_call = True
         try:
-            result: Any = NotImplemented
-            whole = WHOLE.get(function)
-            if whole is not None and kwargs.keys() <= whole.names and whole.fits(*args, **kwargs):
-                result = trace.whole(whole.traits, function, args, kwargs)
-            if result is NotImplemented:
-                result = (_step_by_step(function) if treatment.fused else function)(*args, **kwargs)
+            result = unfused(function)(*args, **kwargs)
         finally:
             trace.in_call = False
-        if treatment.answer is not None:
-            return treatment.answer(self, function, args, kwargs, result)
-        if treatment.contracts:
+        if rule.answer is not None:
+            return rule.answer(self, function, args, kwargs, result) if self.symbolic else result
+        if rule.contracts:
             self._note_readings(self.name_of(name), args, kwargs)
-        if treatment.constrain is not None:
-            treatment.constrain(self, args, kwargs, result)
+        if rule.constrain is not None:
+            rule.constrain(self, args, kwargs, result)
         elif trace.asked:
             self._explain(name, args, kwargs)
-        self.note_numbers(args, kwargs, treatment.numbers)
-        if treatment.modal:
-            self.modes.differ = True
+        self.note_numbers(args, kwargs, rule.numbers)
         return result
-
-    def on_return(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        """Asks, of a small module that asked for its own mode, whether it does the like in training."""
-        modes = self.modes
-        if modes.asking and modes.asking[-1] is module and not modes.differ:
-            stack, visits, readings = self._stack[-1], self._visits.copy(), len(self.readings)
-            depth = len(modes.asking) - 1
-            self._stack[-1] = (stack[0], stack[1], {})
-            modes.differ = not self._trials.is_alike(module, args, kwargs, result)
-            modes.differ |= len(self.readings) > readings  # what is contracted there is not found in evaluation
-            self._stack[-1] = stack
-            self._visits.clear()
-            self._visits.update(visits)
-            del modes.asking[depth:]  # one that contains this module may be asking too
 
     @property
     def reached(self) -> frozenset[str]:
         """Names of the modules that were called."""
-        return frozenset(self._visits)
+        return frozenset(self.visits.counts)
 
     def size(self, value: int, layout: Layout) -> int:
         """``value`` as an integer that remembers it is the size of ``layout``."""
@@ -113,7 +83,7 @@ class SizeTracer(CallNames):
             if type(number) is SymbolicInt and self.trace.constraints.knows(
                 number
             ):  # a quotient, which must not become 0
-                self.trace.constraints.guards.append(Guard(operator.eq, number, 1, True, calling_line()))
+                self.trace.constraints.guard(operator.eq, number, 1, True)
         elif self.trace.constraints.knows(number):
             self.trace.constraints.equate(number, layout, name)
         else:
@@ -159,21 +129,6 @@ class SizeTracer(CallNames):
                     if name.startswith("conv"):
                         at = 1 if len(dims) == _weight_dim(given) else 0
                     self.readings.append(Reading(call, argument, at, dims[at][0]))
-
-
-def _step_by_step(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function without the libraries that run a whole recurrent layer as one operation."""
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        onednn = torch._C._get_mkldnn_enabled()
-        torch._C._set_mkldnn_enabled(False)
-        try:
-            with torch.backends.cudnn.flags(enabled=False):
-                return function(*args, **kwargs)
-        finally:
-            torch._C._set_mkldnn_enabled(onednn)
-
-    return run
 
 
 def _weight_dim(tensors: Sequence[Any]) -> int:

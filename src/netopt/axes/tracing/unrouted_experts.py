@@ -1,8 +1,8 @@
-"""Layers that the example inputs did not reach, and that others stand for.
+"""Experts of a mixture that the example inputs are not routed to.
 
-A mixture of experts sends tokens to some of its experts, and to which depends on the values. The entries of one list
-are interchangeable there: what these inputs did not reach is run on what a sibling was given, and what it makes is what
-the sibling made. Without this the widths around it would change and it would keep its own.
+A mixture of experts sends tokens to some of its experts, by value. The entries of one module list are interchangeable
+there: an expert without tokens is run on what a sibling of its class was given, and its result has the dimensions of
+the sibling's. Without this the widths around it would change and it would keep its own.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from netopt.axes.layout import freeze, unify
 from netopt.axes.tracing.dims import DimTracer
 from netopt.model.attributes import Parts
 
-Twins = Mapping[nn.Module, list[nn.Module]]
+Substitutes = Mapping[nn.Module, list[nn.Module]]
 _WHY = "comes from a layer that these inputs do not reach"
 
 
-def unreached(parts: Parts, reached: Collection[str], touched: Collection[str]) -> Twins:
+def unrouted(parts: Parts, reached: Collection[str], touched: Collection[str]) -> Substitutes:
     """The entries of lists and dicts of modules that did not run, under a sibling of their class that did.
 
     Args:
@@ -34,30 +34,30 @@ def unreached(parts: Parts, reached: Collection[str], touched: Collection[str]) 
     for prefix, container in parts:
         if not isinstance(container, (nn.ModuleList, nn.ModuleDict)):
             continue
-        stand: dict[type, nn.Module] = {}
+        siblings: dict[type, nn.Module] = {}
         entries = [(f"{prefix}.{key}".lstrip("."), entry) for key, entry in container.named_children()]
         for name, entry in entries:
             if name in reached:
-                stand.setdefault(type(entry), entry)
+                siblings.setdefault(type(entry), entry)
         for name, entry in entries:
             held = [f"{name}.{one}" for one, _ in entry.named_parameters()]
-            if held and type(entry) in stand and name not in reached and not any(one in touched for one in held):
-                found.setdefault(stand[type(entry)], []).append(entry)
+            if held and type(entry) in siblings and name not in reached and not any(one in touched for one in held):
+                found.setdefault(siblings[type(entry)], []).append(entry)
     return found
 
 
 @contextlib.contextmanager
-def twins_substituted(twins: Twins, trace: DimTracer) -> Iterator[None]:
-    """Runs each twin once on what its sibling is first given, until left."""
-    waiting = dict(twins)
+def experts_substituted(substitutes: Substitutes, trace: DimTracer) -> Iterator[None]:
+    """Runs each expert once on what its sibling is given first, until left."""
+    waiting = dict(substitutes)
 
     def run(sibling: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
-        for twin in waiting.pop(sibling, ()):
-            # One of another shape fails, and is frozen as what is not used.
+        for expert in waiting.pop(sibling, ()):
+            # One of another shape may raise anything, and is then frozen as not used.
             with contextlib.suppress(Exception):
-                _tie(trace, twin(*args, **kwargs), result)
+                _tie(trace, expert(*args, **kwargs), result)
 
-    handles = [sibling.register_forward_hook(run, with_kwargs=True) for sibling in twins]
+    handles = [sibling.register_forward_hook(run, with_kwargs=True) for sibling in substitutes]
     try:
         yield
     finally:

@@ -1,1 +1,1 @@
-"""Batches, the samples they are made of, and what a teacher said of them."""
+"""Batches, where they come from, and fingerprints of their samples."""

@@ -1,4 +1,4 @@
-"""Which sample is this? Told by its content, in one pass over a batch.
+"""Which sample is this: a hash of its content, in one pass over a batch.
 
 Every sample is hashed to 128 bits: its words times fixed odd numbers, summed modulo 2^64, in two lanes. That is no
 cryptography, and for accidents it is plenty.
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,14 +17,17 @@ from torch import Tensor, nn
 
 from netopt import batches
 
-__all__ = ["model_fingerprint", "sample_fingerprints", "signature"]
+__all__ = ["data_fingerprints", "model_fingerprint", "row_checksums", "sample_fingerprints", "signature"]
 
+AT_ONCE = 2**22
+SALT = 0x5EED5EED
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def inputs_of(batch: Any) -> list[tuple[str, Tensor]]:
     """Returns the input tensors of a batch, without its labels, by path."""
-    inputs = batches.split(batch)[0]
+    # A batch of more entries has a forward of the caller's own, which may read any of them.
+    inputs = batch if isinstance(batch, (tuple, list)) and len(batch) > 2 else batches.split(batch)[0]
     if isinstance(inputs, Mapping):
         inputs = {key: value for key, value in inputs.items() if key != "labels"}
     return batches.tensors(inputs)
@@ -47,28 +51,65 @@ def sample_fingerprints(batch: Any) -> Tensor:
         >>> torch.equal(a, b.flip(0)), len({tuple(row) for row in a.tolist()})
         (True, 3)
     """
+    return _fingerprints([tensor for _, tensor in inputs_of(batch)])
+
+
+def _fingerprints(tensors: Sequence[Tensor]) -> Tensor:
     total: Tensor | None = None
-    for place, (_, tensor) in enumerate(inputs_of(batch)):
+    for place, tensor in enumerate(tensors):
         words = _words(tensor)
-        lanes = torch.stack([(words * _odd(words.shape[1], 2 * place + lane)).sum(1) for lane in range(2)], dim=1)
+        lanes = torch.stack([_weighed(words, 2 * place + lane) for lane in range(2)], dim=1)
         total = lanes if total is None else total + lanes
     assert total is not None, "a batch without tensors has no signature"
     return total
 
 
+def _lane(tensor: Tensor, lane: int) -> Tensor:
+    return _weighed(_words(tensor), lane)
+
+
+def _weighed(words: Tensor, lane: int) -> Tensor:
+    return (words * _odd(words.shape[1], lane)).sum(1)
+
+
+def data_fingerprints(data: Any) -> Tensor:
+    """Returns :func:`sample_fingerprints` of samples given all at once, however many there are.
+
+    Example:
+        >>> x = torch.arange(6.0).reshape(3, 2)
+        >>> torch.equal(data_fingerprints(x), sample_fingerprints(x))
+        True
+    """
+    found = inputs_of(data)
+    width = sum(one[:1].numel() for _, one in found)
+    blocks = zip(*(one.split(max(1, AT_ONCE // max(1, width))) for _, one in found), strict=True)
+    return torch.cat([_fingerprints(block) for block in blocks])
+
+
+def row_checksums(tensors: Sequence[Tensor]) -> Tensor:
+    """Returns a checksum of each row of several tensors together, ``(rows,)``, int64; of zeros it is not zero."""
+    return sum((_lane(one, 2 * place) for place, one in enumerate(tensors)), torch.full((len(tensors[0]),), SALT))
+
+
 def model_fingerprint(models: Iterable[nn.Module]) -> str:
-    """Returns a hash of the models' parameters and buffers."""
+    """Returns a hash of the models' layers, parameters and buffers."""
     digest = hashlib.blake2b(digest_size=16)
     for model in models:
-        for name, tensor in model.state_dict().items():
+        digest.update(repr(model).encode())
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            if isinstance(tensor, Tensor) and tensor.numel():
-                digest.update(sample_fingerprints(tensor.detach().reshape(1, -1)).numpy().tobytes())
+            if tensor.numel():
+                digest.update(_fingerprints([_whole(tensor).reshape(1, -1)]).numpy().tobytes())
     return digest.hexdigest()
 
 
+def _whole(tensor: Tensor) -> Tensor:
+    full: Any = getattr(tensor, "full_tensor", None)
+    return (tensor if full is None else full()).detach()
+
+
 def _words(tensor: Tensor) -> Tensor:
-    flat = tensor.detach().to("cpu").reshape(len(tensor), -1)
+    flat = tensor.detach().to("cpu").reshape(len(tensor), math.prod(tensor.shape[1:]))
     if flat.is_complex():
         flat = torch.view_as_real(flat).flatten(1)
     return flat.contiguous().view(_WORDS[flat.element_size()]).long()

@@ -1,4 +1,4 @@
-"""A loader like the caller's that also says which samples a batch is made of.
+"""A loader like the caller's that also yields the indices of a batch's samples.
 
 The caller's loader is not touched: the copy draws from the same samplers and generators in the same order, through the
 same workers and collation, and hands out the same batches, or this process's share of them. Of plain tensors it takes a

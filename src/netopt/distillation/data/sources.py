@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
@@ -18,14 +18,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from netopt import batches
 from netopt.distillation.data.loaders import gathers, indexed_loader
-from netopt.errors import ArgumentTypeError, EmptyDataError, InvalidArgumentError, ShapeMismatchError
+from netopt.errors import EmptyDataError, InvalidArgumentError
 from netopt.model.restore import preserve_random_state
 
-__all__ = ["Drawn", "Loaded", "Source", "Tensors", "source"]
+__all__ = ["Drawn", "Loaded", "Sampling", "Source", "Tensors", "source"]
 
 
 class Drawn(NamedTuple):
@@ -74,8 +74,8 @@ class Source:
 
     def epoch(self, number: int) -> Iterator[Drawn]:
         """Yields epoch ``number``."""
-        data: Any = self.data() if callable(self.data) and not isinstance(self.data, Iterable) else self.data
-        _tell(data, number)
+        data: Any = self.data() if batches.is_factory(self.data) else self.data
+        _set_epoch(data, number)
         for batch in batches.iterate(data, what=self.what):
             yield self._drawn(batch)
 
@@ -146,14 +146,7 @@ class Tensors(Source):
     ) -> None:
         super().__init__(data, what, share)
         self.batch_size, self.shuffle = batch_size, shuffle
-        lengths = {len(one) for _, one in batches.tensors(data)}
-        if len(lengths) > 1:
-            raise ShapeMismatchError(
-                f"the tensors of {what} have {' and '.join(map(str, sorted(lengths)))} samples; give all as many."
-            )
-        self.samples = lengths.pop()
-        if self.samples == 0:
-            raise EmptyDataError(f"{what} has no sample; its tensors have length 0.")
+        self.samples = batches.count_samples(data, what)
         self.whole = data
 
     def __len__(self) -> int:
@@ -205,7 +198,7 @@ class Loaded(Source):
         if self.indexed is None:
             yield from super().epoch(number)
             return
-        _tell(self.data, number)
+        _set_epoch(self.data, number)
         for identities, idle, batch in batches.iterate(self.indexed, what=self.what):
             if identities is None:
                 self.samples = 0
@@ -223,67 +216,57 @@ class Loaded(Source):
         return found
 
 
-def source(
-    data: Any,
-    *,
-    batch_size: int,
-    shuffle: bool,
-    seed: int,
-    once: bool,
-    what: str = "data",
-    share: tuple[int, int] = (0, 1),
-    tagged: bool = False,
-) -> Source:
-    """Returns the source meant by ``data``.
+class Sampling(NamedTuple):
+    """How batches are drawn.
 
     Args:
-        data: As given to :func:`netopt.distill`.
         batch_size: Samples a batch, where batches are made here.
-        shuffle: Whether to draw a new order every epoch, where batches are made here.
-        seed: Of that order.
-        once: Whether one epoch is enough.
-        what: How messages call it.
+        seed: Of the order, where batches are made here.
         share: This process and how many there are.
+        shuffle: Whether to draw a new order every epoch, where batches are made here.
+        once: Whether one epoch is enough.
         tagged: Whether samples' indices are wanted.
+    """
+
+    batch_size: int
+    seed: int
+    share: tuple[int, int] = (0, 1)
+    shuffle: bool = False
+    once: bool = False
+    tagged: bool = False
+
+
+def source(data: Any, how: Sampling, what: str = "data") -> Source:
+    """Returns the source meant by ``data``, as given to :func:`netopt.distill` and called ``what`` in messages.
 
     Raises:
         ArgumentTypeError: It cannot be iterated for batches.
         InvalidArgumentError: It can be iterated only once and is needed more often.
         EmptyDataError: It holds no sample.
     """
-    found = _source(data, batch_size=batch_size, shuffle=shuffle, once=once, what=what, share=share, tagged=tagged)
-    found.seed = seed
+    found = _source(data.tensors if type(data) is TensorDataset else data, how, what)
+    found.seed = how.seed
     return found
 
 
-def _source(
-    data: Any, *, batch_size: int, shuffle: bool, once: bool, what: str, share: tuple[int, int], tagged: bool
-) -> Source:
-    if type(data) is TensorDataset:
-        data = data.tensors
-    if _direct(data):
-        return Tensors(data, what, share, batch_size=batch_size, shuffle=shuffle)
+def _source(data: Any, how: Sampling, what: str) -> Source:
+    if batches.is_samples(data):
+        return Tensors(data, what, how.share, batch_size=how.batch_size, shuffle=how.shuffle)
     if isinstance(data, DataLoader):
-        return Loaded(data, what, share, tagged=tagged)
-    if _indexable(data):
+        return Loaded(data, what, how.share, tagged=how.tagged)
+    if batches.is_dataset(data):
         if not len(data):
             raise EmptyDataError(f"{what} is an empty {type(data).__name__}; it has length 0.")
-        made: DataLoader[Any] = DataLoader(data, batch_size=batch_size, shuffle=shuffle)
-        return Loaded(made, what, share, tagged=tagged)
-    if isinstance(data, Iterable):
-        if isinstance(data, Iterator) and not once:
-            raise InvalidArgumentError(
-                f"{what} is a {type(data).__name__}, which can be read only once, and more than one epoch is wanted; "
-                "pass a list, a DataLoader, or the function that makes the generator."
-            )
+        made: DataLoader[Any] = DataLoader(data, batch_size=how.batch_size, shuffle=how.shuffle)
+        return Loaded(made, what, how.share, tagged=how.tagged)
+    if isinstance(data, Iterator) and not how.once:
+        raise InvalidArgumentError(
+            f"{what} is a {type(data).__name__}, which can be read only once, and more than one epoch is wanted; "
+            "pass a list, a DataLoader, or the function that makes the generator."
+        )
+    if not batches.is_factory(data):
         batches.iterate(data, what=what)
-        return Source(data, what, share)
-    if callable(data) and not isinstance(data, (type, torch.nn.Module)):
-        return Source(data, what, share)
-    raise ArgumentTypeError(
-        f"{what} must be a DataLoader, a Dataset, tensors, an iterable of batches or a function that returns one, "
-        f"not {type(data).__name__}."
-    )
+    return Source(data, what, how.share)
 
 
 def seed_all(seed: int) -> None:
@@ -305,24 +288,6 @@ def batch_length(batch: Any) -> int:
     return 0
 
 
-def _direct(data: Any) -> bool:
-    """Whether ``data`` is the samples themselves: a tensor, or a tuple or mapping of nothing but tensors."""
-    if isinstance(data, Tensor):
-        return data.dim() > 0
-    if isinstance(data, Mapping):
-        return bool(data) and all(_direct(one) for one in data.values())
-    return isinstance(data, tuple) and bool(data) and all(_direct(one) for one in data)
-
-
-def _indexable(data: Any) -> bool:
-    if isinstance(data, (IterableDataset, list, tuple, str, bytes, Mapping)):
-        return False
-    if isinstance(data, Dataset):
-        return hasattr(data, "__len__") and hasattr(data, "__getitem__")
-    # Hugging Face's datasets are no torch Dataset and look like one.
-    return hasattr(data, "__getitems__") and hasattr(data, "__len__")
-
-
 def _is_divided(loader: DataLoader[Any]) -> bool:
     """Whether a loader hands each process samples of its own: by its sampler, or because an engine has prepared it."""
     samplers = loader.sampler, getattr(loader.batch_sampler, "sampler", None), loader.batch_sampler
@@ -330,13 +295,13 @@ def _is_divided(loader: DataLoader[Any]) -> bool:
     return divided or type(loader).__module__.startswith("accelerate")
 
 
-def _tell(data: Any, number: int) -> None:
-    """Lets data that shuffles by epoch, a `DistributedSampler` say, know which one begins."""
+def _set_epoch(data: Any, number: int) -> None:
+    """Sets the epoch of data that shuffles by it, such as a `DistributedSampler`."""
     inner = getattr(getattr(data, "batch_sampler", None), "sampler", None)
     for one in (data, getattr(data, "sampler", None), inner):
-        tell: Any = getattr(one, "set_epoch", None)
-        if tell is not None:
-            tell(number)
+        setter: Any = getattr(one, "set_epoch", None)
+        if setter is not None:
+            setter(number)
             return
 
 

@@ -1,81 +1,68 @@
-"""Before anything is trained, everything is looked at once."""
+"""One batch through everything before anything is trained, so that what does not fit shows at once."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from netopt.distillation.data.sources import Drawn
-from netopt.distillation.loop.student import Trainee, evaluating
+from netopt.distillation.data.sources import Drawn, Source
+from netopt.distillation.loop.optimizing import overlaps
+from netopt.distillation.loop.student import Trainee
+from netopt.distillation.loop.validation import Validation
 from netopt.distillation.loss.objective import Objective
-from netopt.distillation.loss.outputs import Picker, check_shapes
+from netopt.distillation.loss.outputs import check_shapes
 from netopt.distillation.loss.targets import Targets
-from netopt.distillation.loss.teachers import Forward, local
+from netopt.distillation.loss.teachers import Shared, local
 from netopt.errors import ArgumentTypeError, InvalidArgumentError, NonFiniteError
-from netopt.model.restore import preserve_random_state
+from netopt.model.restore import restored
 
-__all__ = ["check_finite", "check_numbers", "check_student", "dry_run"]
-
-OPTIONAL = {"steps", "patience", "lr", "clip"}
+__all__ = ["Lesson", "check_finite", "check_student", "dry_run"]
 
 
-def dry_run(
-    student: nn.Module,
-    forward: Forward,
-    picker: Picker,
-    first: Drawn,
-    targets: Targets,
-    objective: Objective,
-    seed: int,
-    whole: Any = None,
-) -> Trainee:
-    """Runs all models on the first batch, and returns the student ready to be trained.
+class Lesson(NamedTuple):
+    """What is learnt: from which batches, what of them, by which measure, and how well.
 
-    Outputs are compared, losses are asked what they average over, projections are made. The student is in eval mode
-    meanwhile, so that no buffer of it changes, and no random state does.
+    Args:
+        source: Where batches come from.
+        targets: What the student should return.
+        objective: What is minimised.
+        validation: Scores the student after every epoch, or ``None``.
+    """
+
+    source: Source
+    targets: Targets
+    objective: Objective
+    validation: Validation | None
+
+
+def dry_run(trainee: Trainee, lesson: Lesson, first: Drawn, shared: Sequence[Sequence[Shared]]) -> None:
+    """Runs all models on the first batch: compares outputs, tries the caller's losses, makes the hints' projections.
+
+    The student is in the modes it trains in; its buffers, and all random states, are as before afterwards.
 
     Raises:
-        ShapeMismatchError: student and teacher say tensors of different shapes.
+        ShapeMismatchError: student and teacher return tensors of different shapes.
+        InvalidArgumentError: a teacher reads what training would change, or a model returns several outputs.
     """
-    terms = objective.hints
-    with preserve_random_state(), torch.no_grad(), evaluating(student):
+    targets, objective = lesson.targets, lesson.objective
+    with restored(trainee.student) as log:
+        log.enter_context(torch.no_grad())
         batch, target = targets.prepare(first, train=False)
-        probe = Trainee(student, terms, forward, picker)
-        with probe.listening(), targets.engine.autocast():
-            record = probe.record(batch)
+        targets.check_apart(first.batch, shared)
+        with trainee.hooked(), targets.engine.autocast():
+            record = trainee.record(batch)
         for place, theirs in enumerate(target.records):
             assert isinstance(theirs.output, torch.Tensor), "nothing comes from the cache yet"
-            check_shapes(
-                record.output, theirs.output, "the teacher" if len(target.records) == 1 else f"teacher {place}"
-            )
+            who = "the teacher" if len(target.records) == 1 else f"teacher {place}"
+            check_shapes(record.output, theirs.output, who)
         objective.learn(target)
-        targets.learn(first, target, whole)
-        generator = torch.Generator().manual_seed(seed)
-        for term in terms:
+        targets.learn(first, target, lesson.source.whole)
+        generator = torch.Generator().manual_seed(lesson.source.seed)
+        for term in objective.hints:
             term.learn(*term.pair(record.features, target.records[0].features), generator)
-    return Trainee(student, terms, forward, picker)
-
-
-def check_numbers(*, whole: Mapping[str, Any], real: Mapping[str, Any], hard: Any, seed: Any) -> None:
-    """Raises unless every number is of its kind and in its range."""
-    for name, value in {**whole, **real}.items():
-        if value is None and name in OPTIONAL:
-            continue
-        allowed = (int,) if name in whole else (int, float)
-        if isinstance(value, bool) or not isinstance(value, allowed):
-            raise ArgumentTypeError(f"{name} must be {'an int' if name in whole else 'a number'}, not {value!r}.")
-        if not 0 < value < math.inf:
-            raise InvalidArgumentError(f"{name} must be positive and finite, not {value}.")
-    if isinstance(hard, bool) or not isinstance(hard, (int, float)):
-        raise ArgumentTypeError(f"hard must be a number in [0, 1], not {hard!r}.")
-    if not 0 <= hard <= 1:
-        raise InvalidArgumentError(f"hard must lie in [0, 1], not {hard}.")
-    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
-        raise ArgumentTypeError(f"seed must be an int or None, not {seed!r}.")
 
 
 def check_student(student: Any) -> None:
@@ -88,6 +75,13 @@ def check_student(student: Any) -> None:
         raise InvalidArgumentError(
             "every parameter of the student is frozen, so there is nothing to train; call student.requires_grad_(True)."
         )
+    for name, one in student.named_parameters():
+        if one.requires_grad and overlaps(one):
+            raise InvalidArgumentError(
+                f"several entries of the student's {name!r}, of shape {tuple(one.shape)} and strides {one.stride()}, "
+                "are one number in memory, so it cannot be stepped; give it memory of its own with .clone(), or freeze "
+                "it with requires_grad_(False)."
+            )
     check_finite(student, "before training", "load finite weights")
 
 

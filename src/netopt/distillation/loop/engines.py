@@ -157,7 +157,7 @@ class Processes(Engine):
         return parallel.no_sync() if isinstance(parallel, DistributedDataParallel) and not last else NOTHING
 
     def step(self, model: nn.Module, optimizers: Sequence[Any], clip: float | None) -> None:
-        """Steps; projections beside a student that is wrapped already are in nobody's care but ours."""
+        """Steps; projections beside a student that is wrapped already are synchronised here."""
         projections: Any = getattr(model, "projections", None)
         if self.wrapped and self.world > 1 and projections is not None:
             for parameter in projections.parameters():

@@ -3,40 +3,40 @@
 from __future__ import annotations
 
 import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import FrameType
+from typing import TYPE_CHECKING
 
-__all__ = ["Interruption", "graceful"]
+from netopt.model.signals import Handlers, users_handler
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["Interruption"]
 
 
-class Interruption:
-    """Whether someone asked to stop."""
-
-    def __init__(self) -> None:
-        self.asked = False
-
-
-@contextmanager
-def graceful() -> Iterator[Interruption]:
-    """Turns the first Ctrl-C into a request and the second into a KeyboardInterrupt.
+class Interruption(Handlers):
+    """Turns the first Ctrl-C into a request and the second into a KeyboardInterrupt, while it is entered.
 
     Only where Python's own handler is installed, and in the main thread; elsewhere nothing changes.
+
+    Attributes:
+        requested: Whether someone asked to stop.
     """
-    interruption = Interruption()
-    ours = threading.current_thread() is threading.main_thread()
-    if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield interruption
-        return
 
-    def ask(_signal: int, _frame: FrameType | None) -> None:
-        if interruption.asked:
-            raise KeyboardInterrupt
-        interruption.asked = True
+    def __init__(self) -> None:
+        super().__init__((signal.SIGINT,))
+        self.requested = False
 
-    signal.signal(signal.SIGINT, ask)
-    try:
-        yield interruption
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        """Notes the first, and lets the others through."""
+        if self.requested:
+            self.before[number](number, frame)
+        self.requested = True
+
+    def __enter__(self) -> Self:
+        if users_handler(signal.SIGINT) is signal.default_int_handler:
+            self.install()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.remove()

@@ -12,41 +12,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
-from netopt.distillation.data.sources import Drawn, Source
+from netopt.distillation.data.sources import Drawn
 from netopt.distillation.loop.checkpoint import Checkpoint
+from netopt.distillation.loop.dry_run import Lesson
 from netopt.distillation.loop.engines import Engine
 from netopt.distillation.loop.interrupts import Interruption
-from netopt.distillation.loop.student import Snapshot, Trainee
-from netopt.distillation.loop.validation import Validation
+from netopt.distillation.loop.optimizing import Stepper
+from netopt.distillation.loop.student import Trainee, copy_values, put_values
 from netopt.distillation.loss.objective import Objective, Target
-from netopt.distillation.loss.targets import Targets
 from netopt.distillation.report import DistillationReport, Epoch
+from netopt.distillation.settings import Run, Schedule
 from netopt.errors import EmptyDataError, NonFiniteError, ShapeMismatchError
 
-__all__ = ["Loop", "Settings"]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How long to train, and how to step.
-
-    Args:
-        epochs: Passes over the data, where ``steps`` is ``None``.
-        steps: Optimizer steps, over as many epochs as it takes.
-        accumulate: Micro-batches a step.
-        clip: Largest gradient norm, or ``None``.
-        patience: Epochs without a better validation score after which to stop, or ``None``.
-        keep_best: Put the best weights back at the end.
-    """
-
-    epochs: int
-    steps: int | None
-    accumulate: int
-    clip: float | None
-    patience: int | None
-    keep_best: bool
+__all__ = ["Loop"]
 
 
 @dataclass
@@ -70,62 +49,56 @@ class Loop:
 
     Args:
         trainee: Student and projections.
-        targets: Asks the teachers.
-        objective: What is minimised.
-        source: Where batches come from.
-        engine: Where a step runs.
-        optimizers: What is stepped.
-        schedulers: Stepped after every optimizer step.
-        settings: How long, and how.
-        validation: Scores the student after every epoch, or ``None``.
-        callbacks: Called after every epoch; a true answer stops.
-        interruption: Whether someone asked to stop.
+        lesson: What is learnt.
+        stepper: What steps the weights.
+        schedule: How long, and how.
+        run: Callbacks, and whether to show a bar.
         checkpoint: What is written between steps, or ``None``.
-        generators: States of the caller's generators where the epoch began.
-        progress: Whether to show a bar.
     """
 
     def __init__(
         self,
         trainee: Trainee,
-        targets: Targets,
-        objective: Objective,
-        source: Source,
-        engine: Engine,
-        *,
-        optimizers: list[Optimizer],
-        schedulers: Sequence[Any],
-        settings: Settings,
-        validation: Validation | None,
-        callbacks: Sequence[Callable[..., Any]],
-        interruption: Interruption,
+        lesson: Lesson,
+        stepper: Stepper,
+        schedule: Schedule,
+        run: Run,
         checkpoint: Checkpoint | None,
-        generators: list[Tensor],
-        progress: bool,
     ) -> None:
-        self.trainee, self.targets, self.objective, self.source = trainee, targets, objective, source
-        self.engine, self.schedulers, self.settings = engine, schedulers, settings
-        self.validation, self.callbacks, self.interruption, self.progress = (
-            validation,
-            callbacks,
-            interruption,
-            progress,
-        )
-        self.model, self.optimizers = engine.prepare(trainee, optimizers)
-        # Nobody has hooks on the trainee itself, which is ours, so where it is not wrapped no call need look for any.
+        self.trainee, self.schedule, self.checkpoint = trainee, schedule, checkpoint
+        self.source, self.targets, self.objective, self.validation = lesson
+        self.engine, optimizers, self.schedulers = stepper
+        self.callbacks, self.progress = run.callbacks, run.progress
+        self.keep_best = self.validation is not None if schedule.keep_best is None else schedule.keep_best
+        self.model, self.optimizers = self.engine.prepare(trainee, optimizers)
+        # The trainee itself is ours and has no hooks, so where it is not wrapped its forward is called directly.
         self.run_model: Callable[..., Any] = trainee.forward if self.model is trainee else self.model
         self.spare: Drawn | None = None
-        self.checkpoint, self.generators = checkpoint, generators
+        self.generators: list[Tensor] = []
         self.state = State()
-        self.best: Snapshot | None = None
+        self.best: dict[str, Tensor] | None = None
         self.began = time.perf_counter()
-        self.watch = _Watch(engine.device, objective)
+        self.meter = _Meter(self.engine.device, self.objective)
+        self.interruption = Interruption()
         self.stopped = "finished"
 
-    def run(self, first: Iterator[Drawn]) -> DistillationReport:
-        """Trains until there is a reason to stop; ``first`` is the first epoch, begun already."""
+    def run(self, first: Iterator[Drawn], generators: list[Tensor], interruption: Interruption) -> DistillationReport:
+        """Trains until there is a reason to stop.
+
+        Args:
+            first: The first epoch, begun already.
+            generators: States of the caller's generators where it began.
+            interruption: Whether someone asked to stop.
+        """
+        self.generators, self.interruption = generators, interruption
+        if self.checkpoint is not None:
+            self.checkpoint.restore(self)
+        self._train(first)
+        return self._report()
+
+    def _train(self, drawn: Iterator[Drawn]) -> None:
         self.began = time.perf_counter()
-        state, drawn = self.state, first
+        state = self.state
         try:
             with self._bar() as bar:
                 while self.stopped == "finished" and not self._done():
@@ -135,12 +108,15 @@ class Loop:
                     drawn = self.source.begin(state.epoch)
         except KeyboardInterrupt:
             self.stopped = "interrupted"
-        self.watch.settle()
+        self.meter.settle()
         if state.drawn:
             self._close_epoch(time.perf_counter())
-        restored = self.settings.keep_best and self.best is not None and state.best_epoch is not None
-        if restored and self.best is not None:
-            self.best.put_back()
+
+    def _report(self) -> DistillationReport:
+        state = self.state
+        kept = self.keep_best and self.best is not None and state.best_epoch is not None
+        if kept and self.best is not None:
+            put_values(self.trainee.student, self.best)
         return DistillationReport(
             history=state.history,
             stopped=self.stopped,
@@ -151,14 +127,14 @@ class Loop:
             metric=self.validation.name if self.validation is not None else None,
             best=state.best,
             best_epoch=state.best_epoch,
-            kept_best=restored,
+            kept_best=kept,
             cache=self.targets.facts(),
             notes=self.targets.notes(),
         )
 
     def _done(self) -> bool:
-        steps = self.settings.steps
-        return self.state.epoch >= self.settings.epochs if steps is None else self.state.step >= steps
+        steps = self.schedule.steps
+        return self.state.epoch >= self.schedule.epochs if steps is None else self.state.step >= steps
 
     def _epoch(self, drawn: Iterator[Drawn], bar: Any) -> None:
         """One pass over the data, or what is left of it; then validation, and a line in the history."""
@@ -166,18 +142,18 @@ class Loop:
         while group := self._group(drawn):
             state.drawn += len(group)
             self._step(group)
-            bar.tick(self.watch)
+            bar.tick(self.meter)
             if self._interrupted():
                 self.stopped = "interrupted"
                 self._save()
                 return
             if self.checkpoint is not None and self.checkpoint.due(state.step):
                 self._save()
-            if self.settings.steps is not None and state.step >= self.settings.steps:
+            if self.schedule.steps is not None and state.step >= self.schedule.steps:
                 break
         self._close_epoch(began)
         entry = state.history[-1]
-        if self.settings.patience is not None and state.stale >= self.settings.patience:
+        if self.schedule.patience is not None and state.stale >= self.schedule.patience:
             self.stopped = "patience"
         for callback in self.callbacks:
             if self.engine.most(bool(callback(self.trainee.student, entry))):
@@ -188,7 +164,7 @@ class Loop:
 
     def _group(self, drawn: Iterator[Drawn]) -> list[Drawn]:
         """Draws the micro-batches of a step; a process that has fewer left than another stands in with idle ones."""
-        group = list(islice(drawn, self.settings.accumulate))
+        group = list(islice(drawn, self.schedule.accumulate))
         if self.source.divided:
             self.spare = group[-1] if group else self.spare
             missing = self.engine.most(len(group)) - len(group)
@@ -198,10 +174,10 @@ class Loop:
         return group
 
     def _interrupted(self) -> bool:
-        """Whether to stop; several processes ask each other now and then, so that all stop after the same step."""
+        """Whether to stop; several processes agree on it now and then, so that all stop after the same step."""
         if self.engine.world == 1:
-            return self.interruption.asked
-        return self.state.step % 16 == 0 and bool(self.engine.most(self.interruption.asked))
+            return self.interruption.requested
+        return self.state.step % 16 == 0 and bool(self.engine.most(self.interruption.requested))
 
     def _step(self, group: Sequence[Drawn]) -> None:
         """One optimizer step on all micro-batches of ``group``."""
@@ -211,16 +187,21 @@ class Loop:
             self._learn(batch, target, self._shares(self.engine.totals(counts)), counts)
         else:
             self._learn_all(group)
-        self.engine.step(self.model, self.optimizers, self.settings.clip)
+        self.engine.step(self.model, self.optimizers, self.schedule.clip)
         for scheduler in self.schedulers:
             scheduler.step()
+        if self.targets.cache is not None and self.targets.cache.shared:
+            # All processes have opened what they share by now, and no other step has begun.
+            self.engine.wait()
+            self.targets.cache.detach(self.engine.rank == 0)
+            self.engine.wait()
         self.state.step += 1
 
     def _learn_all(self, group: Sequence[Drawn]) -> None:
         """Adds up the gradients of all micro-batches of a step."""
-        # They are counted before any teacher is asked, if that can be told from the batches alone, so that one answer
-        # is held at a time.
-        counted = [one for one in map(self.targets.foresee, group) if one is not None]
+        # They are counted before any teacher runs, if the batches alone are enough for that, so that one output of a
+        # teacher is held at a time.
+        counted = [one for one in map(self.targets.count_ahead, group) if one is not None]
         prepared: Iterable[tuple[Any, Target]] = (self.targets.prepare(one) for one in group)
         if len(counted) < len(group):
             prepared = list(prepared)
@@ -246,10 +227,10 @@ class Loop:
         with self.engine.autocast():
             output, features = self.run_model(batch)
         sums = self.objective.sums(output, features, target, shares)
-        self.watch.add([one.value for one in sums], shares, counts, self.state.step)
+        self.meter.add([one.value for one in sums], shares, counts, self.state.step)
         self.state.samples += target.items.positions[0]
         if len(sums) > 1:
-            # A term of weight zero is nobody's function.
+            # A term of weight zero has no graph.
             pairs = [(one, share) for one, share in zip(sums, shares, strict=True) if one.root.requires_grad]
             sums, shares = [one for one, _ in pairs], [share for _, share in pairs]
         self.engine.backward(sums, shares)
@@ -257,12 +238,12 @@ class Loop:
     def _close_epoch(self, began: float) -> None:
         """Ends an epoch, be it a partial one: its means, its validation, its line in the history."""
         state = self.state
-        self.watch.settle()
+        self.meter.settle()
         state.epoch += 1
         if self.targets.cache is not None:
             self.targets.cache.close_epoch(state.epoch)
         state.drawn = 0
-        means = self.watch.means(self.engine)
+        means = self.meter.means(self.engine)
         loss = math.fsum(w * means[n] for w, n in zip(self.objective.weights, self.objective.names, strict=True) if w)
         score = self._validate()
         state.history.append(Epoch(state.epoch, state.step, loss, means, score, time.perf_counter() - began))
@@ -273,15 +254,15 @@ class Loop:
         score = self.validation.score(self.trainee)
         if self.validation.better(score, self.state.best):
             self.state.best, self.state.best_epoch, self.state.stale = score, self.state.epoch, 0
-            if self.settings.keep_best:
-                self.best = Snapshot(self.trainee.student)
+            if self.keep_best:
+                self.best = copy_values(self.trainee.student)
         else:
             self.state.stale += 1
         return score
 
     def keep(self, values: Mapping[str, Tensor]) -> None:
         """Takes ``values`` for the best weights so far."""
-        self.best = Snapshot(self.trainee.student, values)
+        self.best = dict(values)
 
     def _save(self) -> None:
         if self.checkpoint is None:
@@ -295,13 +276,10 @@ class Loop:
         return self.state.seconds + time.perf_counter() - self.began
 
     def _bar(self) -> _Bar:
-        steps = self.settings.steps
-        if steps is None:
-            steps = -(-len(self.source) // self.settings.accumulate) * self.settings.epochs
-        return _Bar(steps or None, self.progress and self.engine.rank == 0)
+        return _Bar(self.schedule.total(len(self.source)) or None, self.progress and self.engine.rank == 0)
 
 
-class _Watch:
+class _Meter:
     """Adds terms up where they are, and looks for a loss that is not finite without waiting for a device."""
 
     def __init__(self, device: torch.device, objective: Objective) -> None:
@@ -326,7 +304,7 @@ class _Watch:
             self.landed.copy_(terms)
             values = self.read.tolist()
             if not all(map(math.isfinite, values)):
-                self._complain(step, values)
+                self._raise_not_finite(step, values)
             for place, more in enumerate(values):
                 self.held[place] += more
             return
@@ -377,9 +355,9 @@ class _Watch:
         event.synchronize()
         values = arrived.tolist()
         if not all(map(math.isfinite, values)):
-            self._complain(step, values)
+            self._raise_not_finite(step, values)
 
-    def _complain(self, step: int, terms: Sequence[float]) -> None:
+    def _raise_not_finite(self, step: int, terms: Sequence[float]) -> None:
         values = ", ".join(f"{name} {one:.4g}" for name, one in zip(self.objective.names, terms, strict=True))
         raise NonFiniteError(
             f"the loss is not finite at step {step + 1} (sums over the batch: {values}); look for NaN in the data, "
@@ -406,12 +384,12 @@ class _Bar:
         if self.bar is not None:
             self.bar.close()
 
-    def tick(self, watch: _Watch) -> None:
+    def tick(self, meter: _Meter) -> None:
         if self.bar is None:
             return
         self.ticks += 1
         now = time.perf_counter()
         if now >= self.next:
-            self.bar.set_postfix(loss=f"{watch.loss():.4g}", refresh=False)
+            self.bar.set_postfix(loss=f"{meter.loss():.4g}", refresh=False)
             self.bar.update(self.ticks)
             self.ticks, self.next = 0, now + 0.5

@@ -4,22 +4,46 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
+from netopt.distillation.loop.engines import Engine
 from netopt.distillation.loop.student import Trainee
 from netopt.errors import ArgumentTypeError, InvalidArgumentError
 
-__all__ = ["OptimizerLike", "SchedulerLike", "fused", "optimizers_for", "scheduler_for"]
+__all__ = [
+    "OptimizerLike",
+    "SchedulerLike",
+    "Stepper",
+    "fused",
+    "is_dense",
+    "optimizers_for",
+    "overlaps",
+    "scheduler_for",
+]
 
 OptimizerLike: TypeAlias = Optimizer | Callable[[list[nn.Parameter]], Optimizer] | None
 SchedulerLike: TypeAlias = Any
 
 DEFAULT_LR = 1e-3
+
+
+class Stepper(NamedTuple):
+    """What steps the weights, and where.
+
+    Args:
+        engine: Where a step runs.
+        optimizers: What is stepped.
+        schedulers: Stepped after every optimizer step.
+    """
+
+    engine: Engine
+    optimizers: list[Optimizer]
+    schedulers: list[Any]
 
 
 def optimizers_for(
@@ -52,7 +76,8 @@ def optimizers_for(
             if not isinstance(one, Optimizer):
                 raise ArgumentTypeError(f"the function given as optimizer returned a {type(one).__name__}.")
         return made
-    theirs = {id(one) for teacher in teachers for one in teacher.parameters()}
+    # What both have is the student's: that no teacher reads it has been made sure of.
+    theirs = {id(one) for teacher in teachers for one in teacher.parameters()} - {id(one) for one in student}
     held = {id(one) for group in optimizer.param_groups for one in group["params"]}
     if held & theirs:
         raise InvalidArgumentError("the optimizer holds parameters of the teacher; make it from the student's alone.")
@@ -64,8 +89,8 @@ def optimizers_for(
 
 
 def _adamw(parameters: list[nn.Parameter], lr: float) -> AdamW:
-    known = all(one.device.type in ("cpu", "cuda") and one.is_floating_point() for one in parameters)
-    return AdamW(parameters, lr=lr, fused=known or None)
+    fusable = all(one.device.type == "cuda" and one.is_floating_point() and is_dense(one) for one in parameters)
+    return AdamW(parameters, lr=lr, fused=fusable or None)
 
 
 @contextmanager
@@ -73,7 +98,7 @@ def fused(optimizers: Sequence[Optimizer]) -> Iterator[None]:
     """Lets Adam and AdamW step all parameters at once, where they are on the CPU and the choice is left to torch.
 
     Torch chooses one parameter at a time there, several times as slow on a small net. What was chosen by the caller
-    stays, and afterwards everything is as it was.
+    stays, and afterwards everything is as it was. Parameters that are views with gaps keep a group from it.
     """
     chosen: list[tuple[Optimizer, int]] = []
     for one in optimizers:
@@ -95,8 +120,38 @@ def _left_open(group: dict[str, Any]) -> bool:
 
 def _plain(parameter: nn.Parameter) -> bool:
     """Whether a parameter is dense, whole, real and in host memory."""
-    dense = parameter.layout is torch.strided and not hasattr(parameter, "device_mesh")
-    return dense and parameter.device.type == "cpu" and parameter.is_floating_point()
+    whole = not hasattr(parameter, "device_mesh") and is_dense(parameter)
+    return whole and parameter.device.type == "cpu" and parameter.is_floating_point()
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor's entries fill one stretch of memory, each with a place of its own.
+
+    The fused step runs over as many numbers in memory as the tensor has entries, whatever lies there.
+    """
+    if hasattr(tensor, "device_mesh"):
+        return True
+    expected = 1
+    for size, stride in _dims(tensor):
+        if stride != expected:
+            return False
+        expected *= size
+    return tensor.layout is torch.strided
+
+
+def overlaps(tensor: Tensor) -> bool:
+    """Whether some of a tensor's entries surely lie at one place in memory: there are more than places."""
+    if tensor.layout is not torch.strided or hasattr(tensor, "device_mesh"):
+        return False
+    return tensor.numel() > 1 + sum((size - 1) * stride for size, stride in _dims(tensor))
+
+
+def _dims(tensor: Tensor) -> list[tuple[int, int]]:
+    """Returns size and stride of the dimensions longer than 1, the shortest stride first."""
+    if tensor.layout is not torch.strided or not tensor.numel():
+        return []
+    pairs = [(size, stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
+    return sorted(pairs, key=lambda pair: pair[1])
 
 
 def scheduler_for(scheduler: SchedulerLike, optimizers: list[Optimizer], steps: int) -> list[Any]:

@@ -6,8 +6,9 @@ Flags, gradients, hooks and random states are as they were on leaving; after an 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -17,10 +18,15 @@ from torch.optim import Optimizer
 from netopt.distillation.loss.hints import HintTerm, captured
 from netopt.distillation.loss.objective import Record
 from netopt.distillation.loss.outputs import Picker
-from netopt.distillation.loss.teachers import Asked, Forward
+from netopt.distillation.loss.teachers import Forward, Runner
 from netopt.errors import NetoptError
+from netopt.model.restore import Gradients, Snapshot
+from netopt.model.signals import UndoLog
 
-__all__ = ["Snapshot", "Trainee", "evaluating", "lent", "modes", "undone_on_error"]
+__all__ = ["Trainee", "copy_values", "evaluating", "lend", "modes", "put_values", "undo_on_error"]
+
+UNDONE = (NetoptError, KeyboardInterrupt, SystemExit)
+"""What leaves the student as it was."""
 
 
 class Trainee(nn.Module):
@@ -39,19 +45,19 @@ class Trainee(nn.Module):
         self.projections = nn.ModuleDict(
             {str(place): hint.projection for place, hint in enumerate(hints) if hint.projection is not None}
         )
-        self._hints, self._asked = tuple(hints), Asked(student, forward, picker)
+        self._hints, self._run = tuple(hints), Runner(student, forward, picker)
         self._projected = {self._hints[int(place)].student: place for place in self.projections}
         self._seen: dict[str, Tensor] = {}
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
+    def hooked(self) -> Iterator[None]:
         """Lets the layers the hints name be heard."""
         with captured(self.student, [hint.student for hint in self._hints]) as self._seen:
             yield
 
     def forward(self, batch: Any) -> tuple[Tensor, Mapping[str, Tensor]]:
         """Returns the student's output and its hints' activations, projected."""
-        output, seen = self._asked(batch, self._seen)
+        output, seen = self._run(batch, self._seen)
         if not self._projected:
             return output, seen
         features = dict(seen)
@@ -61,7 +67,7 @@ class Trainee(nn.Module):
 
     def record(self, batch: Any) -> Record:
         """Returns what the student says to ``batch``, unprojected."""
-        return self._asked(batch, self._seen)
+        return self._run(batch, self._seen)
 
 
 def modes(student: nn.Module) -> dict[nn.Module, bool]:
@@ -74,79 +80,56 @@ def modes(student: nn.Module) -> dict[nn.Module, bool]:
     return flags if any(flags.values()) else dict.fromkeys(flags, True)
 
 
-@contextmanager
-def evaluating(student: nn.Module) -> Iterator[None]:
-    """Puts every sub-module into eval mode, and back into the one it was in."""
+def evaluating(student: nn.Module) -> UndoLog:
+    """Puts every sub-module into eval mode, without gradients, and back into the mode it was in."""
+
+    def start(log: UndoLog) -> None:
+        log.callback(_flags_restored(student))
+        for part in student.modules():
+            part.training = False
+        log.enter_context(torch.no_grad())
+
+    return UndoLog(start)
+
+
+def lend(log: UndoLog, student: nn.Module, optimizer: Optimizer | None) -> None:
+    """Has training flags, ``requires_grad`` and the ``.grad`` objects restored, of the optimizer's parameters too."""
+    groups = optimizer.param_groups if optimizer is not None else ()
+    gradients = Gradients(dict.fromkeys(chain(student.parameters(), *(group["params"] for group in groups))))
+    log.callback(gradients.put_back)
+    log.callback(_flags_restored(student))
+    gradients.set_aside()
+
+
+def _flags_restored(student: nn.Module) -> Callable[[], None]:
     flags = [(part, part.training) for part in student.modules()]
-    for part, _ in flags:
-        part.training = False
-    try:
-        yield
-    finally:
+
+    def put_back() -> None:
         for part, flag in flags:
             part.training = flag
 
-
-@contextmanager
-def lent(student: nn.Module, optimizer: Optimizer | None) -> Iterator[None]:
-    """Restores training flags, ``requires_grad`` and the ``.grad`` objects, of the optimizer's parameters too."""
-    flags = [(part, part.training) for part in student.modules()]
-    parameters = {id(one): one for one in student.parameters()}
-    for group in optimizer.param_groups if optimizer is not None else ():
-        parameters |= {id(one): one for one in group["params"]}
-    grads = [(one, one.grad, one.requires_grad) for one in parameters.values()]
-    for parameter in parameters.values():
-        parameter.grad = None
-    try:
-        yield
-    finally:
-        for part, flag in flags:
-            part.training = flag
-        for parameter, grad, requires_grad in grads:
-            if parameter.requires_grad is not requires_grad:
-                parameter.requires_grad_(requires_grad)
-            parameter.grad = grad
+    return put_back
 
 
-class Snapshot:
-    """The values of a model's parameters and buffers at one moment; the tensors themselves stay the same objects.
-
-    Args:
-        model: The model to note.
-        values: What to note instead of the values it has, by name.
-    """
-
-    def __init__(self, model: nn.Module, values: Mapping[str, Tensor] | None = None) -> None:
-        named = (*model.named_parameters(), *model.named_buffers())
-        self._values = [(name, one, (one if values is None else values[name]).detach().clone()) for name, one in named]
-
-    def values(self) -> dict[str, Tensor]:
-        """Returns the values noted, by name."""
-        return {name: value for name, _, value in self._values}
-
-    def put_back(self) -> None:
-        """Writes the values noted into the model."""
-        with torch.no_grad():
-            for _, tensor, value in self._values:
-                tensor.copy_(value)
-
-
-@contextmanager
-def undone_on_error(student: nn.Module, *stateful: Any) -> Iterator[None]:
-    """Puts student, optimizer and scheduler back to where they were if this library raises one of its errors.
+def undo_on_error(log: UndoLog, student: nn.Module, *stateful: Any) -> None:
+    """Has student, optimizer and scheduler put back if this library raises one of its errors, or is interrupted.
 
     Other exceptions, the caller's own, leave the student as far trained as it is.
     """
-    before = Snapshot(student)
-    states = [
-        (one, copy.deepcopy(one.state_dict()))
-        for one in stateful
-        if hasattr(one, "state_dict") and not isinstance(one, type)
-    ]
-    try:
-        yield
-    except NetoptError:
-        before.put_back()
-        for one, state in states:
-            one.load_state_dict(state)
-        raise
+    for one in stateful:
+        if hasattr(one, "state_dict") and not isinstance(one, type):
+            log.callback(one.load_state_dict, copy.deepcopy(one.state_dict()), on=UNDONE)
+    log.callback(Snapshot(student, parameters=True).put_back, on=UNDONE)
+
+
+def copy_values(student: nn.Module) -> dict[str, Tensor]:
+    """Copies of parameters and buffers, by name."""
+    return {name: one.detach().clone() for name, one in (*student.named_parameters(), *student.named_buffers())}
+
+
+def put_values(student: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Writes values into the parameters and buffers of these names; one that has grown since keeps its own."""
+    with torch.no_grad():
+        for name, one in (*student.named_parameters(), *student.named_buffers()):
+            if name in values and one.shape == values[name].shape:
+                one.copy_(values[name])

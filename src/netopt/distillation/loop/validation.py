@@ -59,7 +59,7 @@ class Validation:
             NonFiniteError: it is not a finite number.
             MissingDataError: a batch has no targets, and the metric needs them.
         """
-        with torch.no_grad(), evaluating(trainee.student):
+        with evaluating(trainee.student):
             score = self._score(trainee, limit)
         if not isinstance(score, (int, float)):
             raise ArgumentTypeError(f"validation must give a number, not a {type(score).__name__}.")
@@ -105,7 +105,7 @@ class Validation:
             held[1] += more
 
     def _values(self, output: Tensor, batch: Any) -> Tensor:
-        wanted = self.targets.labels_of(batch, positions_of(output.shape))
+        wanted = self.targets.labelling.of(batch, positions_of(output.shape))
         if wanted is None:
             raise MissingDataError(f"metric {self.name!r} needs targets and a validation batch has none.")
         wanted = wanted.to(output.device)

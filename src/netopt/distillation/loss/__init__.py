@@ -1,1 +1,1 @@
-"""What the student should say, and how far it is from it."""
+"""Targets from the teachers, and the losses that compare the student with them."""

@@ -142,17 +142,16 @@ def _block(
     ours = (student / temperature).log_softmax(-1).clamp_min_(LEAST)
     slopes = torch.exp(ours, out=out)
     if others:
-        return _largest(ours, slopes, temperature, others, *teacher), slopes.mul_(scale)
+        return _largest(ours, slopes, temperature, others, teacher), slopes.mul_(scale)
     theirs = (teacher[0] / temperature).log_softmax(-1).clamp_min_(LEAST)
     chances = theirs.exp()
     slopes.sub_(chances).mul_(scale)
     return theirs.sub_(ours).mul_(chances).sum(-1).mul_(temperature**2), slopes
 
 
-def _largest(
-    ours: Tensor, slopes: Tensor, temperature: float, others: int, top: Tensor, which: Tensor, rest: Tensor
-) -> Tensor:
+def _largest(ours: Tensor, slopes: Tensor, temperature: float, others: int, teacher: Sequence[Tensor]) -> Tensor:
     """The same from the largest logits, all ``others`` sharing the rest of the probability equally."""
+    top, which, rest = teacher
     which, top, rest = which.long(), top.to(ours.dtype) / temperature, rest.to(ours.dtype) / temperature
     whole = torch.cat([top, rest + math.log(others)], dim=-1).logsumexp(-1, keepdim=True)
     logs, chances = (top - whole).clamp_min_(LEAST), (top - whole).exp()

@@ -1,6 +1,6 @@
 """Layers of the student learn from layers of the teacher; where their widths differ, a projection is made for them.
 
-A hint is a pair of dotted names with a kind. After `prune_neurons` no projection is needed: the plan says which of the
+A hint is a pair of dotted names with a kind. After `prune_neurons` no projection is needed: the plan holds which of the
 teacher's neurons each of the student's *is*, and the pair is compared neuron by neuron.
 """
 

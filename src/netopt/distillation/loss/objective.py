@@ -22,8 +22,9 @@ from torch import Tensor
 from netopt.distillation.loss import losses
 from netopt.distillation.loss.divergence import TopK
 from netopt.distillation.loss.hints import HintTerm
+from netopt.distillation.loss.labels import UNLABELLED
 from netopt.distillation.loss.losses import Loss
-from netopt.distillation.loss.outputs import UNLABELLED, classes_last
+from netopt.distillation.loss.outputs import classes_last
 from netopt.errors import ArgumentTypeError, InvalidArgumentError, MissingDataError, ShapeMismatchError
 
 __all__ = ["Items", "Kept", "Objective", "Record", "SoftLoss", "Sum", "Target", "loss_terms"]
@@ -33,7 +34,7 @@ Kind: TypeAlias = Literal["sample", "position", "hard"]
 
 
 class Record(NamedTuple):
-    """What one model said about a batch: its output, and the activations of the layers asked for, by name."""
+    """What one model returned for a batch: its output, and the activations of the layers wanted, by name."""
 
     output: Tensor
     features: Mapping[str, Tensor]
@@ -111,7 +112,7 @@ def _rows(mask: Tensor, like: Tensor) -> Tensor:
 
 
 class Target(NamedTuple):
-    """What the student should say to one micro-batch."""
+    """What the student should return for one micro-batch."""
 
     items: Items
     records: Sequence[Record | Kept]
@@ -141,7 +142,7 @@ class _Soft:
         options = {"temperature": temperature, **loss.options} if "temperature" in loss.accepts else loss.options
         self._call = partial(loss.function, **options)
         self._labelled = "labels" in loss.accepts and "labels" not in loss.options
-        # What only the whole of the logits can be asked, such as to be standardised, asks for the whole.
+        # An option that needs all logits, such as standardising them, rules out the condensed form.
         self.condensed, self.explicit = _bound(loss.condensed, options), _bound(loss.explicit, options)
 
     def sum(
@@ -257,7 +258,7 @@ def loss_terms(loss: SoftLoss) -> list[tuple[str, Loss | Callable[..., Tensor], 
 
 
 class Objective:
-    """The sum of all terms, made from what the caller asked for.
+    """The sum of all terms, made from the caller's arguments.
 
     Args:
         loss: As given to :func:`netopt.distill`.
@@ -321,12 +322,12 @@ class Objective:
 
     def counts(self, items: Items, labels: Tensor | None) -> list[int]:
         """Returns how many items of this micro-batch each term runs over."""
-        # Where everything counts its shape says all.
-        told = items.mask is None and (self.hard == 0 or items.labelled)
-        found = self._counted.get(items.positions) if told else None
+        # Where everything counts, the counts follow from the shape.
+        known = items.mask is None and (self.hard == 0 or items.labelled)
+        found = self._counted.get(items.positions) if known else None
         if found is None:
             found = self._count(items, labels)
-            if told:
+            if known:
                 self._counted[items.positions] = found
         return found
 
@@ -340,7 +341,7 @@ class Objective:
 
     @property
     def condensable(self) -> bool:
-        """Whether all that is asked of the outputs is known from the largest logits and the sum of the others."""
+        """Whether the losses need no more of the outputs than the largest logits and the sum of the others."""
         return all(isinstance(one, _Soft) and one.condensed is not None for one in self.soft)
 
     def sums(
@@ -376,7 +377,7 @@ class Objective:
     def _labelled(self, items: Items, labels: Tensor | None) -> int:
         if labels is None:
             raise MissingDataError(
-                f"hard={self.hard} asks for labels and a batch has none; let the data yield (inputs, labels) or a dict "
+                f"hard={self.hard} needs labels and a batch has none; let the data yield (inputs, labels) or a dict "
                 'with "labels", pass labels=, or set hard=0.'
             )
         if labels.is_floating_point():
@@ -410,7 +411,7 @@ class Objective:
 
 
 def count(mask: Tensor) -> int:
-    """Returns how many entries are true; in host memory, as a rule, where nobody has to be waited for."""
+    """Returns how many entries are true; as a rule in host memory, without synchronising."""
     return int(np.count_nonzero(mask.numpy())) if mask.device.type == "cpu" else int(mask.sum())
 
 

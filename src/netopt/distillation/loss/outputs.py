@@ -1,4 +1,4 @@
-"""Which tensor of a result is distilled, and which of its positions count.
+"""Which tensor of a result is distilled, and what its dimensions are.
 
 An output is a float tensor whose first dimension is the sample. Classes are its last dimension, as in token logits
 ``(samples, tokens, classes)``, or the second one of images, ``(samples, classes, height, width)``; what is left are
@@ -7,43 +7,42 @@ positions, and labels and masks have their shape.
 
 from __future__ import annotations
 
-import re
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from netopt import batches
 from netopt.errors import ArgumentTypeError, InvalidArgumentError, ShapeMismatchError, nearest
 
 __all__ = [
-    "UNLABELLED",
     "Picker",
     "check_shapes",
     "classes_last",
-    "is_causal",
     "pick",
     "positions_of",
-    "shifted",
-    "valid_positions",
 ]
 
 Picker: TypeAlias = str | Callable[[Any], Tensor] | None
 """Finds the output in a result: a dotted path into it, a function of it, or ``None`` for the main output."""
 
-UNLABELLED = -1
+
+INTERNAL = frozenset({"loss", "hidden_states", "attentions", "cross_attentions", "past_key_values"})
+"""What a Hugging Face result holds beside its outputs."""
 
 
 def pick(result: Any, picker: Picker) -> Tensor:
     """Returns the tensor of ``result`` that is distilled.
 
     Raises:
-        InvalidArgumentError: there is nothing at the path given; the message lists the paths there are.
+        InvalidArgumentError: there is nothing at the path given, or several outputs and no path; the message lists
+            the paths there are.
         ArgumentTypeError: what was found is not a floating-point tensor.
     """
     if picker is None:
-        found = batches.primary(result)
+        found = result if isinstance(result, Tensor) else _only_output(result)
     elif callable(picker):
         found = picker(result)
     else:
@@ -63,6 +62,30 @@ def pick(result: Any, picker: Picker) -> Tensor:
             "or choose it with output=."
         )
     return found
+
+
+def _only_output(result: Any) -> Tensor:
+    """Returns the main output where a result names it or holds no other.
+
+    Raises:
+        InvalidArgumentError: it holds several.
+    """
+    read = result.get if isinstance(result, Mapping) else functools.partial(getattr, result)
+    if any(isinstance(read(name, None), Tensor) for name in batches.PRIMARY_NAMES):
+        return batches.primary(result)
+    found = {
+        path: one
+        for path, one in batches.tensors(result)
+        if one.is_floating_point() and one.dim() and path.split(".")[0] not in INTERNAL
+    }
+    if len(found) < 2:
+        return next(iter(found.values())) if found else batches.primary(result)
+    listed = ", ".join(f"{path!r} {tuple(one.shape)}" for path, one in found.items())
+    raise InvalidArgumentError(
+        f"the model returned a {type(result).__name__} with several outputs, {listed}, and no "
+        f"output= chooses one; write output={next(iter(found))!r} for one of them, or output=, a function that makes "
+        "one tensor of the result, such as lambda result: torch.cat([...], -1), with a loss that takes it apart."
+    )
 
 
 def check_shapes(student: Tensor, teacher: Tensor, who: str = "the teacher") -> None:
@@ -98,33 +121,3 @@ def positions_of(shape: torch.Size) -> tuple[int, ...]:
     if len(shape) > 3:
         return (shape[0], *shape[2:])
     return tuple(shape[:-1]) if len(shape) > 1 else tuple(shape)
-
-
-def is_causal(model: nn.Module) -> bool:
-    """Whether labels belong to the position before, as Hugging Face's language models have it."""
-    kind = getattr(model, "loss_type", None) or type(model).__name__
-    return re.search(r"ForCausalLM|LMHeadModel", str(kind)) is not None
-
-
-def shifted(labels: Tensor, ignore_index: int) -> Tensor:
-    """Returns ``labels`` moved to the positions that predict them; the last position predicts nothing."""
-    return torch.cat([labels[:, 1:], labels.new_full((len(labels), 1), ignore_index)], dim=1)
-
-
-def valid_positions(batch: Any, labels: Any, positions: tuple[int, ...], ignore_index: int) -> Tensor | None:
-    """Returns which positions count, bool in the shape of ``positions`` or of their samples; ``None`` for all.
-
-    Integer labels rule out where they equal ``ignore_index``; without labels a Hugging Face batch's attention mask
-    rules out padding.
-    """
-    if isinstance(labels, Tensor) and not labels.is_floating_point() and labels.dtype != torch.bool:
-        if labels.shape == positions or labels.shape == positions[:1]:
-            # In host memory a look is cheap, and most batches have nothing to rule out.
-            if labels.device.type == "cpu" and ignore_index < 0 <= (labels.numpy().min() if labels.numel() else 0):
-                return None
-            return labels != ignore_index
-        return None
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    if isinstance(mask, Tensor) and tuple(mask.shape) == positions:
-        return mask.bool()
-    return None

@@ -1,84 +1,81 @@
-"""What the student should say: asks the teachers about a micro-batch, and finds its labels and what counts of it."""
+"""What the student should return: the teachers' outputs on a micro-batch, its labels, and which of its items count."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from netopt import batches
-from netopt.distillation.data.cache import TeacherCache
 from netopt.distillation.data.sources import Drawn, batch_length
-from netopt.distillation.loop.engines import Engine
+from netopt.distillation.loss.cache import TeacherCache
 from netopt.distillation.loss.hints import captured
+from netopt.distillation.loss.labels import UNLABELLED, Labelling
 from netopt.distillation.loss.objective import Items, Record, Target
-from netopt.distillation.loss.outputs import UNLABELLED, Picker, positions_of, shifted, valid_positions
-from netopt.distillation.loss.teachers import Asked, Forward, all_eval
-from netopt.errors import ArgumentTypeError, InvalidArgumentError
+from netopt.distillation.loss.outputs import positions_of
+from netopt.distillation.loss.teachers import Reads, Runner, Shared, set_eval
 
-__all__ = ["Labels", "Targets"]
+if TYPE_CHECKING:
+    from netopt.distillation.loop.engines import Engine
 
-Labels: TypeAlias = str | Callable[[Any], Tensor] | None
-"""Where labels are: a key of the batch, a function of it, or ``None`` for the batch's targets."""
+__all__ = ["Targets"]
 
 
 class Targets:
     """The teachers, and what else is known of a batch.
 
     Args:
-        teachers: Asked in eval mode and without gradients, where they are.
-        forward: How a teacher is run on a batch.
-        picker: Finds a teacher's output.
+        teachers: Run in eval mode and without gradients, where they are.
         layers: The first teacher's layers that hints need.
-        labels: Where labels are.
-        ignore_index: The label of what does not count.
-        causal: Whether a position's label is the next one's.
+        labelling: Where labels are.
         engine: Where the student is.
-        cache: Keeps what the teachers said, or ``None``.
+        cache: Keeps the teachers' outputs, or ``None``.
     """
 
     def __init__(
         self,
-        teachers: Sequence[nn.Module],
-        *,
-        forward: Forward,
-        picker: Picker,
+        teachers: Sequence[Runner],
         layers: Sequence[str],
-        labels: Labels,
-        ignore_index: int,
-        causal: bool,
+        labelling: Labelling,
         engine: Engine,
         cache: TeacherCache | None = None,
     ) -> None:
-        self.teachers, self.layers = tuple(teachers), tuple(layers)
-        self._asked = [Asked(one, forward, picker) for one in teachers]
-        self.labels, self.ignore_index, self.causal, self.engine = labels, ignore_index, causal, engine
-        self.cache = cache
+        self.teachers, self.layers, self.labelling = tuple(teachers), tuple(layers), labelling
+        self.engine, self.cache = engine, cache
         self._seen: dict[str, Tensor] = {}
         self._clock, self._ungraded = _Clock(engine.device), torch.no_grad()
         self._shape: Callable[[Targets, Any], tuple[int, ...] | None] | None = None
         self._all_count = self._all_labelled = False
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Puts the teachers into eval mode and lets the layers that hints need be heard."""
+    def hooked(self) -> Iterator[None]:
+        """Puts the teachers into eval mode and hooks the layers that hints need."""
         with ExitStack() as stack:
-            all_eval(self.teachers)
-            self._seen = stack.enter_context(captured(self.teachers[0], list(self.layers)))
+            for one in self.teachers:
+                set_eval(one.model, without=one.shared)
+            self._seen = stack.enter_context(captured(self.teachers[0].model, list(self.layers)))
             yield
+
+    def check_apart(self, batch: Any, shared: Sequence[Sequence[Shared]]) -> None:
+        """Raises an `InvalidArgumentError` if a teacher reads a tensor that is trained, of those it holds."""
+        for teacher, held in zip(self.teachers, shared, strict=True):
+            if held:
+                with Reads(held) as reads:
+                    self._run(teacher, batch)
+                reads.check()
 
     def prepare(self, drawn: Drawn, *, train: bool = True) -> tuple[Any, Target]:
         """Returns the batch on the student's device, and its target; the cache is for data to ``train`` on."""
         batch = drawn.batch
         with self._clock:
             if train and self.cache is not None and self.cache.active:
-                records = self.cache.records(drawn.identities, batch, lambda: self._ask_all(batch))
+                records = self.cache.records(drawn.identities, batch, lambda: self._run_all(batch))
             else:
-                records = self._ask_all(batch)
+                records = self._run_all(batch)
         items, labels = self._items(drawn, positions_of(records[0].output.shape), train and self._all_count)
         return batches.move(batch, self.engine.device), Target(items, records, labels)
 
@@ -88,10 +85,10 @@ class Targets:
         Where the ``whole`` of the samples is at hand, it is looked at once whether all of them count.
         """
         positions = target.items.positions
-        if whole is not None and not callable(self.labels):
+        if whole is not None and not callable(self.labelling.where):
             everywhere = (batch_length(whole), *positions[1:])
-            labels = self.labels_of(whole, everywhere)
-            mask = valid_positions(whole, labels, everywhere, self.ignore_index)
+            labels = self.labelling.of(whole, everywhere)
+            mask = self.labelling.valid(whole, labels, everywhere)
             self._all_count = mask is None or bool(mask.all())
             self._all_labelled = (
                 self._all_count
@@ -105,25 +102,25 @@ class Targets:
                 self._shape = shape
                 return
 
-    def foresee(self, drawn: Drawn) -> tuple[Items, Tensor | None] | None:
-        """Returns what counts of a batch and its labels before a teacher is asked; ``None`` if it cannot be told."""
+    def count_ahead(self, drawn: Drawn) -> tuple[Items, Tensor | None] | None:
+        """Returns what counts of a batch and its labels before a teacher runs; ``None`` if that is not known."""
         positions = None if self._shape is None else self._shape(self, drawn.batch)
         return None if positions is None else self._items(drawn, positions, self._all_count)
 
     def _items(self, drawn: Drawn, positions: tuple[int, ...], all_count: bool) -> tuple[Items, Tensor | None]:
-        labels = self.labels_of(drawn.batch, positions)
+        labels = self.labelling.of(drawn.batch, positions)
         if drawn.idle:
             return Items(positions, torch.zeros(positions[0], dtype=torch.bool)), labels
         if all_count:
             return Items(positions, labelled=self._all_labelled), labels
-        return Items(positions, valid_positions(drawn.batch, labels, positions, self.ignore_index)), labels
+        return Items(positions, self.labelling.valid(drawn.batch, labels, positions)), labels
 
     def seconds(self) -> float:
-        """How long the teachers have been asked altogether."""
+        """How long the teachers have run altogether."""
         return self._clock.seconds()
 
     def facts(self) -> dict[str, Any]:
-        """What the report says of the cache."""
+        """The facts on the cache that the report shows."""
         return self.cache.facts() if self.cache is not None else {}
 
     def notes(self) -> list[str]:
@@ -132,37 +129,16 @@ class Targets:
             return []
         return [f"the cache of the teacher's outputs was switched off: {self.cache.reason}."]
 
-    def _ask_all(self, batch: Any) -> list[Record]:
-        return [self._ask(one, batch) for one in self._asked]
+    def _run_all(self, batch: Any) -> list[Record]:
+        return [self._run(one, batch) for one in self.teachers]
 
-    def _ask(self, asked: Asked, batch: Any) -> Record:
+    def _run(self, teacher: Runner, batch: Any) -> Record:
         with self._ungraded, self.engine.autocast():
-            record = asked(batch, self._seen)
+            record = teacher(batch, self._seen)
         home = self.engine.device
         if record.output.device == home and not record.features:
             return record
         return Record(record.output.to(home), {name: one.to(home) for name, one in record.features.items()})
-
-    def labels_of(self, batch: Any, positions: tuple[int, ...]) -> Tensor | None:
-        """Returns the labels of a batch, each at the position that should say it; ``None`` if it has none."""
-        if callable(self.labels):
-            found = self.labels(batch)
-        elif isinstance(self.labels, str):
-            if not isinstance(batch, Mapping) or self.labels not in batch:
-                keys = list(batch) if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
-                raise InvalidArgumentError(f"labels={self.labels!r} is no key of the batch, {keys}.")
-            found = batch[self.labels]
-        else:
-            found = batches.split(batch)[1]
-        if found is None or not isinstance(found, Tensor):
-            if self.labels is not None:
-                raise ArgumentTypeError(f"labels= gave a {type(found).__name__}; let it give a tensor.")
-            return None
-        if self.causal and self.labels is None and isinstance(batch, Mapping) and tuple(found.shape) == positions:
-            found = shifted(found, self.ignore_index)
-        if found.dim() == len(positions) + 1 and found.shape[-1] == 1 and not found.is_floating_point():
-            found = found.squeeze(-1)
-        return found
 
 
 def _samples(_targets: Targets, batch: Any) -> tuple[int, ...] | None:
@@ -170,7 +146,7 @@ def _samples(_targets: Targets, batch: Any) -> tuple[int, ...] | None:
 
 
 def _labels(targets: Targets, batch: Any) -> tuple[int, ...] | None:
-    labels = targets.labels_of(batch, ())
+    labels = targets.labelling.of(batch, ())
     return None if labels is None or labels.is_floating_point() else tuple(labels.shape)
 
 
@@ -180,7 +156,7 @@ def _attention(_targets: Targets, batch: Any) -> tuple[int, ...] | None:
 
 
 class _Clock:
-    """Adds up time spent inside; on an accelerator by events, so that nobody waits for it."""
+    """Adds up time spent inside; on an accelerator by events, without synchronising."""
 
     def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == "cuda"

@@ -1,22 +1,28 @@
-"""A model is asked about a batch, and answers with its output and the layers wanted.
+"""Models as functions from a batch to an output and the layers wanted; teachers among them are only ever read.
 
-The teacher is only ever read: in eval mode, without gradients, unwrapped, where it is.
+A teacher runs in eval mode, without gradients, unwrapped, where it is. It may share tensors with the student, as its
+base model with adapters switched off does, as long as it reads none that is trained.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from types import MappingProxyType
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
+import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 
 from netopt import batches
 from netopt.distillation.loss.objective import Record
 from netopt.distillation.loss.outputs import Picker, pick
 from netopt.errors import ArgumentTypeError, InvalidArgumentError
+from netopt.model.dispatch import ThreadDispatchMode
 
-__all__ = ["Asked", "Forward", "all_eval", "as_teachers", "check_apart", "local"]
+__all__ = ["Forward", "Reads", "Runner", "Shared", "as_teachers", "local", "set_eval", "shared_tensors"]
 
 Forward: TypeAlias = Callable[[nn.Module, Any], Any] | None
 """How a model is run on a batch, ``(model, batch) -> result``; ``None`` feeds it the batch's inputs."""
@@ -24,27 +30,41 @@ Forward: TypeAlias = Callable[[nn.Module, Any], Any] | None
 NOTHING_SEEN: Mapping[str, Tensor] = MappingProxyType({})
 
 
-class Asked:
-    """A model that is asked about batches.
+class Runner:
+    """Runs a model on batches.
 
     Args:
         model: Run in whatever mode it is in.
         forward: How it is run on a batch; ``None`` feeds it the batch's inputs.
         picker: Finds its output in the result.
+        shared: Sub-modules that are in eval mode only while it runs, since the student has them too.
     """
 
-    def __init__(self, model: nn.Module, forward: Forward, picker: Picker) -> None:
-        self.model, self.forward, self.picker = model, forward, picker
-        # Left in, labels make a Hugging Face model compute a loss nobody asked for. Only one that makes its decoder's
-        # inputs from them keeps them.
+    def __init__(self, model: nn.Module, forward: Forward, picker: Picker, shared: Collection[nn.Module] = ()) -> None:
+        self.model, self.forward, self.picker, self.shared = model, forward, picker, shared
+        # Left in, labels make a Hugging Face model compute its loss as well. Only one that makes its decoder's inputs
+        # from them keeps them.
         config: Any = getattr(model, "config", None)
         keeps = bool(getattr(config, "is_encoder_decoder", False))
         self.feeder = batches.Feeder(model, frozenset() if keeps else frozenset({"labels"}))
 
     def __call__(self, batch: Any, seen: Mapping[str, Tensor]) -> Record:
         """Runs the model on ``batch``; ``seen`` is what hooks fill with the layers' activations meanwhile."""
-        result = self.feeder(batch) if self.forward is None else self.forward(self.model, batch)
+        with _in_eval(self.shared) if self.shared else nullcontext():
+            result = self.feeder(batch) if self.forward is None else self.forward(self.model, batch)
         return Record(pick(result, self.picker), dict(seen) if seen else NOTHING_SEEN)
+
+
+@contextmanager
+def _in_eval(parts: Collection[nn.Module]) -> Iterator[None]:
+    flags = [(part, part.training) for part in parts]
+    try:
+        for part in parts:
+            part.training = False
+        yield
+    finally:
+        for part, flag in flags:
+            part.training = flag
 
 
 def as_teachers(teacher: Any, weights: Iterable[float] | None) -> tuple[list[nn.Module], list[float]]:
@@ -71,29 +91,74 @@ def as_teachers(teacher: Any, weights: Iterable[float] | None) -> tuple[list[nn.
     return teachers, [one / sum(shares) for one in shares]
 
 
-def check_apart(student: nn.Module, teachers: Iterable[nn.Module]) -> None:
-    """Makes sure that training the student cannot change a teacher.
+class Shared(NamedTuple):
+    """A tensor that training the student writes to, and a teacher has too.
+
+    Args:
+        ours: Its name in the student.
+        theirs: Its name in the teacher.
+        memory: Where it is.
+    """
+
+    ours: str
+    theirs: str
+    memory: tuple[str, int]
+
+
+def shared_tensors(student: nn.Module, teacher: nn.Module, optimizer: Any) -> list[Shared]:
+    """Lists what training writes to and ``teacher`` holds: parameters that need a gradient and are in ``optimizer``.
 
     Raises:
-        InvalidArgumentError: they are one model, or share memory that training writes to; frozen parameters may be
-            shared.
+        InvalidArgumentError: they are one model.
     """
-    written = {_memory(one): name for name, one in student.named_parameters() if one.requires_grad}
+    if teacher is student:
+        raise InvalidArgumentError(
+            "teacher and student are the same model; copy.deepcopy(model) before pruning keeps a teacher."
+        )
+    stepped = None
+    if isinstance(optimizer, Optimizer):
+        stepped = {id(one) for group in optimizer.param_groups for one in group["params"]}
+    written = {
+        _memory(one): name
+        for name, one in student.named_parameters()
+        if one.requires_grad and (stepped is None or id(one) in stepped)
+    }
+    modes = {part.training for part in student.modules()}
     for path, part in student.named_modules():
-        if isinstance(part, nn.modules.batchnorm._NormBase):
+        if isinstance(part, nn.modules.batchnorm._NormBase) and (part.training or not any(modes)):
             written |= {_memory(one): f"{path}.{name}" for name, one in part.named_buffers()}
-    for teacher in teachers:
-        if teacher is student:
-            raise InvalidArgumentError(
-                "teacher and student are the same model; copy.deepcopy(model) before pruning keeps a teacher."
-            )
-        for name, tensor in (*teacher.named_parameters(), *teacher.named_buffers()):
-            ours = written.get(_memory(tensor))
-            if ours is not None and tensor.numel() and tensor.device.type != "meta":
-                raise InvalidArgumentError(
-                    f"the student's {ours!r} and the teacher's {name!r} are one tensor, so training would change the "
-                    "teacher; give the student a copy, or freeze it with requires_grad_(False)."
-                )
+    held = ((name, one) for name, one in (*teacher.named_parameters(), *teacher.named_buffers()) if one.numel())
+    return [
+        Shared(written[_memory(one)], name, _memory(one))
+        for name, one in held
+        if one.device.type != "meta" and _memory(one) in written
+    ]
+
+
+class Reads(ThreadDispatchMode):
+    """Notes which tensors of ``shared`` any operation reads: a switched-off adapter is held and not read."""
+
+    def __init__(self, shared: Iterable[Shared]) -> None:
+        super().__init__()
+        self.left = {one.memory: one for one in shared}
+        self.read: list[Shared] = []
+
+    def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for one in tree_leaves((args, kwargs)):
+            if isinstance(one, Tensor) and one.layout is torch.strided:
+                self.read += filter(None, [self.left.pop(_memory(one), None)])
+        return func(*args, **(kwargs or {}))
+
+    def check(self) -> None:
+        """Raises an `InvalidArgumentError` that names what was read."""
+        if not self.read:
+            return
+        names = ", ".join(f"the student's {one.ours!r} and the teacher's {one.theirs!r}" for one in self.read[:3])
+        more = f" and {len(self.read) - 3} more pairs" if len(self.read) > 3 else ""
+        raise InvalidArgumentError(
+            f"{names}{more} are one tensor, which the teacher's forward reads, so training would change the teacher; "
+            "give the student a copy, or freeze it with requires_grad_(False)."
+        )
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -106,8 +171,8 @@ def _memory(tensor: Tensor) -> tuple[str, int]:
     return str(tensor.device), local(tensor).untyped_storage().data_ptr()
 
 
-def all_eval(modules: Iterable[nn.Module]) -> None:
+def set_eval(module: nn.Module, without: Collection[nn.Module] = ()) -> None:
     """Puts every sub-module into eval mode, without calling a ``train`` that someone has overridden."""
-    for module in modules:
-        for part in module.modules():
+    for part in module.modules():
+        if part not in without:
             part.training = False

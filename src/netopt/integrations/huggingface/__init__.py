@@ -1,1 +1,6 @@
-"""Configurations of Hugging Face models, kept in step with the model."""
+"""Hugging Face models: their configurations are kept in step with the smaller model."""
+
+from netopt.integrations.huggingface.config import follow
+from netopt.plan.hooks import register_hook
+
+register_hook("config", follow)

@@ -14,11 +14,24 @@ from torch import Tensor, nn
 from torch.utils._device import DeviceContext
 
 from netopt.model.restore import preserve_random_state
-from netopt.symbolic.formulas import Where
 
-__all__ = ["Shapes", "Unfilled", "alone", "built", "entries", "is_share", "is_size", "plant", "with_changes"]
+__all__ = [
+    "ConfigPath",
+    "NoInit",
+    "Shapes",
+    "build",
+    "entries",
+    "is_ratio",
+    "is_size",
+    "isolated",
+    "set_directly",
+    "with_changes",
+]
 
 Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
+"""Of tensors, by name."""
+ConfigPath: TypeAlias = tuple[Any, ...]
+"""Where a number is in a configuration: attributes, and positions in lists."""
 
 
 @functools.cache
@@ -27,20 +40,20 @@ def is_size(name: str) -> bool:
     return any(word in name for word in ("dim", "inner", "size"))
 
 
-def is_share(path: Where) -> bool:
+def is_ratio(path: ConfigPath) -> bool:
     """Whether a number of this name is a ratio of sizes."""
     name = next(step for step in reversed(path) if isinstance(step, str))
     return any(word in name for word in ("ratio", "mult", "expan"))
 
 
-def built(kind: Callable[[Any], nn.Module], config: Any) -> nn.Module | None:
+def build(kind: Callable[[Any], nn.Module], config: Any) -> nn.Module | None:
     """The model this configuration builds, without memory; None if it builds none.
 
     Args:
         kind: The class of the model.
         config: May be kept and changed by the model.
     """
-    with alone(), Unfilled():
+    with isolated(), NoInit():
         try:
             return kind(config)
         except Exception:
@@ -49,8 +62,8 @@ def built(kind: Callable[[Any], nn.Module], config: Any) -> nn.Module | None:
 
 
 @contextmanager
-def alone() -> Iterator[None]:
-    """Building leaves the random state and the default type of numbers as they were, and warns of nothing."""
+def isolated() -> Iterator[None]:
+    """Restores the random state and the default dtype, and silences warnings."""
     kind = torch.get_default_dtype()
     try:
         with preserve_random_state(), warnings.catch_warnings():
@@ -60,8 +73,8 @@ def alone() -> Iterator[None]:
         torch.set_default_dtype(kind)
 
 
-class Unfilled(DeviceContext):
-    """The meta device, with what fills its tensors left out, which is most of what building them takes."""
+class NoInit(DeviceContext):
+    """The meta device without initialisation of its tensors, which is most of the time a build takes."""
 
     def __init__(self) -> None:
         super().__init__("meta")
@@ -82,14 +95,14 @@ class Unfilled(DeviceContext):
         return made
 
     def note(self, made: Tensor, args: Any, kwargs: Any) -> None:
-        """Looks at what a call made."""
+        """Called with every tensor that is made."""
 
 
 _SHAPED = frozenset(["requires_grad_", "resize_", "squeeze_", "unsqueeze_", "t_", "transpose_", "set_", "detach_"])
 
 
-def entries(config: Any, path: Where = ()) -> Iterator[tuple[Where, Any]]:
-    """The numbers of a configuration, of lists in it and of those inside it; None where a size is left to a default."""
+def entries(config: Any, path: ConfigPath = ()) -> Iterator[tuple[ConfigPath, Any]]:
+    """The numbers of a configuration, its lists and sub-configurations; None where a size is left to a default."""
     for name, value in vars(config).items():
         if name.startswith("_"):
             continue
@@ -103,20 +116,20 @@ def entries(config: Any, path: Where = ()) -> Iterator[tuple[Where, Any]]:
             yield from entries(value, (*path, name))
 
 
-def with_changes(config: Any, changes: Mapping[Where, Any]) -> Any:
-    """A copy of a configuration with some values changed, in its lists and tuples and in what is inside it too."""
+def with_changes(config: Any, changes: Mapping[ConfigPath, Any]) -> Any:
+    """A copy of a configuration with some values changed, in its lists, tuples and sub-configurations too."""
     config = copy.deepcopy(config)
     for path, value in changes.items():
         _set(config, path, value, setattr)
     return config
 
 
-def plant(config: Any, path: Where, value: Any) -> None:
-    """Sets one value without asking the configuration, which may want nothing but plain numbers."""
+def set_directly(config: Any, path: ConfigPath, value: Any) -> None:
+    """Sets one value past the checks of the configuration, which may allow nothing but plain numbers."""
     _set(config, path, value, lambda holder, step, one: vars(holder).__setitem__(step, one))
 
 
-def _set(config: Any, path: Where, value: Any, assign: Callable[[Any, Any, Any], None]) -> None:
+def _set(config: Any, path: ConfigPath, value: Any, assign: Callable[[Any, Any, Any], None]) -> None:
     holders = [config]
     for step in path[:-1]:
         holders.append(_get(holders[-1], step))

@@ -1,143 +1,137 @@
 """Values of a configuration, solved from the formulas of the sizes that are computed from it.
 
-Every dimension and every number of a module that has a formula is an equation: the formula is to be what is wanted.
-One with a single unknown is solved, as long as there is one; what then does not hold has no solution. Sizes that grow
-alike at one point of unlike primes are in proportion everywhere, after Schwartz, Fast Probabilistic Algorithms for
-Verification of Polynomial Identities (1980), https://doi.org/10.1145/322217.322225
+Every dimension and every number of a module that has a formula is an equation. One with a single unknown is solved, as
+long as there is one; what then does not hold has no solution. Sizes that grow alike at one point of unlike primes are
+in proportion everywhere, after Schwartz, Fast Probabilistic Algorithms for Verification of Polynomial Identities
+(1980), https://doi.org/10.1145/322217.322225
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from netopt.integrations.huggingface.meta_build import Shapes
-from netopt.integrations.huggingface.symbolic_build import Drawing
-from netopt.symbolic.formulas import Formula, Where
+from netopt.integrations.huggingface.meta_build import ConfigPath, Shapes
+from netopt.integrations.huggingface.symbolic_build import ShapeFormulas, exact_value
+from netopt.symbolic import Expression, Term, leaves
 
-__all__ = ["Equation", "Solution", "equations", "out_of_proportion", "solved"]
+__all__ = ["ConfigSolution", "SizeEquation", "equations", "out_of_proportion", "solve"]
 
 
 @dataclass(frozen=True, eq=False)
-class Equation:
-    """A formula that is to have a value: a dimension of a tensor, or a number that a module holds.
+class SizeEquation:
+    """A term that must have a value: a dimension of a tensor, or a number that a module holds.
 
     Attributes:
-        formula: Or a number, which no configuration changes.
+        term: The left side.
         wanted: The value.
         name: Of the tensor; of the module and the number.
         dim: Of the tensor; None for a module's number.
     """
 
-    formula: Any
+    term: Term
     wanted: Any
     name: str
     dim: int | None = None
 
+    def holds(self, values: Mapping[ConfigPath, Any]) -> bool:
+        """Whether the numbers of the configuration give the value."""
+        return exact_value(self.term, values) == self.wanted
+
 
 @dataclass(frozen=True, eq=False)
-class Solution:
-    """What the equations say.
+class ConfigSolution:
+    """What the equations give.
 
     Attributes:
         values: Of the numbers of the configuration.
-        broken: An equation that no values satisfy.
-        is_only: Whether no other values could satisfy the equations.
+        broken: An equation that is not satisfied.
+        is_unique: Whether no other values could satisfy the equations.
     """
 
-    values: Mapping[Where, Any]
-    broken: Equation | None
-    is_only: bool
+    values: Mapping[ConfigPath, Any]
+    broken: SizeEquation | None
+    is_unique: bool
 
 
 def equations(
-    drawing: Drawing, wanted: Shapes, attributes: Mapping[tuple[str, str], tuple[Any, Any]]
-) -> list[Equation]:
-    """Each once: first those of tensors, then those of whole numbers of modules, then those of other numbers.
+    formulas: ShapeFormulas, wanted: Shapes, attributes: Mapping[tuple[str, str], tuple[Any, Any]]
+) -> list[SizeEquation]:
+    """Each once: first those of tensors, then those of integers of modules, then those of floats.
 
     Args:
-        drawing: Has the formulas.
+        formulas: Of the sizes.
         wanted: The shapes.
-        attributes: What modules hold, and what they are to hold, by the module's name and their own.
+        attributes: Numbers of modules and what they must be, by the module's name and their own.
     """
-    found: dict[Any, Equation] = {}
+    found: dict[Any, SizeEquation] = {}
     for name, shape in wanted.items():
-        for dim, (formula, size) in enumerate(zip(drawing.sizes[name], shape, strict=True)):
-            found.setdefault((formula, size), Equation(formula, size, name, dim))
-    memo: dict[Formula, Any] = {}
+        for dim, (term, size) in enumerate(zip(formulas.sizes[name], shape, strict=True)):
+            found.setdefault((term, size), SizeEquation(term, size, name, dim))
+    memo: dict[int, Any] = {}
     for kind in (int, float):
         for path, (value, new) in attributes.items():
-            formula = drawing.attributes.get(path)
-            if formula is not None and type(new) is kind and formula.at(drawing.dense, memo) == value:
-                found.setdefault((formula, new), Equation(formula, new, ".".join(filter(None, path))))
+            term = formulas.attributes.get(path)
+            if term is not None and type(new) is kind and exact_value(term, formulas.dense, memo) == value:
+                found.setdefault((term, new), SizeEquation(term, new, ".".join(filter(None, path))))
     return list(found.values())
 
 
-def solved(all_: Sequence[Equation], dense: Mapping[Where, Any]) -> Solution:
-    """Values of the configuration's numbers that satisfy all equations, or an equation that none satisfy.
+def solve(system: Sequence[SizeEquation], dense: Mapping[ConfigPath, Any]) -> ConfigSolution:
+    """Values of the configuration's numbers that satisfy all equations, or an equation that they break.
 
     Args:
-        all_: The equations.
-        dense: The numbers as they are, with which what is left open is tried.
+        system: The equations.
+        dense: The numbers as they are, which those that no equation determines keep.
     """
-    values: dict[Where, Any] = {}
-    is_only, pending = True, list(all_)
+    values: dict[ConfigPath, Any] = {}
+    is_unique, pending = True, list(system)
     while pending:
-        left: list[Equation] = []
+        left: list[SizeEquation] = []
         for one in pending:
-            formula = one.formula
-            missing = formula.leaves - values.keys() if isinstance(formula, Formula) else ()
-            if len(missing) == 1 and (answer := formula.solve(one.wanted, values)) is not None:
-                is_only &= answer.is_only
-                if answer.value is None:
-                    return Solution(values, one, is_only)
-                values[answer.place] = answer.value
-                if type(answer.value) is float and not _holds(one, values):
-                    values[answer.place] = math.nextafter(
-                        answer.value, math.inf
-                    )  # what is then cut off is the wrong way
+            missing = leaves(one.term) - values.keys()
+            solution = one.term.solve(one.wanted, values) if isinstance(one.term, Expression) and missing else None
+            if len(missing) == 1 and solution is not None:
+                is_unique &= solution.is_unique
+                if solution.value is None:
+                    return ConfigSolution(values, one, is_unique)
+                values[solution.key] = solution.value
+                if type(solution.value) is float and not one.holds(values):
+                    values[solution.key] = math.nextafter(solution.value, math.inf)  # else int() cuts it to one less
             elif missing:
                 left.append(one)
                 continue
-            if not _holds(one, values):
-                return Solution(values, one, is_only)
+            if not one.holds(values):
+                return ConfigSolution(values, one, is_unique)
         if len(left) == len(pending):
-            # Nothing says more: what holds as it is stays as it is.
-            is_only = False
-            kept = next((one for one in left if _holds(one, {**dense, **values})), left[0])
-            values |= {path: dense[path] for path in kept.formula.leaves - values.keys()}
+            # No equation has a single unknown: one that holds as it is keeps its numbers.
+            is_unique = False
+            kept = next((one for one in left if one.holds({**dense, **values})), left[0])
+            values |= {path: dense[path] for path in leaves(kept.term) - values.keys()}
         pending = left
-    return Solution(values, None, is_only)
+    return ConfigSolution(values, None, is_unique)
 
 
-def _holds(equation: Equation, values: Mapping[Where, Any]) -> bool:
-    formula = equation.formula
-    return (formula.at(values, {}) if isinstance(formula, Formula) else formula) == equation.wanted
-
-
-def out_of_proportion(drawing: Drawing, wanted: Shapes) -> str | None:
-    """Says which two sizes are wanted out of a proportion that every configuration keeps.
-
-    Returns:
-        The reason; None if there is no such pair.
-    """
-    values = _unlike({path: drawing.dense[path] for path in drawing.leaves})
-    memo: dict[Formula, Any] = {}
-    dense: dict[Formula, Any] = {}
+def out_of_proportion(formulas: ShapeFormulas, wanted: Shapes) -> str | None:
+    """Names two sizes that every configuration keeps in a proportion other than the one wanted; None if none are."""
+    values = _unlike({path: formulas.dense[path] for path in formulas.leaves})
+    memo: dict[int, Any] = {}
+    dense: dict[int, Any] = {}
     known: dict[Any, tuple[Fraction, str, int]] = {}
-    seen: set[tuple[Formula, int]] = set()
+    seen: set[tuple[Term, int]] = set()
     for name, shape in wanted.items():
-        for dim, formula in enumerate(drawing.sizes[name]):
-            if not isinstance(formula, Formula) or (formula, shape[dim]) in seen:
+        for dim, (term, new) in enumerate(zip(formulas.sizes[name], shape, strict=True)):
+            if not isinstance(term, Expression) or (term, new) in seen:
                 continue
-            seen.add((formula, shape[dim]))
-            size, grown = formula.at(drawing.dense, dense), formula.at(values, memo)
+            seen.add((term, new))
+            size, grown = exact_value(term, formulas.dense, dense), exact_value(term, values, memo)
             if not size or grown is None:
                 continue
-            change = Fraction(shape[dim], size)
+            change = Fraction(new, size)
             before, other, place = known.setdefault(Fraction(grown) / size, (change, name, dim))
             if before != change:
                 return (
@@ -147,8 +141,8 @@ def out_of_proportion(drawing: Drawing, wanted: Shapes) -> str | None:
     return None
 
 
-def _unlike(values: Mapping[Where, Any]) -> dict[Where, Any]:
-    """Other values, each multiplied by another number, where what divided another still does."""
+def _unlike(values: Mapping[ConfigPath, Any]) -> dict[ConfigPath, Any]:
+    """Other values, multiplied by products of unlike primes, so that what divided another still does."""
     factor, found = 1, {}
     for prime, path in zip(_primes(), sorted(values, key=lambda path: values[path]), strict=False):
         factor *= prime
@@ -157,11 +151,7 @@ def _unlike(values: Mapping[Where, Any]) -> dict[Where, Any]:
     return found
 
 
-def _primes() -> Any:
-    found: list[int] = []
-    number = 2
-    while True:
-        if all(number % one for one in found if one <= math.isqrt(number)):
-            found.append(number)
+def _primes() -> Iterator[int]:
+    for number in itertools.count(2):
+        if all(number % one for one in range(2, math.isqrt(number) + 1)):
             yield number
-        number += 1

@@ -1,9 +1,9 @@
-"""Which neurons carry a constant, and what it is where they are read.
+"""Which neurons are dead, and the constants that are read of them.
 
-A neuron is dead when every weight that makes it is zero or masked: it then carries a bias, sent through whatever lies
-between (a normalisation, an activation, a sum with other dead neurons). The constant is not derived but read off: it
-is what arrives at every consumer, the same for all samples and positions of the example inputs and of a variation of
-them.
+A neuron is dead when every weight that makes it is zero or masked: its output is then a bias, sent through whatever
+lies between (a normalisation, an activation, a sum with other dead neurons). The constant is not derived but read off:
+it is what arrives at every consumer, the same for all samples and positions of the example inputs and of a variation
+of them.
 """
 
 from __future__ import annotations
@@ -13,21 +13,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from netopt import batches
 from netopt.axes import Axes, Axis, Tap
 from netopt.batches import Inputs
+from netopt.errors import ForwardError
 from netopt.model.calls import Call, CallNames
 from netopt.model.parameters import Place, places
 from netopt.model.restore import restored
 from netopt.model.view import ModelView
 from netopt.plan import Plan
+from netopt.prune.verify import varied
 
-__all__ = ["Carried", "carried", "dead", "operand", "suspects"]
+__all__ = ["ConstantOutputs", "constant_outputs", "find", "may_exist"]
 
 
-def suspects(held: ModelView, plan: Plan, nonzero: Mapping[str, int]) -> bool:
+def may_exist(held: ModelView, plan: Plan, nonzero: Mapping[str, int]) -> bool:
     """Whether some neuron that ``plan`` removes may be dead: a whole slice of some weight is zero. Cheap.
 
     Args:
@@ -52,7 +53,7 @@ def suspects(held: ModelView, plan: Plan, nonzero: Mapping[str, int]) -> bool:
     return False
 
 
-def dead(model: nn.Module, axes: Axes, axis: Axis, makers: set[str]) -> Tensor | None:
+def find(model: nn.Module, axes: Axes, axis: Axis, makers: set[str]) -> Tensor | None:
     """Whether all weights that make each neuron are zero or masked; None if nothing is known to make the axis.
 
     Args:
@@ -85,10 +86,10 @@ def _passes(known: Mapping[str, Place], tap: Tap) -> bool:
     )
 
 
-def _zero(weight: Tensor, mask: Tensor | None, dim: int, asked: Tensor) -> Tensor:
-    """At which of the indices asked for a weight is zero or masked throughout; ``False`` at the others."""
-    at = torch.nonzero(asked).flatten()
-    # Most are seen to be alive at their first entries.
+def _zero(weight: Tensor, mask: Tensor | None, dim: int, chosen: Tensor) -> Tensor:
+    """At which of the chosen indices a weight is zero or masked throughout; ``False`` at the others."""
+    at = torch.nonzero(chosen).flatten()
+    # Most have an entry that is not zero among their first.
     for share in (2, None):
         part = (slice(None), *[slice(share)] * (weight.dim() - 1))
         rows = weight.detach().movedim(dim, 0)[part]
@@ -96,13 +97,13 @@ def _zero(weight: Tensor, mask: Tensor | None, dim: int, asked: Tensor) -> Tenso
         if mask is not None:
             used &= mask.movedim(dim, 0)[part].index_select(0, at.to(rows.device)).bool()
         at = at[~used.flatten(1).any(1).cpu()]
-    found = torch.zeros(len(asked), dtype=torch.bool)
+    found = torch.zeros(len(chosen), dtype=torch.bool)
     found[at] = True
     return found
 
 
-class Carried:
-    """What the neurons of one axis carry as it is read: whether it is constant, whether it is zero, and where.
+class ConstantOutputs:
+    """What is read of the neurons of one axis: whether it is constant, whether it is zero, and where.
 
     Attributes:
         constant: Whether each neuron is the same everywhere it is read.
@@ -115,7 +116,7 @@ class Carried:
         self.zero = torch.ones(size, dtype=torch.bool)
         self.values: list[tuple[Tap, Tensor]] = []
 
-    def see(self, tap: Tap, low: Tensor, high: Tensor) -> None:
+    def add(self, tap: Tap, low: Tensor, high: Tensor) -> None:
         """Adds the least and the largest value of every index at one tap."""
         here = tap.positions >= 0
         at = tap.positions[here]
@@ -127,7 +128,7 @@ class Carried:
             self.values.append((tap, low))
 
 
-def carried(model: nn.Module, axes: Axes, names: Sequence[str], inputs: Inputs) -> dict[str, Carried]:
+def constant_outputs(model: nn.Module, axes: Axes, names: Sequence[str], inputs: Inputs) -> dict[str, ConstantOutputs]:
     """What arrives at the taps of these axes, on the example inputs and on others of the same kind.
 
     Args:
@@ -138,47 +139,23 @@ def carried(model: nn.Module, axes: Axes, names: Sequence[str], inputs: Inputs) 
     """
     known = places(model)
     taps = {name: [tap for tap in axes.taps(axes[name]) if not _passes(known, tap)] for name in names}
-    found = {name: Carried(axes[name].size, taps[name]) for name in names}
-    for given in (inputs, _varied(inputs)):
-        with restored(model), torch.no_grad(), _Ranges(model, taps) as ranges:
+    found = {name: ConstantOutputs(axes[name].size, taps[name]) for name in names}
+    for given in (inputs, varied(inputs)):
+        with restored(model) as log:
+            ranges = log.enter_context(torch.no_grad(), _Ranges(model, taps))
             try:
                 batches.call(model.eval(), given)
-            except Exception:
-                # Not everything of the right shape is an input; what was given is.
+            except ForwardError:
                 if given is inputs:
                     raise
-                continue
-        for name, several in ranges.seen.items():
+                continue  # not everything of the right shape is an input; what was given is
+        for name, several in ranges.found.items():
             for tap, low, high in several:
-                found[name].see(tap, low, high)
+                found[name].add(tap, low, high)
     for name, one in found.items():
         if len(one.values) < len(taps[name]):
             one.constant[:] = False
     return found
-
-
-def _varied(inputs: Inputs) -> Inputs:
-    """Other inputs of the same kind: the same numbers in another order, those that are fractions larger or smaller."""
-    generator = torch.Generator().manual_seed(0)
-
-    def other(tensor: Tensor) -> Tensor:
-        if tensor.dtype == torch.bool or tensor.is_meta:
-            return tensor
-        order = torch.randperm(tensor.numel(), generator=generator).to(tensor.device)
-        moved = tensor.detach().flatten()[order].view(tensor.shape)
-        if not tensor.is_floating_point():
-            return moved
-        return moved * (0.5 + torch.rand(tensor.shape, generator=generator)).to(moved)
-
-    return tree_map_only(Tensor, other, inputs)
-
-
-def operand(tap: Tap, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """The activations that a call reads at a tap; None where, inside ``vmap``, they show fewer dimensions."""
-    operands = [*args, *kwargs.values()]
-    tensor = operands[tap.argument] if tap.argument < len(operands) else None
-    fits = isinstance(tensor, Tensor) and tap.dim < tensor.dim() and tensor.shape[tap.dim] == len(tap.positions)
-    return tensor if fits else None
 
 
 class _Ranges(CallNames):
@@ -190,26 +167,34 @@ class _Ranges(CallNames):
         for name, several in taps.items():
             for tap in several:
                 self._wanted.setdefault(tap.call, []).append((name, tap))
-        self.seen: dict[str, list[tuple[Tap, Tensor, Tensor]]] = {name: [] for name in taps}
+        self.found: dict[str, list[tuple[Tap, Tensor, Tensor]]] = {name: [] for name in taps}
 
     def on_call(
         self,
         call: Call,
-        function: Callable[..., Any],  # noqa: ARG002 - what is seen of every call
+        function: Callable[..., Any],  # noqa: ARG002 - what is noted of every call
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         result: Any,
     ) -> Any:
         """Notes what arrives at the taps of this call."""
         for name, tap in self._wanted.get(call, ()):
-            tensor = operand(tap, args, kwargs)
+            tensor = _operand(tap, args, kwargs)
             if tensor is None:
                 continue
             rows = tensor.detach().movedim(tap.dim, 0).reshape(tensor.shape[tap.dim], -1)
             if rows.is_complex():
                 # Without an order only zero is recognised as a constant.
                 largest = rows.abs().amax(1).cpu()
-                self.seen[name].append((tap, -largest, largest))
+                self.found[name].append((tap, -largest, largest))
             else:
-                self.seen[name].append((tap, rows.amin(1).cpu(), rows.amax(1).cpu()))
+                self.found[name].append((tap, rows.amin(1).cpu(), rows.amax(1).cpu()))
         return result
+
+
+def _operand(tap: Tap, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The activations that a call reads at a tap; None where, inside ``vmap``, they show fewer dimensions."""
+    operands = [*args, *kwargs.values()]
+    tensor = operands[tap.argument] if tap.argument < len(operands) else None
+    fits = isinstance(tensor, Tensor) and tap.dim < tensor.dim() and tensor.shape[tap.dim] == len(tap.positions)
+    return tensor if fits else None

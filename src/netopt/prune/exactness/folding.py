@@ -1,49 +1,46 @@
-"""Where a constant that is no longer read is added instead.
+"""Where the constant of a dead neuron is added once the neuron is gone: the bias of the layer that reads it.
 
-What reads a constant neuron contracts it with weights, so without the neuron every result lacks a constant of its own.
-That is followed through the operations that are linear, or that do not see it, until a bias, a parameter that is
-added, or a running mean can take it. Where it meets anything else first, an activation or an output, it cannot be
-folded, and the reason names the operation.
+A linear layer, a convolution or ``addmm`` that reads a constant contracts it with its own weight, and its own bias
+takes the product; without a bias, the running mean of a batch norm right behind it does. Anything else refuses, with a
+reason. Whether the model then computes the same is compared.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_iter
 
 from netopt import batches, surgery
 from netopt.axes import Axes, Tap
-from netopt.batches import Inputs
 from netopt.model.calls import Call, CallNames
 from netopt.model.restore import restored
 from netopt.plan import Plan
 from netopt.prune.candidates import names_of
-from netopt.prune.exactness.bias_propagation import RefusedError, Visit, equal, within
-from netopt.prune.exactness.dead_neurons import Carried, carried, dead, operand
-from netopt.prune.verify import Reference, Tensors, masked_tensors, reference_outputs, zeroed
+from netopt.prune.exactness import dead_neurons
+from netopt.prune.exactness.dead_neurons import ConstantOutputs
+from netopt.prune.verify import Forward, Reference, Tensors, masked_tensors, reference_outputs, zeroed
 
-__all__ = ["Folds", "fold_removed", "folds", "shifted"]
+__all__ = ["Folds", "fold", "fold_removed", "shifted"]
 
 
 @dataclass
 class Folds:
-    """What is added to which tensors so that neurons can go.
+    """What is added to which tensors so that dead neurons can go.
 
     Attributes:
         shifts: By axis, what is added to each tensor, in its present shape.
         refused: By axis, why its constants cannot be folded.
+        positions: By axis, the neurons whose constants are folded.
     """
 
     shifts: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
+    positions: dict[str, Tensor] = field(default_factory=dict)
 
     def of(self, names: Sequence[str]) -> dict[str, Tensor]:
         """What is added to each tensor when these axes lose their constants."""
@@ -54,96 +51,74 @@ class Folds:
         return total
 
 
-def folds(
-    model: nn.Module,
+def fold(
+    forward: Forward,
     axes: Axes,
-    seen: Mapping[str, Carried],
+    outputs: Mapping[str, ConstantOutputs],
     gone: Mapping[str, Tensor],
-    *,
-    inputs: Inputs,
-    counted: Callable[[Any], list[Tensor]],
     reference: Reference | None = None,
 ) -> Folds:
-    """Finds what can take the constants of neurons that go; believed only if the model then computes the same.
+    """Finds the biases that take the constants of neurons that go; believed only if the model computes the same.
 
     Args:
-        model: Run a few times; given back as it was.
+        forward: The model, run a few times and given back as it was.
         axes: Of the model.
-        seen: What the neurons of these axes carry.
+        outputs: What is read of the neurons of these axes.
         gone: By axis, which neurons go; all of them are constant.
-        inputs: Of one forward call.
-        counted: From a result to the outputs that count.
         reference: What the model's outputs are; found by running it if absent.
     """
-    reference = reference or reference_outputs(model, inputs, counted, None, equal=True)
-    lost = {name: [(tap, _at(tap, gone[name], values)) for tap, values in seen[name].values] for name in gone}
-    with restored(model), torch.no_grad(), _Lacking(model, lost) as lacking:
-        result = batches.call(model.eval(), inputs)
-    for tensor in counted(result):
-        for name in lacking.of(tensor):
-            lacking.refuse(name, "reaches an output of the model")
-    found = lacking.folds()
+    model = forward.model
+    reference = reference or reference_outputs(forward)
+    constants = {name: [(tap, _at(tap, gone[name], values)) for tap, values in outputs[name].values] for name in gone}
+    with restored(model) as log:
+        consumers = log.enter_context(torch.no_grad(), _Consumers(model, constants))
+        batches.call(model.eval(), forward.inputs)
+    found = consumers.folds()
+    found.positions = {name: torch.nonzero(gone[name]).flatten() for name in found.shifts}
 
     def holds(names: Sequence[str]) -> bool:
         without = axes.tensor_indices({name: torch.nonzero(~gone[name]).flatten() for name in names})
         changes = _without(model, without, found.of(names))
-        return surgery.Operation(model, changes).dry_run(lambda: reference.is_kept(model, inputs, counted))
+        return surgery.Operation(model, changes).dry_run(reference.matches)
 
     if found.shifts and not holds(list(found.shifts)):
         for name in list(found.shifts):
             if not holds([name]):
-                found.refused[name] = "is used in a way that the trace does not see"
-                del found.shifts[name]
+                found.refused[name] = "the model computes something else without them"
+                del found.shifts[name], found.positions[name]
     return found
 
 
-def fold_removed(
-    model: nn.Module,
-    axes: Axes,
-    kept: Mapping[str, Tensor],
-    plan: Plan,
-    *,
-    inputs: Inputs,
-    counted: Callable[[Any], list[Tensor]],
-) -> tuple[Plan, dict[str, Tensor], dict[str, str]]:
-    """The plan with the constants of dead neurons folded into what reads them, instead of masked to zero.
+def fold_removed(forward: Forward, axes: Axes, kept: Mapping[str, Tensor], plan: Plan) -> Folds:
+    """Folds the constants of the dead neurons that a plan removes, which would else be masked to zero.
 
     Args:
-        model: In which the axes were found; given back as it was.
+        forward: The model in which the axes were found; given back as it was.
         axes: All of them.
         kept: Positions that stay, by axis name.
         plan: Made of these.
-        inputs: Of one forward call.
-        counted: From a result to the outputs that count.
-
-    Returns:
-        The plan; by axis, the positions removed and folded; by axis, what is to be said of it.
     """
+    model = forward.model
     names, found = names_of(model, axes), {}
     for row in plan.axes:
-        zero = dead(model, axes, axes[row.name], names[row.name]) if axes[row.name].exact else None
+        zero = dead_neurons.find(model, axes, axes[row.name], names[row.name]) if axes[row.name].exact else None
         if zero is not None:
             zero[row.kept] = False
             if bool(zero.any()):
                 found[row.name] = zero
     if not found:
-        return plan, {}, {}
+        return Folds()
 
-    def look() -> tuple[dict[str, Tensor], Folds]:
-        seen = carried(model, axes, list(found), inputs)
-        gone = {name: zero & seen[name].constant & ~seen[name].zero for name, zero in found.items()}
+    def look() -> Folds:
+        outputs = dead_neurons.constant_outputs(model, axes, list(found), forward.inputs)
+        gone = {name: zero & outputs[name].constant & ~outputs[name].zero for name, zero in found.items()}
         gone = {name: one for name, one in gone.items() if bool(one.any())}
-        return gone, folds(model, axes, seen, gone, inputs=inputs, counted=counted) if gone else Folds()
+        return fold(forward, axes, outputs, gone) if gone else Folds()
 
     # In a model in which everything else that is removed is masked, as that is what the smaller one computes.
     others = {name: torch.cat([at, torch.nonzero(found[name]).flatten()]).sort().values if name in found else at
               for name, at in kept.items()}  # fmt: skip
-    masked = masked_tensors(model, axes.tensor_indices(others))
-    gone, folding = surgery.Operation(model, masked).dry_run(look)
-    notes = {name: f"constants of dead neurons are lost: {why}" for name, why in folding.refused.items()}
-    notes |= dict.fromkeys(folding.shifts, "constants folded into what reads them")
-    positions = {name: torch.nonzero(gone[name]).flatten() for name in folding.shifts}
-    return shifted(plan, folding.of(list(folding.shifts))), positions, notes
+    return surgery.Operation(model, masked_tensors(model, axes.tensor_indices(others))).dry_run(look)
 
 
 def shifted(plan: Plan, shifts: Mapping[str, Tensor]) -> Plan:
@@ -168,109 +143,129 @@ def _without(model: nn.Module, kept: Tensors, shifts: Mapping[str, Tensor]) -> l
     return list(changes.values())
 
 
-# Calls that read a value out of a tensor.
-_READ_OUT = frozenset(
-    ("item", "tolist", "numpy", "equal", "allclose", "is_nonzero", "__bool__", "__float__", "__int__", "__contains__")
-)
+class _RefusedError(Exception):
+    """A layer cannot take a constant."""
 
 
-class _Lacking(CallNames):
-    """Follows what tensors lack through one forward, axis by axis."""
+def _argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], place: int, name: str) -> Any:
+    return args[place] if len(args) > place else kwargs.get(name)
+
+
+def _linear(constant: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Any]:
+    return nn.functional.linear(constant, _argument(args, kwargs, 1, "weight")), _argument(args, kwargs, 2, "bias")
+
+
+def _addmm(constant: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Any]:
+    if kwargs:
+        raise _RefusedError("they are read with factors")
+    return constant @ args[2], args[0]
+
+
+def _convolution(function: Callable[..., Any]) -> Callable[..., tuple[Tensor, Any]]:
+    def product(constant: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Any]:
+        weight = _argument(args, kwargs, 1, "weight")
+        places = args[0].shape[2 - weight.dim() :]
+        everywhere = constant.view(1, -1, *(1 for _ in places)).expand(1, -1, *places)
+        named = {name: None if name == "bias" else value for name, value in kwargs.items()}
+        out = function(everywhere, weight, None, *args[3:], **named)[0].flatten(1)
+        if not _equal(out, out[:, :1]):
+            raise _RefusedError("they are read differently from place to place")
+        return out[:, 0], _argument(args, kwargs, 2, "bias")
+
+    return product
+
+
+_CONVOLUTIONS = ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+_PRODUCTS: Mapping[str, Callable[..., tuple[Tensor, Any]]] = {
+    "linear": _linear,
+    "addmm": _addmm,
+    **{name: _convolution(getattr(torch, name)) for name in _CONVOLUTIONS},
+}
+"""By call, from a constant and the call's arguments to what the constant adds, and the bias that can take it."""
+
+
+class _Consumers(CallNames):
+    """Computes what each layer that reads constants lacks without them, and which of its tensors takes it."""
 
     def __init__(self, model: nn.Module, constants: Mapping[str, Sequence[tuple[Tap, Tensor]]]) -> None:
         super().__init__(model)
-        self._taps: dict[Call, list[tuple[str, Tap, Tensor]]] = {}
+        self._constants: dict[Call, dict[str, list[tuple[Tap, Tensor]]]] = {}
         for name, several in constants.items():
             for tap, values in several:
-                self._taps.setdefault(tap.call, []).append((name, tap, values))
-        own = surgery.named_tensors(model)
-        self._tensor_names = {id(tensor): name for name, tensor in reversed(own.items())}
-        self._fixed = {id(tensor): tensor for tensor in own.values()}
-        """Tensors that do not depend on the inputs; kept alive, as those below, so that no id is given twice."""
-        self._lacks: dict[int, tuple[Tensor, dict[str, Tensor]]] = {}
-        self._uses: Counter[int] = Counter()
-        self._taken: dict[str, dict[int, list[Tensor]]] = {name: {} for name in constants}
+                self._constants.setdefault(tap.call, {}).setdefault(name, []).append((tap, values))
+        self._biases = {id(tensor): name for name, tensor in reversed(surgery.named_tensors(model).items())}
+        self._biasless: dict[int, tuple[Tensor, Call, dict[str, Tensor]]] = {}
+        """Results of layers without a bias; kept alive, so that no id is given twice."""
+        self._taken: dict[str, dict[str, list[Tensor]]] = {name: {} for name in constants}
         self._refused: dict[str, str] = {}
-
-    def of(self, tensor: Tensor) -> dict[str, Tensor]:
-        """What a tensor lacks, by axis."""
-        return self._lacks[id(tensor)][1] if id(tensor) in self._lacks else {}
-
-    def refuse(self, name: str, why: str) -> None:
-        """Gives up one axis; the first reason stays."""
-        self._refused.setdefault(name, why)
 
     def folds(self) -> Folds:
         """What was taken, of the axes of which everything was."""
+        for _, call, lacks in self._biasless.values():
+            for name in lacks:
+                self._refused.setdefault(name, f"`{call.module}`, which reads them, has no bias to take them")
         found = Folds(refused=self._refused)
         for name, taken in self._taken.items():
-            for key, several in taken.items():
-                if len(several) < self._uses[key] or not all(equal(one, several[0]) for one in several):
-                    self.refuse(name, f"would need different values of `{self._tensor_names[key]}` where it is used")
+            for bias, several in taken.items():
+                if not all(_equal(one, several[0]) for one in several):
+                    self._refused.setdefault(name, f"they would need different values of `{bias}` where it is used")
             if name not in self._refused:
-                found.shifts[name] = {self._tensor_names[key]: several[0] for key, several in taken.items()}
+                found.shifts[name] = {bias: several[0] for bias, several in taken.items()}
         return found
 
     def on_call(
-        self, call: Call, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
+        self,
+        call: Call,
+        function: Callable[..., Any],  # noqa: ARG002 - the table knows it by its name
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        result: Any,
     ) -> Any:
-        """Works out what the results of one call lack."""
-        given = [one for one in tree_iter((args, kwargs)) if isinstance(one, Tensor)]
-        results = [one for one in tree_iter(result) if isinstance(one, Tensor)]
-        if not results and call.function not in _READ_OUT:
-            return result
-        made = {id(one) for one in results}
-        self._uses.update({id(one) for one in given if id(one) in self._tensor_names} - made)
-        arriving = self._arriving(call, args, kwargs, given)
-        if not arriving and all(map(self._is_fixed, given)) and not call.function.startswith("rand"):
-            self._fixed |= {id(one): one for one in results}
-        for key in made:
-            self._lacks.pop(key, None)
-        for name, own in arriving.items():
-            if name not in self._refused:
-                take = partial(self._take, name)
-                visit = Visit(call.function, function, args, kwargs, own, self._is_fixed, take)
-                self._hand_on(name, visit, results, call)
+        """Lets the bias of a layer, or the norm behind it, take the constants."""
+        if call.function in ("batch_norm", "instance_norm") and id(args[0]) in self._biasless:
+            mean, of_batch = args[3], args[5]
+            for name, lack in self._biasless.pop(id(args[0]))[2].items():
+                # Statistics of the batch take a constant away by themselves.
+                if not of_batch:
+                    self._take(name, mean, -lack, call)
+        for name, several in self._constants.get(call, {}).items():
+            self._read(name, several, call, args, kwargs, result)
         return result
 
-    def _hand_on(self, name: str, visit: Visit, results: list[Tensor], call: Call) -> None:
-        try:
-            lacking = visit.lacking()
-        except RefusedError as error:
-            self.refuse(name, f"{error}, in {call.function} of `{call.module}`")
+    def _read(
+        self,
+        name: str,
+        several: Sequence[tuple[Tap, Tensor]],
+        call: Call,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        result: Any,
+    ) -> None:
+        product = _PRODUCTS.get(call.function)
+        if product is None:
+            why = f"{call.function} in `{call.module}`, which reads them, has no bias to take them"
+            self._refused.setdefault(name, why)
             return
-        for one, lack in zip(results, [] if lacking is None else tree_iter(lacking), strict=False):
-            if lack is not None and bool((lack != 0).any()):
-                self._lacks.setdefault(id(one), (one, {}))[1][name] = lack
+        try:
+            lack, bias = product(torch.stack([values for _, values in several]).sum(0).to(result), args, kwargs)
+        except _RefusedError as error:
+            self._refused.setdefault(name, f"{error} by `{call.module}`")
+            return
+        if bias is None:
+            self._biasless.setdefault(id(result), (result, call, {}))[2][name] = lack
+        else:
+            self._take(name, bias, lack, call)
 
-    def _arriving(
-        self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Tensor]
-    ) -> dict[str, dict[int, Tensor]]:
-        """By axis, what each operand lacks: what it lacked before, and the constants that are read here."""
-        arriving: dict[str, dict[int, Tensor]] = {}
-        for one in given:
-            for name, lack in self.of(one).items():
-                arriving.setdefault(name, {})[id(one)] = lack
-        for name, tap, values in self._taps.get(call, ()):
-            one = operand(tap, args, kwargs)
-            if one is None:
-                self.refuse(name, "is read where its shape is not seen")
-                continue
-            shape = [-1 if dim == tap.dim % one.dim() else 1 for dim in range(one.dim())]
-            here = values.to(one).view(shape).expand(one.shape)
-            own = arriving.setdefault(name, {})
-            own[id(one)] = own[id(one)] + here if id(one) in own else here
-        return arriving
+    def _take(self, name: str, bias: Any, lack: Tensor, call: Call) -> None:
+        own = self._biases.get(id(bias))
+        if own is None or bias.shape != lack.shape:
+            self._refused.setdefault(name, f"`{call.module}`, which reads them, has no bias of its own")
+        else:
+            self._taken[name].setdefault(own, []).append(lack)
 
-    def _is_fixed(self, value: Any) -> bool:
-        """Whether a value does not depend on the inputs."""
-        return not isinstance(value, Tensor) or id(value) in self._fixed
 
-    def _take(self, name: str, tensor: Any, lack: Tensor) -> bool:
-        """Lets a parameter or buffer that is added take what is lacking, if it has room for it."""
-        if not isinstance(tensor, Tensor) or id(tensor) not in self._tensor_names or not tensor.is_floating_point():
-            return False
-        own = within(lack, tensor.shape)
-        if own is not None:
-            self._taken[name].setdefault(id(tensor), []).append(own)
-        return own is not None
+def _equal(first: Tensor, second: Tensor) -> bool:
+    """Whether two constants are the same to rounding."""
+    largest = float(second.abs().max()) if second.numel() else 0.0
+    gap = float((first - second).abs().max()) if second.numel() else 0.0
+    return gap <= 64 * torch.finfo(second.dtype).eps * largest

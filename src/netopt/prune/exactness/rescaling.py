@@ -1,36 +1,45 @@
-"""What makes removing the same as masking where it would not be: factors for what a size enters.
+"""Factors that make removing the same as masking where the size of an axis scales what is computed.
 
-A mean over fewer entries is larger, a default scale of attention with fewer entries is larger; both are constant
-factors, and a weight next to them takes the inverse. Which weight that is, is proposed by shapes alone and believed
-only if the compensated model then computes what the masked one does.
+The default scale of attention is one over the root of the size of a head, and a root of a mean of squares is over the
+number of entries. The trace says where a size is used so; the weights that make the scaled operand take the inverse
+factor. It is believed only if the scaled operation itself, the product of queries and keys or the normalisation, then
+gives what it gives in the masked model, and not because outputs agree.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from netopt import batches
 from netopt.axes import Axes, Axis
 from netopt.batches import Inputs
-from netopt.errors import NetoptError
+from netopt.errors import NetoptError, VerificationError
+from netopt.model.calls import Call, CallNames
+from netopt.model.restore import restored
 from netopt.model.view import ModelView
 from netopt.plan import Plan
-from netopt.prune.verify import Reference, reference_outputs
+from netopt.plan.build import make_plan
+from netopt.prune.verify import Forward, reference_outputs
 
-__all__ = ["compensated"]
+__all__ = ["Rescaling", "find_rescalings", "rescaled"]
 
 _TRIALS = 64
 _EPS = ("eps", "variance_epsilon")
-_REDUCED = ("is reduced", "is normalised", "is summed")
-"""How reasons begin that no factor on queries makes up for: fewer entries are reduced, whatever the scale."""
+_ATTENTION = "scaled_dot_product_attention"
+_ADDING = ("addmm", "baddbmm")
+_SCALINGS = frozenset(("mul", "rmul", "imul", "multiply", "div", "divide", "true_divide", "truediv", "itruediv"))
+_OPERANDS = ("input", "query", "key", "other", "batch1", "mat1", "batch2", "mat2")
 
-MakePlan = Callable[[Mapping[str, Tensor]], Plan]
+Products = Mapping[Call, int]
+"""Calls that contract two activations, with the place of the first among their operands."""
 
 
 @dataclass
@@ -41,166 +50,281 @@ class Rescaling:
     attributes: dict[tuple[Any, ...], float] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class _Subject:
-    """What is to be compensated, and how it is tried."""
-
-    held: ModelView
-    axes: Axes
-    kept: Mapping[str, Tensor]
-    plan: Plan
-    make_plan: MakePlan
-    inputs: Inputs
-    counted: Callable[[Any], list[Tensor]]
-
-    def holds(self, proposals: Mapping[str, Rescaling]) -> bool:
-        """Whether cutting these axes, and the exact ones, is the same as masking them, with these proposals."""
-        chosen = {name: at for name, at in self.kept.items() if name in proposals or self.axes[name].exact}
-        counts = {name: len(at) for name, at in chosen.items()}
-        found = self.axes.feasible(counts)
-        if any(found[axis.name] != counts.get(axis.name, axis.size) for axis in self.axes.free):
-            return False
-        model = self.held.model
-        whole = self.plan if len(chosen) == len(self.kept) else self.make_plan(chosen)
-        plan = _with(whole, proposals)
-        try:
-            reference: Reference = reference_outputs(model, self.inputs, self.counted, plan.tensors)
-            return plan.prepare(self.held).dry_run(lambda: reference.is_kept(model, self.inputs, self.counted))
-        except NetoptError:
-            return False
-
-
-def compensated(
-    held: ModelView,
-    axes: Axes,
-    kept: Mapping[str, Tensor],
-    plan: Plan,
-    *,
-    make_plan: MakePlan,
-    inputs: Inputs,
-    counted: Callable[[Any], list[Tensor]],
-) -> Plan:
-    """The plan with compensations for the axes that have one; those axes are exact in it.
+def find_rescalings(held: ModelView, axes: Axes, kept: Mapping[str, Tensor], forward: Forward) -> dict[str, Rescaling]:
+    """What makes up for a size that scales, by axis; with it, removing from these axes is the same as masking.
 
     Args:
         held: What the model holds in which the axes were found; it is given back as it was.
         axes: All of them.
         kept: Positions that stay, by axis name.
-        plan: Made of these.
-        make_plan: From kept positions to a plan.
-        inputs: Of one forward call.
-        counted: From a result to the outputs that count.
+        forward: The model, and what it is compared on.
     """
-    if plan.exact or any(tensor.is_meta for tensor in held.parameters.values()):
-        return plan
-    subject = _Subject(held, axes, kept, plan, make_plan, inputs, counted)
-    cut = [axes[row.name] for row in plan.axes if not row.exact]
-    proposals = dict(_proposals(subject, cut, inner=False))
-    if not proposals:
-        return plan
-    others = dict(_proposals(subject, cut, inner=True))
-    for tried in (proposals, others) if _differ(proposals, others) else (proposals,):
-        if subject.holds(tried):
-            return _exact(_with(plan, tried), tried)
-    alone = {
-        name: proposal
-        for name, proposal in list(proposals.items())[:_TRIALS]
-        if len(proposals) > 1 and subject.holds({name: proposal})
-    }
-    return _exact(_with(plan, alone), alone) if alone else plan
+    cut = [axes[name] for name, at in kept.items() if len(at) < axes[name].size and not axes[name].exact]
+    if not cut or any(tensor.is_meta for tensor in held.parameters.values()):
+        return {}
+    norms = {axis.name: modules for axis in cut if (modules := _norms(held, axes, axis))}
+    products = {axis.name: _products(axes, axis) for axis in cut if axis.scales and axis.name not in norms}
+    try:
+        found = _of_queries(held, axes, kept, forward, products)
+    except NetoptError:  # a part that has no gradient
+        found = {}
+    found |= {name: _of_norms(held, axes, kept, name, modules) for name, modules in norms.items()}
+    trial = _Trial(held, axes, kept, forward, products, norms)
+    if not found or trial.holds(found):
+        return found
+    several = list(found.items())[:_TRIALS] if len(found) > 1 else []
+    return {name: one for name, one in several if trial.holds({name: one})}
 
 
-def _differ(first: Mapping[str, Rescaling], second: Mapping[str, Rescaling]) -> bool:
-    """Whether two proposals for the same axes scale some tensor differently."""
-    return any(
-        not torch.equal(torch.as_tensor(factor), torch.as_tensor(second[axis].scales[name]))
-        for axis, proposal in first.items()
-        for name, factor in proposal.scales.items()
+def rescaled(plan: Plan, rescalings: Mapping[str, Rescaling]) -> Plan:
+    """The plan with these factors; the axes they are for are exact in it."""
+    scales: dict[str, Any] = dict(plan.scales)
+    attributes = dict(plan.attributes)
+    for one in rescalings.values():
+        for name, whole in one.scales.items():
+            kept = plan.tensors.get(name, {}).get(0)
+            factor = whole[kept] if isinstance(whole, Tensor) and kept is not None else whole
+            scales[name] = scales[name] * factor if name in scales else factor
+        attributes.update(one.attributes)
+    rows = tuple(
+        dataclasses.replace(row, exact=True, reason=None) if row.name in rescalings else row for row in plan.axes
     )
+    return dataclasses.replace(plan, scales=scales, attributes=tuple(attributes.items()), axes=rows)
 
 
-def _proposals(subject: _Subject, cut: list[Axis], *, inner: bool) -> Iterator[tuple[str, Rescaling]]:
-    modules = subject.held.modules
-    for axis in cut:
-        norms = [
-            (member.tensor.rpartition(".")[0], member.tensor)
-            for member in axis.members
-            if _eps(modules.get(member.tensor.rpartition(".")[0])) is not None
-        ]
-        if norms:
-            proposal = _of_norms(subject, modules, norms)
-        elif (axis.inexact or "").startswith(_REDUCED):
-            proposal = None
-        else:
-            proposal = _of_queries(subject, axis, inner=inner)
-        if proposal is not None:
-            yield axis.name, proposal
+@dataclass(frozen=True)
+class _Trial:
+    """How rescalings are tried."""
+
+    held: ModelView
+    axes: Axes
+    kept: Mapping[str, Tensor]
+    forward: Forward
+    products: Mapping[str, Products]
+    norms: Mapping[str, Collection[str]]
+
+    def holds(self, rescalings: Mapping[str, Rescaling]) -> bool:
+        """Whether cutting these axes, and the exact ones, is the same as masking them, operation by operation."""
+        chosen = {name: at for name, at in self.kept.items() if name in rescalings or self.axes[name].exact}
+        counts = {name: len(at) for name, at in chosen.items()}
+        found = self.axes.feasible(counts)
+        if any(found[axis.name] != counts.get(axis.name, axis.size) for axis in self.axes.free):
+            return False
+        plan = rescaled(make_plan(self.held, self.axes, chosen), rescalings)
+        calls = frozenset(call for name in rescalings for call in self.products.get(name, ()))
+        norms = {module: self._places(module, plan) for name in rescalings for module in self.norms.get(name, ())}
+        scaled = _ScaledForward(**{one.name: getattr(self.forward, one.name) for one in fields(self.forward)},
+                                calls=calls, norms=norms)  # fmt: skip
+        try:
+            reference = reference_outputs(scaled, plan.tensors)
+            return plan.prepare(self.held).dry_run(reference.matches)
+        except NetoptError:
+            return False
+
+    def _places(self, module: str, plan: Plan) -> tuple[int, Tensor]:
+        """How wide the results of a normalisation are now, and what stays of them."""
+        weight = f"{module}.weight" if module else "weight"
+        return plan.shapes[weight][0], plan.tensors[weight][0]
 
 
-def _of_norms(subject: _Subject, modules: Mapping[str, nn.Module], norms: list[tuple[str, str]]) -> Rescaling | None:
+@dataclass(frozen=True)
+class _ScaledForward(Forward):
+    """A forward of which, besides the outputs, the results of scaled operations are compared."""
+
+    calls: frozenset[Call] = frozenset()
+    norms: Mapping[str, tuple[int, Tensor]] = field(default_factory=dict)
+
+    def run(self, inputs: Inputs | None = None, *modes: AbstractContextManager[Any]) -> list[Tensor]:
+        """The outputs that count, and the results of the scaled operations."""
+        results = _ScaledResults(self.model, self.calls, self.norms)
+        outputs = super().run(inputs, results, *modes)
+        if not results.found or not all(bool(one.any()) for one in results.found):
+            raise VerificationError("of nothing but zeros every multiple is the same")
+        return [*outputs, *results.found]
+
+
+class _ScaledResults(CallNames):
+    """Notes products of queries and keys, scaled, and results of normalisations."""
+
+    def __init__(self, model: nn.Module, calls: Collection[Call], norms: Mapping[str, tuple[int, Tensor]]) -> None:
+        super().__init__(model)
+        self._calls = calls
+        self._norms = {id(model.get_submodule(name)): places for name, places in norms.items()}
+        self._places: dict[int, tuple[Tensor, int]] = {}
+        """Where the last product is noted, by id; it is kept alive, so that no id is given twice."""
+        self.found: list[Tensor] = []
+
+    def on_call(
+        self,
+        call: Call,
+        function: Callable[..., Any],  # noqa: ARG002 - calls are known by their names
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        result: Any,
+    ) -> Any:
+        """Notes a product, and what a factor makes of it."""
+        if call in self._calls:
+            self._places.clear()
+            self._note(len(self.found), result, _product(call.function, args, kwargs, result))
+        elif call.function.strip("_") in _SCALINGS:
+            place = next((self._places[id(one)][1] for one in args if id(one) in self._places), None)
+            if place is not None:
+                self._note(place, result, result)
+        return result
+
+    def _note(self, place: int, result: Tensor, product: Tensor) -> None:
+        self.found[place:] = [_norm(product, 2), *self.found[place + 1 :]]
+        if result is product:
+            self._places[id(result)] = (result, place)
+
+    def on_return(self, module: nn.Module, result: Any) -> None:
+        """Notes what stays of the result of a normalisation."""
+        if id(module) in self._norms:
+            size, kept = self._norms[id(module)]
+            self.found.append(_norm(result[..., kept.to(result.device)] if result.shape[-1] == size else result, 1))
+
+
+def _norm(result: Tensor, dims: int) -> Tensor:
+    """The norm over all but the last dimensions: heads that are masked there and gone here add nothing."""
+    wide = result.detach().abs().to(torch.promote_types(result.abs().dtype, torch.float32))
+    wide = wide.square().flatten(0, -dims - 1).sum(0).sqrt() if wide.dim() > dims else wide
+    return wide.to(result.abs().dtype)
+
+
+def _operands(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+    """The operands of a contraction in their order, however they are handed in."""
+    return [*args, *(kwargs[name] for name in _OPERANDS if name in kwargs)]
+
+
+def _product(function: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Tensor) -> Tensor:
+    """The product of queries and keys, without what is added to it."""
+    if function != _ATTENTION:
+        return result - kwargs.get("beta", 1) * args[0] if function in _ADDING else result
+    query, key = _operands(args, kwargs)[:2]
+    if query.dim() > 2 and query.shape[-3] != key.shape[-3]:
+        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
+    scale = args[6] if len(args) > 6 else kwargs.get("scale")
+    return query @ key.transpose(-2, -1) * (scale if scale is not None else query.shape[-1] ** -0.5)
+
+
+def _products(axes: Axes, axis: Axis) -> Products:
+    """The calls that contract two activations over an axis: queries and keys."""
+    places: dict[Call, set[int]] = {}
+    for tap in axes.taps(axis):
+        places.setdefault(tap.call, set()).add(tap.argument)
+    return {call: min(two) for call, two in places.items() if len(two) > 1}
+
+
+def _of_queries(
+    held: ModelView,
+    axes: Axes,
+    kept: Mapping[str, Tensor],
+    forward: Forward,
+    products: Mapping[str, Products],
+) -> dict[str, Rescaling]:
+    """For one over the root of a size: the factor on the rows that make queries, which gradients tell from the rest."""
+    weights = {axis: _along(held, axes, axes[axis]) for axis, calls in products.items() if calls}
+    if not weights:
+        return {}
+    makers = _Makers(held.model, {axis: products[axis] for axis in weights}, weights)
+    with restored(held.model), torch.enable_grad(), torch.inference_mode(False), makers:
+        held.model.eval().requires_grad_(False)
+        for own in weights.values():
+            for weight in own.values():
+                weight.requires_grad_(weight.is_floating_point())
+        batches.call(held.model, forward.inputs)
+    found = {}
+    for axis, rows in makers.rows.items():
+        factor = math.sqrt(len(kept[axis]) / axes[axis].size)
+        scales = {}
+        for name, at in rows.items():
+            weight = weights[axis][name]
+            scale = torch.ones(len(at), dtype=torch.promote_types(weight.dtype, torch.float32)).masked_fill_(at, factor)
+            scales[name] = scale.view(-1, *[1] * (weight.dim() - 1))
+        found[axis] = Rescaling(scales)
+    return found
+
+
+def _along(held: ModelView, axes: Axes, axis: Axis) -> dict[str, Tensor]:
+    """The parameters whose first dimension an axis lies along."""
+    names = [name for name, dim, _ in axes.members(axis) if dim == 0]
+    return {name: held.parameters[name] for name in names if name in held.parameters}
+
+
+class _Makers(CallNames):
+    """Finds, by gradients, which rows of which weights make the first operand of some calls."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        products: Mapping[str, Products],
+        weights: Mapping[str, Mapping[str, Tensor]],
+    ) -> None:
+        super().__init__(model)
+        self._places: dict[Call, list[tuple[str, int]]] = {}
+        for axis, calls in products.items():
+            for call, place in calls.items():
+                self._places.setdefault(call, []).append((axis, place))
+        self._weights = weights
+        self._generator = torch.Generator("cpu").manual_seed(0)
+        self.rows: dict[str, dict[str, Tensor]] = {}
+
+    def on_call(
+        self,
+        call: Call,
+        function: Callable[..., Any],  # noqa: ARG002 - calls are known by their names
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        result: Any,
+    ) -> Any:
+        """Adds what makes the first operand of a call."""
+        for axis, place in self._places.get(call, ()):
+            operand = _operands(args, kwargs)[place]
+            if not operand.requires_grad:
+                continue
+            weights = self._weights[axis]
+            seed = torch.randn(operand.shape, generator=self._generator, device="cpu").to(operand)
+            gradients = torch.autograd.grad(operand, list(weights.values()), seed, retain_graph=True, allow_unused=True)
+            rows = self.rows.setdefault(axis, {})
+            for weight, gradient in zip(weights, gradients, strict=True):
+                if gradient is not None:
+                    used = (gradient.detach() != 0).reshape(len(gradient), -1).any(1).cpu()
+                    rows[weight] = rows[weight] | used if weight in rows else used
+        return result
+
+
+def _norms(held: ModelView, axes: Axes, axis: Axis) -> list[str]:
+    """The modules with an epsilon and a weight all along the axis."""
+    found = [
+        name.rpartition(".")[0]
+        for name, dim, positions in axes.members(axis)
+        if name.rpartition(".")[2] == "weight"
+        and name in held.parameters
+        and held.parameters[name].dim() == 1
+        and dim == 0
+        and bool((positions >= 0).all())
+    ]
+    return [
+        name
+        for name in found
+        if _eps(held.modules.get(name)) is not None and getattr(held.modules[name], "bias", None) is None
+    ]
+
+
+def _of_norms(
+    held: ModelView, axes: Axes, kept: Mapping[str, Tensor], axis: str, modules: Collection[str]
+) -> Rescaling:
     """For a root of a mean of squares: the mean over ``n`` of ``N`` entries is larger by ``N / n``."""
-    proposal = Rescaling()
-    for prefix, tensor in norms:
-        module, name = modules[prefix], _eps(modules[prefix])
-        cuts = subject.plan.tensors.get(tensor)
-        if tensor.rpartition(".")[2] == "bias" or name is None or cuts is None or set(cuts) != {0}:
-            return None
-        ratio = subject.plan.shapes[tensor][0] / len(cuts[0])
-        proposal.scales[tensor] = math.sqrt(ratio)
+    one, ratio = Rescaling(), axes[axis].size / len(kept[axis])
+    for prefix in modules:
+        module, name = held.modules[prefix], _eps(held.modules[prefix])
+        assert name is not None, "modules without an epsilon were left out"
+        one.scales[f"{prefix}.weight" if prefix else "weight"] = math.sqrt(ratio)
         value = getattr(module, name)
         if isinstance(value, float):
-            proposal.attributes[prefix, name] = value * ratio
-    return proposal
-
-
-def _of_queries(subject: _Subject, axis: Axis, *, inner: bool) -> Rescaling | None:
-    """For attention's default scale: the weights that make queries, of one layer or in a block of a fused one."""
-    size, left = axis.size, len(subject.kept[axis.name])
-    factor = math.sqrt(left / size)
-    tensors = subject.held.tensors
-    makers = [
-        (name, positions)
-        for name, dim, positions in subject.axes.members(axis)
-        if dim == 0 and tensors[name].dim() > 1 and bool((positions >= 0).all())
-    ]
-    if not makers:
-        return None
-    name, positions = makers[0]
-    rows = torch.ones(len(positions))
-    blocks = 3
-    fused = len(makers) == 1 and len(positions) % blocks == 0
-    if fused and inner:
-        place = torch.arange(len(positions)) // size
-        rows[place % blocks == 0] = factor
-    elif fused:
-        rows[: len(positions) // blocks] = factor
-    else:
-        rows[:] = factor
-    proposal = Rescaling({name: rows.view(-1, *([1] * (tensors[name].dim() - 1)))})
-    for bias in (name.removesuffix("weight") + "bias",):
-        if bias != name and bias in tensors and tensors[bias].shape == tensors[name].shape[:1]:
-            proposal.scales[bias] = rows
-    return proposal
+            one.attributes[prefix, name] = value * ratio
+    return one
 
 
 def _eps(module: nn.Module | None) -> str | None:
     return next((name for name in _EPS if hasattr(module, name)), None)
-
-
-def _with(plan: Plan, proposals: Mapping[str, Rescaling]) -> Plan:
-    scales: dict[str, Any] = dict(plan.scales)
-    attributes = dict(plan.attributes)
-    for proposal in proposals.values():
-        for name, whole in proposal.scales.items():
-            kept = plan.tensors.get(name, {}).get(0)
-            factor = whole[kept] if isinstance(whole, Tensor) and kept is not None else whole
-            scales[name] = scales[name] * factor if name in scales else factor
-        attributes.update(proposal.attributes)
-    return dataclasses.replace(plan, scales=scales, attributes=tuple(attributes.items()))
-
-
-def _exact(plan: Plan, proposals: Mapping[str, Rescaling]) -> Plan:
-    rows = tuple(
-        dataclasses.replace(row, exact=True, reason=None) if row.name in proposals else row for row in plan.axes
-    )
-    return dataclasses.replace(plan, axes=rows)

@@ -1,0 +1,263 @@
+"""An undo log: every change is written down before it is made, and no signal interrupts the undoing.
+
+Python runs the handlers of signals in the main thread, between any two steps of what runs there; the handler of Ctrl-C
+raises. An undo log stands in front of the handlers while it is entered: it lets signals through to them while the work
+is done, and holds them back, to be delivered when all is settled, while a change is put back or a context is entered.
+
+The trade: handlers belong to the process, so :func:`signal.getsignal` shows another one meanwhile. No other thread runs
+it, in other threads a log installs none, what a handler of the user's does is done by that handler, and the ones that
+were there are back afterwards. The ways without it (a mask of the thread's signals, which other threads of the process
+then catch; asking for pending signals now and then) leave gaps.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch._C._functorch import (  # pyright: ignore[reportMissingModuleSource]
+    _vmap_decrement_nesting,
+    maybe_current_level,
+)
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+_Kinds: TypeAlias = "type[BaseException] | tuple[type[BaseException], ...]"
+_Step: TypeAlias = "tuple[Callable[..., object], _Kinds | None, bool]"
+
+__all__ = ["Handlers", "UndoLog", "users_handler"]
+
+# Ctrl-C first: installed first and removed last, it cannot come between the others.
+_SIGNALS = tuple(
+    signal.Signals[name]
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGALRM", "SIGVTALRM", "SIGPROF", "SIGUSR1", "SIGUSR2")
+    if name in signal.Signals.__members__
+)
+
+
+class Handlers(ABC):
+    """Something that stands in front of the Python handlers of signals, in the main thread alone.
+
+    Args:
+        signals: Which; those without a handler in Python (ignored, or ending the process) are left alone.
+
+    Attributes:
+        before: The handlers that were there.
+    """
+
+    def __init__(self, signals: tuple[signal.Signals, ...] = _SIGNALS) -> None:
+        self.before: dict[int, Callable[[int, FrameType | None], Any]] = {}
+        self._signals = signals
+
+    @abstractmethod
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        """Handles a signal.
+
+        Args:
+            number: Which.
+            frame: Where it came.
+        """
+
+    def install(self) -> None:
+        """Goes in front; once more does nothing."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in self._signals:
+            handler = signal.getsignal(number)
+            if callable(handler) and handler is not self:
+                self.before[number] = handler
+                signal.signal(number, self)
+
+    def remove(self) -> None:
+        """Puts the handlers back that were there, unless somebody has set others since."""
+        for number, handler in reversed(self.before.items()):
+            if signal.getsignal(number) is self:
+                signal.signal(number, handler)
+
+
+def users_handler(number: signal.Signals) -> Any:
+    """The handler of a signal behind all that stand in front of it here."""
+    handler = signal.getsignal(number)
+    while isinstance(handler, Handlers):
+        handler = handler.before[number]
+    return handler
+
+
+class UndoLog(Handlers):
+    """An :class:`~contextlib.ExitStack` whose steps are all taken, last first, by whatever way it is left.
+
+    Nothing stops it halfway. A step is recorded **before** its change, does nothing if that was not made, and may be
+    taken again. The thread's modes are put back too, some of which an interruption on the way into ``torch.no_grad()``
+    or out of ``torch.vmap`` would leave switched off or on.
+
+    Args:
+        start: Called with the log when it is entered, with signals held back: what is to be recorded and changed first.
+
+    Example:
+        >>> values = [1, 2]
+        >>> with UndoLog() as log:
+        ...     log.callback(values.reverse)
+        ...     values.reverse()
+        >>> values
+        [1, 2]
+        >>> with UndoLog() as log:
+        ...     log.callback(values.reverse, on=Exception)
+        ...     values.reverse()
+        >>> values
+        [2, 1]
+    """
+
+    def __init__(self, start: Callable[[UndoLog], object] | None = None) -> None:
+        super().__init__()
+        self._start = start
+        self._steps: list[_Step] = []
+        self._pending: list[int] = []
+        self._holds = True
+
+    def callback(self, undo: Callable[..., object], /, *args: Any, on: _Kinds | None = None) -> None:
+        """Writes down how a change is undone that is about to be made.
+
+        Args:
+            undo: Takes it back.
+            args: What it is called with.
+            on: Only if the block ends in an exception of these kinds, or a signal that raises one comes before the
+                block has ended: a call that raises has then changed nothing, and one that returns has. By default
+                always.
+        """
+        self._steps.append((partial(undo, *args), on, False))
+
+    def enter_context(self, *contexts: AbstractContextManager[Any]) -> Any:
+        """Enters contexts until the log is left; no signal comes in the middle of their entering or leaving.
+
+        Returns:
+            What the last one gives.
+        """
+        given = None
+        held, self._holds = self._holds, True
+        try:
+            for context in contexts:
+                given = context.__enter__()
+                self._steps.append((context.__exit__, None, True))
+        finally:
+            self._holds = held
+        if not held:
+            self._deliver()
+        return given
+
+    def close(self, error: BaseException | None = None) -> None:
+        """Undoes what the end of the block calls for, which is what leaving it does; once more does what is left.
+
+        Args:
+            error: In which the block has ended.
+        """
+        self._holds = True
+        failures = self._undo(error)
+        try:
+            self.remove()
+            self._holds = False  # whoever has set a handler in front meanwhile still calls this one
+            self._deliver()  # for what is kept this is the last place where a signal can come
+        except BaseException as signalled:
+            self._holds = True
+            self.install()
+            self._undo(signalled)
+            self.remove()
+            self._holds = False
+            raise
+        if failures:
+            raise failures[0]
+
+    def __enter__(self) -> Self:
+        while True:
+            self._holds = True
+            try:
+                self.install()
+                self.callback(_thread_state())
+                if self._start is not None:
+                    self._start(self)
+            except BaseException as error:
+                self.close(error)
+                raise
+            if not self._pending:
+                self._holds = False
+                return self
+            self.close()  # which raises, unless the user's handler does not
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._holds = True
+        self.close(error)
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        """Holds a signal back, or lets it through."""
+        if self._holds or self._is_leaving(frame):
+            self._pending.append(number)
+        else:
+            self.before[number](number, frame)
+
+    def _undo(self, error: BaseException | None) -> list[BaseException]:
+        """Takes every step that this end of the block calls for, and keeps the others; what steps raised."""
+        failures: list[BaseException] = []
+        place = len(self._steps) - 1
+        while place >= 0:
+            undo, kinds, is_context = self._steps[place]
+            try:
+                if kinds is None or isinstance(error, kinds):
+                    undo(*_ends(error)) if is_context else undo()
+                    del self._steps[place]
+            except KeyboardInterrupt as interrupt:  # from elsewhere than a signal: the step is taken again
+                failures += [interrupt] if error is None else []
+                continue
+            except BaseException as failure:  # whatever it is, the steps before it are still to be taken
+                failures.append(failure)
+                del self._steps[place]
+            place -= 1
+        return failures
+
+    def _is_leaving(self, frame: FrameType | None) -> bool:
+        """Whether a signal came on the very way into ``__exit__``."""
+        while frame is not None:
+            if frame.f_code is UndoLog.__exit__.__code__ and frame.f_locals.get("self") is self:
+                return True
+            frame = frame.f_back
+        return False
+
+    def _deliver(self) -> None:
+        pending, self._pending = self._pending, []
+        for number in pending:
+            signal.raise_signal(number)
+
+
+def _thread_state() -> Callable[[], None]:
+    """Notes the modes of this thread; what is returned leaves those that an interruption left entered."""
+    grad, level = torch.is_grad_enabled(), maybe_current_level()
+    stacks = [
+        (size, pop, size())
+        for size, pop in (
+            (torch._C._len_torch_dispatch_stack, partial(torch._C._pop_torch_dispatch_stack, None)),
+            (torch._C._len_torch_function_stack, torch._C._pop_torch_function_stack),
+        )
+    ]
+
+    def put_back() -> None:
+        for size, pop, before in stacks:
+            while size() > before:
+                pop()
+        while (maybe_current_level() or 0) > (level or 0):
+            _vmap_decrement_nesting()
+        torch.set_grad_enabled(grad)
+
+    return put_back
+
+
+def _ends(error: BaseException | None) -> tuple[Any, Any, Any]:
+    """What a context is told of the exception its block ends in."""
+    return (None, None, None) if error is None else (type(error), error, error.__traceback__)

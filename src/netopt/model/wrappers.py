@@ -1,0 +1,138 @@
+"""The Python wrappers of torch's functions, run through while a torch-function mode is active.
+
+Each wrapper of ``torch.nn.functional`` and its like first tests whether an argument or a mode overrides it, which a
+mode makes true of every call. A mode that wants to see what reaches C++ runs a copy of the wrapper instead, whose
+globals answer these tests with no; the wrapper itself, which other threads run, is left alone.
+"""
+
+from __future__ import annotations
+
+import builtins
+import functools
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch._tensor
+import torch.functional
+import torch.nn.functional
+from torch._guards import TracingContext, tracing
+from torch._subclasses import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["TorchCalls"]
+
+_TESTS = frozenset(["has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"])
+
+
+def _never(*_args: Any, **_kwargs: Any) -> bool:
+    return False
+
+
+class _Globals(dict[str, Any]):
+    """The names of a module as they are now, but for the tests for overrides; its functions as copies of this kind."""
+
+    def __init__(self, names: dict[str, Any]) -> None:
+        super().__init__(dict.fromkeys(_TESTS & names.keys(), _never))
+        self._names = names
+
+    def __missing__(self, name: str) -> Any:
+        if name not in self._names:
+            return vars(builtins)[name]
+        value = self._names[name]
+        return _transparent(value) or value
+
+
+_views = {id(vars(module)): _Globals(vars(module)) for module in (torch.nn.functional, torch.functional, torch._tensor)}
+_copies: dict[types.FunctionType, Callable[..., Any]] = {}
+
+
+def _transparent(function: Any) -> Callable[..., Any] | None:
+    """A copy of one of torch's Python wrappers that tests for no override; None for any other function."""
+    if type(function) is not types.FunctionType:
+        return None
+    found = _copies.get(function)
+    if found is None and _is_wrapper(function):
+        found = _copies[function] = _copy(function)
+    return found
+
+
+def _is_wrapper(function: Any) -> bool:
+    """Whether a function is written in one of these modules, or chooses between two that are (boolean_dispatch)."""
+    if type(function) is not types.FunctionType:
+        return False
+    cells = function.__closure__ or () if function.__globals__.get("__name__") == "torch._jit_internal" else ()
+    return id(function.__globals__) in _views or any(_is_wrapper(cell.cell_contents) for cell in cells)
+
+
+def _copy(function: types.FunctionType) -> types.FunctionType:
+    names = _views.get(id(function.__globals__), function.__globals__)
+    cells = tuple(types.CellType(_inner(cell.cell_contents, function)) for cell in function.__closure__ or ())
+    copied = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, cells or None)
+    copied.__kwdefaults__ = function.__kwdefaults__
+    return copied
+
+
+def _inner(value: Any, function: types.FunctionType) -> Any:
+    """What a copy closes over: copies of the wrappers that ``function`` calls, though not of itself."""
+    return value if value is function else _transparent(value) or value
+
+
+@functools.cache
+def _eager_context() -> TracingContext:
+    """The context of a kernel that is being invoked, in which torch.compile compiles nothing, in this thread."""
+    fake = FakeTensorMode()
+    fake.in_kernel_invocation = True
+    return TracingContext(fake)
+
+
+class TorchCalls(TorchFunctionMode):
+    """Sees every call of a torch function that reaches C++, in its own thread; subclasses override :meth:`run_call`.
+
+    While such a mode is active the fused attention of ``nn.MultiheadAttention`` and of torch's encoder layers is not
+    taken: these test for overrides themselves.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._method: Callable[..., Any] | None = None
+        """The method of Tensor, written in Python, that is being run through."""
+        self._eager: Any = None
+
+    def __enter__(self) -> Any:
+        """Starts seeing calls; compiled regions run as they are written."""
+        self._eager = tracing(_eager_context())
+        self._eager.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        """Stops seeing calls."""
+        super().__exit__(*error)
+        self._eager.__exit__(None, None, None)
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Runs a call, or the Python wrapper around several."""
+        # A method of Tensor in Python stands for the one in C++ too, which it calls.
+        wrapper = None if function is self._method else _transparent(function)
+        if wrapper is None:
+            return self.run_call(function, args, {} if kwargs is None else kwargs)
+        before, self._method = self._method, function if function.__globals__ is vars(torch._tensor) else None
+        TorchFunctionMode.__enter__(self)  # torch has taken the mode off the stack for the time of this call
+        try:
+            return wrapper(*args, **(kwargs or {}))
+        finally:
+            TorchFunctionMode.__exit__(self, None, None, None)
+            self._method = before
+
+    def run_call(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs one call that reaches C++; it is not seen by this mode again.
+
+        Args:
+            function: The torch function.
+            args: Its positional arguments.
+            kwargs: Its keyword arguments.
+        """
+        return function(*args, **kwargs)

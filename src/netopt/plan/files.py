@@ -1,0 +1,61 @@
+"""Files that appear whole or not at all, and nowhere but where they were meant to."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+from netopt.errors import CheckpointError
+
+__all__ = ["checksum", "inside", "partial", "replace"]
+
+BLOCK = 1 << 20
+
+
+@contextmanager
+def partial(target: Path) -> Iterator[IO[bytes]]:
+    """A new file beside ``target`` that takes its place once the block is done, and is gone otherwise.
+
+    What an interrupted run left under the name goes; a link that someone put there goes, and not what it points to.
+    """
+    path = target.with_name(f"{target.name}.partial")
+    path.unlink(missing_ok=True)
+    try:
+        with path.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        path.replace(target)
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def replace(target: Path, content: bytes) -> None:
+    """Writes ``content`` as the file ``target``, which is replaced whole or not at all."""
+    with partial(target) as file:
+        file.write(content)
+
+
+def inside(name: str, where: Path) -> PurePosixPath:
+    """A file's name, as an index lists it, that leads to a place below its folder.
+
+    Raises:
+        CheckpointError: It leads elsewhere.
+    """
+    path = PurePosixPath(name)
+    if not path.parts or path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name or "\0" in name:
+        raise CheckpointError(f"{where} lists the file {name!r}, which is no place below its folder")
+    return path
+
+
+def checksum(path: Path) -> str:
+    """A hash of what is in a file."""
+    found = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            found.update(block)
+    return found.hexdigest()

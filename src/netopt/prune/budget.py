@@ -1,0 +1,144 @@
+"""How much is to be removed, and which neurons then stay."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from netopt import measure
+from netopt.errors import ArgumentTypeError, InvalidArgumentError
+from netopt.plan.build import make_plan
+from netopt.prune.look import Found
+from netopt.selection import Amount, Limits, Scope, check_amount, check_scope, check_threshold, select, select_within
+
+__all__ = ["Budget", "choose"]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much is to be removed: exactly one of the first four is given."""
+
+    amount: Amount | None
+    threshold: float | None
+    max_params: float | None
+    max_macs: float | None
+    scope: Scope
+    round_to: int
+
+    def check(self) -> None:
+        """Checks everything before any work is done.
+
+        Raises:
+            InvalidArgumentError: Something is out of range, or not exactly one of the four is given.
+            ArgumentTypeError: Something is no number.
+        """
+        given = self._given()
+        if len(given) != 1:
+            got = " and ".join(given) if given else "none"
+            raise InvalidArgumentError(f"give exactly one of amount, threshold, max_params and max_macs, not {got}.")
+        if self.amount is not None:
+            check_amount(self.amount)
+        if self.threshold is not None:
+            check_threshold(self.threshold)
+        check_scope(self.scope)
+        Limits(self.round_to)
+        for name in ("max_params", "max_macs"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise ArgumentTypeError(f"{name} must be a fraction of the model's, in (0, 1], not {value!r}.")
+            if not 0 < value <= 1:
+                raise InvalidArgumentError(f"{name} must be a fraction of the model's, in (0, 1], not {value}.")
+
+    def _given(self) -> dict[str, Any]:
+        four = {name: getattr(self, name) for name in ("amount", "threshold", "max_params", "max_macs")}
+        return {name: value for name, value in four.items() if value is not None}
+
+    def settings(self) -> dict[str, Any]:
+        """The request, for the report."""
+        return {**self._given(), "scope": self.scope, "round_to": self.round_to}
+
+
+def choose(found: Found, scores: Mapping[str, Tensor], budget: Budget) -> dict[str, Tensor]:
+    """The positions that stay, by axis.
+
+    Raises:
+        InvalidArgumentError: An axis that may not shrink would have to, because the model computes with its size.
+        NothingToPruneError: The budget cannot be met.
+    """
+    limits = Limits(budget.round_to, _feasible(found))
+    if budget.amount is not None or budget.threshold is not None:
+        return select(scores, budget.amount, threshold=budget.threshold, scope=budget.scope, limits=limits)
+    share = budget.max_params if budget.max_params is not None else budget.max_macs
+    assert share is not None, "exactly one of the four is given"
+    cost_of = _parameters(found) if budget.max_params is not None else _macs(found)
+    whole = cost_of({})
+    costs = _unit_costs(found.sizes, cost_of, whole, limits) if budget.scope == "global" else None
+    return select_within(scores, cost_of, int(share * whole), unit_costs=costs, limits=limits)
+
+
+def _feasible(found: Found) -> Callable[[Mapping[str, int]], dict[str, int]]:
+    sizes = found.sizes
+
+    def feasible(counts: Mapping[str, int]) -> dict[str, int]:
+        possible = found.axes.feasible(counts)
+        coupled = next((one for one, n in possible.items() if one not in sizes and n < found.axes[one].size), None)
+        if coupled is not None:
+            raise InvalidArgumentError(
+                f"axis `{coupled}` would have to shrink with the others because the model computes with their sizes, "
+                "and it is excluded; exclude what it is tied to as well, or include it."
+            )
+        return {name: possible[name] for name in sizes}
+
+    return feasible
+
+
+Cost = Callable[[Mapping[str, Tensor]], int]
+
+
+def _parameters(found: Found) -> Cost:
+    """Entries of all parameters once these positions stay, a shared one counted once."""
+    parameters = dict(found.held.model.named_parameters())
+
+    def cost_of(kept: Mapping[str, Tensor]) -> int:
+        tensors, total = found.axes.tensor_indices(kept), 0
+        for name, parameter in parameters.items():
+            cuts = tensors.get(name, {})
+            total += math.prod(len(cuts[dim]) if dim in cuts else size for dim, size in enumerate(parameter.shape))
+        return total
+
+    return cost_of
+
+
+def _macs(found: Found) -> Cost:
+    """Operations of one forward: by arithmetic where that gives what is counted in a run, else by dry runs."""
+    model, inputs = found.forward.model, found.forward.inputs
+    predictable = found.axes.macs() == found.macs
+
+    def cost_of(kept: Mapping[str, Tensor]) -> int:
+        if predictable:
+            return found.axes.macs({name: len(positions) for name, positions in kept.items()})
+        if not kept:
+            return found.macs
+        plan = make_plan(found.held, found.axes, kept)
+        return plan.prepare(model).dry_run(lambda: measure.count_macs(model, inputs))
+
+    return cost_of
+
+
+def _unit_costs(sizes: Mapping[str, int], cost_of: Cost, whole: int, limits: Limits) -> dict[str, float]:
+    """What one neuron of each axis costs in the whole model: the saving of halving the axis, spread over what goes."""
+    costs = {}
+    full = {name: torch.arange(size) for name, size in sizes.items()}
+    for name, size in sizes.items():
+        counts = limits.settle({**sizes, name: max(1, size // 2)}, sizes, down=True)
+        gone = sum(sizes[other] - count for other, count in counts.items())
+        kept = {other: full[other][:count] for other, count in counts.items()}
+        costs[name] = max((whole - cost_of(kept)) / gone, 1e-9) if gone else 1.0
+    return costs

@@ -1,0 +1,135 @@
+"""What a model has that could be removed: its axes, and which of them may lose neurons."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from netopt import measure
+from netopt.axes import Axes, Axis, Outputs, find_axes
+from netopt.axes.find import counted_outputs
+from netopt.batches import Inputs
+from netopt.errors import ArgumentTypeError, InvalidArgumentError
+from netopt.importance.activations import recordable
+from netopt.model.view import ModelView
+from netopt.prune.candidates import AxisSelector, candidates
+from netopt.prune.verify import Forward
+
+__all__ = ["Found", "Where", "check_model", "look", "without_gradients"]
+
+
+@dataclass(frozen=True)
+class Where:
+    """Which neurons may go, and which results must keep their shape."""
+
+    include: AxisSelector = None
+    exclude: AxisSelector = None
+    outputs: Outputs = None
+
+    def counted(self, result: Any) -> list[Tensor]:
+        """The tensors of a result that count."""
+        return counted_outputs(result, self.outputs)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was found in a model.
+
+    Attributes:
+        held: What the model holds.
+        forward: How the model is run.
+        axes: All of them.
+        chosen: Those that may lose neurons.
+        kept_out: Why the others may not, by name.
+    """
+
+    held: ModelView
+    forward: Forward
+    axes: Axes
+    chosen: list[Axis]
+    kept_out: dict[str, str]
+
+    @cached_property
+    def macs(self) -> int:
+        """Multiply-accumulate operations of one forward before anything is done, counted in a run."""
+        return measure.count_macs(self.forward.model, self.forward.inputs)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Number of neurons of each axis that may lose some."""
+        return {axis.name: axis.size for axis in self.chosen}
+
+
+def look(held: ModelView, example_inputs: Inputs, where: Where) -> Found:
+    """Finds the axes of a model and which of them may lose neurons.
+
+    Raises:
+        NothingToPruneError: No axis may; the message lists the reasons.
+    """
+    # In inference mode some operations hide from a trace, and none has a gradient.
+    with torch.inference_mode(False):
+        inputs = recordable(example_inputs)
+        axes = find_axes(held.model, inputs, outputs=where.outputs)
+    chosen, kept_out = candidates(held.model, axes, where.include, where.exclude)
+    return Found(held, Forward(held.model, inputs, where.counted, axes.steady), axes, chosen, kept_out)
+
+
+def check_model(model: Any, example_inputs: Inputs) -> ModelView:
+    """What a model holds, if neurons can be removed from it.
+
+    Raises:
+        ArgumentTypeError: It is no module.
+        InvalidArgumentError: Some tensor of it or some input has no values yet, or is sparse or nested; or new tensors
+            would have no values.
+    """
+    if not isinstance(model, nn.Module):
+        shown = model.__name__ if isinstance(model, type) else type(model).__name__
+        raise ArgumentTypeError(f"model must be a torch.nn.Module, not {shown}.")
+    if torch.get_default_device().type == "meta":
+        raise InvalidArgumentError(
+            'the default device is "meta", on which no index has a value; call this outside torch.device("meta"), '
+            "or after torch.set_default_device(None). The model itself may be on it."
+        )
+    held = ModelView(model)
+    for name, tensor in held.tensors.items():
+        if (problem := _problem(tensor)) is not None:
+            raise InvalidArgumentError(f"{name!r} {problem}.")
+    for tensor in tree_leaves(example_inputs):
+        if isinstance(tensor, Tensor) and (problem := _problem(tensor)) is not None:
+            raise InvalidArgumentError(f"one of example_inputs {problem}.")
+    return held
+
+
+def _problem(tensor: Tensor) -> str | None:
+    """Why a tensor cannot be worked with, if it cannot."""
+    if nn.parameter.is_lazy(tensor):
+        return "is not initialised yet; run the model once before pruning it"
+    if tensor.is_nested:
+        return "is a nested tensor, whose rows have no common size; pad it before pruning"
+    if tensor.layout is not torch.strided:
+        return "is a sparse tensor; make it dense before pruning, with .to_dense()"
+    return None
+
+
+def without_gradients(held: ModelView, error: RuntimeError) -> str | None:
+    """What about a model may have made a criterion fail that needs gradients, and what to do; None if nothing."""
+    inference = next((name for name, tensor in held.tensors.items() if tensor.is_inference()), None)
+    if inference is not None and "nference" in str(error):
+        return (
+            f"{inference!r} was made in inference mode and takes part in no gradient; make the model outside of "
+            'torch.inference_mode(), or use importance="magnitude"'
+        )
+    compiled = next((name for name, module in held.modules.items() if _is_compiled(module)), None)
+    if compiled is not None:
+        where = f"{compiled!r}" if compiled else "the model"
+        return f"{where} is compiled; prune before compiling, or hand in what was compiled (`_orig_mod`)"
+    return None
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None

@@ -1,0 +1,253 @@
+"""Ctrl-C at any moment: a call that raises has changed nothing, one that returns has done all, once or twice.
+
+A second process sends the signals, after random times, as a person at a keyboard would. ``INTERRUPTS=1000`` makes so
+many tries instead of the few of the suite.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils import checkpoint
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from conftest import random_state, state_of, state_of_optimizer
+from netopt import importance, masking, measure
+from netopt.axes import find_axes
+from netopt.distillation import distill
+from netopt.plan import Plan
+from netopt.prune import plan_neurons, prune_neurons, prune_weights, shrink
+
+TRIES = int(os.environ.get("INTERRUPTS", "0")) or 160
+TWICE = 0.002
+SENDER = """
+import os, signal, sys, time
+for line in sys.stdin:
+    for pause in map(float, line.split()):
+        end = time.perf_counter() + pause
+        while time.perf_counter() < end:
+            pass
+        os.kill(os.getppid(), signal.SIGINT)
+    print(flush=True)
+"""
+
+
+class Sender:
+    """A process that sends Ctrl-C after pauses."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", SENDER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        self.attempt(lambda: None, [0.0])
+
+    def attempt(self, call: Callable[[], Any], pauses: list[float]) -> Any:
+        """Runs ``call`` with signals after these pauses; what it returned, ``None`` if it raised."""
+        process, found = self._process, None
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            try:
+                process.stdin.write(" ".join(map(str, pauses)) + "\n")
+                process.stdin.flush()
+                found = call()
+            finally:
+                signal.signal(signal.SIGINT, ignore)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            signal.signal(signal.SIGINT, ignore)
+        process.stdout.readline()
+        return found
+
+    def close(self) -> None:
+        self._process.communicate()
+
+
+def ignore(*_: object) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def sender():
+    before = signal.getsignal(signal.SIGINT)
+    one = Sender()
+    yield one
+    one.close()
+    signal.signal(signal.SIGINT, before)
+
+
+class Net(nn.Module):
+    """Something of everything that is set aside, lent or put back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width, self.n, self.table = 8, 0, None
+        self.first, self.norm = nn.Linear(4, 8), nn.BatchNorm1d(8)
+        self.inner, self.drop, self.last = nn.Linear(8, 8), nn.Dropout(0.5), nn.Linear(8, 3)
+
+    def forward(self, x):
+        if len(x) > self.n:
+            self.n, self.table = len(x), torch.ones(len(x), 1)
+        h = self.norm(self.first(x)).relu()
+        h = self.drop(h + self.inner(h).relu().view(-1, self.width) * self.width**-0.5)
+        return self.last(h) * self.table[: len(x)]
+
+
+X = torch.randn(4, 4, generator=torch.Generator().manual_seed(1))
+
+
+def model_in_use() -> tuple[nn.Module, torch.optim.Optimizer]:
+    """A model in the middle of something."""
+    torch.manual_seed(0)
+    model = Net()
+    optimizer = torch.optim.Adam(model.parameters())
+    model(X).sum().backward()
+    optimizer.step()
+    with torch.no_grad():
+        model.first.weight[:2] = model.first.bias[:2] = 0
+        model.norm.weight[:2] = model.norm.bias[:2] = 0
+    model.drop.eval()
+    model.inner.bias.requires_grad_(False)
+    model.last.register_forward_hook(ignore)
+    return model, optimizer
+
+
+def masked() -> tuple[nn.Module, torch.optim.Optimizer]:
+    model, optimizer = model_in_use()
+    masking.put(model, KEEP)
+    return model, optimizer
+
+
+PLAN: dict[str, Plan] = {}
+KEEP = {"first.weight": torch.eye(8, 4, dtype=torch.bool), "last.weight": torch.eye(3, 8, dtype=torch.bool)}
+# Called with plain arguments: behind ``**options`` an interruption comes between the return and what is done with it.
+CALLS: dict[str, Callable[[Any, Any], Any]] = {
+    "find_axes": lambda model, _: find_axes(model, X),
+    "plan_neurons": lambda model, _: plan_neurons(model, X, 0.5, progress=False),
+    "prune_neurons": lambda model, optimizer: prune_neurons(model, X, 0.5, optimizer=optimizer, progress=False),
+    "prune_neurons by magnitude": lambda model, _: prune_neurons(model, X, 0.5, importance="magnitude", progress=False),
+    "prune_neurons by masks": lambda model, _: prune_neurons(model, X, 0.5, mode="mask", progress=False),
+    "apply": lambda model, optimizer: PLAN["plan"].apply(model, optimizer) or True,
+    "shrink": lambda model, optimizer: shrink(model, X, optimizer),
+    "prune_weights": lambda model, _: prune_weights(model, 0.5, progress=False),
+    "prune_weights wanda": lambda model, _: prune_weights(model, 0.5, importance="wanda", data=[X], progress=False),
+    "prune_weights sparsegpt": lambda model, _: prune_weights(
+        model, 0.5, importance="sparsegpt", data=[X], progress=False
+    ),
+    "scores": lambda model, _: importance.scores(model, [X], "saliency"),
+    "count_macs": lambda model, _: measure.count_macs(model, X),
+    "distill": lambda model, _: distill(model, TEACHER, [X, X], epochs=3, validation=[X], progress=False),
+    "put": lambda model, _: masking.put(model, KEEP) or True,
+    "bake": lambda model, _: masking.bake(model),
+    "strip": lambda model, _: masking.strip(model),
+}
+torch.manual_seed(3)
+TEACHER = Net()
+MASKED = {"bake", "strip"}
+
+
+def process_state() -> dict[str, Any]:
+    """What belongs to the process or the thread, and not to the models handed in."""
+    backends = torch.backends
+    return {
+        **random_state(),
+        "modes": (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype()),
+        "stacks": (len(_get_current_dispatch_mode_stack()), len(_get_current_function_mode_stack())),
+        "kernels": (
+            backends.mha.get_fastpath_enabled(),
+            backends.cuda.flash_sdp_enabled(),
+            backends.cuda.mem_efficient_sdp_enabled(),
+            backends.cuda.math_sdp_enabled(),
+            backends.mkldnn.enabled,
+            backends.cudnn.enabled,
+        ),
+        "math": dict(vars(math)),
+        "module": dict(vars(nn.Module)),
+        "functional": dict(vars(torch.nn.functional)),
+        "checkpoint": checkpoint.CheckpointFunction.apply,
+        "code": [one.__code__ for one in vars(Net).values() if hasattr(one, "__code__")],
+        "warnings": list(warnings.filters),
+        "gc": gc.isenabled(),
+        "handlers": [signal.getsignal(number) for number in signal.valid_signals()],
+        "threads": threading.active_count(),
+        "files": sorted(path.name for path in Path(tempfile.gettempdir()).glob("*netopt*")),
+    }
+
+
+def weights_left_out(state: dict[str, Any]) -> dict[str, Any]:
+    """A trained student has other weights and buffers, and may keep longer tables."""
+    return {key: one for key, one in state.items() if not key.endswith(("[bits]", "[plain]"))}
+
+
+def interrupted(name: str, sender: Sender, tries: int, twice: bool) -> dict[str, int]:
+    """Interrupts a call at random moments; counts what came of it."""
+    make = masked if name in MASKED else model_in_use
+    call, rng = CALLS[name], random.Random(f"{name} {twice}")
+    pristine = make()
+    PLAN.setdefault("plan", plan_neurons(pristine[0], X, 0.5, progress=False))
+    copies = copy.deepcopy(pristine)
+    begin = time.perf_counter()
+    call(*copies)
+    lasts = time.perf_counter() - begin
+    done = values(copies[0])
+    counts = {"raised": 0, "returned": 0}
+    model, optimizer = copy.deepcopy(pristine)
+    for _ in range(tries):
+        torch.manual_seed(7)
+        before = state_of(model), state_of_optimizer(optimizer), state_of(TEACHER), process_state()
+        pauses = [rng.uniform(0, 1.1 * lasts), *([rng.uniform(0, TWICE)] if twice else [])]
+        found = sender.attempt(lambda model=model, optimizer=optimizer: call(model, optimizer), pauses)
+        after = state_of(model), state_of_optimizer(optimizer), state_of(TEACHER), process_state()
+        assert after[2] == before[2], "the teacher has changed"
+        changed = [key for key, one in before[3].items() if after[3][key] != one]
+        assert not changed, f"of the process have changed {changed}"
+        if found is None:
+            counts["raised"] += 1
+            differing = [key for key in before[0] | after[0] if before[0].get(key) != after[0].get(key)]
+            assert not differing, f"the call raised, and the model has changed: {differing[:5]}"
+            assert after[1] == before[1], "the call raised, and the optimizer has changed"
+            continue
+        counts["returned"] += 1
+        if name == "distill":
+            assert weights_left_out(after[0]) == weights_left_out(before[0])
+        else:
+            assert values(model).keys() == done.keys()
+            assert all(torch.equal(one, done[key]) for key, one in values(model).items())
+        model, optimizer = copy.deepcopy(pristine)
+    assert call(*copy.deepcopy(pristine)) is not None  # nothing is left that the next call stumbles over
+    return counts
+
+
+def values(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: one.detach() for name, one in (*model.named_parameters(), *model.named_buffers())}
+
+
+@pytest.mark.parametrize("twice", [False, True], ids=["once", "twice"])
+@pytest.mark.parametrize("name", CALLS)
+def test_ctrl_c_at_any_moment(name, twice, sender):
+    counts = interrupted(name, sender, -(-TRIES // (2 * len(CALLS))), twice)
+    assert sum(counts.values()) > 0
