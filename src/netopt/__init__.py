@@ -4,21 +4,27 @@ Three calls do the work, ``prune_neurons``, ``prune_weights`` and ``distill``; `
 what neuron pruning decides. Nothing optional is imported here.
 """
 
-from netopt import axes, errors, importance, masking
+from netopt import axes, calibration, errors, importance, masking
 from netopt.axes import find_axes
 from netopt.distillation import DistillationReport, distill
 from netopt.integrations import huggingface as _huggingface  # noqa: F401 - keeps configurations in step
 from netopt.plan import Plan
 from netopt.prune import plan_neurons, prune_neurons, prune_weights, shrink
 from netopt.report import PruningReport
+from netopt.sensitivity import SensitivityReport, sensitivity
+from netopt.training import GradualPruner, Regularizer, rewind
 
 __version__ = "0.1.0"
 
 __all__ = [
     "DistillationReport",
+    "GradualPruner",
     "Plan",
     "PruningReport",
+    "Regularizer",
+    "SensitivityReport",
     "axes",
+    "calibration",
     "distill",
     "errors",
     "find_axes",
@@ -27,5 +33,7 @@ __all__ = [
     "plan_neurons",
     "prune_neurons",
     "prune_weights",
+    "rewind",
+    "sensitivity",
     "shrink",
 ]

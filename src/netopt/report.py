@@ -19,7 +19,7 @@ from netopt.measure import Cost, Latency, latencies, latency
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["PruningReport", "Row"]
+__all__ = ["PruningReport", "Row", "figure"]
 
 SHOWN = 20
 """So many rows, and so many reasons, are printed before the rest is only counted."""
@@ -231,8 +231,8 @@ class PruningReport:
             MissingPackageError: matplotlib is not installed.
         """
         drawn = self.rows[:rows]
-        figure = _figure(figsize=(8, 1.2 + 0.28 * max(len(drawn), 1)), layout="constrained")
-        axes = figure.add_subplot()
+        drawn_on = figure(figsize=(8, 1.2 + 0.28 * max(len(drawn), 1)), layout="constrained")
+        axes = drawn_on.add_subplot()
         places = range(len(drawn))
         axes.barh(places, [row.total for row in drawn], color="#d7dce2", label="before")
         axes.barh(places, [row.after for row in drawn], color="#2f6db2", label="kept")
@@ -243,7 +243,7 @@ class PruningReport:
         axes.spines[["top", "right"]].set_visible(False)
         if drawn:
             axes.legend(frameon=False, loc="lower right")
-        return figure
+        return drawn_on
 
     def __str__(self) -> str:
         return self.table(SHOWN)
@@ -307,16 +307,16 @@ class PruningReport:
         return said
 
 
-def _figure(**settings: Any) -> Figure:
+def figure(**settings: Any) -> Figure:
     """A figure outside of pyplot, so that no window opens, which a notebook shows nonetheless."""
     try:
-        from matplotlib import figure
+        from matplotlib import figure as shapes
     except ImportError as error:
         raise MissingPackageError(
-            "report.plot() draws with matplotlib, which is not installed; pip install 'netopt[plots]'."
+            "pictures are drawn with matplotlib, which is not installed; pip install 'netopt[plots]'."
         ) from error
 
-    class Figure(figure.Figure):
+    class Figure(shapes.Figure):
         def _repr_png_(self) -> bytes:
             file = io.BytesIO()
             self.savefig(file, format="png")
