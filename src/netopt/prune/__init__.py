@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from netopt.prune.neurons import plan_neurons, prune_neurons
+from netopt.prune.repair import RepairReport, repair
 from netopt.prune.shrink import shrink
 from netopt.prune.weights import prune_weights
 
-__all__ = ["plan_neurons", "prune_neurons", "prune_weights", "shrink"]
+__all__ = ["RepairReport", "plan_neurons", "prune_neurons", "prune_weights", "repair", "shrink"]

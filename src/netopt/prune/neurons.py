@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -28,6 +28,7 @@ from netopt.prune.candidates import AxisSelector, candidates
 from netopt.prune.exactness.dead_neurons import suspects
 from netopt.prune.exactness.folding import fold_removed
 from netopt.prune.exactness.rescaling import compensated
+from netopt.prune.repair import RepairReport, copy_for_repair, repaired
 from netopt.prune.verify import Tensors, reference_outputs
 from netopt.report import PruningReport, Row
 from netopt.selection import Amount, Limits, Scope, check_amount, check_scope, check_threshold, select, select_within
@@ -55,7 +56,7 @@ def prune_neurons(
     outputs: Outputs = None,
     round_to: int = 1,
     optimizer: Optimizer | Iterable[Optimizer] | None = None,
-    repair: None = None,
+    repair: bool | None = None,
     mode: Mode = "remove",
     verify: bool = True,
     progress: bool = True,
@@ -86,7 +87,9 @@ def prune_neurons(
         outputs: Which results must keep their shape; see :func:`netopt.find_axes`.
         round_to: Keep a multiple of this many neurons on every axis that has more.
         optimizer: One or several, whose state (momenta, second moments) is narrowed along with the parameters.
-        repair: Reserved.
+        repair: Refit what is left to what the model put out before, see :func:`netopt.repair`. By default it is, where
+            ``data`` is given and neurons are removed; ``False`` leaves exactly what masking would. ``verify`` compares
+            before.
         mode: ``"remove"``, or ``"mask"`` to put the same plan on as masks of ``torch.nn.utils.prune``.
         verify: Run the smaller model on the example inputs, compare the shapes of its outputs, and, where removing is
             the same as masking, their values with the masked model's.
@@ -112,7 +115,9 @@ def prune_neurons(
         (12, 12)
     """
     request = _Request(amount, threshold, max_params, max_macs, scope, Limits(round_to))
-    held = _check(model, request, mode, repair, loss_fn, importance)
+    held = _check(model, request, mode, loss_fn, importance)
+    data = list(data) if isinstance(data, Iterator) else data  # read for scores, and again for repair
+    dense = copy_for_repair(model, repair, data, mode)
     optimizers = surgery.as_optimizers(optimizer)
     sources = _Sources(importance, data, loss_fn, progress)
     # A budget of operations is one of those counted in a run; elsewhere those of the traced forward are counted.
@@ -131,7 +136,7 @@ def prune_neurons(
         () if changed else {name for name, count in decision.nonzero.items() if count == held.parameters[name].numel()}
     )
 
-    def report(full: Collection[str] = ()) -> PruningReport:
+    def report(full: Collection[str] = (), repair: RepairReport | None = None) -> PruningReport:
         settings = request.settings() | {"importance": _name(importance), "mode": mode}
         if decision.unexpressed is not None:
             settings["config"] = decision.unexpressed
@@ -153,21 +158,24 @@ def prune_neurons(
             frozen=decision.kept_out,
             settings=settings,
             subject=model,
+            repair=repair,
         )
 
     if mode == "mask":
         masking.put(model, _parameter_masks(model, plan))
         return report()
     operation = plan.prepare(held, optimizers)
-    if not verify:
-        return operation.run(lambda: report(full))
-    reference = reference_outputs(
-        model, example_inputs, counted, decision.computing() if plan.exact else None, steady=decision.axes.steady
-    )
+    reference = None
+    if verify:
+        reference = reference_outputs(
+            model, example_inputs, counted, decision.computing() if plan.exact else None, steady=decision.axes.steady
+        )
 
     def finish() -> PruningReport:
-        reference.check(model, example_inputs, counted)
-        return report()
+        if reference is not None:
+            reference.check(model, example_inputs, counted)
+        with repaired(model, plan, dense, data, progress) as outcome:
+            return report(() if verify else full, outcome)
 
     return operation.run(finish)
 
@@ -209,7 +217,7 @@ def plan_neurons(
         (212, 160, 16)
     """
     request = _Request(amount, threshold, max_params, max_macs, scope, Limits(round_to))
-    held = _check(model, request, "remove", None, loss_fn, importance)
+    held = _check(model, request, "remove", loss_fn, importance)
     sources = _Sources(importance, data, loss_fn, progress)
     before = measure.cost(model, example_inputs)
     selectors = {"include": include, "exclude": exclude, "outputs": outputs}
@@ -434,7 +442,6 @@ def _check(
     model: nn.Module,
     request: _Request,
     mode: str,
-    repair: Any,
     loss_fn: Any,
     importance: Importance | Mapping[str, Tensor],
 ) -> ModelView:
@@ -449,8 +456,6 @@ def _check(
     _check_request(request)
     if mode not in MODES:
         raise UnknownNameError.of("mode", str(mode), MODES)
-    if repair is not None:
-        raise InvalidArgumentError("repair is reserved and must be None.")
     if loss_fn is not None and not callable(loss_fn):
         raise ArgumentTypeError(f"loss_fn must be a function of result and targets, not {type(loss_fn).__name__}.")
     if not isinstance(importance, Mapping):
