@@ -125,6 +125,7 @@ def select(
     threshold: float | None = None,
     scope: Scope = "global",
     limits: Limits = Limits(),
+    normalization: str | None = None,
 ) -> dict[str, Tensor]:
     """Keeps what an amount or a threshold leaves; at least one neuron on every axis.
 
@@ -135,6 +136,7 @@ def select(
         threshold: Instead of an amount: neurons that score below are removed.
         scope: ``"global"`` ranks all axes together, ``"layer"`` removes the amount of every axis.
         limits: Multiples and equations to respect.
+        normalization: What makes scores of different axes comparable; by default the one in use.
 
     Returns:
         Kept positions, ascending, of every axis.
@@ -157,7 +159,7 @@ def select(
     else:
         assert amount is not None
         check_amount(amount)
-        counts = _counts(scores, amount, check_scope(scope))
+        counts = _counts(scores, amount, check_scope(scope), normalization)
     return best(scores, limits.settle(counts, sizes))
 
 
@@ -175,6 +177,7 @@ def select_within(
     *,
     unit_costs: Mapping[str, float],
     limits: Limits = Limits(),
+    normalization: str | None = None,
 ) -> dict[str, Tensor]:
     """Keeps as much as a budget allows: neurons go in the order of least score for the cost they free.
 
@@ -188,13 +191,14 @@ def select_within(
         limit: The most it may cost.
         unit_costs: What one neuron of each axis costs in the whole model; only their ratios matter.
         limits: Multiples and equations to respect.
+        normalization: What makes scores of different axes comparable; by default the one in use.
 
     Raises:
         NothingToPruneError: Even one neuron on every axis costs more than ``limit``.
     """
     _check_scores(scores)
     sizes = {name: len(one) for name, one in scores.items()}
-    order = _cheapest_first(scores, unit_costs)
+    order = _cheapest_first(scores, unit_costs, normalization)
     tried: dict[int, tuple[dict[str, Tensor], int]] = {}
 
     def attempt(removed: int) -> tuple[dict[str, Tensor], int]:
@@ -261,7 +265,7 @@ def check_amount(amount: Amount) -> None:
         raise InvalidArgumentError(f"amount must be 0 or more, got {amount}")
 
 
-def _counts(scores: Scores, amount: Amount, scope: Scope) -> Counts:
+def _counts(scores: Scores, amount: Amount, scope: Scope, normalization: str | None) -> Counts:
     """How many neurons each axis keeps."""
     sizes = {name: len(one) for name, one in scores.items()}
     if isinstance(amount, Mapping):
@@ -276,7 +280,7 @@ def _counts(scores: Scores, amount: Amount, scope: Scope) -> Counts:
             f"amount asks for {amount} neurons and {removable} can go: {total} on {len(sizes)} axes, of which each "
             f"keeps one"
         )
-    gone = _cheapest_first(scores, dict.fromkeys(scores, 1.0))[:asked]
+    gone = _cheapest_first(scores, dict.fromkeys(scores, 1.0), normalization)[:asked]
     return {name: size - int((gone == place).sum()) for place, (name, size) in enumerate(sizes.items())}
 
 
@@ -299,14 +303,14 @@ def _removed(amount: float, size: int) -> int:
     return math.floor(amount * size + 0.5) if isinstance(amount, float) else min(amount, size)
 
 
-def _cheapest_first(scores: Scores, unit_costs: Mapping[str, float]) -> Tensor:
+def _cheapest_first(scores: Scores, unit_costs: Mapping[str, float], normalization: str | None) -> Tensor:
     """The axis (by place) of every neuron that may go, in the order they go; the best of every axis stays.
 
     Only axes are listed: on each, the neurons with the lowest scores go first.
     """
     ranks, places = [], []
     for place, (name, one) in enumerate(scores.items()):
-        going = normalized(one.double()).sort().values[:-1]
+        going = normalized(one.double(), normalization).sort().values[:-1]
         ranks.append(going / max(float(unit_costs[name]), 1e-12))
         places.append(torch.full((len(going),), place))
     if not ranks:

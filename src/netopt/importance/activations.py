@@ -27,7 +27,7 @@ from netopt.model.calls import Call, CallNames
 from netopt.model.parameters import places
 from netopt.model.restore import restored
 
-__all__ = ["Saliency", "Tap", "activations", "recordable", "saliency"]
+__all__ = ["Saliency", "Tap", "activations", "float_outputs", "recordable", "saliency"]
 
 EXACT_OUTPUTS = 64
 """Up to so many outputs a sample every one is differentiated; beyond, random signs estimate their sum of squares."""
@@ -130,7 +130,7 @@ def saliency(
     """
     with restored(model), _differentiable(model):
         run = _Differentiation(
-            model, taps, sizes, outputs=outputs or _outputs, exact=exact_outputs, error=relative_error
+            model, taps, sizes, outputs=outputs or float_outputs, exact=exact_outputs, error=relative_error
         )
         for batch in tqdm(batches.iterate(data), desc="saliency", disable=not progress, leave=False):
             run.see(batch)
@@ -421,7 +421,7 @@ def _relative_error(means: Mapping[str, Tensor], variances: Mapping[str, Tensor]
     return max(errors, default=0.0)
 
 
-def _outputs(result: Any) -> list[Tensor]:
+def float_outputs(result: Any) -> list[Tensor]:
     """The floating tensors of a result, without the loss and internal states."""
     return [
         tensor

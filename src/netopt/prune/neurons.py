@@ -350,7 +350,7 @@ def _decide(
         outputs=None if outputs is None else differentiated,
         progress=sources.progress,
     )
-    kept = _select(model, example_inputs, axes, chosen, scored.scores, request=request, macs=macs)
+    kept = _select(model, example_inputs, axes, chosen, scored, request=request, macs=macs)
     plan = compensated(
         held,
         axes,
@@ -376,11 +376,12 @@ def _select(
     example_inputs: Inputs,
     axes: Axes,
     chosen: list[Axis],
-    scores: Mapping[str, Tensor],
+    scored: NeuronScores,
     *,
     request: _Request,
     macs: int | None,
 ) -> dict[str, Tensor]:
+    scores, normalization = scored.scores, "none" if scored.comparable else None
     sizes = {axis.name: axis.size for axis in chosen}
 
     def feasible(counts: Mapping[str, int]) -> dict[str, int]:
@@ -395,7 +396,14 @@ def _select(
 
     limits = Limits(request.limits.round_to, feasible)
     if request.amount is not None or request.threshold is not None:
-        return select(scores, request.amount, threshold=request.threshold, scope=request.scope, limits=limits)
+        return select(
+            scores,
+            request.amount,
+            threshold=request.threshold,
+            scope=request.scope,
+            limits=limits,
+            normalization=normalization,
+        )
 
     def cost_of(kept: Mapping[str, Tensor]) -> int:
         if request.max_params is not None:
@@ -411,7 +419,12 @@ def _select(
     share = request.max_params if request.max_params is not None else request.max_macs
     assert share is not None
     return select_within(
-        scores, cost_of, int(share * whole), unit_costs=_unit_costs(sizes, cost_of, whole, limits), limits=limits
+        scores,
+        cost_of,
+        int(share * whole),
+        unit_costs=_unit_costs(sizes, cost_of, whole, limits),
+        limits=limits,
+        normalization=normalization,
     )
 
 

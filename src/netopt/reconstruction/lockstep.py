@@ -16,8 +16,8 @@ from torch.overrides import _get_current_function_mode_stack
 
 from netopt import batches
 from netopt.batches import Batch
+from netopt.importance.contractions import Contraction, ContractionWatch
 from netopt.model.parameters import Place
-from netopt.reconstruction.contractions import Contraction, ContractionWatch
 
 __all__ = ["Forward", "Lockstep"]
 

@@ -19,10 +19,10 @@ from tqdm import tqdm
 
 from netopt import batches
 from netopt.batches import Batch
+from netopt.importance.contractions import Contraction, ContractionWatch, Use, Uses
 from netopt.importance.inputs import Matrix, every_contraction
 from netopt.model.parameters import Place, places
 from netopt.model.restore import restored
-from netopt.reconstruction.contractions import Contraction, ContractionWatch, Use, Uses
 from netopt.reconstruction.lockstep import Forward, Lockstep
 from netopt.reconstruction.regression import Sums, correction
 

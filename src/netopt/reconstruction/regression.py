@@ -110,8 +110,9 @@ def correction(halves: Sequence[Sums], *, with_offset: bool) -> Correction:
     left = sum(_left(half, other, with_offset) for half, other in (halves, reversed(halves)))
     moments, crosses = zip(*(half.centred(mean, lacking) for half in halves), strict=True)
     total = moments[0] + moments[1]
-    norm = total.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
-    norm = torch.maximum(norm, 1e-8 * norm.amax(-1, keepdim=True) + 1e-30)
+    square = total.diagonal(dim1=-2, dim2=-1).clamp(min=0)
+    # What is hardly ever there tells little of what it should count for, and may be there elsewhere.
+    norm = (square + square.mean(-1, keepdim=True) + 1e-300).sqrt()
     lost = [cross / norm[:, None, :] for cross in crosses]
     pull, fall = best_pull([scaled(moment, norm) for moment in moments], lost)
     left += fall * -(-lost[0].shape[1] // ROWS)
