@@ -8,7 +8,7 @@ the batch normalisation behind it takes away.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -52,12 +52,14 @@ class Contraction:
         output: What the operation returned.
         flipped: Whether the weight is the left operand, so that the outputs are the first dimension.
         bias: What the operation adds to every row, if anything.
+        is_sum: Whether ``output`` is what it returned and what is then added to it, as on a residual stream.
     """
 
     reading: Reading
     output: Tensor
     flipped: bool = False
     bias: Tensor | None = None
+    is_sum: bool = False
 
     @property
     def count(self) -> int:
@@ -94,9 +96,11 @@ class Contraction:
 class ContractionWatch(InputWatch):
     """Calls ``see`` with every contraction of a watched weight; runs it again if the answer is ``True``.
 
+    Where a contraction's output is added to something of its shape, it is called once more with the sum.
+
     Args:
         watched: The weights.
-        see: Called with each contraction when it has been computed.
+        see: Called with each contraction when it has been computed, and before it is added to something.
         after: Called with every other operation, its arguments and its result.
     """
 
@@ -109,8 +113,11 @@ class ContractionWatch(InputWatch):
         self._noted: list[Reading] = []
         super().__init__(watched, self._noted.append)
         self._visit, self._after = see, after
+        self._latest: tuple[Contraction, int, Callable[[], Tensor]] | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _SUMS and self._latest is not None and not kwargs:
+            self._see_sum(args)
         out = super().__torch_dispatch__(func, types, args, kwargs)
         if not self._noted:
             if self._after is not None:
@@ -122,8 +129,30 @@ class ContractionWatch(InputWatch):
         flipped = right is not None and self._find(args[right]) is None
         place = _BIAS.get(func)
         bias = args[place] if place is not None and len(args) > place else None
-        again = self._visit(Contraction(reading, out, flipped, bias))
-        return func(*args, **(kwargs or {})) if again else out
+        seen = Contraction(reading, out, flipped, bias)
+
+        def again() -> Tensor:
+            return func(*args, **(kwargs or {}))
+
+        if self._visit(seen):
+            out = again()
+        self._latest = (replace(seen, output=out), out._version, again)
+        return out
+
+    def _see_sum(self, args: tuple[Any, ...]) -> None:
+        """Shows what the latest contraction returned with what is about to be added to it."""
+        assert self._latest is not None
+        seen, version, again = self._latest
+        own = seen.output
+        if not own.is_contiguous() or own._version != version or not all(isinstance(one, Tensor) for one in args[:2]):
+            return
+        for one, other in (args[:2], args[1::-1]):
+            same = one.data_ptr() == own.data_ptr() and one.numel() == own.numel() and one.is_contiguous()
+            if same and other.shape == one.shape and other.dtype == one.dtype and other.data_ptr() != own.data_ptr():
+                self._latest = None
+                if self._visit(replace(seen, output=(one + other).view(own.shape), is_sum=True)):
+                    own.copy_(again())
+                return
 
 
 @dataclass(frozen=True)
@@ -145,10 +174,19 @@ class Offset:
 
 @dataclass
 class Use:
-    """How one weight is used in a forward: how often, as which matrices, and where its outputs take a constant."""
+    """How one weight is used in a forward.
+
+    Attributes:
+        count: How often it is multiplied with inputs.
+        looked_up: Whether rows of it are looked up.
+        is_summed: Whether its outputs are added to something, as on a residual stream.
+        matrices: As which matrices it is multiplied.
+        offset: Where its outputs take a constant.
+    """
 
     count: int = 0
     looked_up: bool = False
+    is_summed: bool = False
     matrices: list[Matrix] = field(default_factory=list)
     offset: Offset | None = None
 
@@ -169,6 +207,9 @@ class Uses:
         """Notes a contraction, which need not be run again."""
         name, matrix = contraction.reading.name, contraction.reading.matrix
         use = self.found.setdefault(name, Use())
+        if contraction.is_sum:
+            use.is_summed = True
+            return False
         if contraction.reading.counts:
             use.looked_up = True
             return False

@@ -119,7 +119,7 @@ class _Pass:
 
         def visit(contraction: Contraction) -> bool:
             uses.see(contraction)
-            if not contraction.reading.counts:
+            if not contraction.reading.counts and not contraction.is_sum:
                 self._add_inputs(index, count, contraction)
                 produced.setdefault(contraction.reading.name, []).append(_bare(contraction))
             return False
@@ -136,7 +136,11 @@ class _Pass:
             passes = 1 if loss is not None else PROBES
             for turn in range(passes):
                 value = self._signed(found) if loss is None else loss
-                with _GradientWatch(self.watched, lambda *one: self._add_gradient(*one, passes, count, produced)):
+
+                def add(name: str, gradient: Tensor) -> None:
+                    self._add_gradient(name, gradient, passes, count, produced)
+
+                with _GradientWatch(self.watched, add):
                     torch.autograd.grad(value, sources, retain_graph=turn < passes - 1, allow_unused=True)
 
     def _signed(self, found: Sequence[Tensor]) -> Tensor:
@@ -348,6 +352,11 @@ def _columns(owner: Tensor, size: int) -> Tensor | None:
     if not bool((torch.bincount(owner[here], minlength=size) == each).all()):
         return None
     return here[torch.sort(owner[here], stable=True).indices].view(size, each).cpu()
+
+
+def _seen_through(moment: Tensor, rows: Tensor) -> Tensor:
+    """A moment of outputs, or its diagonal alone, as one of the columns of a matrix."""
+    return rows.T @ (moment[:, None] * rows if moment.dim() == 1 else moment @ rows)
 
 
 def _is_wide(matrix: Matrix) -> bool:

@@ -1,9 +1,10 @@
 r"""Which neurons can go, when what reads them may be refitted afterwards.
 
 A consumer multiplies its inputs with :math:`W`; an error :math:`\Delta W` costs
-:math:`\mathrm{tr}(\Delta W^\top G\, \Delta W M)`, where :math:`M` are moments of its inputs and :math:`G` second moments
-of the gradients that arrive at its outputs. Optimal brain surgery says what the cheapest :math:`\Delta W` without some
-columns costs, and what the others become; neurons are eliminated greedily by that cost, summed over all consumers.
+:math:`\mathrm{tr}(\Delta W^\top G\, \Delta W M)`, where :math:`M` are moments of its inputs and :math:`G` second
+moments of the gradients that arrive at its outputs. Optimal brain surgery says what the cheapest :math:`\Delta W`
+without some columns costs, and what the others become; neurons are eliminated greedily by that cost, summed over all
+consumers.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ RIDGE = 1e-3
 
 @dataclass(frozen=True)
 class Consumer:
-    """A matrix that reads an axis.
+    r"""A matrix that reads an axis.
 
     Attributes:
-        curvature: :math:`W^\\top G\\, W`, ``(columns, columns)``, float64.
+        curvature: :math:`W^\top G\, W`, ``(columns, columns)``, float64.
         moment: Of the inputs, ``(columns, columns)``, float64.
         columns: Which columns each neuron owns, ``(neurons, columns of one)``.
     """

@@ -7,7 +7,7 @@ each batch. A forward has a thread of its own that sleeps at every weight not se
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 
 import torch
@@ -81,7 +81,8 @@ class Forward:
 
     def _stop(self, contraction: Contraction) -> bool:
         """Waits here if the weight is not settled; whether the contraction is to be run again then."""
-        if contraction.reading.name not in self._lockstep.open:
+        name = contraction.reading.name
+        if name not in self._lockstep.open or contraction.is_sum != (name in self._lockstep.summed):
             return False
         self.at = contraction
         self._lockstep.back.release()
@@ -96,11 +97,14 @@ class Lockstep:
 
     Args:
         order: The weights to stop at, in the order in which they are settled where several wait.
+        summed: Those that wait when their outputs are added to something, and not before.
         settle: Called with a weight's name and the forwards that wait at it.
     """
 
-    def __init__(self, order: Sequence[str], settle: Callable[[str, list[Forward]], None]) -> None:
-        self.open = set(order)
+    def __init__(
+        self, order: Sequence[str], summed: Collection[str], settle: Callable[[str, list[Forward]], None]
+    ) -> None:
+        self.open, self.summed = set(order), frozenset(summed)
         self.back = threading.Semaphore(0)
         self.cancelled = False
         self._rank = {name: place for place, name in enumerate(order)}

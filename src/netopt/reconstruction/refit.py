@@ -101,10 +101,12 @@ class _Fitting:
                     bar.update()
 
                 models = {True: (self.dense, self.large), False: (self.model, self.small)}
-                Lockstep(once, settle).run(models, self.held)
-        for name in self.large.keys() & self.tensors.keys():
-            if (why := self._obstacle(name)) is not None:
-                self.done.append(Refit(name, note=why))
+                summed = [name for name in once if self.uses[name].is_summed]
+                Lockstep(once, summed, settle).run(models, self.held)
+        known = {one.name for one in self.done}
+        for name in self.large:
+            if name in self.tensors and name not in known:
+                self.done.append(Refit(name, note=self._obstacle(name) or "is not reached by these data"))
 
     def undo(self) -> None:
         """Puts every value back that was changed."""
@@ -255,7 +257,7 @@ class _Fitting:
                     known[half] = known[half] + found if half in known else found
                 return False
 
-            with ContractionWatch(watched, see):
+            with ContractionWatch(watched, lambda seen: not seen.is_sum and see(seen)):
                 batches.feed(self.dense, batch)
         for name in names:
             use = small.found.get(name)

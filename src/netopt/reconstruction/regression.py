@@ -93,8 +93,8 @@ def correction(halves: Sequence[Sums], *, with_offset: bool) -> Correction:
         with_offset: Whether a constant can be added to the outputs.
 
     Example:
-        >>> x = torch.randn(1, 200, 3)
-        >>> halves = [Sums.of(one, one @ torch.ones(1, 3, 2) + 1, one) for one in x.split(100, 1)]
+        >>> x = torch.randn(1, 20000, 3)
+        >>> halves = [Sums.of(one, one @ torch.ones(1, 3, 2) + 1, one) for one in x.split(10000, 1)]
         >>> found = correction(halves, with_offset=True)
         >>> found.removed > 0.999, bool((found.weight - 1).abs().max() < 0.01)
         (True, True)
