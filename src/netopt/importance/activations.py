@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from netopt import batches
 from netopt.batches import Batch
-from netopt.errors import MissingDataError, NonFiniteError
+from netopt.errors import ForwardError, MissingDataError, NonFiniteError
 from netopt.importance.evidence import _ready
 from netopt.model.calls import Call, CallNames
 from netopt.model.parameters import places
@@ -36,7 +36,13 @@ SAMPLES_AT_ONCE = 64
 ENTRIES_AT_ONCE = 2**26
 """So many activations, and so many entries of their gradients, are held at a time; at least those of one sample."""
 
-PROBES_AT_FIRST, PROBES_AT_MOST = 8, 64  # at most for the usual error; for a tenth of it a hundred times as many
+PROBES_AT_LEAST, PROBES_AT_MOST = 2, 9
+"""Random sign vectors a sample: a backward pass each, so that all take at most 20 forwards' time. Samples share them:
+once their sum is known well enough, each further one gets the least."""
+
+PROBES_IF_ASKED = 64
+"""At most, where the usual error is asked for; for a tenth of it a hundred times as many."""
+
 USUAL_ERROR = 0.1
 
 Taps = Mapping[str, Sequence["Tap"]]
@@ -74,7 +80,7 @@ class Saliency:
         scores: One score a neuron, by axis, float64.
         exact: Whether every output was differentiated; otherwise the sum is an unbiased estimate.
         error: Estimated relative error, the worst axis's; 0 if exact.
-        probes: Random sign vectors a sample; 0 if exact.
+        probes: Random sign vectors a sample, on average; 0 if exact.
         samples: How many samples were averaged.
         unread: Axes whose activations no contraction was seen to read; their scores are zero.
     """
@@ -82,13 +88,13 @@ class Saliency:
     scores: dict[str, Tensor]
     exact: bool
     error: float
-    probes: int
+    probes: float
     samples: int
     unread: frozenset[str] = frozenset()
 
     def summary(self) -> str:
         """How it was computed, in words."""
-        how = "exact" if self.exact else f"{self.probes} random signs a sample, relative error {self.error:.1%}"
+        how = "exact" if self.exact else f"{self.probes:.3g} random signs a sample, relative error {self.error:.1%}"
         return f"{how}, over {self.samples} sample{'s' if self.samples != 1 else ''}"
 
 
@@ -245,13 +251,14 @@ class _Differentiation:
     ) -> None:
         self.model, self.taps, self.sizes, self.outputs = model, taps, sizes, outputs
         self.exact_outputs, self.relative_error = exact, error
-        self.probes_at_most = PROBES_AT_MOST * math.ceil((USUAL_ERROR / error) ** 2)
+        asked = PROBES_IF_ASKED * math.ceil((USUAL_ERROR / error) ** 2)
+        self.probes_at_most = PROBES_AT_MOST if error == USUAL_ERROR else asked
         self.generator = torch.Generator().manual_seed(0)
         self.sums = {name: torch.zeros(size, dtype=torch.float64) for name, size in sizes.items()}
         self.variances = {name: torch.zeros(size, dtype=torch.float64) for name, size in sizes.items()}
         self.samples = 0
         self.at_once = SAMPLES_AT_ONCE
-        self.probes = 0
+        self.probes = 0  # times samples
         self.reached = False
         self.read: set[str] = set()
         self.separate: bool | None = None
@@ -284,7 +291,12 @@ class _Differentiation:
             raise NonFiniteError(f"gradients at axis `{wrong}` are not finite; check the data and the weights.")
         error = _relative_error(self.sums, self.variances) if self.probes else 0.0
         return Saliency(
-            scores, self.probes == 0, error, self.probes, self.samples, frozenset(self.sizes.keys() - self.read)
+            scores,
+            self.probes == 0,
+            error,
+            self.probes / self.samples,
+            self.samples,
+            frozenset(self.sizes.keys() - self.read),
         )
 
     def _forward(self, inputs: Any) -> tuple[_Readings, list[Tensor]]:
@@ -294,15 +306,28 @@ class _Differentiation:
             found = [tensor for tensor in self.outputs(result) if tensor.requires_grad]
         return readings, found
 
+    def _values(self, inputs: Any) -> list[Tensor]:
+        """The outputs that count, without gradients."""
+        with torch.no_grad():
+            result = batches.feed(self.model, inputs if not isinstance(inputs, (tuple, list)) else (inputs, None))
+            return list(self.outputs(result))
+
     def _are_separate(self, inputs: Any, count: int) -> bool:
         """Whether samples lie along the first dimension of all outputs and none acts on another's activations."""
         size = min(count, 4)
+        whole = self._values(inputs)
+        if any(tensor.dim() == 0 or len(tensor) != count for tensor in whole):
+            return False
+        try:
+            alone = self._values(_part(inputs, 0, size, count))
+        except ForwardError:
+            return False  # it wants all its rows
+        if len(alone) != len(whole) or not all(_begins(*pair) for pair in zip(whole, alone, strict=True)):
+            return False
         readings, found = self._forward(_part(inputs, 0, size, count))
         self.at_once = max(1, min(SAMPLES_AT_ONCE, ENTRIES_AT_ONCE * size // max(readings.entries, 1)))
         if not found or not readings.edges:
             return True
-        if any(tensor.dim() == 0 or len(tensor) != size for tensor in found):
-            return False
         touched = []
         for half in (slice(0, size // 2), slice(size // 2, size)):
             signs = []
@@ -331,7 +356,7 @@ class _Differentiation:
             for grads in _every_output(flat, readings.edges, max(1, ENTRIES_AT_ONCE // max(readings.entries, 1))):
                 self._tally(readings, grads, self.sums)
         else:
-            self._estimate(readings, flat)
+            self._estimate(readings, flat, count)
 
     def _tally(self, readings: _Readings, grads: Sequence[Tensor | None], sums: Mapping[str, Tensor]) -> None:
         """Adds the squares of gradients, whose first dimension runs over outputs."""
@@ -340,12 +365,12 @@ class _Differentiation:
             if grad is not None:
                 sums[name].add_(gather(over_others(grad.square(), dim + 1), positions, self.sizes[name]))
 
-    def _estimate(self, readings: _Readings, flat: Tensor) -> None:
+    def _estimate(self, readings: _Readings, flat: Tensor, count: int) -> None:
         """Random signs: the expectation of the squared gradient of their product with the outputs is the sum wanted."""
         first = {name: torch.zeros(size, dtype=torch.float64) for name, size in self.sizes.items()}
         second = {name: torch.zeros_like(one) for name, one in first.items()}
         done = 0
-        while True:
+        for done in range(1, self.probes_at_most + 1):
             signs = torch.randint(0, 2, flat.shape, generator=self.generator).to(flat) * 2 - 1
             grads = torch.autograd.grad(flat, readings.edges, signs, retain_graph=True, allow_unused=True)
             one = {name: torch.zeros_like(total) for name, total in first.items()}
@@ -353,19 +378,22 @@ class _Differentiation:
             for name, value in one.items():
                 first[name] += value
                 second[name] += value.square()
-            done += 1
-            if self.probes:
-                if done == self.probes:
-                    break
-            elif done >= PROBES_AT_FIRST and (
-                done >= self.probes_at_most or _error_of(first, second, done) <= self.relative_error
-            ):
-                self.probes = done
+            if done >= PROBES_AT_LEAST and self._error_with(first, second, done) <= self.relative_error:
                 break
+        self.probes += done * count
         for name, total in first.items():
             mean = total / done
             self.sums[name] += mean
             self.variances[name] += (second[name] / done - mean.square()).clamp(min=0) / max(done - 1, 1)
+
+    def _error_with(self, first: Mapping[str, Tensor], second: Mapping[str, Tensor], count: int) -> float:
+        """The relative error of all that was seen, with sums over ``count`` vectors of the samples at hand."""
+        means = {name: total / count for name, total in first.items()}
+        variances = {
+            name: self.variances[name] + (second[name] / count - mean.square()).clamp(min=0) / (count - 1)
+            for name, mean in means.items()
+        }
+        return _relative_error({name: self.sums[name] + mean for name, mean in means.items()}, variances)
 
 
 def _every_output(flat: Tensor, edges: Sequence[GradientEdge], at_once: int) -> Iterator[Sequence[Tensor | None]]:
@@ -404,13 +432,6 @@ def _over(values: Tensor, dim: int, precision: torch.dtype) -> Tensor:
     return values.sum(others, dtype=precision) if others else values.to(precision)
 
 
-def _error_of(first: Mapping[str, Tensor], second: Mapping[str, Tensor], count: int) -> float:
-    variances = {
-        name: (second[name] / count - (first[name] / count).square()).clamp(min=0) / (count - 1) for name in first
-    }
-    return _relative_error({name: total / count for name, total in first.items()}, variances)
-
-
 def _relative_error(means: Mapping[str, Tensor], variances: Mapping[str, Tensor]) -> float:
     """Standard error of an axis's scores over their size, of the worst axis."""
     errors = [
@@ -431,6 +452,12 @@ def float_outputs(result: Any) -> list[Tensor]:
 
 
 _INTERNAL = frozenset({"loss", "hidden_states", "attentions", "cross_attentions", "past_key_values"})
+
+
+def _begins(whole: Tensor, part: Tensor) -> bool:
+    """Whether the first entries of ``whole`` are ``part``, but for rounding."""
+    first = whole[: len(part)]
+    return first.shape == part.shape and torch.allclose(first, part, rtol=1e-2, atol=1e-3 * float(whole.abs().amax()))
 
 
 def _samples(inputs: Any) -> int:

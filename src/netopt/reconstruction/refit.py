@@ -28,7 +28,7 @@ from netopt.reconstruction.regression import Sums, correction
 
 __all__ = ["Refit", "refitted"]
 
-ROWS_PER_COLUMN, ROWS_AT_LEAST = 6, 3000
+ROWS_PER_COLUMN, ROWS_AT_LEAST = 16, 4000
 """How many rows of a contraction are looked at over all data: so many for each column, and so many more."""
 
 COLUMNS_AT_MOST = 1300

@@ -17,7 +17,7 @@ from torch import Tensor
 
 __all__ = ["Moments", "best_pull", "regression_target", "ridge", "scaled"]
 
-PULLS = tuple(100 / 10 ** (step / 2) for step in range(11))
+PULLS = tuple(100 / 10 ** (step / 2) for step in range(13))
 """Strengths to try, from strong to weak, where every input has norm 1 over all data."""
 
 ROWS = 256
