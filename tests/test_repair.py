@@ -1,13 +1,16 @@
 """What is left works: every kind of layer refitted after neurons are removed; nothing else of the model changes."""
 
 import copy
+import itertools
+import threading
 
 import pytest
 import torch
 from torch import nn
 
 import netopt
-from netopt.errors import InvalidArgumentError, MissingDataError
+from netopt.errors import InvalidArgumentError, MissingDataError, NetoptError
+from netopt.reconstruction.regression import correction
 
 
 def mixed(size, count=3, rows=96):
@@ -161,3 +164,138 @@ def test_without_data_nothing_is_repaired_and_true_needs_them():
         netopt.prune_neurons(model, data[0], 0.25, importance="magnitude", repair=True, progress=False)
     with pytest.raises(InvalidArgumentError, match="mode='remove'"):
         netopt.prune_neurons(model, data[0], 0.25, data=data, repair=True, mode="mask", progress=False)
+
+
+class Stop(BaseException):
+    """An interruption."""
+
+
+@pytest.mark.parametrize("where", ["refit", "report"])
+@pytest.mark.parametrize("name", ["batch norm", "residual", "lstm"])
+def test_what_is_interrupted_has_not_happened(name, where, monkeypatch):
+    model, data = built(name)
+    before = copy.deepcopy(model.state_dict())
+    calls = itertools.count()
+
+    def stop(*args, **kwargs):
+        if where == "report" or next(calls) == 1:
+            raise Stop
+        return correction(*args, **kwargs)
+
+    target = "netopt.reconstruction.refit.correction" if where == "refit" else "netopt.prune.neurons.PruningReport"
+    monkeypatch.setattr(target, stop)
+    alive = threading.active_count()
+    with pytest.raises(Stop):
+        netopt.prune_neurons(model, data[0], 0.4, importance="magnitude", data=data, progress=False)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+    assert threading.active_count() == alive
+
+
+@pytest.mark.parametrize("name", ["linear", "batch norm", "residual"])
+def test_a_model_pruned_earlier_is_repaired_by_itself(name):
+    model, data = built(name)
+    dense = copy.deepcopy(model)
+    plan = netopt.plan_neurons(model, data[0], 0.4, importance="magnitude", progress=False)
+    plan.apply(model)
+    model.train()
+    kept, bare = copy.deepcopy(dense.state_dict()), error(model, dense, data[2:])
+    report = netopt.repair(model, plan, dense, data[:2], progress=False)
+    assert model.training
+    model.eval()
+    assert all(torch.equal(one, kept[key]) for key, one in dense.state_dict().items())
+    assert error(model, dense, data[2:]) < bare
+    assert "weights refitted" in str(report)
+    assert set(report.removed) <= {name for name, _ in model.named_parameters()}
+
+
+def test_twice_gives_the_same():
+    found = []
+    for _ in range(2):
+        model, data = built("conv2d")
+        netopt.prune_neurons(model, data[0], 0.4, importance="reconstruction", data=data, progress=False)
+        found.append(model.state_dict())
+    assert all(torch.equal(one, found[1][key]) for key, one in found[0].items())
+
+
+def test_inputs_by_name_and_several_outputs():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.hidden = nn.Embedding(11, 8), nn.Linear(8, 32)
+            self.a, self.b = nn.Linear(32, 3), nn.Linear(32, 5)
+
+        def forward(self, tokens, attention_mask=None):
+            hidden = self.hidden(self.embedding(tokens)).relu()
+            return {"a": self.a(hidden), "b": [self.b(hidden)]}
+
+    torch.manual_seed(0)
+    model = Two()
+    dense = copy.deepcopy(model)
+    data = [{"tokens": torch.randint(11, (40, 7)), "attention_mask": torch.ones(40, 7)} for _ in range(3)]
+    report = netopt.prune_neurons(model, data[0], 0.5, importance="reconstruction", data=data[:2], progress=False)
+    assert {"a.weight", "b.weight"} <= report.repair.removed.keys()
+    given, wanted = model(**data[2]), dense(**data[2])
+    assert (given["a"] - wanted["a"]).square().mean() < 0.1 * wanted["a"].var()
+    assert (given["b"][0] - wanted["b"][0]).square().mean() < 0.1 * wanted["b"][0].var()
+
+
+def test_what_gains_nothing_stays_as_it_was():
+    """Removed inputs that nothing kept says anything about cannot be made up for."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Identity(), nn.Linear(8, 4, bias=False)).eval()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.eye(8))
+        model[0].bias.zero_()
+    data = [torch.randn(64, 8) for _ in range(2)]
+    weight = model[2].weight.detach().clone()
+    report = netopt.prune_neurons(model, data[0], 0.5, importance="magnitude", data=data, progress=False)
+    if "2.weight" in report.repair.left:
+        assert torch.equal(model[2].weight, weight[:, report.plan.axes[0].kept])
+    else:
+        assert report.repair.removed["2.weight"] < 0.05
+
+
+def test_what_cannot_be_refitted_is_listed():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.mix = nn.Embedding(20, 16), nn.Linear(16, 16)
+
+        def forward(self, tokens):
+            return self.mix(self.table(tokens)).relu() @ self.table.weight.T
+
+    torch.manual_seed(0)
+    data = [torch.randint(20, (32, 6)) for _ in range(2)]
+    report = netopt.prune_neurons(Tied(), data[0], 0.25, importance="magnitude", data=data, progress=False)
+    assert report.repair.left["table.weight"] == "is also looked up"
+
+
+@pytest.mark.parametrize("wrong", ["model", "plan", "dense", "shared", "other", "data"])
+def test_wrong_arguments_are_named(wrong):
+    model, data = built("linear")
+    dense = copy.deepcopy(model)
+    plan = netopt.plan_neurons(model, data[0], 0.4, importance="magnitude", progress=False)
+    arguments = {"model": model, "plan": plan, "dense": dense, "data": data}
+    if wrong != "other":
+        plan.apply(model)
+    if wrong == "shared":
+        dense[0].bias = model[2].bias
+    elif wrong == "data":
+        arguments["data"] = []
+    elif wrong != "other":
+        arguments[wrong] = 3
+    with pytest.raises(NetoptError):
+        netopt.repair(**arguments, progress=False)
+
+
+def test_a_model_that_cannot_be_copied_is_repaired_on_no_condition():
+    model, data = built("linear")
+    model.cache = (model[0].weight * 2).sum()
+    before = model[0].weight.shape
+    with pytest.raises(InvalidArgumentError, match="repair=False"):
+        netopt.prune_neurons(model, data[0], 0.5, data=data, progress=False)
+    assert model[0].weight.shape == before
+    netopt.prune_neurons(model, data[0], 0.5, data=data, repair=False, progress=False)
+    assert model[0].weight.shape != before

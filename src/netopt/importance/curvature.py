@@ -330,12 +330,9 @@ def _sources(model: nn.Module, inputs: Any) -> Iterator[tuple[Any, list[Tensor]]
         return value
 
     given = lent(inputs)
-    if not sources:
-        embeddings = [one.weight for one in model.modules() if isinstance(one, (nn.Embedding, nn.EmbeddingBag))]
-        chosen = {id(one) for one in embeddings} or {id(one) for one in model.parameters()}
-        for parameter in model.parameters():
-            parameter.requires_grad_(parameter.is_floating_point() and id(parameter) in chosen)
-        sources = [one for one in model.parameters() if one.requires_grad]
+    tables = [one.weight for one in model.modules() if isinstance(one, (nn.Embedding, nn.EmbeddingBag))]
+    chosen = tables or ([] if sources else model.parameters())
+    sources += [one.requires_grad_() for one in chosen if one.is_floating_point()]
     try:
         yield given, sources
     finally:
