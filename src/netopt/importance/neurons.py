@@ -33,7 +33,7 @@ from netopt.importance.scores import scores
 from netopt.model.parameters import effective, places
 from netopt.model.view import ModelView
 
-__all__ = ["Member", "NeuronScores", "Neurons", "neuron_scores", "reduce", "saliency_within"]
+__all__ = ["ComparableScores", "Member", "NeuronScores", "Neurons", "neuron_scores", "reduce", "saliency_within"]
 
 Member = tuple[str, int, Tensor]
 """A tensor's name, a dimension, and the position of the axis at each index of it, -1 elsewhere."""
@@ -100,6 +100,10 @@ class NeuronScores:
     comparable: bool = False
 
 
+class ComparableScores(dict[str, Tensor]):
+    """Scores of neurons by axis, one tensor each, that may be compared across axes as they are."""
+
+
 def neuron_scores(
     model: nn.Module | ModelView,
     members: Mapping[str, Sequence[Member]],
@@ -134,7 +138,8 @@ def neuron_scores(
         ShapeMismatchError: A criterion gives no score, or several, for some neuron.
     """
     if isinstance(importance, Mapping):
-        return NeuronScores({name: _checked(importance.get(name), name, size) for name, size in sizes.items()})
+        given = {name: _checked(importance.get(name), name, size) for name, size in sizes.items()}
+        return NeuronScores(given, comparable=isinstance(importance, ComparableScores))
     chosen = lookup(importance, of="neurons")
     if data is None and chosen.of == "weights" and chosen.needs:
         raise MissingDataError(
