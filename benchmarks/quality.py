@@ -50,11 +50,6 @@ def folder_of(package: str) -> str:
     return str(Path(found.origin).parent)
 
 
-def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    with torch.no_grad():
-        return float((torch.cat([model(part) for part in x.split(250)]).argmax(1) == y).double().mean())
-
-
 class Case:
     """A trained model, ``calibration`` batches, and what its quality is."""
 
@@ -96,7 +91,10 @@ class Mnist(Case):
         self.example, self.loss_fn = x[chosen[:2]], F.cross_entropy
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        return {"accuracy": accuracy(model, self.x, self.y)}
+        with torch.no_grad():
+            found, dense = (torch.cat([one(part) for part in self.x.split(250)]) for one in (model, self.model))
+        kl = F.kl_div(found.log_softmax(1), dense.log_softmax(1), log_target=True, reduction="batchmean")
+        return {"accuracy": float((found.argmax(1) == self.y).double().mean()), "kl": float(kl)}
 
 
 class Block(nn.Module):

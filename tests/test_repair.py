@@ -142,7 +142,8 @@ def test_outputs_come_nearer_to_what_they_were_on_other_data(name):
     report = netopt.prune_neurons(model, data[0][:4], **arguments)
     assert report.repair is not None
     assert report.repair.removed, report.repair
-    assert error(model, dense, data[2:]) < 0.8 * error(bare, dense, data[2:])
+    left = {"batch norm": 0.2}.get(name, 0.8)
+    assert error(model, dense, data[2:]) < left * error(bare, dense, data[2:])
     assert [p.shape for p in model.parameters()] == [p.shape for p in bare.parameters()]
 
 

@@ -7,6 +7,8 @@ The gradients are of the outputs times random signs, whose expected square is th
 from __future__ import annotations
 
 import contextlib
+import itertools
+import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +24,7 @@ from netopt.errors import MissingDataError
 from netopt.importance.contractions import Contraction, ContractionWatch, Use, Uses
 from netopt.importance.elimination import Consumer, eliminate, shrunk
 from netopt.importance.inputs import InputWatch, Matrix, every_contraction
+from netopt.importance.trials import DEPTHS, Producer, Reader, Trials, calibrated
 from netopt.model.parameters import Place, places
 from netopt.model.restore import restored
 
@@ -49,8 +52,11 @@ def reconstruction_scores(
     loss_fn: Callable[[Any, Any], Tensor] | None = None,
     outputs: Callable[[Any], list[Tensor]],
     progress: bool = False,
-) -> dict[str, Tensor]:
+) -> tuple[dict[str, Tensor], float]:
     """What is lost when neurons go and everything that reads them is refitted, by axis.
+
+    Sums of an axis's lowest scores are the squared change of a sample's outputs. Where that is estimated from random
+    signs, each axis's sums are scaled to the change measured when it alone is cut, at two depths, on some samples.
 
     Args:
         model: Run in eval mode, forwards once and backwards twice on every batch, and given back as it was.
@@ -60,6 +66,9 @@ def reconstruction_scores(
         loss_fn: If given, gradients are those of the loss.
         outputs: From the forward's result to the outputs that count.
         progress: Whether to show a progress bar.
+
+    Returns:
+        Scores, and the mean over samples of the outputs' sum of squares; 0 with ``loss_fn``.
 
     Raises:
         MissingDataError: No output depends on any weight in a differentiable way.
@@ -76,10 +85,38 @@ def reconstruction_scores(
         seen = _Pass(model, watched, loss_fn, outputs)
         for index, batch in enumerate(tqdm(batches.iterate(data), desc="moments", disable=not progress, leave=False)):
             seen.see(index, batch)
-    if not seen.gradients:
-        raise MissingDataError("no output depends on the weights in a differentiable way, so nothing can be scored.")
-    axes = tqdm(sizes.items(), desc="elimination", disable=not progress, leave=False)
-    return {name: seen.scores(members[name], size) for name, size in axes}
+        if not seen.gradients:
+            raise MissingDataError("no output depends on the weights in a differentiable way; nothing can be scored.")
+        return _scored(seen, members, sizes, data, progress)
+
+
+def _scored(
+    seen: _Pass,
+    members: Mapping[str, Sequence[Member]],
+    sizes: Mapping[str, int],
+    data: Iterable[Batch],
+    progress: bool,
+) -> tuple[dict[str, Tensor], float]:
+    """Scores of all axes, and the mean square of the outputs if they are changes of these."""
+    trials = None
+    if seen.loss_fn is None:
+        number = len(DEPTHS) * len(sizes)
+        trials = Trials(
+            seen.model, list(itertools.islice(batches.iterate(data), 32)), seen.outputs, number, seen.samples
+        )
+    scores = {}
+    for name, size in tqdm(sizes.items(), desc="elimination", disable=not progress, leave=False):
+        readers = [one for member in members[name] for one in seen.readers(member, size)]
+        makers = [] if readers else [one for member in members[name] for one in seen.producers(member)]
+        found = (
+            eliminate([one.consumer for one in readers], size) if readers else seen.gated(members[name], makers, size)
+        )
+        if trials is not None and (readers or makers) and size > 1:
+            order = torch.sort(found, stable=True).indices
+            counts = sorted({min(max(1, round(depth * size)), size - 1) for depth in DEPTHS})
+            found = calibrated(found, {count: trials.change(readers, makers, order[:count]) for count in counts})
+        scores[name] = found
+    return scores, 0.0 if trials is None else trials.scale
 
 
 @dataclass
@@ -171,7 +208,10 @@ class _Pass:
             known = self.inputs.get(name)
             positions = max(1, seen.count // max(count, 1))
             found = _Inputs(
-                x.shape[1], x.double().sum(1), (x.mT @ x).double(), min(len(rows), count * min(positions, 16))
+                x.shape[1],
+                x.double().sum(1).cpu(),
+                (x.mT @ x).double().cpu(),
+                min(len(rows), count * min(positions, 16)),
             )
             if known is None:
                 self.inputs[name] = found
@@ -189,7 +229,7 @@ class _Pass:
         width = gradient.shape[-1]
         moment = gradient.square().sum(1) if width > OUTPUTS_AT_MOST else gradient.mT @ gradient
         known = self.gradients.get(name)
-        moment = moment.double() / passes
+        moment = moment.double().cpu() / passes
         self.gradients[name] = moment if known is None or known.shape != moment.shape else known + moment
         several = produced.get(name, [])
         if len(several) != 1 or several[0].count != gradient.shape[1] or gradient.shape[1] % count:
@@ -198,53 +238,49 @@ class _Pass:
         change = (gradient * values).unflatten(1, (count, -1)).sum(2)
         gate = torch.einsum("gni,gnj->gij", change, change) if width <= OUTPUTS_AT_MOST else change.square().sum(1)
         known = self.gates.get(name)
-        gate = gate.double() / passes
+        gate = gate.double().cpu() / passes
         self.gates[name] = gate if known is None or known.shape != gate.shape else known + gate
 
     # From moments to scores.
 
-    def scores(self, members: Sequence[Member], size: int) -> Tensor:
-        """One score for each neuron of an axis."""
-        consumers = [one for member in members for one in self._consumers(member, size)]
-        if consumers:
-            return eliminate(consumers, size)
-        return self._gated(members, size)
-
-    def _consumers(self, member: Member, size: int) -> Iterator[Consumer]:
+    def readers(self, member: Member, size: int) -> Iterator[Reader]:
+        """The matrices that read an axis along this dimension of a weight."""
         name, dim, positions = member
         use, inputs, gradient = self.uses.get(name), self.inputs.get(name), self.gradients.get(name)
         if use is None or inputs is None or gradient is None or len(use.matrices) != 1:
             return
         matrix = use.matrices[0]
-        groups, outputs = matrix.size[:2]
         owners = self._owners(name, matrix, dim, positions)
-        if gradient.shape[:2] != (groups, outputs) or not bool((owners == owners[:, :1]).all()):
+        if gradient.shape[:2] != matrix.size[:2] or not bool((owners == owners[:, :1]).all()):
             return
-        owner = owners[:, 0]
+        owner, groups = owners[:, 0], matrix.size[0]
         if groups > 1 and bool((owner == owner[:, :1]).all()):
             return  # a channel by itself: what it makes of the axis is read elsewhere
-        wide = _is_wide(matrix)
-        if wide:
-            owner = owner.view(groups, -1, matrix.size[-1])[:, 0]
-        weight = matrix.rows(self._value(name)).double()
+        taps = math.prod(matrix.size[2:-1]) if _is_wide(matrix) else 1
+        owner = owner.cpu().unflatten(1, (taps, -1))[:, 0]
+        weight = matrix.rows(self._value(name)).double().cpu().unflatten(2, (taps, -1))
         for group in range(groups):
-            at = _columns(owner[group], size)
-            if at is None:
+            columns = _columns(owner[group], size)
+            if columns is None:
                 continue
-            rows, moment = weight[group], gradient[group]
-            if wide:
-                rows = rows.view(outputs, -1, matrix.size[-1])
-                scaled_ = (
-                    moment[:, None, None] * rows if moment.dim() == 1 else torch.einsum("op,ptc->otc", moment, rows)
-                )
-                curvature = torch.einsum("otc,otd->cd", rows, scaled_)
-            else:
-                curvature = rows.T @ (moment[:, None] * rows if moment.dim() == 1 else moment @ rows)
-            mean = inputs.total[group] / inputs.count
-            spread = inputs.moment[group] / inputs.count
+            rows = weight[group].unbind(1)
+            curvature = torch.stack([_seen_through(gradient[group], one) for one in rows]).sum(0) / self.samples
+            mean, moment = inputs.total[group] / inputs.count, inputs.moment[group] / inputs.count
             if use.offset is not None:
-                spread = spread - torch.outer(mean, mean)
-            yield Consumer(curvature / max(self.samples, 1), shrunk(spread, max(inputs.samples, 2)), at)
+                moment = moment - torch.outer(mean, mean)
+            consumer = Consumer(curvature, shrunk(moment, max(inputs.samples, 2)), columns)
+            yield Reader(self.watched[name], matrix, group, taps, consumer, mean, use.offset)
+
+    def producers(self, member: Member) -> Iterator[Producer]:
+        """The matrix that makes an axis along this dimension of a weight."""
+        name, dim, positions = member
+        use = self.uses.get(name)
+        if use is None or len(use.matrices) != 1:
+            return
+        matrix = use.matrices[0]
+        owners = self._owners(name, matrix, dim, positions)
+        if bool((owners == owners[:, :, :1]).all()):
+            yield Producer(self.watched[name], matrix, owners[:, :, 0], use.offset)
 
     def _value(self, name: str) -> Tensor:
         parameter = self.watched[name].parameter.detach()
@@ -257,26 +293,23 @@ class _Pass:
         spread = positions.to(parameter.device).view(shape).expand(parameter.shape)
         return matrix.rows(torch.empty_like(parameter, dtype=torch.int64).copy_(spread))
 
-    def _gated(self, members: Sequence[Member], size: int) -> Tensor:
+    def gated(self, members: Sequence[Member], makers: Sequence[Producer], size: int) -> Tensor:
         """Of an axis that no matrix reads: the squared change of the outputs, to first order, when a neuron is zero."""
-        for name, dim, positions in members:
-            gate, use = self.gates.get(name), self.uses.get(name)
-            if gate is None or use is None or len(use.matrices) != 1:
+        for maker in makers:
+            gate = self.gates.get(maker.place.name)
+            if gate is None or gate.shape[:2] != maker.owner.shape:
                 continue
-            matrix = use.matrices[0]
-            owners = self._owners(name, matrix, dim, positions)
-            if gate.shape[:2] != tuple(matrix.size[:2]) or not bool((owners == owners[:, :, :1]).all()):
-                continue
-            owner, total = owners[:, :, 0], torch.zeros(size, dtype=torch.float64)
-            for group in range(matrix.size[0]):
-                here = torch.nonzero(owner[group] >= 0).flatten()
+            total = torch.zeros(size, dtype=torch.float64)
+            for group, owner in enumerate(maker.owner):
+                here = torch.nonzero(owner >= 0).flatten()
+                at = owner[here].cpu()
                 if gate.dim() == 2:
-                    total.index_add_(0, owner[group][here].cpu(), gate[group][here].cpu())
+                    total.index_add_(0, at, gate[group][here].cpu())
                     continue
-                spread = torch.zeros(size, len(owner[group]), dtype=torch.float64)
-                spread[owner[group][here].cpu(), here.cpu()] = 1
+                spread = torch.zeros(size, len(owner), dtype=torch.float64)
+                spread[at, here.cpu()] = 1
                 total += ((spread @ gate[group].cpu()) * spread).sum(1)
-            return total / max(self.samples, 1)
+            return total / self.samples
         # Nothing is known of it but its weights.
         total = torch.zeros(size, dtype=torch.float64)
         for name, dim, positions in members:

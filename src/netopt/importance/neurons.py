@@ -93,15 +93,25 @@ class NeuronScores:
         scores: One score a neuron, by axis, float64.
         saliency: How the saliency was computed, if it was.
         comparable: Whether scores of different axes can be compared as they are.
+        scale: The outputs' mean sum of squares, if scores are changes of that; else 0.
     """
 
     scores: dict[str, Tensor]
     saliency: Saliency | None = None
     comparable: bool = False
+    scale: float = 0.0
 
 
 class ComparableScores(dict[str, Tensor]):
-    """Scores of neurons by axis, one tensor each, that may be compared across axes as they are."""
+    """Scores of neurons by axis, one tensor each, that may be compared across axes as they are.
+
+    Attributes:
+        scale: The outputs' mean sum of squares, if sums of scores are changes of that; else 0.
+    """
+
+    def __init__(self, scores: Mapping[str, Tensor], scale: float = 0.0) -> None:
+        super().__init__(scores)
+        self.scale = scale
 
 
 def neuron_scores(
@@ -138,8 +148,7 @@ def neuron_scores(
         ShapeMismatchError: A criterion gives no score, or several, for some neuron.
     """
     if isinstance(importance, Mapping):
-        given = {name: _checked(importance.get(name), name, size) for name, size in sizes.items()}
-        return NeuronScores(given, comparable=isinstance(importance, ComparableScores))
+        return _given(importance, sizes)
     chosen = lookup(importance, of="neurons")
     if data is None and chosen.of == "weights" and chosen.needs:
         raise MissingDataError(
@@ -155,10 +164,10 @@ def neuron_scores(
         elementwise = scores(model, data, chosen, loss_fn=loss_fn, wanted=wanted, progress=progress)
         reduced = {name: reduce(elementwise, members[name], size) for name, size in sizes.items()}
         return NeuronScores({name: _checked(one, name, sizes[name]) for name, one in reduced.items()})
-    found, active, lost = None, {}, {}
+    found, active, lost, scale = None, {}, {}, 0.0
     if "reconstruction" in chosen.needs:
         seen = data if data is not None else _only(example_inputs)
-        lost = reconstruction_scores(
+        lost, scale = reconstruction_scores(
             model, members, sizes, seen, loss_fn=loss_fn, outputs=outputs or float_outputs, progress=progress
         )
     if chosen.needs & {"saliency", "activation"}:
@@ -179,7 +188,13 @@ def neuron_scores(
         known = found.scores[name] if found and name not in found.unread else None
         evidence = Neurons(name, size, weights, norm, known, active.get(name), lost.get(name))
         result[name] = _checked(chosen(evidence), name, size)
-    return NeuronScores(result, found, comparable=bool(lost))
+    return NeuronScores(result, found, comparable=bool(lost), scale=scale)
+
+
+def _given(scores: Mapping[str, Tensor], sizes: Mapping[str, int]) -> NeuronScores:
+    checked = {name: _checked(scores.get(name), name, size) for name, size in sizes.items()}
+    comparable = isinstance(scores, ComparableScores)
+    return NeuronScores(checked, comparable=comparable, scale=scores.scale if comparable else 0.0)
 
 
 def _streamed(

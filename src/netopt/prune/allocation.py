@@ -69,4 +69,4 @@ def reconstruction_scores(
         outputs=None if outputs is None else differentiated,
         progress=progress,
     )
-    return ComparableScores(found.scores)
+    return ComparableScores(found.scores, found.scale)

@@ -103,6 +103,9 @@ class _Fitting:
                 models = {True: (self.dense, self.large), False: (self.model, self.small)}
                 summed = [name for name in once if self.uses[name].is_summed]
                 Lockstep(once, summed, settle).run(models, self.held)
+            new = [(tensor, tensor.clone()) for tensor, _ in self.before]
+        for tensor, value in new:  # what a forward changes of buffers was put back, and with it what is refitted
+            tensor.copy_(value)
         known = {one.name for one in self.done}
         for name in self.large:
             if name in self.tensors and name not in known:
