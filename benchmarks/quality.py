@@ -366,7 +366,7 @@ def amount(case: Case, budget: float) -> dict[str, Any]:
 def scores_of(case: Case, kind: str, known: dict[str, Any]) -> ComparableScores:
     """Scores by reconstruction, computed once for all budgets."""
     if kind not in known:
-        options: dict[str, Any] = {"include": case.include, "progress": False}
+        options: dict[str, Any] = {"include": case.include, "progress": False, "measured": "measured" in kind}
         if "loss" in kind:
             options["loss_fn"] = case.loss_fn
         known[kind] = reconstruction_scores(case.model, case.example, case.calibration, **options)
@@ -418,6 +418,7 @@ METHODS = (
     "reconstruction",
     "reconstruction+repair",
     "reconstruction/loss+repair",
+    "reconstruction/measured+repair",
     "torch-pruning magnitude",
     "torch-pruning taylor",
 )

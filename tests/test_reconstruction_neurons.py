@@ -10,6 +10,7 @@ from torch import nn
 import netopt
 from netopt.errors import MissingDataError
 from netopt.importance.elimination import Consumer, eliminate, shrunk
+from netopt.prune.allocation import reconstruction_scores
 
 
 def problem(size, each, outputs, seed):
@@ -164,3 +165,24 @@ def test_nothing_of_the_model_changes_and_what_is_not_differentiable_is_said():
 
     with pytest.raises(MissingDataError, match="differentiable"):
         netopt.plan_neurons(Rounded(), x, 0.5, importance="reconstruction", progress=False)
+
+
+@pytest.mark.parametrize("kind", SIZES)
+def test_measured_scores_say_how_far_the_outputs_change(kind):
+    """On data not measured on, the change of the outputs is near the sum of the scores of what is removed."""
+    torch.manual_seed(0)
+    model, data = Twins(kind), [torch.randn(64, *SIZES[kind]) for _ in range(4)]
+    with torch.no_grad():
+        model.first.weight.add_(torch.randn_like(model.first.weight), alpha=0.1)
+    dense, before = copy.deepcopy(model), copy.deepcopy(model.state_dict())
+    scores = reconstruction_scores(model, data[0][:4], data, measured=True, progress=False)
+    assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items())
+    report = netopt.prune_neurons(model, data[0][:4], 0.5, importance=scores, data=data, progress=False)
+    cut = report.plan.axes[0]
+    gone = [place for place in range(cut.size) if place not in cut.kept.tolist()]
+    predicted = float(scores[cut.name][gone].sum())
+    x = torch.randn(256, *SIZES[kind])
+    with torch.no_grad():
+        seen = float((model(x) - dense(x)).square().sum()) / 256
+    assert 0.4 * seen < predicted < 2.5 * seen
+    assert report.plan.predicted["output_change"] == pytest.approx(predicted / scores.scale)

@@ -7,7 +7,6 @@ The gradients are of the outputs times random signs, whose expected square is th
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,11 +23,10 @@ from netopt.errors import MissingDataError
 from netopt.importance.contractions import Contraction, ContractionWatch, Use, Uses
 from netopt.importance.elimination import Consumer, eliminate, shrunk
 from netopt.importance.inputs import InputWatch, Matrix, every_contraction
-from netopt.importance.trials import DEPTHS, Producer, Reader, Trials, calibrated
 from netopt.model.parameters import Place, places
 from netopt.model.restore import restored
 
-__all__ = ["reconstruction_scores"]
+__all__ = ["padding", "reconstruction_scores", "squares"]
 
 aten = torch.ops.aten
 ROWS_PER_COLUMN, ROWS_AT_LEAST = 6, 3000
@@ -55,8 +53,7 @@ def reconstruction_scores(
 ) -> tuple[dict[str, Tensor], float]:
     """What is lost when neurons go and everything that reads them is refitted, by axis.
 
-    Sums of an axis's lowest scores are the squared change of a sample's outputs. Where that is estimated from random
-    signs, each axis's sums are scaled to the change measured when it alone is cut, at two depths, on some samples.
+    Sums of the lowest scores estimate the squared change of a sample's outputs, or of its loss with ``loss_fn``.
 
     Args:
         model: Run in eval mode, forwards once and backwards twice on every batch, and given back as it was.
@@ -68,7 +65,7 @@ def reconstruction_scores(
         progress: Whether to show a progress bar.
 
     Returns:
-        Scores, and the mean over samples of the outputs' sum of squares; 0 with ``loss_fn``.
+        Scores, and the outputs' sum of squares, a sample; 0 with ``loss_fn``.
 
     Raises:
         MissingDataError: No output depends on any weight in a differentiable way.
@@ -87,36 +84,8 @@ def reconstruction_scores(
             seen.see(index, batch)
         if not seen.gradients:
             raise MissingDataError("no output depends on the weights in a differentiable way; nothing can be scored.")
-        return _scored(seen, members, sizes, data, progress)
-
-
-def _scored(
-    seen: _Pass,
-    members: Mapping[str, Sequence[Member]],
-    sizes: Mapping[str, int],
-    data: Iterable[Batch],
-    progress: bool,
-) -> tuple[dict[str, Tensor], float]:
-    """Scores of all axes, and the mean square of the outputs if they are changes of these."""
-    trials = None
-    if seen.loss_fn is None:
-        number = len(DEPTHS) * len(sizes)
-        trials = Trials(
-            seen.model, list(itertools.islice(batches.iterate(data), 32)), seen.outputs, number, seen.samples
-        )
-    scores = {}
-    for name, size in tqdm(sizes.items(), desc="elimination", disable=not progress, leave=False):
-        readers = [one for member in members[name] for one in seen.readers(member, size)]
-        makers = [] if readers else [one for member in members[name] for one in seen.producers(member)]
-        found = (
-            eliminate([one.consumer for one in readers], size) if readers else seen.gated(members[name], makers, size)
-        )
-        if trials is not None and (readers or makers) and size > 1:
-            order = torch.sort(found, stable=True).indices
-            counts = sorted({min(max(1, round(depth * size)), size - 1) for depth in DEPTHS})
-            found = calibrated(found, {count: trials.change(readers, makers, order[:count]) for count in counts})
-        scores[name] = found
-    return scores, 0.0 if trials is None else trials.scale
+        axes = tqdm(sizes.items(), desc="elimination", disable=not progress, leave=False)
+        return {name: seen.scores(members[name], size) for name, size in axes}, seen.square / seen.samples
 
 
 @dataclass
@@ -145,6 +114,7 @@ class _Pass:
         self.gradients: dict[str, Tensor] = {}
         self.gates: dict[str, Tensor] = {}
         self.samples = 0
+        self.square = 0.0
         self.generator = torch.Generator().manual_seed(0)
 
     def see(self, index: int, batch: Batch) -> None:
@@ -152,7 +122,7 @@ class _Pass:
         inputs, targets = batches.split(batch)
         count = max((len(one) for _, one in batches.tensors(inputs) if one.dim() > 0), default=1)
         uses, produced = Uses(self.model), {}
-        self.mask = _padding(batch)
+        self.mask = padding(batch)
 
         def visit(contraction: Contraction) -> bool:
             uses.see(contraction)
@@ -169,6 +139,8 @@ class _Pass:
             if not found:
                 return
             self.samples += count
+            if self.loss_fn is None:
+                self.square += squares(found, self.mask)
             loss = None if self.loss_fn is None else self.loss_fn(result, targets) * count
             passes = 1 if loss is not None else PROBES
             for turn in range(passes):
@@ -243,7 +215,12 @@ class _Pass:
 
     # From moments to scores.
 
-    def readers(self, member: Member, size: int) -> Iterator[Reader]:
+    def scores(self, members: Sequence[Member], size: int) -> Tensor:
+        """One score for each neuron of an axis."""
+        consumers = [one for member in members for one in self._consumers(member, size)]
+        return eliminate(consumers, size) if consumers else self._gated(members, size)
+
+    def _consumers(self, member: Member, size: int) -> Iterator[Consumer]:
         """The matrices that read an axis along this dimension of a weight."""
         name, dim, positions = member
         use, inputs, gradient = self.uses.get(name), self.inputs.get(name), self.gradients.get(name)
@@ -253,11 +230,11 @@ class _Pass:
         owners = self._owners(name, matrix, dim, positions)
         if gradient.shape[:2] != matrix.size[:2] or not bool((owners == owners[:, :1]).all()):
             return
-        owner, groups = owners[:, 0], matrix.size[0]
+        owner, groups = owners[:, 0].cpu(), matrix.size[0]
         if groups > 1 and bool((owner == owner[:, :1]).all()):
             return  # a channel by itself: what it makes of the axis is read elsewhere
         taps = math.prod(matrix.size[2:-1]) if _is_wide(matrix) else 1
-        owner = owner.cpu().unflatten(1, (taps, -1))[:, 0]
+        owner = owner.unflatten(1, (taps, -1))[:, 0]
         weight = matrix.rows(self._value(name)).double().cpu().unflatten(2, (taps, -1))
         for group in range(groups):
             columns = _columns(owner[group], size)
@@ -268,19 +245,7 @@ class _Pass:
             mean, moment = inputs.total[group] / inputs.count, inputs.moment[group] / inputs.count
             if use.offset is not None:
                 moment = moment - torch.outer(mean, mean)
-            consumer = Consumer(curvature, shrunk(moment, max(inputs.samples, 2)), columns)
-            yield Reader(self.watched[name], matrix, group, taps, consumer, mean, use.offset)
-
-    def producers(self, member: Member) -> Iterator[Producer]:
-        """The matrix that makes an axis along this dimension of a weight."""
-        name, dim, positions = member
-        use = self.uses.get(name)
-        if use is None or len(use.matrices) != 1:
-            return
-        matrix = use.matrices[0]
-        owners = self._owners(name, matrix, dim, positions)
-        if bool((owners == owners[:, :, :1]).all()):
-            yield Producer(self.watched[name], matrix, owners[:, :, 0], use.offset)
+            yield Consumer(curvature, shrunk(moment, max(inputs.samples, 2)), columns)
 
     def _value(self, name: str) -> Tensor:
         parameter = self.watched[name].parameter.detach()
@@ -293,22 +258,24 @@ class _Pass:
         spread = positions.to(parameter.device).view(shape).expand(parameter.shape)
         return matrix.rows(torch.empty_like(parameter, dtype=torch.int64).copy_(spread))
 
-    def gated(self, members: Sequence[Member], makers: Sequence[Producer], size: int) -> Tensor:
+    def _gated(self, members: Sequence[Member], size: int) -> Tensor:
         """Of an axis that no matrix reads: the squared change of the outputs, to first order, when a neuron is zero."""
-        for maker in makers:
-            gate = self.gates.get(maker.place.name)
-            if gate is None or gate.shape[:2] != maker.owner.shape:
+        for name, dim, positions in members:
+            gate, use = self.gates.get(name), self.uses.get(name)
+            if gate is None or use is None or len(use.matrices) != 1:
+                continue
+            owners = self._owners(name, use.matrices[0], dim, positions).cpu()
+            if gate.shape[:2] != owners.shape[:2] or not bool((owners == owners[:, :, :1]).all()):
                 continue
             total = torch.zeros(size, dtype=torch.float64)
-            for group, owner in enumerate(maker.owner):
+            for group, owner in enumerate(owners[:, :, 0]):
                 here = torch.nonzero(owner >= 0).flatten()
-                at = owner[here].cpu()
                 if gate.dim() == 2:
-                    total.index_add_(0, at, gate[group][here].cpu())
+                    total.index_add_(0, owner[here], gate[group][here])
                     continue
                 spread = torch.zeros(size, len(owner), dtype=torch.float64)
-                spread[at, here.cpu()] = 1
-                total += ((spread @ gate[group].cpu()) * spread).sum(1)
+                spread[owner[here], here] = 1
+                total += ((spread @ gate[group]) * spread).sum(1)
             return total / self.samples
         # Nothing is known of it but its weights.
         total = torch.zeros(size, dtype=torch.float64)
@@ -398,6 +365,18 @@ def _bare(seen: Contraction) -> Contraction:
     return replace(seen, output=seen.output.detach())
 
 
-def _padding(batch: Batch) -> Tensor | None:
+def squares(found: Sequence[Tensor], mask: Tensor | None) -> float:
+    """The sum of squares of outputs, those of padding left out."""
+    total = 0.0
+    for one in found:
+        square = one.detach().double().square()
+        if mask is not None and one.dim() > 1 and one.shape[:2] == mask.shape:
+            square = square * mask.to(square).view(*mask.shape, *[1] * (one.dim() - 2))
+        total += float(square.sum())
+    return total
+
+
+def padding(batch: Batch) -> Tensor | None:
+    """Where a batch of texts holds tokens and no padding, if it says so as transformers do."""
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None

@@ -9,13 +9,13 @@ consumers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["Consumer", "eliminate", "shrunk"]
+__all__ = ["Consumer", "calibrated", "eliminate", "shrunk"]
 
 AT_ONCE = 32
 """One in so many of the neurons left goes at a time, at least one."""
@@ -131,3 +131,29 @@ class _State:
         curvature += steps.T @ (self.curvature[gone][:, gone] @ steps)
         new = torch.cumsum(left, 0) - 1
         return _State(curvature, inverse, new[self.columns[stays]])
+
+
+def calibrated(scores: Tensor, changes: Mapping[int, float]) -> Tensor:
+    """Scores whose sums over the lowest are what was seen to change when these went; their order stays.
+
+    Args:
+        scores: Of the neurons of one axis; sums over the lowest are the predicted changes.
+        changes: For numbers of neurons removed, lowest scores first, the change that was measured.
+
+    Example:
+        >>> calibrated(torch.tensor([1.0, 2.0, 3.0, 4.0]), {2: 6.0}).tolist()
+        [2.0, 4.0, 6.0, 8.0]
+    """
+    order = torch.sort(scores, stable=True).indices
+    predicted = torch.cat([scores.new_zeros(1), scores[order].cumsum(0)]).double()
+    new, start, seen, slope = predicted.clone(), 0, 0.0, 1.0
+    for count, change in sorted(changes.items()):
+        rise, risen = float(predicted[count] - predicted[start]), max(change - seen, 0.0)
+        slope = risen / rise if rise > 0 else slope
+        new[start : count + 1] = seen + slope * (predicted[start : count + 1] - predicted[start])
+        start, seen = count, seen + risen
+    new[start:] = seen + slope * (predicted[start:] - predicted[start])
+    rises = torch.cummax(new.diff(), 0).values
+    # Never equal, so that the order stays.
+    rises += torch.arange(len(scores)) * 1e-12 * max(float(rises[-1]), 1e-300)
+    return torch.empty(len(scores), dtype=torch.float64).index_copy_(0, order, rises)

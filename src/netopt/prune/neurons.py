@@ -148,7 +148,7 @@ def prune_neurons(
             left = measure.count_macs(model, example_inputs)
         now = held if mode == "remove" else ModelView(model)
         after = measure.cost_of(now, left, measure.nonzero_of(now, full))
-        predicted = _predicted(before, after)
+        predicted = _predicted(before, after) | decision.output_change()
         return PruningReport(
             call="prune_neurons",
             before=before,
@@ -223,7 +223,7 @@ def plan_neurons(
     selectors = {"include": include, "exclude": exclude, "outputs": outputs}
     decision = _decide(held, example_inputs, before.macs, request, sources, **selectors)
     after = decision.plan.prepare(model).dry_run(lambda: measure.cost(model, example_inputs))
-    return decision.plan.with_prediction(_predicted(before, after))
+    return decision.plan.with_prediction(_predicted(before, after) | decision.output_change())
 
 
 @dataclass(frozen=True)
@@ -278,6 +278,15 @@ class _Decision:
     def counts(self) -> dict[str, int]:
         """How many neurons each axis keeps."""
         return {name: len(kept) for name, kept in self.kept.items()}
+
+    def output_change(self) -> dict[str, float]:
+        """The outputs' expected squared change as a share of their squares, where scores say it."""
+        if not self.scores.scale:
+            return {}
+        lost = sum(
+            float(self.scores.scores[name].sum() - self.scores.scores[name][at].sum()) for name, at in self.kept.items()
+        )
+        return {"output_change": lost / self.scores.scale}
 
     def rows(self) -> tuple[Row, ...]:
         """One row an axis that could lose neurons."""
@@ -497,8 +506,8 @@ def _check_request(request: _Request) -> None:
             raise InvalidArgumentError(f"{name} must be a fraction of the model's, in (0, 1], not {value}.")
 
 
-def _predicted(before: measure.Cost, after: measure.Cost) -> dict[str, int]:
-    found = {}
+def _predicted(before: measure.Cost, after: measure.Cost) -> dict[str, float]:
+    found: dict[str, float] = {}
     for kind in ("params", "macs", "bytes"):
         found[f"{kind}_before"], found[f"{kind}_after"] = getattr(before, kind), getattr(after, kind)
     return found

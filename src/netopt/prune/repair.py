@@ -149,6 +149,15 @@ def copy_for_repair(model: nn.Module, repair: bool | None, data: Iterable[Batch]
         raise InvalidArgumentError("repair refits what is left after neurons are removed; use mode='remove'.")
     if repair is False or data is None or mode != "remove":
         return None
+    return copy_of(model)
+
+
+def copy_of(model: nn.Module) -> nn.Module:
+    """A copy of the model.
+
+    Raises:
+        InvalidArgumentError: It cannot be copied.
+    """
     try:
         return copy.deepcopy(model)
     except Exception as error:
@@ -158,8 +167,8 @@ def copy_for_repair(model: nn.Module, repair: bool | None, data: Iterable[Batch]
         ) from error
 
 
-def calibration(data: Iterable[Batch]) -> list[Batch]:
-    """The first batches of the data, up to 1024 samples or 64 batches.
+def calibration(data: Iterable[Batch], samples: int = SAMPLES, at_least: int = 1) -> list[Batch]:
+    """The first batches of the data, up to so many samples in at least so many batches, or 64 batches.
 
     Raises:
         MissingDataError: There is none.
@@ -167,15 +176,16 @@ def calibration(data: Iterable[Batch]) -> list[Batch]:
     held, count = [], 0
     for batch in itertools.islice(batches.iterate(data), BATCHES):
         held.append(batch)
-        count += _samples(batch)
-        if count >= SAMPLES:
+        count += samples_of(batch)
+        if count >= samples and len(held) >= at_least:
             break
     if not held:
         raise MissingDataError("data holds no batch to repair with.")
     return held
 
 
-def _samples(batch: Batch) -> int:
+def samples_of(batch: Batch) -> int:
+    """How many samples a batch holds."""
     sizes: Sequence[int] = [len(one) for _, one in batches.tensors(batches.split(batch)[0]) if one.dim() > 0]
     return max(sizes, default=1)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,6 +34,7 @@ class Forward:
         index: Which batch.
         dense: Whether through the model as it was.
         at: The contraction it waits at, or ``None``.
+        result: What the model returned, at the end.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class Forward:
         self.at: Contraction | None = None
         self.error: BaseException | None = None
         self.again = False
+        self.result: Any = None
         self._lockstep, self._model, self._watched, self._batch = lockstep, model, watched, batch
         self._go = threading.Semaphore(0)
         self._modes = _get_current_function_mode_stack()
@@ -71,7 +74,7 @@ class Forward:
                     stack.enter_context(mode)
                 stack.enter_context(torch.no_grad())
                 stack.enter_context(ContractionWatch(self._watched, self._stop))
-                batches.feed(self._model, self._batch)
+                self.result = batches.feed(self._model, self._batch)
         except _Cancelled:
             pass
         except BaseException as error:  # handed to the thread that waits
@@ -110,8 +113,13 @@ class Lockstep:
         self._rank = {name: place for place, name in enumerate(order)}
         self._settle = settle
 
-    def run(self, models: Mapping[bool, tuple[nn.Module, Mapping[str, Place]]], held: Sequence[Batch]) -> None:
+    def run(
+        self, models: Mapping[bool, tuple[nn.Module, Mapping[str, Place]]], held: Sequence[Batch]
+    ) -> dict[tuple[int, bool], Any]:
         """Brings every batch to the end of every model; ``True`` is the model as it was.
+
+        Returns:
+            What each model returned, by the batch's index and the model.
 
         Raises:
             ForwardError: A forward failed.
@@ -124,6 +132,7 @@ class Lockstep:
             for forward in forwards:
                 forward.advance()
             self._run(forwards)
+            return {(one.index, one.dense): one.result for one in forwards}
         finally:
             self.cancelled = True
             for forward in forwards:

@@ -9,9 +9,10 @@ recurrent one, a shared layer) has no single such moment: it is folded before, f
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +21,14 @@ from tqdm import tqdm
 from netopt import batches
 from netopt.batches import Batch
 from netopt.importance.contractions import Contraction, ContractionWatch, Use, Uses
+from netopt.importance.curvature import padding, squares
 from netopt.importance.inputs import Matrix, every_contraction
 from netopt.model.parameters import Place, places
 from netopt.model.restore import restored
 from netopt.reconstruction.lockstep import Forward, Lockstep
 from netopt.reconstruction.regression import Sums, correction
 
-__all__ = ["Refit", "refitted"]
+__all__ = ["Refit", "change_when_refitted", "refitted"]
 
 ROWS_PER_COLUMN, ROWS_AT_LEAST = 16, 4000
 """How many rows of a contraction are looked at over all data: so many for each column, and so many more."""
@@ -76,24 +78,58 @@ def refitted(
         raise
 
 
+def change_when_refitted(
+    model: nn.Module,
+    dense: nn.Module,
+    tensors: Cuts,
+    held: Sequence[Batch],
+    outputs: Callable[[Any], list[Tensor]],
+    uses: dict[str, Use],
+) -> float:
+    """How far the last batch's outputs are from what they were, once what lost inputs has been refitted; squared.
+
+    It is refitted on the other batches, if there are any.
+
+    Args:
+        model: The smaller model; given back as it was.
+        dense: The model it was made from.
+        tensors: The indices ``model`` keeps of the tensors of ``dense``.
+        held: The batches.
+        outputs: From a forward's result to the outputs that count.
+        uses: How the weights of ``dense`` are used; found if empty.
+    """
+    fitting = _Fitting(model, dense, tensors, held)
+    fitting.uses, fitting.fitted = uses, max(len(held) - 1, 1)
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            results = fitting.run(False, whole=False)
+    finally:
+        fitting.undo()
+    uses.update(fitting.uses)
+    last = len(held) - 1
+    pairs = zip(outputs(results[last, False]), outputs(results[last, True]), strict=True)
+    return squares([one - other for one, other in pairs], padding(held[last]))
+
+
 class _Fitting:
     def __init__(self, model: nn.Module, dense: nn.Module, tensors: Cuts, held: Sequence[Batch]) -> None:
         self.model, self.dense, self.tensors, self.held = model, dense, tensors, held
+        self.fitted = len(held)
         self.small, self.large = _weights(model), _weights(dense)
         self.vectors = dict([*model.named_parameters(), *model.named_buffers()])
         self.uses: dict[str, Use] = {}
         self.done: list[Refit] = []
         self.before: list[tuple[Tensor, Tensor]] = []
 
-    def run(self, progress: bool) -> None:
-        """Refits everything there is."""
+    def run(self, progress: bool, *, whole: bool = True) -> dict[tuple[int, bool], Any]:
+        """Refits everything there is, or what lost inputs; what each batch gave in either model at the end."""
         with restored(self.model, self.dense), every_contraction(self.model), every_contraction(self.dense):
             self.model.eval()
             self.dense.eval()
-            self.uses = self._survey()
+            self.uses = self.uses or self._survey()
             able = [name for name in self.uses if self._obstacle(name) is None]
             self._fold([name for name in able if self.uses[name].count > 1 and name in self.tensors])
-            once = [name for name in able if self.uses[name].count == 1]
+            once = [name for name in able if self.uses[name].count == 1 and (whole or self._loses_inputs(name))]
             with tqdm(total=len(once), desc="repair", disable=not progress, leave=False) as bar:
 
                 def settle(name: str, group: list[Forward]) -> None:
@@ -102,7 +138,7 @@ class _Fitting:
 
                 models = {True: (self.dense, self.large), False: (self.model, self.small)}
                 summed = [name for name in once if self.uses[name].is_summed]
-                Lockstep(once, summed, settle).run(models, self.held)
+                results = Lockstep(once, summed, settle).run(models, self.held)
             new = [(tensor, tensor.clone()) for tensor, _ in self.before]
         for tensor, value in new:  # what a forward changes of buffers was put back, and with it what is refitted
             tensor.copy_(value)
@@ -110,6 +146,15 @@ class _Fitting:
         for name in self.large:
             if name in self.tensors and name not in known:
                 self.done.append(Refit(name, note=self._obstacle(name) or "is not reached by these data"))
+        return results
+
+    def _loses_inputs(self, name: str) -> bool:
+        kept = torch.ones_like(self.large[name].parameter, dtype=torch.bool)
+        for dim, indices in self.tensors.get(name, {}).items():
+            stays = torch.zeros(kept.shape[dim], dtype=torch.bool, device=kept.device)
+            stays[indices.to(kept.device)] = True
+            kept &= stays.view([-1 if index == dim else 1 for index in range(kept.dim())])
+        return not bool(self.uses[name].matrices[0].rows(kept).any(1).all())
 
     def undo(self) -> None:
         """Puts every value back that was changed."""
@@ -148,7 +193,7 @@ class _Fitting:
     def _settle(self, name: str, group: list[Forward]) -> None:
         halves: dict[int, Sums] = {}
         matrix, kept = None, None
-        for index in sorted({one.index for one in group}):
+        for index in sorted({one.index for one in group if one.index < self.fitted}):
             found = {one.dense: one.at for one in group if one.index == index}
             dense, small = found.get(True), found.get(False)
             if dense is None or small is None or dense.count != small.count:
@@ -170,12 +215,12 @@ class _Fitting:
 
     def _rows(self, name: str, index: int, dense: Contraction) -> Tensor:
         """Which rows of a contraction are looked at: some at random, without those of padding."""
-        mask = _padding(self.held[index])
+        mask = padding(self.held[index])
         whole = torch.arange(dense.count)
         if dense.reading.convolution is None and mask is not None and mask.numel() == dense.count:
             whole = mask.flatten().cpu().nonzero().flatten()
         columns = min(dense.reading.matrix.columns, COLUMNS_AT_MOST)
-        wanted = -(-(ROWS_PER_COLUMN * columns + ROWS_AT_LEAST) // len(self.held))
+        wanted = -(-(ROWS_PER_COLUMN * columns + ROWS_AT_LEAST) // self.fitted)
         if len(whole) > wanted:
             generator = torch.Generator().manual_seed(zlib.crc32(f"{name} {index}".encode()))
             whole = whole[torch.randperm(len(whole), generator=generator)[:wanted]].sort().values
@@ -183,7 +228,7 @@ class _Fitting:
 
     def _halves(self, index: int, count: int) -> list[tuple[int, slice]]:
         """Which of these rows are of which half: batches take turns, a single one is cut in the middle."""
-        if len(self.held) > 1:
+        if self.fitted > 1:
             return [(index % 2, slice(None))]
         return [(0, slice(0, count // 2)), (1, slice(count // 2, None))]
 
@@ -297,12 +342,6 @@ def _weights(model: nn.Module) -> dict[str, Place]:
         for name, place in places(model).items()
         if place.mask is None and place.parameter.is_floating_point() and place.parameter.dim() > 1
     }
-
-
-def _padding(batch: Batch) -> Tensor | None:
-    """Where a batch of texts holds tokens and no padding, if it says so as transformers do."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
 def _wide(tensor: Tensor) -> Tensor:
