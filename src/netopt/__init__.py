@@ -8,7 +8,7 @@ from netopt import axes, errors, importance, masking
 from netopt.axes import find_axes
 from netopt.distillation import DistillationReport, distill
 from netopt.plan import Plan
-from netopt.prune import RepairReport, plan_neurons, prune_neurons, prune_weights, repair, shrink
+from netopt.prune import RepairReport, plan_neurons, prune_neurons, prune_weights, reconstruction_scores, repair, shrink
 from netopt.report import PruningReport
 
 __version__ = "0.1.0"
@@ -27,6 +27,7 @@ __all__ = [
     "plan_neurons",
     "prune_neurons",
     "prune_weights",
+    "reconstruction_scores",
     "repair",
     "shrink",
 ]
