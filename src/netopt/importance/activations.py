@@ -22,6 +22,7 @@ from tqdm import tqdm
 from netopt import batches
 from netopt.batches import Batch
 from netopt.errors import ForwardError, MissingDataError, NonFiniteError
+from netopt.importance.batch_dimension import as_batch, begins_with, sample_count, samples_of
 from netopt.importance.evidence import _ready
 from netopt.model.calls import Call, CallNames
 from netopt.model.parameters import places
@@ -36,12 +37,9 @@ SAMPLES_AT_ONCE = 64
 ENTRIES_AT_ONCE = 2**26
 """So many activations, and so many entries of their gradients, are held at a time; at least those of one sample."""
 
-PROBES_AT_LEAST, PROBES_AT_MOST = 2, 9
-"""Random sign vectors a sample: a backward pass each, so that all take at most 20 forwards' time. Samples share them:
-once their sum is known well enough, each further one gets the least."""
-
-PROBES_IF_ASKED = 64
-"""At most, where the usual error is asked for; for a tenth of it a hundred times as many."""
+PROBES_AT_LEAST, PROBES_AT_MOST, PROBES_IF_ASKED = 2, 9, 64
+"""Random signs a sample: with the most, all take 20 forwards' time; more where an error is asked for, a hundred times
+as many for a tenth of it. Samples share them: once the sum is known well enough, each further one gets the least."""
 
 USUAL_ERROR = 0.1
 
@@ -267,7 +265,7 @@ class _Differentiation:
     def see(self, batch: Batch) -> None:
         """Adds one batch."""
         inputs, _ = batches.split(batch)
-        count = _samples(inputs)
+        count = sample_count(inputs)
         if self.separate is None and count > 1:
             self.separate = self._are_separate(inputs, count)
         self.samples += count
@@ -276,7 +274,7 @@ class _Differentiation:
             return
         for start in range(0, count, self.at_once):
             stop = min(start + self.at_once, count)
-            self._add(_part(inputs, start, stop, count) if count > self.at_once else inputs, stop - start)
+            self._add(samples_of(inputs, start, stop, count) if count > self.at_once else inputs, stop - start)
 
     def finish(self) -> Saliency:
         """The averages."""
@@ -302,15 +300,14 @@ class _Differentiation:
     def _forward(self, inputs: Any) -> tuple[_Readings, list[Tensor]]:
         inputs = recordable(inputs)
         with _Readings(self.model, self.taps, gradients=True) as readings:
-            result = batches.feed(self.model, inputs if not isinstance(inputs, (tuple, list)) else (inputs, None))
+            result = batches.feed(self.model, as_batch(inputs))
             found = [tensor for tensor in self.outputs(result) if tensor.requires_grad]
         return readings, found
 
     def _values(self, inputs: Any) -> list[Tensor]:
         """The outputs that count, without gradients."""
         with torch.no_grad():
-            result = batches.feed(self.model, inputs if not isinstance(inputs, (tuple, list)) else (inputs, None))
-            return list(self.outputs(result))
+            return list(self.outputs(batches.feed(self.model, as_batch(inputs))))
 
     def _are_separate(self, inputs: Any, count: int) -> bool:
         """Whether samples lie along the first dimension of all outputs and none acts on another's activations."""
@@ -319,12 +316,12 @@ class _Differentiation:
         if any(tensor.dim() == 0 or len(tensor) != count for tensor in whole):
             return False
         try:
-            alone = self._values(_part(inputs, 0, size, count))
+            alone = self._values(samples_of(inputs, 0, size, count))
         except ForwardError:
             return False  # it wants all its rows
-        if len(alone) != len(whole) or not all(_begins(*pair) for pair in zip(whole, alone, strict=True)):
+        if len(alone) != len(whole) or not all(map(begins_with, whole, alone)):
             return False
-        readings, found = self._forward(_part(inputs, 0, size, count))
+        readings, found = self._forward(samples_of(inputs, 0, size, count))
         self.at_once = max(1, min(SAMPLES_AT_ONCE, ENTRIES_AT_ONCE * size // max(readings.entries, 1)))
         if not found or not readings.edges:
             return True
@@ -452,29 +449,6 @@ def float_outputs(result: Any) -> list[Tensor]:
 
 
 _INTERNAL = frozenset({"loss", "hidden_states", "attentions", "cross_attentions", "past_key_values"})
-
-
-def _begins(whole: Tensor, part: Tensor) -> bool:
-    """Whether the first entries of ``whole`` are ``part``, but for rounding."""
-    first = whole[: len(part)]
-    return first.shape == part.shape and torch.allclose(first, part, rtol=1e-2, atol=1e-3 * float(whole.abs().amax()))
-
-
-def _samples(inputs: Any) -> int:
-    """How many samples a batch holds: the common length of its tensors, or 1 if there is none."""
-    found = {len(tensor) for _, tensor in batches.tensors(inputs) if tensor.dim() > 0}
-    return found.pop() if len(found) == 1 else 1
-
-
-def _part(value: Any, start: int, stop: int, count: int) -> Any:
-    """Samples ``start`` to ``stop`` of a batch's inputs."""
-    if isinstance(value, Tensor):
-        return value[start:stop] if value.dim() > 0 and len(value) == count else value
-    if isinstance(value, Mapping):
-        return {key: _part(one, start, stop, count) for key, one in value.items()}
-    if isinstance(value, (tuple, list)):
-        return type(value)(_part(one, start, stop, count) for one in value)
-    return value
 
 
 def recordable(value: Any) -> Any:

@@ -141,7 +141,7 @@ def calibrated(scores: Tensor, changes: Mapping[int, float]) -> Tensor:
         changes: For numbers of neurons removed, lowest scores first, the change that was measured.
 
     Example:
-        >>> calibrated(torch.tensor([1.0, 2.0, 3.0, 4.0]), {2: 6.0}).tolist()
+        >>> [round(one, 6) for one in calibrated(torch.tensor([1.0, 2.0, 3.0, 4.0]), {2: 6.0}).tolist()]
         [2.0, 4.0, 6.0, 8.0]
     """
     order = torch.sort(scores, stable=True).indices

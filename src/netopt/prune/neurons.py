@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from netopt import masking, measure, surgery
+from netopt import batches, masking, measure, surgery
 from netopt.axes import Axes, Axis, Outputs, find_axes
 from netopt.axes.find import counted_outputs
 from netopt.batches import Batch, Inputs
@@ -116,7 +116,7 @@ def prune_neurons(
     """
     request = _Request(amount, threshold, max_params, max_macs, scope, Limits(round_to))
     held = _check(model, request, mode, loss_fn, importance)
-    data = list(data) if isinstance(data, Iterator) else data  # read for scores, and again for repair
+    data = list(batches.iterate(data)) if isinstance(data, Iterator) else data  # for scores, and again for repair
     dense = copy_for_repair(model, repair, data, mode)
     optimizers = surgery.as_optimizers(optimizer)
     sources = _Sources(importance, data, loss_fn, progress)
