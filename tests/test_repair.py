@@ -314,3 +314,44 @@ def test_a_model_that_cannot_be_copied_is_repaired_on_no_condition():
     assert model[0].weight.shape == before
     netopt.prune_neurons(model, data[0], 0.5, data=data, repair=False, progress=False)
     assert model[0].weight.shape != before
+
+
+@pytest.mark.parametrize("name", ["conv2d", "residual", "lstm", "attention"])
+def test_repair_takes_at_most_six_forwards_over_the_data(name):
+    model, data = built(name)
+    dense, runs = copy.deepcopy(model), []
+    plan = netopt.plan_neurons(model, data[0], 0.4, importance="magnitude", progress=False)
+    plan.apply(model)
+    for net in (model, dense):
+        net.register_forward_pre_hook(lambda module, inputs: runs.append(len(inputs[0])))
+    netopt.repair(model, plan, dense, data, progress=False)
+    assert 2 * sum(map(len, data)) <= sum(runs) <= 6 * sum(map(len, data))
+
+
+def test_padding_does_not_count():
+    """What stands where there is no token has no part in a refit."""
+
+    class Texts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.up, self.down = nn.Embedding(9, 6), nn.Linear(6, 24), nn.Linear(24, 3)
+
+        def forward(self, input_ids, attention_mask):
+            hidden = self.table(input_ids) + 50 * (1 - attention_mask[..., None])
+            return self.down(self.up(hidden).relu()) * attention_mask[..., None]
+
+    torch.manual_seed(0)
+    model = Texts()
+    mask = (torch.arange(8) < torch.randint(2, 9, (60, 1))).float()
+    data = [{"input_ids": torch.randint(9, (60, 8)), "attention_mask": mask} for _ in range(2)]
+    left = []
+    for known in (True, False):
+        net, dense = copy.deepcopy(model), copy.deepcopy(model)
+        plan = netopt.plan_neurons(net, data[0], 0.5, importance="magnitude", include="up", progress=False)
+        plan.apply(net)
+        shown = data if known else [(one["input_ids"], one["attention_mask"]) for one in data]
+        shown = shown if known else [(one, None) for one in shown]
+        netopt.repair(net, plan, dense, shown, progress=False)
+        with torch.no_grad():
+            left.append(float((net(**data[0]) - dense(**data[0])).square().mean()))
+    assert left[0] < left[1]
