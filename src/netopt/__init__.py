@@ -9,7 +9,7 @@ from netopt.axes import find_axes
 from netopt.distillation import DistillationReport, distill
 from netopt.integrations import huggingface as _huggingface  # noqa: F401 - keeps configurations in step
 from netopt.plan import Plan
-from netopt.prune import plan_neurons, prune_neurons, prune_weights, shrink
+from netopt.prune import RepairReport, plan_neurons, prune_neurons, prune_weights, reconstruction_scores, repair, shrink
 from netopt.report import PruningReport
 from netopt.sensitivity import SensitivityReport, sensitivity
 from netopt.training import GradualPruner, Regularizer, rewind
@@ -22,6 +22,7 @@ __all__ = [
     "Plan",
     "PruningReport",
     "Regularizer",
+    "RepairReport",
     "SensitivityReport",
     "axes",
     "calibration",
@@ -33,6 +34,8 @@ __all__ = [
     "plan_neurons",
     "prune_neurons",
     "prune_weights",
+    "reconstruction_scores",
+    "repair",
     "rewind",
     "sensitivity",
     "shrink",

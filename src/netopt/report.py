@@ -73,6 +73,7 @@ class PruningReport:
         settings: What was asked for, such as ``{"amount": 0.5, "importance": "saliency"}``.
         latency_before: Seconds of a forward call before, if measured; see :meth:`measure`.
         latency_after: Seconds of a forward call now, if measured.
+        repair: What the repair did, weight by weight; ``None`` where nothing was repaired.
         subject: The pruned model, given as it is and kept as a weak reference, for :meth:`measure` alone.
 
     Example:
@@ -107,6 +108,7 @@ class PruningReport:
     settings: Mapping[str, Any] = field(default_factory=dict)
     latency_before: Latency | None = None
     latency_after: Latency | None = None
+    repair: Any = None
     subject: Any = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -204,6 +206,7 @@ class PruningReport:
             "rows": [dataclasses.asdict(row) for row in self.rows],
             "frozen": dict(self.frozen),
             "plan": plan,
+            "repair": None if self.repair is None else self.repair.to_dict(),
         }
 
     def table(self, rows: int | None = None) -> str:
@@ -219,6 +222,8 @@ class PruningReport:
             width = max(len(name) for name in list(self.frozen)[:rows])
             reasons = [f"  {name:<{width}}  {reason}" for name, reason in list(self.frozen.items())[:rows]]
             lines += ["", f"{self._left()}:", *reasons, *_rest(self.frozen, rows)]
+        if self.repair is not None:
+            lines += ["", self.repair.table(rows)]
         return "\n".join(lines)
 
     def plot(self, rows: int | None = 40) -> Figure:
