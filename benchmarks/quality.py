@@ -457,9 +457,9 @@ def run(name: str, methods: list[str], budgets: list[float] | None, seeds: int) 
                     row["error"] = f"{type(error).__name__}: {str(error)[:120]}"
                 rows.append(row)
                 print(line(row), flush=True)
+                save(name, rows)
                 if "error" in row:
                     break
-        save(name, rows)
     return rows
 
 
