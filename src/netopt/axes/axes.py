@@ -58,7 +58,7 @@ class Tap(NamedTuple):
 
     Attributes:
         call: The torch call that contracts.
-        argument: Which of its positional arguments holds the activations.
+        argument: Which of its arguments holds the activations; keyword arguments count after positional ones.
         dim: The dimension contracted over.
         positions: For each index of that dimension the position of the axis, or -1.
     """

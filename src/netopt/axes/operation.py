@@ -202,11 +202,11 @@ class Operation:
         """A new dimension none of whose positions may go."""
         return Dim(Atom(size, f"{why}, at {self.where}"))
 
-    def asked(self, size: int, *, zero: bool = False) -> Dim:
+    def new_size(self, size: int, *, zero: bool = False) -> Dim:
         """A new dimension whose size the caller's code asked for, by an argument of the call being made."""
         dim = Dim(Atom(size), zero)
         if size > 1:
-            self.trace.asked.append(dim.layout)
+            self.trace.new_sizes.append(dim.layout)
         return dim
 
     def is_weight(self, tensor: Any) -> bool:

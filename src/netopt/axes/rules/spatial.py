@@ -158,6 +158,8 @@ def unfold(op: Operation, tensor: Tensor, dim: int, size: int, step: int) -> Dim
 def unfold_gradient(op: Operation, windows: Tensor, sizes: Sequence[int], dim: int, *args: Any) -> Dims:
     """Windows added up where they lie."""
     *dims, inside = op.dims(windows)
+    if not dims:  # the only window of a scalar
+        return []
     at = dim % len(dims)
     why = "is read in windows"
     op.freeze([dims[at], inside], why)

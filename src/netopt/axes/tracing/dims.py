@@ -119,7 +119,7 @@ class DimTracer(ThreadDispatchMode):
         members: Every parameter, buffer and other tensor the model holds, by name; one name a tensor.
         parameters: Names of those members that are parameters.
         ledger: What was learned of integers.
-        asked: Layouts made by the call in progress whose size came from the caller's code.
+        new_sizes: Layouts made by the call in progress whose size came from the caller's code.
         implicit_sizes: Layouts whose size no integer of a call said, each with the module that made the call.
         groups: The layout of the groups of the last grouped operation.
         reads: Per member name, the layouts its uses sum over.
@@ -147,7 +147,7 @@ class DimTracer(ThreadDispatchMode):
         self._note = f"_netopt_dims_{next(_serial)}"  # one trace may run inside another
         self.members = members
         self.constraints = Constraints()
-        self.asked: list[Layout] = []
+        self.new_sizes: list[Layout] = []
         self.implicit_sizes: list[tuple[Layout, str, nn.Module]] = []
         self.groups: Layout | None = None
         self.reads: dict[str, list[Layout]] = defaultdict(list)
