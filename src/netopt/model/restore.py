@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 import random
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -83,18 +84,17 @@ def preserve_random_state() -> UndoLog:
 
 def random_state() -> Callable[[], None]:
     """Notes the random state of the process; what is returned puts it back."""
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
-    mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
+    restore = [partial(random.setstate, random.getstate()), partial(torch.set_rng_state, torch.get_rng_state())]
+    if "numpy.random" in sys.modules:  # else nobody has drawn from it, and numpy loads it when first used
+        restore.append(partial(np.random.set_state, np.random.get_state()))
+    if torch.cuda.is_initialized():
+        restore.append(partial(torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all()))
+    if torch.backends.mps.is_available():
+        restore.append(partial(torch.mps.set_rng_state, torch.mps.get_rng_state()))
 
     def put_back() -> None:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(cpu)
-        if cuda is not None:
-            torch.cuda.set_rng_state_all(cuda)
-        if mps is not None:
-            torch.mps.set_rng_state(mps)
+        for step in restore:
+            step()
 
     return put_back
 
@@ -416,9 +416,10 @@ def _generator_state(value: Any) -> Callable[[], object] | None:
         return partial(value.set_state, value.get_state())
     if isinstance(value, random.Random):
         return partial(value.setstate, value.getstate())
-    if isinstance(value, np.random.RandomState):
+    numpy: Any = sys.modules.get("numpy.random")
+    if numpy is not None and isinstance(value, numpy.RandomState):
         return partial(value.set_state, value.get_state())
-    if isinstance(value, np.random.Generator):
+    if numpy is not None and isinstance(value, numpy.Generator):
         return partial(setattr, value.bit_generator, "state", value.bit_generator.state)
     return None
 

@@ -157,12 +157,10 @@ def unfold(op: Operation, tensor: Tensor, dim: int, size: int, step: int) -> Dim
 @rule("aten::unfold_backward")
 def unfold_gradient(op: Operation, windows: Tensor, sizes: Sequence[int], dim: int, *args: Any) -> Dims:
     """Windows added up where they lie."""
-    *dims, inside = op.dims(windows)
-    if not dims:  # the only window of a scalar
-        return []
-    at = dim % len(dims)
+    at = dim % len(sizes)
     why = "is read in windows"
-    op.freeze([dims[at], inside], why)
+    dims = list(op.dims(windows))[: len(sizes)]
+    op.freeze([dims[at], op.dims(windows)[-1]], why)
     dims[at] = op.frozen(op.out.shape[at], why)
     return dims
 
