@@ -27,7 +27,7 @@ class Atom:
 
     Attributes:
         size: Number of positions.
-        bound: The layout this atom was found to be, or ``None`` while it stands for itself.
+        bound: The layout this atom was found to be, or ``None`` while it is unknown.
         frozen: Why no position may be removed, or ``None``.
         inexact: Why removing a position differs from masking it, or ``None``.
         unit: Whether this is one position of an axis taken apart by a permutation; such an atom may vanish.

@@ -78,7 +78,7 @@ def _inner(value: Any, function: types.FunctionType) -> Any:
 
 
 class _Kernel:
-    """Stands for a fake mode whose kernel is being invoked; a real one would import all of torch.compile."""
+    """In place of a fake mode whose kernel is being invoked; a real one would import all of torch.compile."""
 
     in_kernel_invocation = True
     shape_env = None
@@ -116,7 +116,7 @@ class TorchCalls(TorchFunctionMode):
         self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Runs a call, or the Python wrapper around several."""
-        # A method of Tensor in Python stands for the one in C++ too, which it calls.
+        # A method of Tensor in Python has the name of the one in C++ that it calls.
         wrapper = None if function is self._method else _transparent(function)
         if wrapper is None:
             return self.run_call(function, args, {} if kwargs is None else kwargs)

@@ -1,4 +1,4 @@
-"""Operations that make tensors from nothing: every size was asked for by the caller."""
+"""Operations that make tensors from nothing: every size is an argument of the call."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def zeros(op: Operation, *args: Any, **kwargs: Any) -> Dims:
     "aten::_efficientzerotensor",
 )
 def fresh(op: Operation, *args: Any, **kwargs: Any) -> Dims:
-    """Values that say nothing about neurons."""
+    """Values that do not depend on neurons."""
     return [op.new_size(size) for size in op.out.shape]
 
 

@@ -241,7 +241,7 @@ def slice_(op: Operation, tensor: Tensor, dim: int = 0, start: Any = None, end: 
     whole = dims[where]
     dims[where] = sliced(op, whole, first, last, step, op.out.shape[where])
     if dims[where].size != whole.size:
-        op.took(tensor, whole, dims[where])
+        op.note_slice(tensor, whole, dims[where])
     return dims
 
 
@@ -311,7 +311,7 @@ def select(op: Operation, tensor: Tensor, dim: int, index: int) -> Dims:
         behind = cut(chosen, kept) if 0 < kept < chosen.size else None
     if behind is not None:
         op.freeze(behind[0] if number >= 0 else behind[1], why)
-        op.took(tensor, chosen, behind[0] if number >= 0 else behind[1])
+        op.note_slice(tensor, chosen, behind[0] if number >= 0 else behind[1])
     else:
         op.freeze(chosen, why)
     return dims

@@ -1,9 +1,9 @@
 """Factors that make removing the same as masking where the size of an axis scales what is computed.
 
 The default scale of attention is one over the root of the size of a head, and a root of a mean of squares is over the
-number of entries. The trace says where a size is used so; the weights that make the scaled operand take the inverse
-factor. It is believed only if the scaled operation itself, the product of queries and keys or the normalisation, then
-gives what it gives in the masked model, and not because outputs agree.
+number of entries. The axes record where a size is used so; the weights that make the scaled operand are multiplied by
+the inverse factor. It is accepted only if the scaled operation itself, the product of queries and keys or the
+normalisation, then gives what it gives in the masked model, and not because outputs agree.
 """
 
 from __future__ import annotations
