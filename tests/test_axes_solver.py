@@ -165,7 +165,7 @@ def test_an_attribute_taken_apart_evenly_stays_a_multiple():
     system = System([3], [6])
     system.equate(system.attributes[0] // 2, system.atoms[0])
     counts = system.counts()
-    assert not counts.stuck()
+    assert not counts.unshrinkable()
     for wanted in (1, 2):
         found = counts.nearest({0: wanted})
         assert found[0] == wanted
@@ -188,14 +188,14 @@ def test_a_large_component_is_not_searched_for_long():
 @MANY
 @given(systems())
 def test_stuck_axes_have_no_smaller_solution_and_others_have(system):
-    stuck = system.counts().stuck()
+    unshrinkable = system.counts().unshrinkable()
     possible = solutions(system)
     for index, atom in enumerate(system.atoms):
         smaller = any(one[index] < atom.size for one in possible)
-        assert (index in stuck) is (not smaller), f"axis {index} of {atom.size}: {stuck.get(index)}"
-        if index in stuck:
-            assert "which no smaller one does" in stuck[index]
-            assert "test_axes_solver.py:" in stuck[index]
+        assert (index in unshrinkable) is (not smaller), f"axis {index} of {atom.size}: {unshrinkable.get(index)}"
+        if index in unshrinkable:
+            assert "which no smaller one does" in unshrinkable[index]
+            assert "test_axes_solver.py:" in unshrinkable[index]
 
 
 @MANY
@@ -287,7 +287,7 @@ def test_a_literal_leaves_no_choice():
     system = System([8, 3])
     _ = system.extent(0) == 8
     counts = system.counts()
-    assert set(counts.stuck()) == {0}
+    assert set(counts.unshrinkable()) == {0}
     assert counts.nearest({0: 4, 1: 2}) == {0: 8, 1: 2}
 
 
@@ -315,8 +315,8 @@ def test_what_is_false_at_the_present_counts_keeps_what_it_is_about(state):
     else:
         system.constraints.guards.append(Guard(operator.lt, system.extent(0), system.attributes[0], True, "m.py:1"))
     counts = system.counts()
-    assert set(counts.stuck()) == {0}
-    assert "does not follow from the counts of its axes" in counts.stuck()[0]
+    assert set(counts.unshrinkable()) == {0}
+    assert "does not follow from the counts of its axes" in counts.unshrinkable()[0]
     found = counts.nearest({0: 6, 1: 4})
     assert (found[0], found[1]) == (12, 4)
     assert counts.assignments(found) == []

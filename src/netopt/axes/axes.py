@@ -58,7 +58,7 @@ class Tap(NamedTuple):
 
     Attributes:
         call: The torch call that contracts.
-        argument: Which of its positional arguments holds the activations.
+        argument: Which of its arguments holds the activations; keyword arguments count after positional ones.
         dim: The dimension contracted over.
         positions: For each index of that dimension the position of the axis, or -1.
     """
@@ -141,7 +141,7 @@ class Axes(Sequence[Axis]):
         groups = self._group(found, {atom for layout in trace.kernels for atom in atoms(layout)})
         free = {index: group.atoms for index, group in enumerate(groups) if all(a.frozen is None for a in group.atoms)}
         self._counts = CountSolver(free, trace.constraints)
-        for index, why in self._counts.stuck().items():
+        for index, why in self._counts.unshrinkable().items():
             _set(groups[int(str(index))].atoms, "frozen", why)
         self._mark_numbers(trace, groups)
         names = self._name(groups)
@@ -178,8 +178,8 @@ class Axes(Sequence[Axis]):
         return found
 
     def _freeze_rest(self, trace: DimTracer, found: Mapping[Atom, list[Member]]) -> None:
-        read = {atom for layout in trace.taken for atom in atoms(layout)}
-        for layout in trace.left_out:
+        read = {atom for layout in trace.selected for atom in atoms(layout)}
+        for layout in trace.sliced:
             for atom in atoms(layout):
                 if atom not in read:
                     freeze(atom, "is passed over by a slice of a weight, at these inputs")
@@ -222,7 +222,7 @@ class Axes(Sequence[Axis]):
                 if isinstance(leaf, DimSize):
                     mark_inexact(leaf.layout, why)
                 else:
-                    for key in self._counts.extents(leaf):
+                    for key in self._counts.groups_of(leaf):
                         _set(groups[int(str(key))].atoms, "inexact", why)
 
     def _name(self, groups: Sequence[_Group]) -> list[str]:
@@ -381,7 +381,7 @@ class Axes(Sequence[Axis]):
         return sum(int(work_of(work, sizes)) for work in self._work) // 2
 
     def made_by(self, layer: str) -> tuple[Axis, ...]:
-        """The axes of a layer's outputs: none, one, or several where it makes heads times head-dim, say."""
+        """The axes of a layer's outputs: none, one, or several, as where it makes heads times head-dim."""
         made = {id(atom) for one in self._layers.get(layer, ()) for atom in atoms(one)}
         return tuple(axis for axis in self._axes if any(id(atom) in made for atom in self._groups[axis.name].atoms))
 
@@ -431,7 +431,7 @@ class Axes(Sequence[Axis]):
 
 def _peek(trace: DimTracer, tensor: Tensor) -> Any:
     """The dimensions of a member, without counting it as used."""
-    known = trace._known(tensor)
+    known = trace._info(tensor)
     assert known is not None
     return known.dims
 
@@ -474,7 +474,7 @@ def _layer(tensor: str) -> str:
 
 
 def _distinct(bases: Sequence[str], attributes: Mapping[int, str]) -> list[str]:
-    """Names told apart, where a layer makes several axes, by the attribute that holds the count, else by number."""
+    """Unique names: where a layer makes several axes, by the attribute that holds the count, else by number."""
     used: dict[str, int] = defaultdict(int)
     total: dict[str, int] = defaultdict(int)
     for base in bases:

@@ -25,7 +25,7 @@ from netopt.axes import rules as _rules  # noqa: F401 - registers the rules
 from netopt.axes.axes import Axes
 from netopt.axes.layout import Layout, freeze, mark_inexact
 from netopt.axes.tracing.attributes import symbolic_integers
-from netopt.axes.tracing.described_sizes import settle_described_sizes
+from netopt.axes.tracing.described_sizes import bind_described_sizes
 from netopt.axes.tracing.dims import DimTracer
 from netopt.axes.tracing.sizes import SizeTracer
 from netopt.axes.tracing.unrouted_experts import experts_substituted, unrouted
@@ -88,7 +88,7 @@ def find_axes(model: nn.Module, example_inputs: Inputs, *, outputs: Outputs = No
                     run(training=False, symbolic=tracer.symbolic)
             with contextlib.suppress(ForwardError):  # a model may refuse to be trained on these inputs
                 run(training=True, symbolic=tracer.symbolic)
-        settle_described_sizes(view.parts, trace)
+        bind_described_sizes(view.parts, trace)
         trace.constraints.close()
         if not tracer.symbolic:
             _mark_unfollowed(trace)
@@ -110,7 +110,7 @@ def _first(run: Callable[..., Traced], trace: DimTracer) -> Traced:
                     # A dict that is no attribute of the model's is looked up by a size: plain hashes find it.
                     trace.constraints.salt = None
                 else:
-                    symbolic = False  # code may ask for the very type of an integer
+                    symbolic = False  # code may test for the very type of an integer
                 trace.work.clear()
     finally:
         trace.counting = False
@@ -145,7 +145,7 @@ def _run(
 
 
 def counted_outputs(result: Any, outputs: Outputs) -> list[Tensor]:
-    """The tensors of a forward's result whose shape must stay, as ``outputs`` says; see :func:`find_axes`."""
+    """The tensors of a forward's result whose shape must stay, selected by ``outputs``; see :func:`find_axes`."""
     named = batches.tensors(result)
     if outputs is None:
         return [tensor for _, tensor in named]
@@ -166,7 +166,7 @@ def counted_outputs(result: Any, outputs: Outputs) -> list[Tensor]:
 
 @contextmanager
 def _closed(members: dict[str, Tensor], parameters: frozenset[str]) -> Iterator[DimTracer]:
-    """A trace of these tensors, whose notes are taken off them in the end."""
+    """A trace of these tensors, closed in the end."""
     trace = DimTracer(members, parameters)
     try:
         yield trace
@@ -196,11 +196,11 @@ def _freeze_scripted(parts: Parts, trace: DimTracer) -> None:
 
 
 def _mark_unfollowed(trace: DimTracer) -> None:
-    """Plain integers say nothing of how they are computed with."""
+    """Plain integers do not record how they are computed with."""
     for tensor in trace.members.values():
-        known = trace._known(tensor)
+        known = trace._info(tensor)
         for layout, _ in known.dims if known is not None else ():
-            mark_inexact(layout, "is of a forward that runs with plain integers only, as one that asks for their type")
+            mark_inexact(layout, "is of a forward that runs with plain integers only, as one that tests for their type")
 
 
 __all__ = ["Outputs", "counted_outputs", "find_axes"]

@@ -126,7 +126,7 @@ def known_operations() -> tuple[str, ...]:
 
 
 class Operation:
-    """One executed operation: its name, its result, and what may be stated about them."""
+    """One executed operation: its name, its result, and the equations that its rule states."""
 
     __slots__ = ("_place", "_short", "marks", "name", "out", "tensors", "trace", "when_read")
 
@@ -202,20 +202,20 @@ class Operation:
         """A new dimension none of whose positions may go."""
         return Dim(Atom(size, f"{why}, at {self.where}"))
 
-    def asked(self, size: int, *, zero: bool = False) -> Dim:
-        """A new dimension whose size the caller's code asked for, by an argument of the call being made."""
+    def new_size(self, size: int, *, zero: bool = False) -> Dim:
+        """A new dimension whose size is an argument of the call being made."""
         dim = Dim(Atom(size), zero)
         if size > 1:
-            self.trace.asked.append(dim.layout)
+            self.trace.new_sizes.append(dim.layout)
         return dim
 
     def is_weight(self, tensor: Any) -> bool:
         """Whether a tensor is made of parameters, buffers and constants alone, not of the model's inputs."""
         return isinstance(tensor, Tensor) and not self.trace.depends_on_data(tensor)
 
-    def is_held(self, tensor: Tensor) -> bool:
+    def is_member(self, tensor: Tensor) -> bool:
         """Whether a tensor is a member of the model, or was made of one alone, as the opposite of a mask."""
-        known = self.trace._known(tensor)
+        known = self.trace._info(tensor)
         if known is None or known.data or known.source is None:
             return False
         return self.trace.members[known.source].dtype == tensor.dtype and len(known.parents) < 2
@@ -225,11 +225,11 @@ class Operation:
         if self.is_weight(tensor):
             self.trace.note_roles(tensor, summed, kept)
 
-    def took(self, tensor: Tensor, whole: Dim, part: Dim) -> None:
+    def note_slice(self, tensor: Tensor, whole: Dim, part: Dim) -> None:
         """Notes that a part of a weight was read by its position; what no operation reads is not a neuron."""
         if self.is_weight(tensor):
-            self.trace.left_out.append(whole.layout)
-            self.trace.taken.append(part.layout)
+            self.trace.sliced.append(whole.layout)
+            self.trace.selected.append(part.layout)
 
     def summed(self, left: Dim, right: Dim) -> None:
         """States that two dimensions are one, multiplied and summed over."""
@@ -247,10 +247,10 @@ def _atoms(layout: Layout) -> Iterable[Atom]:
 
 
 def is_zero(op: Operation, value: Any) -> bool:
-    """Whether a value, a number or a constant of one entry, is known to be zero."""
+    """Whether a value, a number or a constant of one entry, is certainly zero."""
     if not isinstance(value, Tensor):
         return value == 0
-    known = op.trace._known(value)
+    known = op.trace._info(value)
     if value.numel() != 1 or (known is not None and (known.data or known.source is not None)):
         return False
     value = getattr(value, "constant", None) if isinstance(value, FakeTensor) else value

@@ -125,10 +125,10 @@ class CountSolver:
         self._bind(one for one in guards if one.compare is operator.eq and one.outcome)
         known: dict[Any, Guard] = {}
         for one in guards:
-            settled = Guard(one.compare, self._settle(one.left), self._settle(one.right), one.outcome, one.where)
-            trivial = settled.left == settled.right and settled.outcome and settled.compare is operator.eq
-            if settled.leaves and not trivial:
-                known.setdefault(settled.key, settled)
+            resolved = Guard(one.compare, self._resolve(one.left), self._resolve(one.right), one.outcome, one.where)
+            trivial = resolved.left == resolved.right and resolved.outcome and resolved.compare is operator.eq
+            if resolved.leaves and not trivial:
+                known.setdefault(resolved.key, resolved)
         self.constraints = list(known.values())
         self._keep_divisible()
         tied = frozenset().union(*(one.leaves for one in self.constraints))
@@ -181,13 +181,13 @@ class CountSolver:
                         and _is_attribute(attribute)
                         and attribute.key not in self._bound
                         and is_layout is simple
-                        and attribute.key not in leaves(self._settle(term))
+                        and attribute.key not in leaves(self._resolve(term))
                     ):
                         self._bound[attribute.key] = term
 
-    def _settle(self, term: Term) -> Term:
+    def _resolve(self, term: Term) -> Term:
         """The term with attributes replaced by what they are bound to."""
-        return substitute(term, lambda one: self._settle(self._bound[one.key]) if one.key in self._bound else one)
+        return substitute(term, lambda one: self._resolve(self._bound[one.key]) if one.key in self._bound else one)
 
     def _connect(self) -> list[tuple[list[Hashable], list[Guard]]]:
         parent: dict[Hashable, Hashable] = {}
@@ -231,7 +231,7 @@ class CountSolver:
                 result.update(found)
         return result
 
-    def stuck(self) -> dict[Hashable, str]:
+    def unshrinkable(self) -> dict[Hashable, str]:
         """The groups that no choice of counts can shrink, each with the constraint in its way."""
         found: dict[Hashable, str] = {}
         for keys, constraints in self._components:
@@ -259,7 +259,7 @@ class CountSolver:
         full = {**self.sizes, **counts}
         changed: list[tuple[AttributeRef, int]] = []
         for attribute, old in self._values.items():
-            term = self._settle(leaf(attribute, old))
+            term = self._resolve(leaf(attribute, old))
             if any(isinstance(key, AttributeRef) and key not in full for key in leaves(term)):
                 continue
             new = evaluate(term, full)
@@ -267,9 +267,9 @@ class CountSolver:
                 changed.append((attribute, int(new)))
         return changed
 
-    def extents(self, attribute: AttributeRef) -> frozenset[Hashable]:
+    def groups_of(self, attribute: AttributeRef) -> frozenset[Hashable]:
         """The groups whose counts an attribute follows, or is tied to by a constraint."""
-        found = leaves(self._settle(leaf(attribute, 0)))
+        found = leaves(self._resolve(leaf(attribute, 0)))
         loose = {key for key in found if isinstance(key, AttributeRef)}
         for keys, _ in self._components:
             if not loose.isdisjoint(keys):
@@ -278,7 +278,7 @@ class CountSolver:
 
     def bound_attributes(self) -> Iterable[tuple[AttributeRef, Term]]:
         """Attributes and the terms they are bound to."""
-        return ((attribute, self._settle(term)) for attribute, term in self._bound.items())
+        return ((attribute, self._resolve(term)) for attribute, term in self._bound.items())
 
 
 class _Search:

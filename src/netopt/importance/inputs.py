@@ -1,7 +1,7 @@
 """What each weight is multiplied with, seen while the model runs.
 
 A contraction is recognised below autograd, by the storage of the weight it reads; so fused projections, functional
-weights, recurrent cells and attention need no module of a known kind. What is seen is handed on and not kept.
+weights, recurrent cells and attention need no module of a known kind. What is read is reported and not kept.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CHUNK = 1 << 24
 
 @dataclass(frozen=True)
 class Matrix:
-    """Which entries of a weight were multiplied as a matrix, one row an output, told by the operation that read them.
+    """Which entries of a weight were multiplied as a matrix, one row an output, as the operation read them.
 
     Several matrices side by side, each with inputs of its own, are groups: of a convolution, or a batched product.
 
@@ -86,7 +86,7 @@ class Convolution(NamedTuple):
     output_padding: tuple[int, ...]
 
     def windows(self, x: Tensor, kernel: tuple[int, ...]) -> Tensor:
-        """Returns ``(batch, channels, *positions, *kernel)``: what each entry of the kernel meets at each output."""
+        """Returns ``(batch, channels, *positions, *kernel)``: the input at each entry of the kernel for each output."""
         stride, padding = self.stride, [(one, one) for one in self.padding]
         if self.transposed:
             # A transposed convolution is one of step 1, its kernel turned round, over inputs set apart by its stride.
@@ -185,29 +185,29 @@ class InputWatch(ThreadDispatchMode):
 
     def __init__(self, watched: Mapping[str, Place], see: Callable[[Reading], None]) -> None:
         super().__init__()
-        self._see = see
-        self._known: dict[int, list[tuple[Tensor, Place]]] = {}
+        self._report = see
+        self._by_storage: dict[int, list[tuple[Tensor, Place]]] = {}
         # The latest product with a mask, or copy in another dtype, of each weight: kept so that its storage stays its.
         self._derived: dict[str, Tensor] = {}
         for place in watched.values():
-            self._learn(place.parameter.detach(), place)
+            self._register(place.parameter.detach(), place)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        look = _LOOK.get(func) or _LOOK_BY_NAME.get(func.name())
-        if look is not None:
-            look(self, args + tuple((kwargs or {}).values()), out)
+        note = _CONTRACTIONS.get(func) or _CONTRACTIONS_BY_NAME.get(func.name())
+        if note is not None:
+            note(self, args + tuple((kwargs or {}).values()), out)
         return out
 
-    def _learn(self, tensor: Tensor, place: Place) -> None:
-        self._known.setdefault(tensor.untyped_storage().data_ptr(), []).append((tensor, place))
+    def _register(self, tensor: Tensor, place: Place) -> None:
+        self._by_storage.setdefault(tensor.untyped_storage().data_ptr(), []).append((tensor, place))
 
     def _find(self, tensor: Any) -> tuple[Tensor, Place] | None:
         if not isinstance(tensor, Tensor):
             return None
-        for known, place in self._known.get(tensor.untyped_storage().data_ptr(), ()):
+        for known, place in self._by_storage.get(tensor.untyped_storage().data_ptr(), ()):
             offset = tensor.storage_offset() - known.storage_offset()
-            # What lies in memory in another order than the parameter cannot be told by its strides.
+            # What lies in memory in another order than the parameter cannot be located by its strides.
             if 0 <= offset < max(known.numel(), 1) and known.stride() == place.parameter.stride():
                 return known, place
         return None
@@ -218,13 +218,13 @@ class InputWatch(ThreadDispatchMode):
             if found and out.shape == found[0].shape == source.shape:
                 self._forget(found[1].name)
                 self._derived[found[1].name] = out
-                self._learn(out.detach(), found[1])
+                self._register(out.detach(), found[1])
                 return
 
     def _forget(self, name: str) -> None:
         old = self._derived.pop(name, None)
         if old is not None:
-            del self._known[old.untyped_storage().data_ptr()]
+            del self._by_storage[old.untyped_storage().data_ptr()]
 
     def _product(self, left: Tensor, right: Tensor) -> None:
         """Sees a product of two matrices, either of which may be the weight."""
@@ -256,7 +256,7 @@ class InputWatch(ThreadDispatchMode):
         offset = int(used.storage_offset() - known.storage_offset())
         # Along a dimension of one entry any stride would do; one and the same makes equal matrices equal.
         stride = tuple(step if size > 1 else 0 for size, step in zip(used.shape, used.stride(), strict=True))
-        self._see(Reading(place.name, Matrix(tuple(used.shape), stride, offset), inputs, ends=ends))
+        self._report(Reading(place.name, Matrix(tuple(used.shape), stride, offset), inputs, ends=ends))
 
     def _convolution(self, inputs: Tensor, weight: Tensor, walk: Convolution, groups: int) -> None:
         found = self._find(weight)
@@ -272,16 +272,16 @@ class InputWatch(ThreadDispatchMode):
             outputs = sizes[0] // groups
             size = (groups, outputs, *kernel, sizes[1])
             stride = (outputs * strides[0], strides[0], *steps, strides[1])
-        self._see(Reading(found[1].name, Matrix(size, stride), inputs, walk))
+        self._report(Reading(found[1].name, Matrix(size, stride), inputs, walk))
 
     def _lookup(self, weight: Tensor, rows: Tensor) -> None:
         found = self._find(weight)
         if found is not None and weight.shape == found[0].shape:
             size, stride = weight.shape, weight.stride()
-            self._see(Reading(found[1].name, Matrix((1, size[1], size[0]), (0, stride[1], stride[0])), rows))
+            self._report(Reading(found[1].name, Matrix((1, size[1], size[0]), (0, stride[1], stride[0])), rows))
 
 
-def _look_convolution(watch: InputWatch, args: tuple[Any, ...], out: Tensor) -> None:
+def _convolution(watch: InputWatch, args: tuple[Any, ...], out: Tensor) -> None:
     del out
     inputs, weight, _, stride, padding, dilation, transposed, output_padding, groups = args
     spatial = weight.dim() - 2
@@ -293,7 +293,7 @@ def _look_convolution(watch: InputWatch, args: tuple[Any, ...], out: Tensor) -> 
     watch._convolution(inputs, weight, walk, groups)
 
 
-_LOOK: dict[Any, Callable[[InputWatch, Any, Any], None]] = {
+_CONTRACTIONS: dict[Any, Callable[[InputWatch, Any, Any], None]] = {
     aten.mm.default: lambda watch, args, _: watch._product(args[0], args[1]),
     aten.addmm.default: lambda watch, args, _: watch._product(args[1], args[2]),
     aten.mv.default: lambda watch, args, _: watch._product(args[0], args[1][:, None]),
@@ -301,7 +301,7 @@ _LOOK: dict[Any, Callable[[InputWatch, Any, Any], None]] = {
     aten.bmm.default: lambda watch, args, _: watch._batched(args[0], args[1]),
     aten.baddbmm.default: lambda watch, args, _: watch._batched(args[1], args[2]),
     aten.linear.default: lambda watch, args, _: watch._product(args[0], args[1].mT),
-    aten.convolution.default: _look_convolution,
+    aten.convolution.default: _convolution,
     aten.embedding.default: lambda watch, args, _: watch._lookup(args[0], args[1]),
     aten.mul.Tensor: lambda watch, args, out: watch._derive(args[:2], out),
     aten.div.Tensor: lambda watch, args, out: watch._derive(args[:1], out),
@@ -311,7 +311,7 @@ _LOOK: dict[Any, Callable[[InputWatch, Any, Any], None]] = {
 
 # Operations that libraries define for themselves; fused experts of transformers go by the first where torch's own
 # refuses their alignment.
-_LOOK_BY_NAME: dict[str, Callable[[InputWatch, Any, Any], None]] = dict.fromkeys(
+_CONTRACTIONS_BY_NAME: dict[str, Callable[[InputWatch, Any, Any], None]] = dict.fromkeys(
     ("aten::_grouped_mm", "transformers::grouped_mm_fallback"),
     lambda watch, args, _: watch._grouped(args[0], args[1], args[2] if len(args) > 2 else None),
 )

@@ -1,4 +1,4 @@
-"""What modules hold is looked into, noted and put back: containers, and objects of the user's with attributes."""
+"""The attributes of modules, copied and restored: containers, and objects of the user's with attributes."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ NUMBERS = SIMPLE | {int}
 DEPTH = 6
 COMMON = vars(nn.Module())
 """What every module has, by name."""
-OPAQUE = (torch.Tensor, nn.Module, type, types.ModuleType, int, float)  # a size that is lent already holds its ledger
+OPAQUE = (torch.Tensor, nn.Module, type, types.ModuleType, int, float)  # a symbolic integer holds its constraints
 CONTAINERS = (dict, list, set, deque)
 _ABSENT = object()
 _CODE = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial)
@@ -77,7 +77,7 @@ def own_slots(kind: type) -> Sequence[str]:
 
 
 def container_of(item: Any) -> Any:
-    """What is to be looked into: ``item`` if it is a container or has slots, the attributes of an object, or None."""
+    """What holds the entries of ``item``: a container or object with slots itself, an object's attributes, or None."""
     kind = type(item)
     if kind in NUMBERS or (kind is tuple and NUMBERS.issuperset(map(type, item))):
         return None
@@ -96,7 +96,7 @@ def container_of(item: Any) -> Any:
 
 
 def is_configuration(value: Any) -> bool:
-    """Whether an object may say sizes: one of the user's own or of a model library, with attributes."""
+    """Whether an object may hold sizes: one of the user's own or of a model library, with attributes."""
     kind = type(value)
     return (
         isinstance(getattr(value, "__dict__", None), dict)

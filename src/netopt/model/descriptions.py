@@ -23,7 +23,7 @@ class Description:
     """The integer counts all groups, the dimension one."""
 
 
-# What modules say about themselves and never compute with, so that no equation can know it. A row holds for a module
+# Integers that modules hold and never compute with, so that no equation holds them. A row holds for a module
 # only if it is true of it before the surgery; the module's class plays no part.
 DESCRIPTIONS = (
     Description("out_features", "weight", 0),

@@ -1,6 +1,6 @@
 """Dispatch modes that other threads do not see.
 
-Torch keeps the stack of modes per thread, and beside it flags of the whole process that tell its compiler of them;
+Torch keeps the stack of modes per thread, and beside it flags of the whole process that its compiler reads;
 two threads that leave in turn would leave these set.
 """
 

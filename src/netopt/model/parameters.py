@@ -1,7 +1,7 @@
 """Every parameter under the name it had before a mask was put on it.
 
 ``torch.nn.utils.prune`` renames ``weight`` to ``weight_orig``. Here a parameter keeps one name, the first it has in
-the unmasked model, whoever else holds it too; and a weight is seen as a matrix of one row an output.
+the unmasked model, whatever else holds it too; and a weight is seen as a matrix of one row an output.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """One snapshot of what a forward may change, put back as a whole.
 
-A user's model is run to be looked at. What it keeps meanwhile (flags, gradients, buffers, tables, counters, caches,
+A user's model is run to be inspected. What it keeps meanwhile (flags, gradients, buffers, tables, counters, caches,
 entries of its configuration) is noted before and put back together after: a table without the number that says how long
 it is would be worse than both left as they are.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 import random
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -83,18 +84,17 @@ def preserve_random_state() -> UndoLog:
 
 def random_state() -> Callable[[], None]:
     """Notes the random state of the process; what is returned puts it back."""
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
-    mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
+    restore = [partial(random.setstate, random.getstate()), partial(torch.set_rng_state, torch.get_rng_state())]
+    if "numpy.random" in sys.modules:  # else nobody has drawn from it, and numpy loads it when first used
+        restore.append(partial(np.random.set_state, np.random.get_state()))
+    if torch.cuda.is_initialized():
+        restore.append(partial(torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all()))
+    if torch.backends.mps.is_available():
+        restore.append(partial(torch.mps.set_rng_state, torch.mps.get_rng_state()))
 
     def put_back() -> None:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(cpu)
-        if cuda is not None:
-            torch.cuda.set_rng_state_all(cuda)
-        if mps is not None:
-            torch.mps.set_rng_state(mps)
+        for step in restore:
+            step()
 
     return put_back
 
@@ -130,7 +130,7 @@ class Snapshot:
         self._generators: list[Callable[[], object]] = []
         self._scripted = [(module, module.training) for _, module in self._parts if "training" not in module.__dict__]
         self.own = self._own = own_attributes(self._parts)
-        self._look_inside(self._note_modules())
+        self._walk(self._note_modules())
         weights = {id(one): one for view in views for one in view.parameters.values()}
         copied = {id(one): one for view in views for one in view.buffers.values()} | self._tensors
         if parameters:
@@ -149,7 +149,7 @@ class Snapshot:
         self.gradients.put_back()
 
     def put_back_attributes(self) -> None:
-        """Gives modules, classes, containers and objects the entries they had; what tensors hold is not looked at."""
+        """Gives modules, classes, containers and objects the entries they had; the values of tensors are left alone."""
         for container in filter(None, self._empty):
             container.clear()
         for container, before in reversed(self._kept):
@@ -200,7 +200,7 @@ class Snapshot:
         return named, names
 
     def _note_modules(self) -> list[tuple[Any, int]]:
-        """Notes modules and their classes; what is to be looked into."""
+        """Notes modules and their classes; returns the containers among their attributes."""
         waiting: list[tuple[Any, int]] = []
         for (name, module), own in zip(self._parts, self._own, strict=True):
             attributes = module.__dict__
@@ -212,7 +212,7 @@ class Snapshot:
                 kind = type(value)
                 if kind is int or (kind is tuple and NUMBERS.issuperset(map(type, value))):
                     continue
-                inside = self._look_at(value)
+                inside = self._register(value)
                 if inside is not None:
                     waiting.append((inside, DEPTH - 1))
                 if inside is not None or isinstance(value, Tensor):
@@ -223,11 +223,11 @@ class Snapshot:
             entries = {key: value for key, value in vars(kind).items() if not key.startswith("__")}
             self._kept.append((kind, entries))
             waiting += [
-                (inside, DEPTH - 1) for value in entries.values() if (inside := self._look_at(value)) is not None
+                (inside, DEPTH - 1) for value in entries.values() if (inside := self._register(value)) is not None
             ]
         return waiting
 
-    def _look_at(self, value: Any) -> Any:
+    def _register(self, value: Any) -> Any:
         """Notes a tensor or a generator; the entries of anything else that has some, or None."""
         if isinstance(value, Tensor):
             if not isinstance(value, nn.Parameter):
@@ -238,7 +238,7 @@ class Snapshot:
             self._generators.append(state)
         return container_of(value)
 
-    def _look_inside(self, waiting: list[tuple[Any, int]]) -> None:
+    def _walk(self, waiting: list[tuple[Any, int]]) -> None:
         seen = {id(module.__dict__) for _, module in self._parts}
         while waiting:
             value, depth = waiting.pop()
@@ -255,7 +255,7 @@ class Snapshot:
             entries = list(entries.values()) if isinstance(entries, dict) else entries
             if depth and not NUMBERS.issuperset(map(type, entries)):
                 for item in entries:
-                    inside = item.__dict__ if isinstance(item, nn.Module) else self._look_at(item)
+                    inside = item.__dict__ if isinstance(item, nn.Module) else self._register(item)
                     if inside is not None:
                         waiting.append((inside, depth - 1))
 
@@ -320,12 +320,12 @@ class CopyOnWrite:
                 parameter.copy_(value)
         self._saved.clear()
 
-    def seen(self) -> ThreadDispatchMode:
+    def saving(self) -> ThreadDispatchMode:
         """A mode that copies before writes, for code that is not traced."""
-        return _Seen(self)
+        return _SaveWrites(self)
 
 
-class _Seen(ThreadDispatchMode):
+class _SaveWrites(ThreadDispatchMode):
     def __init__(self, writes: CopyOnWrite) -> None:
         super().__init__()
         self._writes = writes
@@ -416,21 +416,22 @@ def _generator_state(value: Any) -> Callable[[], object] | None:
         return partial(value.set_state, value.get_state())
     if isinstance(value, random.Random):
         return partial(value.setstate, value.getstate())
-    if isinstance(value, np.random.RandomState):
+    numpy: Any = sys.modules.get("numpy.random")
+    if numpy is not None and isinstance(value, numpy.RandomState):
         return partial(value.set_state, value.get_state())
-    if isinstance(value, np.random.Generator):
+    if numpy is not None and isinstance(value, numpy.Generator):
         return partial(setattr, value.bit_generator, "state", value.bit_generator.state)
     return None
 
 
 def _set_mode(model: nn.Module, parts: Parts, writes: CopyOnWrite, training: bool) -> bool:
-    """Sets the mode; says whether flags alone were set, since nothing in the model does more in ``train``."""
+    """Sets the mode; returns whether flags alone were set, since nothing in the model does more in ``train``."""
     own = any("train" in module.__dict__ or "eval" in module.__dict__ for _, module in parts)
     if not own and all(map(_changes_flags_alone, {type(module) for _, module in parts})):
         for _, module in parts:
             module.__dict__["training"] = training
         return True
-    with writes.seen():
+    with writes.saving():
         if training:
             model.train()
         elif any(module.training for _, module in parts):

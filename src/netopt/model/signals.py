@@ -162,7 +162,7 @@ class UndoLog(Handlers):
         failures = self._undo(error)
         try:
             self.remove()
-            self._holds = False  # whoever has set a handler in front meanwhile still calls this one
+            self._holds = False  # a handler set in front meanwhile still calls this one
             self._deliver()  # for what is kept this is the last place where a signal can come
         except BaseException as signalled:
             self._holds = True
@@ -259,5 +259,5 @@ def _thread_state() -> Callable[[], None]:
 
 
 def _ends(error: BaseException | None) -> tuple[Any, Any, Any]:
-    """What a context is told of the exception its block ends in."""
+    """The arguments of ``__exit__`` for the exception a block ends in."""
     return (None, None, None) if error is None else (type(error), error, error.__traceback__)

@@ -10,7 +10,7 @@ __all__ = ["ModelView"]
 class ModelView:
     """The modules, parameters and buffers of a model at one moment; of what is tied, every name is there.
 
-    A list, not a view: whoever hands it on answers for nothing being added to the model or taken from it meanwhile.
+    A list, not a live view: it is valid as long as nothing is added to the model or removed from it.
 
     Attributes:
         model: The model.

@@ -1,6 +1,6 @@
 """The Python wrappers of torch's functions, run through while a torch-function mode is active.
 
-Each wrapper of ``torch.nn.functional`` and its like first tests whether an argument or a mode overrides it, which a
+Each wrapper, such as those of ``torch.nn.functional``, first tests whether an argument or a mode overrides it, which a
 mode makes true of every call. A mode that wants to see what reaches C++ runs a copy of the wrapper instead, whose
 globals answer these tests with no; the wrapper itself, which other threads run, is left alone.
 """
@@ -8,17 +8,15 @@ globals answer these tests with no; the wrapper itself, which other threads run,
 from __future__ import annotations
 
 import builtins
-import functools
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch._tensor
 import torch.functional
 import torch.nn.functional
 from torch._guards import TracingContext, tracing
-from torch._subclasses import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 __all__ = ["TorchCalls"]
@@ -79,12 +77,15 @@ def _inner(value: Any, function: types.FunctionType) -> Any:
     return value if value is function else _transparent(value) or value
 
 
-@functools.cache
-def _eager_context() -> TracingContext:
-    """The context of a kernel that is being invoked, in which torch.compile compiles nothing, in this thread."""
-    fake = FakeTensorMode()
-    fake.in_kernel_invocation = True
-    return TracingContext(fake)
+class _Kernel:
+    """In place of a fake mode whose kernel is being invoked; a real one would import all of torch.compile."""
+
+    in_kernel_invocation = True
+    shape_env = None
+
+
+# Of a kernel that is being invoked: torch.compile compiles nothing under it, in this thread.
+_EAGER = TracingContext(cast("Any", _Kernel()))
 
 
 class TorchCalls(TorchFunctionMode):
@@ -102,7 +103,7 @@ class TorchCalls(TorchFunctionMode):
 
     def __enter__(self) -> Any:
         """Starts seeing calls; compiled regions run as they are written."""
-        self._eager = tracing(_eager_context())
+        self._eager = tracing(_EAGER)
         self._eager.__enter__()
         return super().__enter__()
 
@@ -115,7 +116,7 @@ class TorchCalls(TorchFunctionMode):
         self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Runs a call, or the Python wrapper around several."""
-        # A method of Tensor in Python stands for the one in C++ too, which it calls.
+        # A method of Tensor in Python has the name of the one in C++ that it calls.
         wrapper = None if function is self._method else _transparent(function)
         if wrapper is None:
             return self.run_call(function, args, {} if kwargs is None else kwargs)

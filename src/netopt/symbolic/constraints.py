@@ -1,6 +1,6 @@
 """Constraints: what one run of a model's code states about its numbers.
 
-An equation says that a number is the size of a dimension, a guard that a comparison must keep its outcome. A number
+By an equation a number is the size of a dimension, by a guard a comparison must keep its outcome. A number
 that is turned into a plain one is noted, as nothing follows it from there.
 """
 
@@ -74,7 +74,7 @@ class Constraints:
         equations: Numbers that are sizes.
         guards: Comparisons.
         numbers: Numbers that were turned into plain ones, each with the line.
-        salt: Told apart from that of every other trace in hashes; ``None`` for the hashes of plain numbers.
+        salt: Makes hashes differ from those of every other trace; ``None`` for the hashes of plain numbers.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What each operation says about dimensions, one module a family."""
+"""How dimensions go through each operation, one module a family."""
 
 from netopt.axes.rules import (
     contraction,

@@ -95,7 +95,7 @@ def transposed_called(
 def deformable(
     op: Operation, tensor: Tensor, weight: Tensor, offset: Tensor, mask: Tensor, bias: Tensor, *rest: Any
 ) -> Dims:
-    """A convolution that moves each entry of its kernel, to where a second tensor says, weighted by a third."""
+    """A convolution that moves each entry of its kernel, by the offsets of a second tensor, weighted by a third."""
     dims, kernel = op.dims(tensor), op.dims(weight)
     groups = rest[6]  # after strides, paddings and dilations, each in two directions
     op.freeze(kernel[2:], "is a dimension of a kernel")
@@ -128,7 +128,7 @@ def convolution_gradient(
 
 
 def _at(given: Any, index: int) -> Any:
-    """One of several numbers, or the one that stands for all."""
+    """One of several numbers, or the one for all dimensions."""
     return given[min(index, len(given) - 1)] if isinstance(given, (list, tuple)) and given else given
 
 

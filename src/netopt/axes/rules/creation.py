@@ -1,4 +1,4 @@
-"""Operations that make tensors from nothing: every size was asked for by the caller."""
+"""Operations that make tensors from nothing: every size is an argument of the call."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from netopt.axes.operation import Dims, Operation, rule
 @rule("aten::zeros", "aten::new_zeros")
 def zeros(op: Operation, *args: Any, **kwargs: Any) -> Dims:
     """Zero everywhere."""
-    return [op.asked(size, zero=True) for size in op.out.shape]
+    return [op.new_size(size, zero=True) for size in op.out.shape]
 
 
 @rule(
@@ -31,8 +31,8 @@ def zeros(op: Operation, *args: Any, **kwargs: Any) -> Dims:
     "aten::_efficientzerotensor",
 )
 def fresh(op: Operation, *args: Any, **kwargs: Any) -> Dims:
-    """Values that say nothing about neurons."""
-    return [op.asked(size) for size in op.out.shape]
+    """Values that do not depend on neurons."""
+    return [op.new_size(size) for size in op.out.shape]
 
 
 @rule("aten::arange", "aten::range", "aten::linspace", "aten::logspace", "aten::randperm",
@@ -41,7 +41,7 @@ def fresh(op: Operation, *args: Any, **kwargs: Any) -> Dims:
       "aten::kaiser_window")  # fmt: skip
 def positional(op: Operation, *args: Any, **kwargs: Any) -> Dims:
     """Values that are numbers of positions: those of some positions are not those of the first so many."""
-    dims = [op.asked(size) for size in op.out.shape]
+    dims = [op.new_size(size) for size in op.out.shape]
     op.freeze(dims, f"is numbered by {op.short}")
     return dims
 
@@ -52,7 +52,7 @@ def eye(op: Operation, *args: Any, **kwargs: Any) -> Dims:
     rows, columns = op.out.shape
     if rows != columns:
         return positional(op)
-    dim = op.asked(rows)
+    dim = op.new_size(rows)
     if len(args) > 1:  # the number of columns is given too
-        op.trace.asked.append(dim.layout)
+        op.trace.new_sizes.append(dim.layout)
     return [dim, dim]

@@ -51,7 +51,7 @@ def looked_up(op: Operation, dim: Dim, indices: Tensor) -> Dim | None:
     """The dimension that a fixed list of positions makes of ``dim``, if the list can be rewritten with it.
 
     The positions are followed one by one, so that a permutation or a selection of channels ties the right neurons. A
-    fixed mask says for each position whether it is selected, and shrinks along with the dimension.
+    fixed mask selects positions one by one, and shrinks along with the dimension.
     """
     if indices.dim() != 1 or all(atom.frozen is not None for atom in atoms(dim.layout)):
         return None
@@ -75,7 +75,7 @@ def _positions(dim: Dim, indices: Tensor) -> Dim:
 
 def _masked(op: Operation, dim: Dim, mask: Tensor) -> Dim | None:
     """The positions that a mask held by the model selects."""
-    if not op.is_held(mask) or mask.is_meta or isinstance(mask, FakeTensor):
+    if not op.is_member(mask) or mask.is_meta or isinstance(mask, FakeTensor):
         return None
     op.same(op.dims(mask)[0], dim)
     with no_dispatch():
@@ -202,7 +202,7 @@ def _told_where(op: Operation, written: Dims, *, adds: bool) -> None:
         else:
             op.freeze([one, written[0]], "is written in part")
     if not (adds and len(written) > 1 and written[1].zero):
-        op.inexact(written[0], f"says by {op.short} where something is written")
+        op.inexact(written[0], f"holds the indices that {op.short} writes to")
 
 
 @rule("aten::index_add", "aten::index_copy", "aten::index_fill", "aten::index_reduce")
@@ -308,10 +308,10 @@ def isin(op: Operation, elements: Any, sought: Any, **kwargs: Any) -> Dims:
 @rule("aten::searchsorted", "aten::bucketize")
 def searchsorted(op: Operation, first: Tensor, second: Any, *args: Any, **kwargs: Any) -> Dims:
     """Values ranked in a sorted list."""
-    sorted_list, asked = (first, second) if op.short == "searchsorted" else (second, first)
+    sorted_list, searched = (first, second) if op.short == "searchsorted" else (second, first)
     op.freeze(op.dims(sorted_list), "is searched in")
-    if not isinstance(asked, Tensor):
+    if not isinstance(searched, Tensor):
         return []
     if sorted_list.dim() > 1:
-        op.freeze(op.dims(asked)[:-1], "is searched for in a list of its own")
-    return [Dim(dim.layout) for dim in op.dims(asked)]
+        op.freeze(op.dims(searched)[:-1], "is searched for in a list of its own")
+    return [Dim(dim.layout) for dim in op.dims(searched)]

@@ -77,7 +77,7 @@ def aligned(op: Operation, tensors: Sequence[Tensor], rank: int) -> list[tuple[D
 
 
 def pointwise(op: Operation, tensors: Sequence[Tensor], zero: Callable[[list[bool]], bool]) -> Dims:
-    """The dimensions of a pointwise result; ``zero`` says from the operands' flags whether it is zero where masked."""
+    """The dimensions of a pointwise result; ``zero`` maps operands' flags to whether it is zero where masked."""
     if len(tensors) == 1 and isinstance(op.out, Tensor):
         own = op.dims(tensors[0])
         if len(own) == op.out.dim():  # nothing is broadcast
@@ -115,7 +115,7 @@ def _answers(op: Operation, dims: Dims) -> Any:
 def keeps_zero(op: Operation, *args: Any, **kwargs: Any) -> Any:
     """Functions with f(0) = 0, of the first operand."""
     answer = _answers(op, pointwise(op, _operands(args, kwargs), lambda zeros: zeros[0]))
-    if "native_dropout" in op.name:  # beside it, what was dropped is told by a mask
+    if "native_dropout" in op.name:  # beside it, a mask of what was dropped
         return answer[0], [Dim(dim.layout) for dim in answer[0]]
     return answer
 

@@ -49,7 +49,7 @@ def _gone(rank: int, dim: Any) -> set[int]:
 
 
 def reduced_over(op: Operation, dim: Dim, why: str | None) -> None:
-    """States that a dimension is summed over or, where ``why`` says how, reduced by more than a sum."""
+    """States that a dimension is summed over or, for the reason ``why``, reduced by more than a sum."""
     if dim.size > 1 and why is not None:
         op.inexact(dim, why)
     elif dim.size > 1 and not dim.zero:

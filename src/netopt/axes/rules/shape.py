@@ -132,7 +132,7 @@ def expand(op: Operation, tensor: Tensor, sizes: Sequence[int], **kwargs: Any) -
     result: Dims = []
     for index, size in enumerate(op.out.shape):
         old = dims[index - missing] if index >= missing else None
-        result.append(old if old is not None and old.size == size else op.asked(size))
+        result.append(old if old is not None and old.size == size else op.new_size(size))
     return result
 
 
@@ -144,13 +144,13 @@ def repeat(op: Operation, tensor: Tensor, repeats: Sequence[int]) -> Dims:
     result: Dims = []
     for index, times in enumerate(repeats):
         if index < missing:
-            result.append(op.asked(times))
+            result.append(op.new_size(times))
         elif times == 1:
             result.append(dims[index - missing])
         elif times == 0:
             result.append(op.frozen(0, "is empty"))
         else:
-            result.append(merge([Dim(op.asked(times).layout, True), dims[index - missing]]))
+            result.append(merge([Dim(op.new_size(times).layout, True), dims[index - missing]]))
     return result
 
 
@@ -241,7 +241,7 @@ def slice_(op: Operation, tensor: Tensor, dim: int = 0, start: Any = None, end: 
     whole = dims[where]
     dims[where] = sliced(op, whole, first, last, step, op.out.shape[where])
     if dims[where].size != whole.size:
-        op.took(tensor, whole, dims[where])
+        op.note_slice(tensor, whole, dims[where])
     return dims
 
 
@@ -311,7 +311,7 @@ def select(op: Operation, tensor: Tensor, dim: int, index: int) -> Dims:
         behind = cut(chosen, kept) if 0 < kept < chosen.size else None
     if behind is not None:
         op.freeze(behind[0] if number >= 0 else behind[1], why)
-        op.took(tensor, chosen, behind[0] if number >= 0 else behind[1])
+        op.note_slice(tensor, chosen, behind[0] if number >= 0 else behind[1])
     else:
         op.freeze(chosen, why)
     return dims

@@ -157,13 +157,13 @@ def unfold(op: Operation, tensor: Tensor, dim: int, size: int, step: int) -> Dim
 @rule("aten::unfold_backward")
 def unfold_gradient(op: Operation, windows: Tensor, sizes: Sequence[int], dim: int, *args: Any) -> Dims:
     """Windows added up where they lie."""
-    *dims, inside = op.dims(windows)
-    if len(dims) != op.out.dim():  # torch does not check it
-        op.freeze([*dims, inside], "is read in windows")
+    if len(op.dims(windows)) != len(sizes) + 1:  # torch does not check it
+        op.freeze(op.dims(windows), "is read in windows")
         return [op.frozen(size, "is read in windows") for size in op.out.shape]
-    at = dim % len(dims)
+    at = dim % len(sizes)
     why = "is read in windows"
-    op.freeze([dims[at], inside], why)
+    dims = list(op.dims(windows))[: len(sizes)]
+    op.freeze([dims[at], op.dims(windows)[-1]], why)
     dims[at] = op.frozen(op.out.shape[at], why)
     return dims
 

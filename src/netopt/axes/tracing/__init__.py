@@ -1,1 +1,1 @@
-"""What one forward says: of dimensions, of sizes, of the integers a model holds."""
+"""One forward, traced: its dimensions, its sizes, the integers a model holds."""

@@ -1,7 +1,7 @@
 """A layer's own size used as a number: ``emb(x) * math.sqrt(emb.embedding_dim)``.
 
 Layers describe their tensors by integers that set no size of the forward. One that the forward computes with, compares
-or cuts by is stated to be the size it describes, so that what is computed with it is known to change.
+or cuts by is stated to be the size it describes, so that what is computed with it changes with it.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from netopt.model.descriptions import QUOTIENTS, ROWS_OF, dimension, stored_unde
 from netopt.symbolic import AttributeRef, Constraints, DimSize, SymbolicInt, leaves
 
 
-def settle_described_sizes(parts: Parts, trace: DimTracer) -> None:
-    """States what each integer counts that the forward has used and that describes a tensor of its module."""
+def bind_described_sizes(parts: Parts, trace: DimTracer) -> None:
+    """Equates each integer that the forward has used with the size it describes in a tensor of its module."""
     modules = dict(parts)
     names = {id(tensor): name for name, tensor in trace.members.items()}
     constraints = trace.constraints
@@ -47,7 +47,7 @@ def _used(constraints: Constraints) -> Iterator[AttributeRef]:
 
 
 def _described(place: AttributeRef, module: nn.Module, value: int, trace: DimTracer, names: Mapping[int, str]) -> Any:
-    """The size that an attribute of a module counts, as a number that remembers it; ``None`` if it counts none."""
+    """The size that an attribute of a module counts, as a symbolic integer; ``None`` if it counts none."""
     attribute = str(place.path[1])
     for row in ROWS_OF.get(attribute, ()):
         stored = stored_under(module, row.tensor)

@@ -1,7 +1,7 @@
-"""One forward, watched: every operation it executes states equations between the dimensions of its tensors.
+"""One forward, traced: every operation it executes states equations between the dimensions of its tensors.
 
-The trace sits below the user's code and above the kernels. It knows the dimensions of every tensor alive, asks the
-rules what an operation says about them, and never reads a value.
+The trace sits below the user's code and above the kernels. It holds the dimensions of every tensor alive, applies to
+them the rule of each operation, and never reads a value.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from netopt.model.restore import CopyOnWrite, storage_of
 from netopt.symbolic import Constraints, calling_line
 
 _serial = itertools.count()
-# Operations that answer a question about a tensor and make none.
-_QUESTIONS = frozenset(
+# Operations that query a tensor and make none.
+_QUERIES = frozenset(
     [
         "prim::device",
         "aten::sym_size",
@@ -48,11 +48,11 @@ _QUESTIONS = frozenset(
 
 
 class Traits(NamedTuple):
-    """What is to be known of an operation before each of its calls."""
+    """The properties of an operation that are needed at each of its calls."""
 
     name: str
     writes: bool
-    is_question: bool
+    is_query: bool
     shares: bool
     formula: Callable[..., Any] | None
 
@@ -62,7 +62,7 @@ _POSITIONS = frozenset([torch.int64, torch.int32])
 
 
 def traits_of(function: Any) -> Traits:
-    """What is to be known of an operation, an overload."""
+    """The traits of an operation, an overload; computed once."""
     return _traits.get(function) or _describe(function)
 
 
@@ -72,19 +72,19 @@ def _describe(function: Any) -> Traits:
     found = _traits[function] = Traits(
         schema.name,
         schema.is_mutable,
-        schema.name in _QUESTIONS,
+        schema.name in _QUERIES,
         any(result.alias_info is not None for result in schema.returns),
         cost,
     )
     return found
 
 
-# Those among them whose answer is a value.
+# Those among them that return a value.
 _VALUES = frozenset(["aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::item", "aten::allclose"])
 
 
 class Work(NamedTuple):
-    """An operation that costs multiplications: its formula, and what it was given, tensors as layouts."""
+    """An operation that costs multiplications: its formula and arguments, tensors as layouts."""
 
     formula: Callable[..., Any]
     args: Any
@@ -92,8 +92,8 @@ class Work(NamedTuple):
     result: Any
 
 
-class _Known:
-    """What a trace knows of one tensor: its dimensions, whether it depends on the inputs, and what it is a view of.
+class _TensorInfo:
+    """The record of one tensor: its dimensions, whether it depends on the inputs, and what it is a view of.
 
     Together these make a graph: what a tensor was computed from, and what holds should it reach a result.
     """
@@ -104,12 +104,12 @@ class _Known:
         self.dims = dims
         self.data = data
         self.source = source
-        self.parents: Sequence[_Known] = ()
+        self.parents: Sequence[_TensorInfo] = ()
         self.marks: Sequence[Mark] = ()
-        self.memory: list[_Known] = []  # shared by a tensor and its views: the last write, if there was one
+        self.memory: list[_TensorInfo] = []  # shared by a tensor and its views: the last write, if there was one
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Known:
-        return self  # what is known of a tensor holds of its copy
+    def __deepcopy__(self, memo: dict[int, Any]) -> _TensorInfo:
+        return self  # it holds of a copy of the tensor too
 
 
 class DimTracer(ThreadDispatchMode):
@@ -118,9 +118,9 @@ class DimTracer(ThreadDispatchMode):
     Attributes:
         members: Every parameter, buffer and other tensor the model holds, by name; one name a tensor.
         parameters: Names of those members that are parameters.
-        ledger: What was learned of integers.
-        asked: Layouts made by the call in progress whose size came from the caller's code.
-        implicit_sizes: Layouts whose size no integer of a call said, each with the module that made the call.
+        constraints: What is recorded of integers.
+        new_sizes: Layouts made by the call in progress whose sizes are among its arguments.
+        implicit_sizes: Layouts whose size no integer of a call is, each with the module that made the call.
         groups: The layout of the groups of the last grouped operation.
         reads: Per member name, the layouts its uses sum over.
         makes: Per member name, the layouts its uses produce.
@@ -128,26 +128,25 @@ class DimTracer(ThreadDispatchMode):
         operations: How many operations ran.
         unknown: Names of the operations that had no rule.
         kernels: Dimensions of kernels: no neurons, whatever else they meet.
-        left_out: Parts of weights that a slice passes over.
-        taken: Parts of weights that a slice or another selection reads.
-        work: What each operation that costs multiplications was given: its formula, arguments and result, with every
-            tensor as the layouts of its dimensions. Of the first run only.
+        sliced: Parts of weights that a slice passes over.
+        selected: Parts of weights that a slice or another selection reads.
+        work: The operations that cost multiplications, of the first run only.
         counting: Whether work is being noted.
         writes: Values of parameters from before something was written to them.
-        complete: Whether every tensor an operation read is known to be given or made by an operation seen.
+        complete: Whether every tensor an operation read is an input, a member or the result of a traced operation.
         pointers: Names of integer members whose entries are positions of a layout.
         follows: The name of such a member, if the operation in progress does nothing else with it.
-        by_value: Whether sizes may depend on values: something was selected by value, read as a plain number, or given
-            to an operation that nobody has described.
+        by_value: Whether sizes may depend on values: something was selected by value, read as a plain number, or
+            reached an operation without a rule.
     """
 
     def __init__(self, members: dict[str, Tensor], parameters: frozenset[str]) -> None:
         super().__init__()
         self.parameters = parameters
-        self._note = f"_netopt_dims_{next(_serial)}"  # one trace may run inside another
+        self._key = f"_netopt_dims_{next(_serial)}"  # one trace may run inside another
         self.members = members
         self.constraints = Constraints()
-        self.asked: list[Layout] = []
+        self.new_sizes: list[Layout] = []
         self.implicit_sizes: list[tuple[Layout, str, nn.Module]] = []
         self.groups: Layout | None = None
         self.reads: dict[str, list[Layout]] = defaultdict(list)
@@ -156,49 +155,51 @@ class DimTracer(ThreadDispatchMode):
         self.operations = 0
         self.unknown: set[str] = set()
         self.kernels: list[Layout] = []
-        self.left_out: list[Layout] = []
-        self.taken: list[Layout] = []
+        self.sliced: list[Layout] = []
+        self.selected: list[Layout] = []
         self.work: list[Work] = []
         self.counting = False
         self.pointers: dict[str, Layout] = {}
         self.follows: str | None = None
-        self._lists = frozenset(name for name, one in members.items() if one.dim() == 1 and one.dtype in _POSITIONS)
-        self._strayed: set[str] = set()
+        self._index_lists = frozenset(
+            name for name, one in members.items() if one.dim() == 1 and one.dtype in _POSITIONS
+        )
+        self._read_as_values: set[str] = set()
         self.in_call = False
         self.by_value = False
         self.complete = True
-        self._alive: list[_Known] = []
+        self._alive: list[_TensorInfo] = []
         self._marks: list[Mark] = []
-        self._marked: list[Tensor] = []
-        self._dirty: dict[int, Any] = {}
+        self._tagged: list[Tensor] = []
+        self._nonzero_storages: dict[int, Any] = {}
         self.writes = CopyOnWrite([members[name] for name in parameters])
         for name, tensor in members.items():
             zero = tensor.is_floating_point() or tensor.is_complex()
-            vars(tensor)[self._note] = _Known([Dim(Atom(size), zero) for size in tensor.shape], data=False, source=name)
-        self._marked.extend(members.values())
+            self._record(tensor, [Dim(Atom(size), zero) for size in tensor.shape], data=False, source=name)
+        self._tagged.extend(members.values())
 
     def close(self) -> None:
-        """Takes the notes off the tensors that outlive the trace, and undoes what the forward wrote into parameters."""
+        """Removes the records of tensors that outlive the trace, and undoes what the forward wrote into parameters."""
         self.writes.undo()
-        for tensor in self._marked:
-            vars(tensor).pop(self._note, None)
-        self._marked.clear()
+        for tensor in self._tagged:
+            vars(tensor).pop(self._key, None)
+        self._tagged.clear()
 
     def inputs(self, tensors: Iterable[Tensor]) -> None:
-        """States that these tensors are given from outside: none of their positions may go."""
+        """Declares these tensors inputs: none of their positions may go."""
         for tensor in tensors:
-            if self._known(tensor) is None:
+            if self._info(tensor) is None:
                 dims = [Dim(Atom(size, "is a dimension of the model's input"), True) for size in tensor.shape]
-                self._learn(tensor, dims, data=True, source=None, mark=True)
+                self._record(tensor, dims, data=True, source=None, mark=True)
 
     def dims(self, tensor: Tensor) -> Dims:
         """The dimensions of ``tensor``, resolved; a tensor from outside is a constant, whose positions all stay."""
-        known = tensor.__dict__.get(self._note)
+        known = tensor.__dict__.get(self._key)
         if known is None:
             known = self._register(tensor)
         elif known.source is not None:
             self.touched.add(known.source)
-        if self._dirty and storage_of(tensor) in self._dirty:
+        if self._nonzero_storages and storage_of(tensor) in self._nonzero_storages:
             known.dims = [Dim(resolve(layout), False) for layout, _ in known.dims]
             return known.dims
         for layout, _ in known.dims:
@@ -207,22 +208,22 @@ class DimTracer(ThreadDispatchMode):
                 break
         return known.dims
 
-    def _register(self, tensor: Tensor) -> _Known:
-        """What is known of a tensor that an operation reads."""
-        known = tensor.__dict__.get(self._note)
+    def _register(self, tensor: Tensor) -> _TensorInfo:
+        """The record of a tensor that an operation reads."""
+        known = tensor.__dict__.get(self._key)
         if known is None:
             dims = [Dim(Atom(size, f"meets a constant tensor, at {self.where()}" if size > 1 else None))
                     for size in tensor.shape]  # fmt: skip
-            known = self._learn(tensor, dims, data=False, source=None, mark=True)
+            known = self._record(tensor, dims, data=False, source=None, mark=True)
         elif known.source is not None:
             self.touched.add(known.source)
         return known
 
-    def _read(self, tensors: list[Tensor], traits: Traits) -> list[_Known]:
-        """What is known of the tensors an operation reads, and of the last writes into their memory."""
+    def _read(self, tensors: list[Tensor], traits: Traits) -> list[_TensorInfo]:
+        """The records of the tensors an operation reads, and of the last writes into their memory."""
         known = []
         for tensor in tensors:
-            one = tensor.__dict__.get(self._note)
+            one = tensor.__dict__.get(self._key)
             if one is None:
                 if traits.name != "aten::lift_fresh":  # which takes in a tensor made of plain numbers
                     self.complete = False
@@ -236,12 +237,12 @@ class DimTracer(ThreadDispatchMode):
 
     def depends_on_data(self, tensor: Tensor) -> bool:
         """Whether ``tensor`` was computed from the model's inputs."""
-        known = self._known(tensor)
+        known = self._info(tensor)
         return known is not None and known.data
 
     def pointer(self, tensor: Tensor) -> str | None:
         """The name of the member ``tensor`` is, if its entries can be read and rewritten as positions."""
-        known = self._known(tensor)
+        known = self._info(tensor)
         if known is None or known.source is None or self.members[known.source] is not tensor:
             return None
         readable = tensor.dim() == 1 and not tensor.is_meta and not isinstance(tensor, FakeTensor)
@@ -249,7 +250,7 @@ class DimTracer(ThreadDispatchMode):
 
     def note_roles(self, tensor: Tensor, summed: Iterable[Dim], kept: Iterable[Dim]) -> None:
         """Notes, for the member a weight is made of, what a contraction sums over and what it produces."""
-        known = self._known(tensor)
+        known = self._info(tensor)
         if known is not None and known.source is not None:
             self.reads[known.source].extend(dim.layout for dim in summed)
             self.makes[known.source].extend(dim.layout for dim in kept)
@@ -261,15 +262,15 @@ class DimTracer(ThreadDispatchMode):
         self._marks += marks
 
     def reach(self, tensors: Iterable[Tensor]) -> None:
-        """Notes that the values of these tensors count: they are results, or the code looks at them."""
+        """Notes that the values of these tensors count: they are results, or the code reads them."""
         for tensor in tensors:
             known = self._register(tensor)
             self._alive += [known, *known.memory]
-            if known.source in self._lists:
-                self._strayed.add(known.source)
+            if known.source in self._index_lists:
+                self._read_as_values.add(known.source)
 
     def finalize(self) -> None:
-        """Marks layouts by what reaches a result; where a tensor came from is not always known, then by everything."""
+        """Applies the marks that reach a result; all of them where some tensor's origin was not traced."""
         seen = set(self._alive)
         waiting = list(seen)
         live: set[int] = set()
@@ -283,31 +284,31 @@ class DimTracer(ThreadDispatchMode):
         for mark in self._marks:
             if not self.complete or id(mark) in live:
                 mark.state(mark.layout, mark.why)
-        for name in self._strayed & self.pointers.keys():
+        for name in self._read_as_values & self.pointers.keys():
             freeze(self.pointers[name], f"is numbered by {name}, whose entries are used in another way too")
 
     def where(self) -> str:
         """The line of the user's code being run."""
         return calling_line()
 
-    def _known(self, tensor: Tensor) -> _Known | None:
-        return tensor.__dict__.get(self._note)
+    def _info(self, tensor: Tensor) -> _TensorInfo | None:
+        return tensor.__dict__.get(self._key)
 
-    def _learn(self, tensor: Tensor, dims: Dims, *, data: bool, source: str | None, mark: bool = False) -> _Known:
-        known = _Known(dims, data=data, source=source)
-        vars(tensor)[self._note] = known
+    def _record(self, tensor: Tensor, dims: Dims, *, data: bool, source: str | None, mark: bool = False) -> _TensorInfo:
+        known = _TensorInfo(dims, data=data, source=source)
+        vars(tensor)[self._key] = known
         if mark:
-            self._marked.append(tensor)
+            self._tagged.append(tensor)
         return known
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Runs one operation and lets its rule speak."""
+        """Runs one operation and applies its rule."""
         if kwargs is None:
             kwargs = {}
         traits = traits_of(function)
-        if traits.is_question:
+        if traits.is_query:
             if traits.name in _VALUES:
                 self.by_value = True
                 self.reach(_tensors_in(args, []))
@@ -328,10 +329,10 @@ class DimTracer(ThreadDispatchMode):
         args: Sequence[Any],
         kwargs: dict[str, Any],
         tensors: list[Tensor],
-        known: list[_Known],
+        known: list[_TensorInfo],
         out: Any,
     ) -> None:
-        """States what the rule of an operation says, and records its cost."""
+        """States the equations of an operation, and records its cost."""
         self.operations += 1
         outs = [out] if isinstance(out, Tensor) else _tensors_in((out,), [])
         if outs:
@@ -345,44 +346,46 @@ class DimTracer(ThreadDispatchMode):
         args: Any,
         kwargs: Any,
         tensors: list[Tensor],
-        known: list[_Known],
+        known: list[_TensorInfo],
         out: Any,
         outs: list[Tensor],
     ) -> None:
         op = Operation(self, traits.name, tensors, out)
-        constrain = find_rule(traits.name)
+        found_rule = find_rule(traits.name)
         if kwargs:
             kwargs.pop("out", None)
-        if constrain is None:
-            self._refuse(op)
-            answer: Any = None
+        if found_rule is None:
+            self._freeze_operands(op)
+            stated: Any = None
         else:
             self.follows = None
-            answer = constrain(op, *args, **kwargs)
-        if self._lists:
-            self._strayed.update(
-                one.source for one in known if one.source in self._lists and one.source != self.follows
+            stated = found_rule(op, *args, **kwargs)
+        if self._index_lists:
+            self._read_as_values.update(
+                one.source for one in known if one.source in self._index_lists and one.source != self.follows
             )
-        lists = answer if isinstance(answer, tuple) else (answer,)
+        lists = stated if isinstance(stated, tuple) else (stated,)
         for index, tensor in enumerate(outs):
-            written = self._known(tensor)
+            written = self._info(tensor)
             dims = lists[index] if index < len(lists) else None
             if dims is None:
-                dims = self._unsaid(traits.name if constrain is None else None, tensor, written)
+                dims = self._default_dims(traits.name if found_rule is None else None, tensor, written)
             dims = [dim if type(dim) is Dim else Dim(dim) for dim in dims]
             if [dim[0].size for dim in dims] != list(tensor.shape):
-                self._disagree(traits.name, tensor, dims)
+                self._mismatch(traits.name, tensor, dims)
             if written is not None and traits.writes:
                 self._note_write(tensor, tensors, written.dims, dims)
-            now = self._made(tensor, dims, known, written)
+            now = self._record_result(tensor, dims, known, written)
             self._share(now, traits, known, written)
             now.marks = [*op.marks, *op.when_read.get(index, ())] if op.when_read else op.marks
         self._marks += op.marks
         for marks in op.when_read.values():
             self._marks += marks
 
-    def _share(self, now: _Known, traits: Traits, known: Sequence[_Known], written: _Known | None) -> None:
-        """Lets a result and what it is a view of know of one another's writes."""
+    def _share(
+        self, now: _TensorInfo, traits: Traits, known: Sequence[_TensorInfo], written: _TensorInfo | None
+    ) -> None:
+        """Shares the record of writes between a result and what it is a view of."""
         if written is not None:
             now.memory = written.memory
             if traits.writes:
@@ -392,8 +395,10 @@ class DimTracer(ThreadDispatchMode):
         elif traits.shares and known:
             now.memory = known[0].memory
 
-    def _made(self, tensor: Tensor, dims: Dims, known: Sequence[_Known], written: _Known | None) -> _Known:
-        """Learns a result of what is known; one that was ``written`` to keeps whose it was."""
+    def _record_result(
+        self, tensor: Tensor, dims: Dims, known: Sequence[_TensorInfo], written: _TensorInfo | None
+    ) -> _TensorInfo:
+        """Records a result of these operands; one that was ``written`` to keeps its source."""
         data, source = False, None
         for one in known:
             if one.data:
@@ -404,12 +409,12 @@ class DimTracer(ThreadDispatchMode):
             source = None
         if written is not None:
             data, source = data or written.data, written.source or source
-        now = self._learn(tensor, dims, data=data, source=source)
+        now = self._record(tensor, dims, data=data, source=source)
         now.parents = known
         return now
 
-    def _unsaid(self, unruled: str | None, tensor: Tensor, written: _Known | None) -> Dims:
-        """The dimensions of a result of which no rule says anything; ``unruled`` names an operation without one."""
+    def _default_dims(self, unruled: str | None, tensor: Tensor, written: _TensorInfo | None) -> Dims:
+        """The dimensions of a result that no rule returns; ``unruled`` names an operation without one."""
         if unruled is not None:
             why = f"reaches {unruled}, which has no rule, at {self.where()}"
             return [Dim(Atom(size, why)) for size in tensor.shape]
@@ -436,9 +441,9 @@ class DimTracer(ThreadDispatchMode):
         return value
 
     def _layouts(self, tensor: Tensor) -> tuple[Layout, ...]:
-        return tuple([layout for layout, _ in tensor.__dict__[self._note].dims])
+        return tuple([layout for layout, _ in tensor.__dict__[self._key].dims])
 
-    def _refuse(self, op: Operation) -> None:
+    def _freeze_operands(self, op: Operation) -> None:
         self.unknown.add(op.name)
         self.by_value = True
         for tensor in op.tensors:
@@ -446,19 +451,19 @@ class DimTracer(ThreadDispatchMode):
                 if dim.size > 1:
                     freeze(dim.layout, f"reaches {op.name}, which has no rule, at {self.where()}")
 
-    def _disagree(self, name: str, tensor: Tensor, dims: Dims) -> NoReturn:
+    def _mismatch(self, name: str, tensor: Tensor, dims: Dims) -> NoReturn:
         sizes = tuple(dim.size for dim in dims)
         raise TraceError(f"the rule of {name} gives sizes {sizes} to a result of shape {tuple(tensor.shape)}.")
 
     def _note_write(self, tensor: Tensor, tensors: list[Tensor], before: Dims, after: Dims) -> None:
-        """After a write of what need not be zero, nothing in that storage is known to be zero any more."""
+        """After a write of what need not be zero, nothing in that storage need be zero."""
         reshaped = len(before) != len(after)  # as by unsqueeze_, which leaves the entries alone
         if (
             not reshaped
             and any(tensor is one for one in tensors)
             and any(old.zero and not new.zero for old, new in zip(before, after, strict=True) if old.size > 1)
         ):
-            self._dirty[storage_of(tensor)] = tensor  # kept alive, so that its address is not reused
+            self._nonzero_storages[storage_of(tensor)] = tensor  # kept alive, so that its address is not reused
 
 
 def _tensors_in(values: Iterable[Any], found: list[Tensor]) -> list[Tensor]:

@@ -1,6 +1,6 @@
 """Sizes that a fused kernel for grouped-query attention implies.
 
-Such a kernel is not given the number of query heads that share a key head: the shapes imply it. The module may hold
+Such a kernel does not take the number of query heads that share a key head: the shapes imply it. The module may hold
 that number for other inputs, as ``num_key_value_groups``, and use it on another path. Where all of several modules of a
 class have one and the same integer that is as large and set no size on these inputs, that is the number and follows;
 anywhere else such an integer freezes the layout.

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_iter
 
 from netopt.axes.layout import Layout, freeze
-from netopt.axes.tracing.calls import CALL_RULES, CONTRACTIONS, OPERANDS, call_rule_of
+from netopt.axes.operation import Dim
+from netopt.axes.tracing.calls import find_call_rule
+from netopt.axes.tracing.calls.registry import Operands
 from netopt.axes.tracing.dims import DimTracer
 from netopt.model.attributes import Parts
 from netopt.model.calls import Call, CallNames
@@ -33,36 +35,37 @@ class Reading(NamedTuple):
 
 
 class SizeTracer(CallNames):
-    """Sees every torch call of one traced forward, and answers with symbolic integers where ``symbolic``."""
+    """Sees every torch call of one traced forward, and returns symbolic integers where ``symbolic``."""
 
     def __init__(self, model: nn.Module, parts: Parts, trace: DimTracer, *, symbolic: bool = True) -> None:
         super().__init__(model, parts)
         self.symbolic = symbolic
         self.model = model
         self.trace = trace
+        self.constraints = trace.constraints
         self.readings: list[Reading] = []
 
     def run_call(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs one call, and turns its integers into equations with the layouts its operations made."""
         trace = self.trace
-        if trace.asked:
-            trace.asked.clear()
+        if trace.new_sizes:
+            trace.new_sizes.clear()
         trace.groups = None
         name = getattr(function, "__name__", "")
-        rule = CALL_RULES.get(name) or call_rule_of(name)
+        rule = find_call_rule(name)
         trace.in_call = True
         try:
             result = unfused(function)(*args, **kwargs)
         finally:
             trace.in_call = False
-        if rule.answer is not None:
-            return rule.answer(self, function, args, kwargs, result) if self.symbolic else result
+        if rule.query is not None:
+            return rule.query(self, function, result, *args, **kwargs) if self.symbolic else result
         if rule.contracts:
-            self._note_readings(self.name_of(name), args, kwargs)
+            self._note_readings(rule.contracts, self.name_of(name), args, kwargs)
         if rule.constrain is not None:
-            rule.constrain(self, args, kwargs, result)
-        elif trace.asked:
-            self._explain(name, args, kwargs)
+            rule.constrain(self, result, *args, **kwargs)
+        elif trace.new_sizes:
+            self._equate_new_sizes(name, args, kwargs)
         self.note_numbers(args, kwargs, rule.numbers)
         return result
 
@@ -71,38 +74,48 @@ class SizeTracer(CallNames):
         """Names of the modules that were called."""
         return frozenset(self.visits.counts)
 
+    def number(self, layout: Layout) -> SymbolicInt:
+        """The size of ``layout`` as a symbolic integer."""
+        return SymbolicInt(layout.size, DimSize(layout), self.constraints)
+
     def size(self, value: int, layout: Layout) -> int:
-        """``value`` as an integer that remembers it is the size of ``layout``."""
-        return SymbolicInt(plain(value), DimSize(layout), self.trace.constraints) if plain(value) > 1 else value
+        """``value``, which is the size of ``layout``, as a symbolic integer; a one can neither shrink nor split."""
+        return SymbolicInt(plain(value), DimSize(layout), self.constraints) if plain(value) > 1 else value
 
     def equate(self, number: Any, layout: Layout, name: str) -> None:
         """States that ``number``, if it is one, is the size of ``layout``; a plain one freezes it."""
         if isinstance(number, bool) or not isinstance(number, int) or plain(number) < 0:
             return
         if layout.size == 1:
-            if type(number) is SymbolicInt and self.trace.constraints.knows(
-                number
-            ):  # a quotient, which must not become 0
-                self.trace.constraints.guard(operator.eq, number, 1, True)
-        elif self.trace.constraints.knows(number):
-            self.trace.constraints.equate(number, layout, name)
+            if type(number) is SymbolicInt:
+                self.keep(number)  # a quotient, which must not become 0
+        elif self.constraints.knows(number):
+            self.constraints.equate(number, layout, name)
         else:
             freeze(layout, f"meets the literal {int(number)} in {name} at {self.trace.where()}")
 
-    def _explain(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Finds, for every dimension the call made afresh, the integer that asked for it."""
+    def keep(self, numbers: Any) -> None:
+        """States that a number, or each of several, keeps its value where it is computed from sizes."""
+        for number in numbers if isinstance(numbers, (tuple, list)) else (numbers,):
+            if type(number) is SymbolicInt and self.constraints.knows(number):
+                self.constraints.guard(operator.eq, number, plain(number), True)
+
+    def note_sizes(self, dims: Sequence[Dim]) -> None:
+        """Notes that the code may compute with the sizes of these dimensions, as plain numbers."""
+        for dim in dims:
+            if dim.size > 1:
+                self.constraints.note_number(self.number(dim.layout))
+
+    def _equate_new_sizes(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Finds, for every dimension the call made afresh, the integer among its arguments that is the size."""
         numbers = _integers((args, kwargs))
-        for layout in self.trace.asked:
-            fitting = [number for number in numbers if plain(number) == layout.size]
-            match = next(
-                (number for number in fitting if self.trace.constraints.knows(number)), fitting[0] if fitting else None
-            )
+        for layout in self.trace.new_sizes:
+            equal = [number for number in numbers if plain(number) == layout.size]
+            match = next(filter(self.constraints.knows, equal), equal[0] if equal else None)
             if match is not None:
                 numbers = [number for number in numbers if number is not match]
                 self.equate(match, layout, name)
-            elif not any(
-                isinstance(leaf, Tensor) for leaf in tree_iter((args, kwargs))
-            ):  # else C++ follows the tensors
+            elif not any(isinstance(one, Tensor) for one in tree_iter((args, kwargs))):  # else C++ follows the tensors
                 freeze(layout, f"has a size that {name} computes at {self.trace.where()}")
 
     def note_numbers(self, args: tuple[Any, ...], kwargs: dict[str, Any], kinds: frozenset[type]) -> None:
@@ -110,29 +123,22 @@ class SizeTracer(CallNames):
         for value in (*args, *kwargs.values()) if kwargs else args:
             kind = type(value)
             if kind in kinds:
-                if value.constraints is self.trace.constraints:
-                    self.trace.constraints.numbers.append((value, self.trace.where()))
+                if value.constraints is self.constraints:
+                    self.constraints.numbers.append((value, self.trace.where()))
             elif kinds is SYMBOLIC and isinstance(value, (tuple, list, dict)):
                 self.note_numbers(tuple(value.values() if isinstance(value, dict) else value), {}, kinds)
 
-    def _note_readings(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        name = call.function
-        given: Sequence[Any] = args
-        if kwargs:
-            given = [*args, *(kwargs[key] for key in OPERANDS.get(name, ()) if key in kwargs)]
-        for argument, dim in CONTRACTIONS[name]:
-            tensor = given[argument] if argument < len(given) else None
+    def _note_readings(self, contracts: Operands, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = [*args, *kwargs.values()]
+        for (position, name), dim in contracts.items():
+            if position >= len(args):
+                position = len(args) + list(kwargs).index(name) if name in kwargs else len(given)  # noqa: PLW2901
+            tensor = given[position] if position < len(given) else None
             if isinstance(tensor, Tensor) and self.trace.depends_on_data(tensor):
                 dims = self.trace.dims(tensor)
                 if dims:
-                    at = dim if dim >= 0 else max(len(dims) + dim, 0)
-                    if name.startswith("conv"):
-                        at = 1 if len(dims) == _weight_dim(given) else 0
-                    self.readings.append(Reading(call, argument, at, dims[at][0]))
-
-
-def _weight_dim(tensors: Sequence[Any]) -> int:
-    return tensors[1].dim() if len(tensors) > 1 and isinstance(tensors[1], Tensor) else -1
+                    at = max(len(dims) + dim, 0)
+                    self.readings.append(Reading(call, position, at, dims[at].layout))
 
 
 def _integers(value: Any) -> list[int]:

@@ -1,7 +1,7 @@
 """Experts of a mixture that the example inputs are not routed to.
 
 A mixture of experts sends tokens to some of its experts, by value. The entries of one module list are interchangeable
-there: an expert without tokens is run on what a sibling of its class was given, and its result has the dimensions of
+there: an expert without tokens is run on the inputs of a sibling of its class, and its result has the dimensions of
 the sibling's. Without this the widths around it would change and it would keep its own.
 """
 
@@ -48,7 +48,7 @@ def unrouted(parts: Parts, reached: Collection[str], touched: Collection[str]) -
 
 @contextlib.contextmanager
 def experts_substituted(substitutes: Substitutes, trace: DimTracer) -> Iterator[None]:
-    """Runs each expert once on what its sibling is given first, until left."""
+    """Runs each expert once on the first inputs of its sibling, until left."""
     waiting = dict(substitutes)
 
     def run(sibling: nn.Module, args: Any, kwargs: Any, result: Any) -> None:

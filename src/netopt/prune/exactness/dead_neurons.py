@@ -54,12 +54,12 @@ def may_exist(held: ModelView, plan: Plan, nonzero: Mapping[str, int]) -> bool:
 
 
 def find(model: nn.Module, axes: Axes, axis: Axis, makers: set[str]) -> Tensor | None:
-    """Whether all weights that make each neuron are zero or masked; None if nothing is known to make the axis.
+    """Whether all weights that make each neuron are zero or masked; None if no tensor makes the axis.
 
     Args:
         model: In which the axes were found.
         axes: All of them.
-        axis: The one looked at.
+        axis: One of them.
         makers: Names of the layers and tensors whose outputs its neurons are.
     """
     known, zero, found = places(model), torch.ones(axis.size, dtype=torch.bool), False

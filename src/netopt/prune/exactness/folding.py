@@ -1,4 +1,4 @@
-"""Where the constant of a dead neuron is added once the neuron is gone: the bias of the layer that reads it.
+"""Bias propagation: the constant of a dead neuron is added to the bias of the layer that reads it.
 
 A linear layer, a convolution or ``addmm`` that reads a constant contracts it with its own weight, and its own bias
 takes the product; without a bias, the running mean of a batch norm right behind it does. Anything else refuses, with a
@@ -144,7 +144,7 @@ def _without(model: nn.Module, kept: Tensors, shifts: Mapping[str, Tensor]) -> l
 
 
 class _RefusedError(Exception):
-    """A layer cannot take a constant."""
+    """A layer cannot absorb a constant."""
 
 
 def _argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], place: int, name: str) -> Any:
@@ -185,7 +185,7 @@ _PRODUCTS: Mapping[str, Callable[..., tuple[Tensor, Any]]] = {
 
 
 class _Consumers(CallNames):
-    """Computes what each layer that reads constants lacks without them, and which of its tensors takes it."""
+    """Computes what the output of each layer is missing without the constants, and which of its tensors absorbs it."""
 
     def __init__(self, model: nn.Module, constants: Mapping[str, Sequence[tuple[Tap, Tensor]]]) -> None:
         super().__init__(model)
@@ -196,21 +196,21 @@ class _Consumers(CallNames):
         self._biases = {id(tensor): name for name, tensor in reversed(surgery.named_tensors(model).items())}
         self._biasless: dict[int, tuple[Tensor, Call, dict[str, Tensor]]] = {}
         """Results of layers without a bias; kept alive, so that no id is given twice."""
-        self._taken: dict[str, dict[str, list[Tensor]]] = {name: {} for name in constants}
+        self._absorbed: dict[str, dict[str, list[Tensor]]] = {name: {} for name in constants}
         self._refused: dict[str, str] = {}
 
     def folds(self) -> Folds:
-        """What was taken, of the axes of which everything was."""
-        for _, call, lacks in self._biasless.values():
-            for name in lacks:
+        """What was absorbed, of the axes of which everything was."""
+        for _, call, missing in self._biasless.values():
+            for name in missing:
                 self._refused.setdefault(name, f"`{call.module}`, which reads them, has no bias to take them")
         found = Folds(refused=self._refused)
-        for name, taken in self._taken.items():
-            for bias, several in taken.items():
+        for name, absorbed in self._absorbed.items():
+            for bias, several in absorbed.items():
                 if not all(_equal(one, several[0]) for one in several):
                     self._refused.setdefault(name, f"they would need different values of `{bias}` where it is used")
             if name not in self._refused:
-                found.shifts[name] = {bias: several[0] for bias, several in taken.items()}
+                found.shifts[name] = {bias: several[0] for bias, several in absorbed.items()}
         return found
 
     def on_call(
@@ -221,13 +221,13 @@ class _Consumers(CallNames):
         kwargs: dict[str, Any],
         result: Any,
     ) -> Any:
-        """Lets the bias of a layer, or the norm behind it, take the constants."""
+        """Adds the constants to the bias of a layer, or to the norm behind it."""
         if call.function in ("batch_norm", "instance_norm") and id(args[0]) in self._biasless:
             mean, of_batch = args[3], args[5]
-            for name, lack in self._biasless.pop(id(args[0]))[2].items():
+            for name, missing in self._biasless.pop(id(args[0]))[2].items():
                 # Statistics of the batch take a constant away by themselves.
                 if not of_batch:
-                    self._take(name, mean, -lack, call)
+                    self._absorb(name, mean, -missing, call)
         for name, several in self._constants.get(call, {}).items():
             self._read(name, several, call, args, kwargs, result)
         return result
@@ -247,21 +247,21 @@ class _Consumers(CallNames):
             self._refused.setdefault(name, why)
             return
         try:
-            lack, bias = product(torch.stack([values for _, values in several]).sum(0).to(result), args, kwargs)
+            missing, bias = product(torch.stack([values for _, values in several]).sum(0).to(result), args, kwargs)
         except _RefusedError as error:
             self._refused.setdefault(name, f"{error} by `{call.module}`")
             return
         if bias is None:
-            self._biasless.setdefault(id(result), (result, call, {}))[2][name] = lack
+            self._biasless.setdefault(id(result), (result, call, {}))[2][name] = missing
         else:
-            self._take(name, bias, lack, call)
+            self._absorb(name, bias, missing, call)
 
-    def _take(self, name: str, bias: Any, lack: Tensor, call: Call) -> None:
+    def _absorb(self, name: str, bias: Any, missing: Tensor, call: Call) -> None:
         own = self._biases.get(id(bias))
-        if own is None or bias.shape != lack.shape:
+        if own is None or bias.shape != missing.shape:
             self._refused.setdefault(name, f"`{call.module}`, which reads them, has no bias of its own")
         else:
-            self._taken[name].setdefault(own, []).append(lack)
+            self._absorbed[name].setdefault(own, []).append(missing)
 
 
 def _equal(first: Tensor, second: Tensor) -> bool:

@@ -1,9 +1,9 @@
 """Factors that make removing the same as masking where the size of an axis scales what is computed.
 
 The default scale of attention is one over the root of the size of a head, and a root of a mean of squares is over the
-number of entries. The trace says where a size is used so; the weights that make the scaled operand take the inverse
-factor. It is believed only if the scaled operation itself, the product of queries and keys or the normalisation, then
-gives what it gives in the masked model, and not because outputs agree.
+number of entries. The axes record where a size is used so; the weights that make the scaled operand are multiplied by
+the inverse factor. It is accepted only if the scaled operation itself, the product of queries and keys or the
+normalisation, then gives what it gives in the masked model, and not because outputs agree.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ _EPS = ("eps", "variance_epsilon")
 _ATTENTION = "scaled_dot_product_attention"
 _ADDING = ("addmm", "baddbmm")
 _SCALINGS = frozenset(("mul", "rmul", "imul", "multiply", "div", "divide", "true_divide", "truediv", "itruediv"))
-_OPERANDS = ("input", "query", "key", "other", "batch1", "mat1", "batch2", "mat2")
 
 Products = Mapping[Call, int]
 """Calls that contract two activations, with the place of the first among their operands."""
@@ -191,16 +190,11 @@ def _norm(result: Tensor, dims: int) -> Tensor:
     return wide.to(result.abs().dtype)
 
 
-def _operands(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
-    """The operands of a contraction in their order, however they are handed in."""
-    return [*args, *(kwargs[name] for name in _OPERANDS if name in kwargs)]
-
-
 def _product(function: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Tensor) -> Tensor:
     """The product of queries and keys, without what is added to it."""
     if function != _ATTENTION:
         return result - kwargs.get("beta", 1) * args[0] if function in _ADDING else result
-    query, key = _operands(args, kwargs)[:2]
+    query, key = (args[at] if len(args) > at else kwargs[name] for at, name in enumerate(("query", "key")))
     if query.dim() > 2 and query.shape[-3] != key.shape[-3]:
         key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
     scale = args[6] if len(args) > 6 else kwargs.get("scale")
@@ -279,7 +273,7 @@ class _Makers(CallNames):
     ) -> Any:
         """Adds what makes the first operand of a call."""
         for axis, place in self._places.get(call, ()):
-            operand = _operands(args, kwargs)[place]
+            operand = [*args, *kwargs.values()][place]
             if not operand.requires_grad:
                 continue
             weights = self._weights[axis]
