@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -20,8 +20,8 @@ from torch.utils import checkpoint
 from tqdm import tqdm
 
 from netopt import batches
-from netopt.batches import Batch
-from netopt.errors import MissingDataError, NonFiniteError
+from netopt.batches import Batch, Data
+from netopt.errors import ForwardError, MissingDataError, NonFiniteError
 from netopt.importance.evidence import _ready, gradients
 from netopt.model.calls import Call, CallNames
 from netopt.model.parameters import places
@@ -97,7 +97,7 @@ def saliency(
     model: nn.Module,
     taps: Taps,
     sizes: Mapping[str, int],
-    data: Iterable[Batch],
+    data: Data,
     *,
     outputs: Callable[[Any], list[Tensor]] | None = None,
     relative_error: float = USUAL_ERROR,
@@ -140,7 +140,7 @@ def saliency(
 
 
 def activations(
-    model: nn.Module, taps: Taps, sizes: Mapping[str, int], data: Iterable[Batch], *, progress: bool = False
+    model: nn.Module, taps: Taps, sizes: Mapping[str, int], data: Data, *, progress: bool = False
 ) -> dict[str, Tensor]:
     """Mean absolute activation of every neuron, over samples, positions and consumers; by axis, float64.
 
@@ -302,7 +302,10 @@ class _Differentiation:
     def _are_separate(self, inputs: Any, count: int) -> bool:
         """Whether samples lie along the first dimension of all outputs and none acts on another's activations."""
         size = min(count, 4)
-        readings, found = self._forward(_part(inputs, 0, size, count))
+        try:
+            readings, found = self._forward(_part(inputs, 0, size, count))
+        except ForwardError:  # as of a graph, whose nodes lie there; run whole, it may do
+            return False
         self.at_once = max(1, min(SAMPLES_AT_ONCE, ENTRIES_AT_ONCE * size // max(readings.entries, 1)))
         if not found or not readings.edges:
             return True

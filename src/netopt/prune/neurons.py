@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from netopt import masking, measure, surgery
 from netopt.axes import Outputs
-from netopt.batches import Batch, Inputs
+from netopt.batches import Data, Inputs
 from netopt.errors import ArgumentTypeError, InvalidArgumentError, NetoptError, UnknownNameError
 from netopt.importance import Importance, lookup
 from netopt.importance.neurons import NeuronScores, neuron_scores
@@ -47,7 +47,7 @@ def prune_neurons(
     max_params: float | None = None,
     max_macs: float | None = None,
     importance: Importance | Mapping[str, Tensor] = "saliency",
-    data: Iterable[Batch] | None = None,
+    data: Data | None = None,
     loss_fn: Callable[[Any, Any], Tensor] | None = None,
     scope: Scope = "global",
     include: AxisSelector = None,
@@ -136,7 +136,7 @@ def plan_neurons(
     max_params: float | None = None,
     max_macs: float | None = None,
     importance: Importance | Mapping[str, Tensor] = "saliency",
-    data: Iterable[Batch] | None = None,
+    data: Data | None = None,
     loss_fn: Callable[[Any, Any], Tensor] | None = None,
     scope: Scope = "global",
     include: AxisSelector = None,
@@ -178,7 +178,7 @@ class _Scoring:
     """Where scores come from."""
 
     importance: Importance | Mapping[str, Tensor]
-    data: Iterable[Batch] | None
+    data: Data | None
     loss_fn: Callable[[Any, Any], Tensor] | None
     progress: bool
 
