@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import prune
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import unchanged
 from netopt import masking
@@ -299,6 +302,45 @@ def test_where_a_mode_or_a_function_of_ones_own_uses_it():
     torch.testing.assert_close(masked.weight, 2.0 * masked.weight_mask)
 
 
+class EveryOperation(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode", [EveryOperation, lambda: FlopCounterMode(display=False)], ids=["own", "counter"])
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_a_write_where_a_mode_sees_every_operation(mode, context):
+    masked, _ = masked_and_plain()
+    with context(), mode():
+        weight = masked.weight
+        with torch.no_grad():
+            weight.fill_(3.0)
+    torch.testing.assert_close(masked.weight.detach(), 3.0 * masked.weight_mask)
+
+
+def test_a_write_to_a_weight_made_in_inference_mode():
+    with torch.inference_mode():
+        layer = nn.Linear(6, 5)
+    masking.put(layer, {"weight": torch.rand(5, 6) > 0.5})
+    for value in (3.0, 4.0):
+        with torch.inference_mode():
+            layer.weight.fill_(value)
+            torch.testing.assert_close(layer.weight, value * layer.weight_mask)
+            torch.testing.assert_close(layer(torch.eye(6)) - layer.bias, value * layer.weight_mask.T)
+
+
+@pytest.mark.parametrize("change", [lambda w: w.resize_(2, 2), lambda w: w.t_(), lambda w: w.unsqueeze_(0)])
+def test_a_form_that_is_refused_leaves_the_layer_as_it_was(change):
+    masked, plain = masked_and_plain()
+    x = torch.randn(2, 6)
+    with torch.no_grad():
+        with pytest.raises(MaskError):
+            change(masked.weight)
+        torch.testing.assert_close(masked(x), plain(x))
+        masked.weight.fill_(2.0)
+    torch.testing.assert_close(masked.weight.detach(), 2.0 * masked.weight_mask)
+
+
 def test_torch_may_mask_further():
     masked, _ = masked_and_plain()
     prune.random_unstructured(masked, "weight", amount=5)
@@ -311,8 +353,12 @@ def test_torch_may_mask_further():
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:torch.quantize_per_tensor")
 def test_a_quantization_that_goes_by_classes_is_warned_of():
     masked, _ = masked_and_plain()
-    with pytest.warns(UserWarning, match="masking.bake"):
-        torch.ao.quantization.quantize_dynamic(nn.Sequential(masked), {nn.Linear}, dtype=torch.qint8)
+    model = nn.Sequential(masked, masked_and_plain()[0], nn.ReLU())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for _ in range(2):
+            torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    assert sum("masking.bake" in str(one.message) for one in caught) == 1
     masking.bake(masked)
     quantized = torch.ao.quantization.quantize_dynamic(nn.Sequential(masked), {nn.Linear}, dtype=torch.qint8)
     assert "quantized" in type(quantized[0]).__module__

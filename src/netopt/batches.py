@@ -27,6 +27,7 @@ from netopt.errors import (
 
 __all__ = [
     "Batch",
+    "Data",
     "Feeder",
     "Inputs",
     "call",
@@ -50,6 +51,9 @@ Inputs: TypeAlias = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
 Batch: TypeAlias = Tensor | Sequence[Any] | Mapping[str, Any]
 """One batch: a tensor, ``(inputs, targets)``, or a mapping as Hugging Face gives it, targets under ``"labels"``."""
+
+Data: TypeAlias = Tensor | Iterable[Any] | Mapping[str, Any] | Dataset[Any] | Callable[[], Iterable[Any]]
+"""Batches, or what they are made of, in any form :func:`iterate` takes."""
 
 PRIMARY_NAMES = ("logits", "out", "last_hidden_state")
 

@@ -19,6 +19,7 @@ from netopt import batches
 from netopt.batches import Inputs
 from netopt.errors import InvalidArgumentError
 from netopt.flops import EXTRA
+from netopt.model.checks import check_values
 from netopt.model.parameters import count_nonzero
 from netopt.model.restore import restored
 from netopt.model.signals import UndoLog
@@ -134,6 +135,7 @@ def nonzero_of(held: ModelView, full: Collection[str] = ()) -> dict[str, int]:
 
 def size_bytes(model: nn.Module) -> int:
     """Returns the memory of parameters and buffers, in bytes; a shared tensor counts once."""
+    check_values(model)
     return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
 
 
@@ -154,6 +156,7 @@ def count_macs(model: nn.Module, inputs: Inputs) -> int:
         >>> count_macs(nn.Conv2d(3, 8, 3), torch.randn(2, 3, 6, 6))
         6912
     """
+    check_values(model)
     counter = FlopCounterMode(display=False, custom_mapping=EXTRA)
     with restored(model) as log:
         log.enter_context(torch.no_grad(), TorchCalls())  # no fast path of attention

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from netopt import masking
 from netopt.axes import find_axes
-from netopt.batches import Batch, Inputs
+from netopt.batches import Data, Inputs
 from netopt.errors import ArgumentTypeError, InvalidArgumentError, UnknownNameError
 from netopt.importance.neurons import neuron_scores
 from netopt.importance.scores import scores as weight_scores
@@ -133,7 +133,7 @@ def sensitivity(
     amounts: Sequence[float] = (0.1, 0.3, 0.5, 0.7, 0.9),
     over: str = "axes",
     importance: Any = None,
-    data: Iterable[Batch] | None = None,
+    data: Data | None = None,
     loss_fn: Callable[[Any, Any], Tensor] | None = None,
     include: Any = None,
     exclude: Any = None,

@@ -32,6 +32,7 @@ from netopt.axes.tracing.unrouted_experts import experts_substituted, unrouted
 from netopt.batches import Inputs
 from netopt.errors import ArgumentTypeError, ForwardError, InvalidArgumentError
 from netopt.model.attributes import Parts
+from netopt.model.checks import check_values, problem
 from netopt.model.restore import Snapshot, random_state
 from netopt.model.signals import UndoLog
 from netopt.model.view import ModelView
@@ -69,7 +70,11 @@ def find_axes(model: nn.Module, example_inputs: Inputs, *, outputs: Outputs = No
     """
     if not isinstance(model, nn.Module):
         raise ArgumentTypeError(f"model must be a torch.nn.Module, not {type(model).__name__}.")
+    check_values(model)
     view = ModelView(model)
+    nested = next((name for name, tensor in view.tensors.items() if tensor.is_nested), None)
+    if nested is not None:
+        raise InvalidArgumentError(f"{nested!r} {problem(view.tensors[nested])}.")
     attributes = Snapshot(view)
     with UndoLog() as tracing:
         trace = tracing.enter_context(_closed(*attributes.tensors()))

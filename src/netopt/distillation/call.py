@@ -39,7 +39,7 @@ from netopt.distillation.loss.teachers import Forward, Runner, as_teachers, shar
 from netopt.distillation.report import DistillationReport
 from netopt.distillation.settings import Data, Goal, Run, Schedule, pair
 from netopt.errors import InvalidArgumentError
-from netopt.model.restore import restored
+from netopt.model.restore import CopyOnWrite, restored
 from netopt.model.signals import UndoLog
 
 __all__ = ["distill"]
@@ -206,6 +206,9 @@ class _Setup:
         """Enters the contexts that give everything back, and puts the student into the modes it learns in."""
         own = self.schedule.optimizer if isinstance(self.schedule.optimizer, Optimizer) else None
         stack.enter_context(restored(*self.teachers))
+        trained = set(self.student.parameters())
+        self.writes = CopyOnWrite(one for teacher in self.teachers for one in {*teacher.parameters()} - trained)
+        stack.callback(self.writes.undo)
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         undo_on_error(stack, self.student, own, self.schedule.scheduler)
@@ -283,7 +286,7 @@ class _Setup:
         """Returns the student ready to be trained, after one batch has been through everything; and that batch."""
         (forward, _), (picker, _), hints = self.goal.forward, self.goal.output, self.objective.hints
         if first is not None:
-            dry_run(Trainee(self.student, hints, forward, picker), lesson, first, self.shared)
+            dry_run(Trainee(self.student, hints, forward, picker), lesson, first, self.shared, self.writes)
         # Only now do the hints have their projections.
         trainee = Trainee(self.student, hints, forward, picker)
         stack.enter_context(trainee.hooked())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -20,7 +20,7 @@ from torch.utils import checkpoint
 from tqdm import tqdm
 
 from netopt import batches
-from netopt.batches import Batch
+from netopt.batches import Batch, Data
 from netopt.errors import ForwardError, MissingDataError, NonFiniteError
 from netopt.importance.batch_dimension import as_batch, begins_with, sample_count, samples_of
 from netopt.importance.evidence import _ready, gradients
@@ -101,7 +101,7 @@ def saliency(
     model: nn.Module,
     taps: Taps,
     sizes: Mapping[str, int],
-    data: Iterable[Batch],
+    data: Data,
     *,
     outputs: Callable[[Any], list[Tensor]] | None = None,
     relative_error: float = USUAL_ERROR,
@@ -144,7 +144,7 @@ def saliency(
 
 
 def activations(
-    model: nn.Module, taps: Taps, sizes: Mapping[str, int], data: Iterable[Batch], *, progress: bool = False
+    model: nn.Module, taps: Taps, sizes: Mapping[str, int], data: Data, *, progress: bool = False
 ) -> dict[str, Tensor]:
     """Mean absolute activation of every neuron, over samples, positions and consumers; by axis, float64.
 

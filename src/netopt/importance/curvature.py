@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from netopt import batches
-from netopt.batches import Batch
+from netopt.batches import Batch, Data
 from netopt.errors import MissingDataError
 from netopt.importance.contractions import Contraction, ContractionWatch, Use, Uses
 from netopt.importance.elimination import Consumer, eliminate, shrunk
@@ -46,7 +46,7 @@ def reconstruction_scores(
     model: nn.Module,
     members: Mapping[str, Sequence[Member]],
     sizes: Mapping[str, int],
-    data: Iterable[Batch],
+    data: Data,
     *,
     loss_fn: Callable[[Any, Any], Tensor] | None = None,
     outputs: Callable[[Any], list[Tensor]],

@@ -6,7 +6,7 @@ Only what is asked for is collected, and only sums are kept. The model runs in e
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from netopt import batches
-from netopt.batches import Batch
+from netopt.batches import Batch, Data
 from netopt.errors import ForwardError, InvalidArgumentError, MissingDataError, NonFiniteError, UnknownNameError, quoted
 from netopt.importance.inputs import InputWatch, Matrix, Reading
 from netopt.model.kernels import Unfused
@@ -66,7 +66,7 @@ def collect(
     wanted: Mapping[str, Place] | None = None,
     needs: Collection[str] = (),
     *,
-    data: Iterable[Batch] | None = None,
+    data: Data | None = None,
     loss_fn: Callable[[Any, Any], Tensor] | None = None,
     named: Collection[str] | None = None,
     progress: bool = False,
@@ -98,6 +98,12 @@ def collect(
     if needs:
         if data is None:
             raise missing_data("this importance", needs, loss_fn)
+        inference = next((name for name, place in wanted.items() if place.parameter.is_inference()), None)
+        if inference is not None and set(needs) != {"input_norm"}:
+            raise InvalidArgumentError(
+                f"{inference!r} was made in inference mode and takes part in no gradient; make the model outside of "
+                'torch.inference_mode(), or use importance="magnitude" or "wanda".'
+            )
         with restored(model) as log:
             log.enter_context(_ready(model, wanted, needs))
             seen = _Pass(model, wanted, frozenset(needs), loss_fn, sums)
@@ -194,12 +200,15 @@ class _Pass:
         self.device = batches.device_of(model)
         self.generator = torch.Generator().manual_seed(0)
         self.squares: dict[str, dict[Matrix, Tensor]] = {name: {} for name in wanted}
+        self.alone: bool | None = None
 
-    def run(self, data: Iterable[Batch], progress: bool) -> int:
+    def run(self, data: Data, progress: bool) -> int:
         """Returns the number of samples seen."""
         count = 0
         for batch in tqdm(batches.iterate(data), desc="importance", disable=not progress, leave=False):
             pieces = list(samples(batch))
+            if self.needs & OF_SAMPLES and len(pieces) > 1 and not self._runs_alone(pieces[0]):
+                pieces = [batch]  # as of a graph, whose nodes lie along the first dimension
             count += len(pieces)
             if self.needs & OF_SAMPLES:
                 for piece in pieces:
@@ -207,6 +216,17 @@ class _Pass:
             else:
                 self._see(batch, len(pieces))
         return count
+
+    def _runs_alone(self, piece: Batch) -> bool:
+        """Whether the model takes one entry of a batch by itself; of the first batch this is tried."""
+        if self.alone is None:
+            try:
+                with torch.no_grad():
+                    batches.feed(self.model, piece)
+                self.alone = True
+            except ForwardError:
+                self.alone = False
+        return self.alone
 
     def _see(self, batch: Batch, size: int) -> None:
         watch = InputWatch(self.wanted, self._add_reading) if "input_norm" in self.needs else contextlib.nullcontext()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from netopt import batches
-from netopt.batches import Batch, Inputs
+from netopt.batches import Batch, Data, Inputs
 from netopt.errors import (
     ArgumentTypeError,
     InvalidArgumentError,
@@ -121,7 +121,7 @@ def neuron_scores(
     sizes: Mapping[str, int],
     *,
     importance: Importance | Mapping[str, Tensor] = "saliency",
-    data: Iterable[Batch] | None = None,
+    data: Data | None = None,
     example_inputs: Inputs | None = None,
     loss_fn: Callable[[Any, Any], Tensor] | None = None,
     outputs: Callable[[Any], list[Tensor]] | None = None,

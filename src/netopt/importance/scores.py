@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from netopt.batches import Batch
+from netopt.batches import Data
 from netopt.errors import ArgumentTypeError, NonFiniteError, ShapeMismatchError, UnknownNameError
 from netopt.importance.evidence import collect
 from netopt.importance.registry import Importance, lookup
@@ -20,7 +20,7 @@ __all__ = ["scores"]
 
 def scores(
     model: nn.Module,
-    data: Iterable[Batch] | None = None,
+    data: Data | None = None,
     importance: Importance | Mapping[str, Tensor] = "magnitude",
     *,
     loss_fn: Callable[[Any, Any], Tensor] | None = None,

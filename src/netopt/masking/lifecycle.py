@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from netopt.errors import ArgumentTypeError, ShapeMismatchError, UnknownNameError
 from netopt.masking.method import dress, save_dense, undress
 from netopt.masking.undo import all_or_nothing, write_zeros
+from netopt.model.checks import check_values
 from netopt.model.parameters import Place, places
 
 __all__ = ["Sparsity", "adopt", "bake", "masks", "put", "sparsity", "strip"]
@@ -42,6 +43,7 @@ def put(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
         >>> int((model[0].weight == 0).sum())
         2
     """
+    check_values(model)
     known = _by_any_name(model)
     joined: dict[str, Tensor] = {}
     for name, mask in masks.items():

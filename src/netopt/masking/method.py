@@ -78,7 +78,7 @@ class MaskedModule:
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "qconfig":
-            _warn_of_quantization(type(self).__name__)
+            _warn_of_quantization()
         stored = f"{name}_orig"
         if name in self._netopt_names and isinstance(value, nn.Parameter) and stored in self.__dict__["_parameters"]:
             _replace(self, name, value)  # type: ignore[arg-type]
@@ -107,9 +107,10 @@ def _replace(module: nn.Module, name: str, value: nn.Parameter) -> None:
     module.__dict__.pop(PRODUCTS, None)
 
 
-def _warn_of_quantization(name: str) -> None:
+def _warn_of_quantization() -> None:
+    # The same words for every module, so that Python shows them once.
     warnings.warn(
-        f"quantization goes by the class of a module, and a masked {name} has one of its own, so it may be passed "
+        "quantization goes by the class of a module, and a masked one has a class of its own, so it may be passed "
         "over; write the zeros first, netopt.masking.bake(model), and quantize then.",
         stacklevel=4,
     )

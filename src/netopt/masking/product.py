@@ -16,9 +16,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from netopt.errors import MaskError
+from netopt.model.dispatch import ThreadDispatchMode
 from netopt.model.parameters import effective
+from netopt.model.restore import version_of
 
 __all__ = ["MaskedWeight", "product"]
 
@@ -53,18 +56,19 @@ class _Source:
             MaskError: The product no longer has the weight's form, or the weight has changed since it was read.
         """
         weight, plain = self.weight, self.plain
+        state, self.state = self.state, ()  # if it is refused, what was written is no product any more
         if (plain.shape, plain.dtype, plain.device) != (weight.shape, weight.dtype, weight.device):
             raise MaskError(
                 f"a masked weight of {tuple(weight.shape)}, {weight.dtype}, cannot become one of {tuple(plain.shape)}, "
                 f"{plain.dtype}; take the mask off first, masking.bake(model) or masking.strip(model)."
             )
-        if self.state != _state(weight, self.mask):
+        if state != _state(weight, self.mask):
             raise MaskError(
                 "a masked weight was changed after this tensor was read from its module, so writing here would undo "
                 "that; read module.weight again, and write to what it gives."
             )
         keep = self.mask.bool()
-        with torch.no_grad():
+        with torch.inference_mode(weight.is_inference()), torch.no_grad():
             weight.copy_(torch.where(keep, plain.detach(), weight.detach()))
             plain.detach().masked_fill_(~keep, 0)
         self.state = _state(weight, self.mask)
@@ -224,19 +228,23 @@ def product(module: nn.Module, name: str, watched: bool = True) -> Tensor:
         if name in parameters:
             return parameters[name]  # type: ignore[return-value]
         weight, mask = getattr(module, f"{name}_orig"), getattr(module, f"{name}_mask")
-    if is_traced() or not _is_own(weight):
+    if is_traced() or type(weight) is not nn.Parameter:
         return effective(weight, mask)
+    if torch._C._len_torch_dispatch_stack() and not _users_modes():
+        return effective(weight, mask)  # of another kind, or seen by a trace
     products = module.__dict__.setdefault(PRODUCTS, {})
     known = products.get(name)
     if torch.is_grad_enabled() and weight.requires_grad:
         products.pop(name, None)
         value = effective(weight, mask)
         return MaskedWeight.of(value, _Source(weight, mask, value, _state(weight, mask))) if watched else value
-    if torch._C._len_torch_function_stack():
+    if torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack():
         # A mode that wants to see every operation sees this one too.
-        return MaskedWeight.of(value := effective(weight, mask), _Source(weight, mask, value, _state(weight, mask)))
+        return _compute(weight, mask).value
     if known is None or not known.holds(weight, mask):
-        known = products[name] = _compute(weight, mask)
+        known = _compute(weight, mask)
+        if not weight.is_inference():  # whose changes nothing counts
+            products[name] = known
     return known.value if watched else known.value._plain
 
 
@@ -245,9 +253,12 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
-def _is_own(weight: Tensor) -> bool:
-    # Other kinds of tensors (sharded, functional, fake), and modes that see every operation below, get a plain product.
-    return type(weight) is nn.Parameter and not torch._C._len_torch_dispatch_stack() and not weight.is_inference()
+def _users_modes() -> bool:
+    """Whether all modes that see operations are a user's, under which tensors are what they are otherwise."""
+    return not any(
+        isinstance(mode, ThreadDispatchMode) or getattr(mode, "_mode_key", None) is not None
+        for mode in _get_current_dispatch_mode_stack()
+    )
 
 
 def _compute(weight: Tensor, mask: Tensor) -> _Kept:
@@ -258,8 +269,7 @@ def _compute(weight: Tensor, mask: Tensor) -> _Kept:
 
 
 def _state(weight: Tensor, mask: Tensor) -> tuple[Any, ...]:
-    version = -1 if mask.is_inference() else mask._version
-    return weight._version, version, weight.data_ptr(), weight.dtype, weight.device
+    return version_of(weight), version_of(mask), weight.data_ptr(), weight.dtype, weight.device
 
 
 def _some(weight: Tensor) -> np.ndarray | None:

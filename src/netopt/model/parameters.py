@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from netopt.model.signals import entered
 from netopt.model.view import ModelView
 
 __all__ = ["Orientation", "Place", "count_nonzero", "effective", "places"]
@@ -189,7 +190,7 @@ class Computed:
 
     def value(self, parameter: Tensor) -> Tensor:
         """The weight computed from ``parameter``, detached; nothing of the layer changes."""
-        with torch.no_grad():
+        with entered(torch.no_grad()):
             if self.holder is self.layer:
                 return self._by_hook(parameter)
             # On copies: in training, a spectral norm goes on with its estimate.

@@ -136,6 +136,7 @@ class Snapshot:
         if parameters:
             copied |= weights
         self._values = _Values(copied.values() if values else ())
+        self._memory = [*filter(None, map(_memory_of, (copied | weights).values()))]
         self.gradients = Gradients(weights.values())
 
     def put_back(self) -> None:
@@ -154,6 +155,8 @@ class Snapshot:
             container.clear()
         for container, before in reversed(self._kept):
             refill(container, before)
+        for give_back in self._memory:
+            give_back()
 
     @contextmanager
     def in_mode(self, model: nn.Module, *, training: bool, writes: CopyOnWrite | None = None) -> Iterator[bool]:
@@ -284,7 +287,8 @@ class Gradients:
         """Puts flags and gradients back."""
         for parameter, grad, requires_grad in self._noted:
             if parameter.requires_grad is not requires_grad:
-                parameter.requires_grad_(requires_grad)
+                with torch.inference_mode(parameter.is_inference()):
+                    parameter.requires_grad_(requires_grad)
             if parameter.grad is not grad:
                 parameter.grad = grad
 
@@ -345,11 +349,8 @@ class _Values:
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         self._small: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         self._noted: list[tuple[Tensor, int | None, Tensor]] = []
-        self._places: list[tuple[Tensor, Tensor, int]] = []
         with torch.no_grad():
             for tensor in {id(tensor): tensor for tensor in tensors}.values():  # hashing tensors takes longer
-                if _is_plain(tensor):
-                    self._places.append((tensor, tensor.detach(), tensor.data_ptr()))
                 if type(tensor) is Tensor and tensor.dim() < 2 and _is_plain(tensor):
                     self._small.setdefault((tensor.device, tensor.dtype), []).append(tensor)
                 else:
@@ -358,9 +359,6 @@ class _Values:
         self._joined = {kind: _join(several) for kind, several in self._small.items()}
 
     def put_back(self) -> None:
-        for tensor, place, address in self._places:
-            if tensor.data_ptr() != address or tensor.shape != place.shape or tensor.dtype != place.dtype:
-                tensor.data = place  # it was given other memory, by ``.data`` or ``resize_``
         for kind, several in self._small.items():
             if not torch.equal(_join(several), self._joined[kind]):
                 values = self._joined[kind].split([tensor.numel() for tensor in several])
@@ -380,6 +378,19 @@ def _is_plain(tensor: Tensor) -> bool:
         and tensor.layout is torch.strided
         and not (tensor.is_meta or tensor.is_nested or tensor.is_quantized)
     )
+
+
+def _memory_of(tensor: Tensor) -> Callable[[], None] | None:
+    """What gives a tensor the memory it has now, should ``.data`` or ``resize_`` give it other."""
+    if not _is_plain(tensor):
+        return None
+    place, address = tensor.detach(), tensor.data_ptr()
+
+    def give_back() -> None:
+        if tensor.data_ptr() != address or tensor.shape != place.shape or tensor.dtype != place.dtype:
+            tensor.data = place
+
+    return give_back
 
 
 def _join(tensors: Sequence[Tensor]) -> Tensor:

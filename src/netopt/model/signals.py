@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 _Kinds: TypeAlias = "type[BaseException] | tuple[type[BaseException], ...]"
 _Step: TypeAlias = "tuple[Callable[..., object], _Kinds | None, bool]"
 
-__all__ = ["Handlers", "UndoLog", "users_handler"]
+__all__ = ["Handlers", "UndoLog", "entered", "users_handler"]
 
 # Ctrl-C first: installed first and removed last, it cannot come between the others.
 _SIGNALS = tuple(
@@ -234,6 +234,17 @@ class UndoLog(Handlers):
         pending, self._pending = self._pending, []
         for number in pending:
             signal.raise_signal(number)
+
+
+def entered(*contexts: AbstractContextManager[Any]) -> UndoLog:
+    """Contexts that no signal leaves half entered or half left, as it may ``with torch.no_grad():``.
+
+    Example:
+        >>> with entered(torch.no_grad()):
+        ...     torch.is_grad_enabled()
+        False
+    """
+    return UndoLog(lambda log: log.enter_context(*contexts))
 
 
 def _thread_state() -> Callable[[], None]:

@@ -22,6 +22,8 @@ from torch.overrides import TorchFunctionMode
 __all__ = ["TorchCalls"]
 
 _TESTS = frozenset(["has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"])
+_ANSWERS = frozenset(["__len__"])
+"""Methods of Tensor whose integer C makes a plain one of, so that what runs inside them cannot be followed."""
 
 
 def _never(*_args: Any, **_kwargs: Any) -> bool:
@@ -48,7 +50,7 @@ _copies: dict[types.FunctionType, Callable[..., Any]] = {}
 
 def _transparent(function: Any) -> Callable[..., Any] | None:
     """A copy of one of torch's Python wrappers that tests for no override; None for any other function."""
-    if type(function) is not types.FunctionType:
+    if type(function) is not types.FunctionType or function.__name__ in _ANSWERS:
         return None
     found = _copies.get(function)
     if found is None and _is_wrapper(function):

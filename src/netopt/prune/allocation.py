@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from netopt.axes import Axes, Outputs, find_axes
 from netopt.axes.find import counted_outputs
-from netopt.batches import Batch, Inputs
+from netopt.batches import Data, Inputs
 from netopt.importance.activations import recordable
 from netopt.importance.contractions import Use
 from netopt.importance.elimination import calibrated
@@ -35,7 +35,7 @@ SAMPLES = 48
 def reconstruction_scores(
     model: nn.Module,
     example_inputs: Inputs,
-    data: Iterable[Batch],
+    data: Data,
     *,
     loss_fn: Callable[[Any, Any], Tensor] | None = None,
     include: AxisSelector = None,
@@ -96,9 +96,7 @@ def reconstruction_scores(
 class _Trials:
     """Cuts one axis alone in a copy of the model, repairs what reads it, and looks at the outputs."""
 
-    def __init__(
-        self, model: nn.Module, axes: Axes, data: Iterable[Batch], outputs: Callable[[Any], list[Tensor]]
-    ) -> None:
+    def __init__(self, model: nn.Module, axes: Axes, data: Data, outputs: Callable[[Any], list[Tensor]]) -> None:
         self.dense, self.small, self.axes, self.outputs = model, copy_of(model), axes, outputs
         self.held = calibration(data, SAMPLES, at_least=3)
         self.count = samples_of(self.held[-1])

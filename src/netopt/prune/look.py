@@ -14,8 +14,10 @@ from netopt import measure
 from netopt.axes import Axes, Axis, Outputs, find_axes
 from netopt.axes.find import counted_outputs
 from netopt.batches import Inputs
-from netopt.errors import ArgumentTypeError, InvalidArgumentError
+from netopt.errors import InvalidArgumentError
 from netopt.importance.activations import recordable
+from netopt.model import checks
+from netopt.model.signals import entered
 from netopt.model.view import ModelView
 from netopt.prune.candidates import AxisSelector, candidates
 from netopt.prune.verify import Forward
@@ -72,7 +74,7 @@ def look(held: ModelView, example_inputs: Inputs, where: Where) -> Found:
         NothingToPruneError: No axis may; the message lists the reasons.
     """
     # In inference mode some operations hide from a trace, and none has a gradient.
-    with torch.inference_mode(False):
+    with entered(torch.inference_mode(False)):
         inputs = recordable(example_inputs)
         axes = find_axes(held.model, inputs, outputs=where.outputs)
     chosen, kept_out = candidates(held.model, axes, where.include, where.exclude)
@@ -84,36 +86,17 @@ def check_model(model: Any, example_inputs: Inputs) -> ModelView:
 
     Raises:
         ArgumentTypeError: It is no module.
-        InvalidArgumentError: Some tensor of it or some input has no values yet, or is sparse or nested; or new tensors
-            would have no values.
+        InvalidArgumentError: Some tensor of it or some input has no values yet, or is sparse, nested or of float8; or
+            new tensors would have no values.
     """
-    if not isinstance(model, nn.Module):
-        shown = model.__name__ if isinstance(model, type) else type(model).__name__
-        raise ArgumentTypeError(f"model must be a torch.nn.Module, not {shown}.")
-    if torch.get_default_device().type == "meta":
-        raise InvalidArgumentError(
-            'the default device is "meta", on which no index has a value; call this outside torch.device("meta"), '
-            "or after torch.set_default_device(None). The model itself may be on it."
-        )
-    held = ModelView(model)
+    held = checks.check_model(model)
     for name, tensor in held.tensors.items():
-        if (problem := _problem(tensor)) is not None:
+        if (problem := checks.problem(tensor)) is not None:
             raise InvalidArgumentError(f"{name!r} {problem}.")
     for tensor in tree_leaves(example_inputs):
-        if isinstance(tensor, Tensor) and (problem := _problem(tensor)) is not None:
+        if isinstance(tensor, Tensor) and (problem := checks.problem(tensor)) is not None:
             raise InvalidArgumentError(f"one of example_inputs {problem}.")
     return held
-
-
-def _problem(tensor: Tensor) -> str | None:
-    """Why a tensor cannot be worked with, if it cannot."""
-    if nn.parameter.is_lazy(tensor):
-        return "is not initialised yet; run the model once before pruning it"
-    if tensor.is_nested:
-        return "is a nested tensor, whose rows have no common size; pad it before pruning"
-    if tensor.layout is not torch.strided:
-        return "is a sparse tensor; make it dense before pruning, with .to_dense()"
-    return None
 
 
 def without_gradients(held: ModelView, error: RuntimeError) -> str | None:

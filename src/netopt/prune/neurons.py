@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from netopt import batches, masking, measure, surgery
 from netopt.axes import Outputs
-from netopt.batches import Batch, Inputs
+from netopt.batches import Data, Inputs
 from netopt.errors import ArgumentTypeError, InvalidArgumentError, NetoptError, UnknownNameError
 from netopt.importance import Importance, lookup
 from netopt.importance.neurons import NeuronScores, neuron_scores
@@ -48,7 +48,7 @@ def prune_neurons(
     max_params: float | None = None,
     max_macs: float | None = None,
     importance: Importance | Mapping[str, Tensor] = "saliency",
-    data: Iterable[Batch] | None = None,
+    data: Data | None = None,
     loss_fn: Callable[[Any, Any], Tensor] | None = None,
     scope: Scope = "global",
     include: AxisSelector = None,
@@ -141,7 +141,7 @@ def plan_neurons(
     max_params: float | None = None,
     max_macs: float | None = None,
     importance: Importance | Mapping[str, Tensor] = "saliency",
-    data: Iterable[Batch] | None = None,
+    data: Data | None = None,
     loss_fn: Callable[[Any, Any], Tensor] | None = None,
     scope: Scope = "global",
     include: AxisSelector = None,
@@ -183,7 +183,7 @@ class _Scoring:
     """Where scores come from."""
 
     importance: Importance | Mapping[str, Tensor]
-    data: Iterable[Batch] | None
+    data: Data | None
     loss_fn: Callable[[Any, Any], Tensor] | None
     progress: bool
 
@@ -343,7 +343,7 @@ class _Calibration:
     """What the smaller model is refitted to: the model as it was, ``None`` for no repair, on these batches."""
 
     dense: nn.Module | None
-    data: Iterable[Batch] | None
+    data: Data | None
     progress: bool
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from netopt import batches
-from netopt.batches import Batch
+from netopt.batches import Batch, Data
 from netopt.errors import ArgumentTypeError, InvalidArgumentError, MissingDataError
 from netopt.plan import Plan
 from netopt.reconstruction.refit import Refit, refitted
@@ -68,9 +68,7 @@ class RepairReport:
         return self.table()
 
 
-def repair(
-    model: nn.Module, plan: Plan, dense: nn.Module, data: Iterable[Batch], *, progress: bool = True
-) -> RepairReport:
+def repair(model: nn.Module, plan: Plan, dense: nn.Module, data: Data, *, progress: bool = True) -> RepairReport:
     r"""Refits the weights of a pruned ``model``, in place, to what ``dense`` puts out; no training, no labels.
 
     In the order of the forward each weight that a matrix product or convolution reads (linear, fused, grouped,
@@ -124,7 +122,7 @@ def repair(
 
 @contextmanager
 def repaired(
-    model: nn.Module, plan: Plan, dense: nn.Module | None, data: Iterable[Batch] | None, progress: bool
+    model: nn.Module, plan: Plan, dense: nn.Module | None, data: Data | None, progress: bool
 ) -> Iterator[RepairReport | None]:
     """Repairs ``model``, and undoes that if what is done inside fails; without ``dense`` does nothing."""
     if dense is None or data is None:
@@ -134,7 +132,7 @@ def repaired(
         yield RepairReport(tuple(refits))
 
 
-def copy_for_repair(model: nn.Module, repair: bool | None, data: Iterable[Batch] | None, mode: str) -> nn.Module | None:
+def copy_for_repair(model: nn.Module, repair: bool | None, data: Data | None, mode: str) -> nn.Module | None:
     """The model as it is, to repair what becomes of it; ``None`` where nothing is to be repaired.
 
     Raises:
@@ -167,7 +165,7 @@ def copy_of(model: nn.Module) -> nn.Module:
         ) from error
 
 
-def calibration(data: Iterable[Batch], samples: int = SAMPLES, at_least: int = 1) -> list[Batch]:
+def calibration(data: Data, samples: int = SAMPLES, at_least: int = 1) -> list[Batch]:
     """The first batches of the data, up to so many samples in at least so many batches, or 64 batches.
 
     Raises:

@@ -21,6 +21,7 @@ from netopt.batches import Inputs
 from netopt.errors import ForwardError, VerificationError
 from netopt.model.kernels import Unfused
 from netopt.model.restore import preserve_random_state, restored
+from netopt.model.signals import entered
 from netopt.surgery import Operation, Swap, find_tensor
 
 __all__ = [
@@ -259,7 +260,7 @@ def differing(names: Sequence[str], agree: Callable[[Sequence[str]], bool | None
 def masked_tensors(model: nn.Module, kept: Tensors) -> list[Swap]:
     """Exchanges each tensor for a copy that is zero wherever an index is not kept."""
     changes, seen = [], set()
-    with torch.inference_mode(False), torch.no_grad():
+    with entered(torch.inference_mode(False), torch.no_grad()):
         for name, cuts in kept.items():
             tensor = find_tensor(model, name)
             if tensor is None or id(tensor) in seen or not (tensor.is_floating_point() or tensor.is_complex()):

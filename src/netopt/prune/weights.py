@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 
-from netopt.batches import Batch
+from netopt.batches import Data
 from netopt.errors import ArgumentTypeError, InvalidArgumentError, NothingToPruneError, UnknownNameError
 from netopt.importance import Importance, lookup, scores, updates_layers
 from netopt.masking.decide import Request, decide
@@ -19,6 +19,7 @@ from netopt.masking.patterns import Pattern, Shape, parse
 from netopt.masking.quantile import Scores
 from netopt.masking.undo import all_or_nothing
 from netopt.measure import Cost, count_parameters, size_bytes
+from netopt.model.checks import check_model
 from netopt.model.parameters import EMBEDDINGS, Place, places
 from netopt.reconstruction import reconstruct
 from netopt.report import PruningReport, Row
@@ -36,7 +37,7 @@ def prune_weights(
     *,
     threshold: float | None = None,
     importance: Importance | Mapping[str, Tensor] = "magnitude",
-    data: Iterable[Batch] | None = None,
+    data: Data | None = None,
     loss_fn: Callable[[Any, Any], Tensor] | None = None,
     scope: str = "global",
     pattern: Pattern = "unstructured",
@@ -181,8 +182,7 @@ def _why_left_out(place: Place) -> str:
 def _check_arguments(
     model: nn.Module, amount: Amount | None, threshold: float | None, scope: str, pattern: Pattern
 ) -> Shape:
-    if not isinstance(model, nn.Module):
-        raise ArgumentTypeError(f"model must be a torch.nn.Module, not {type(model).__name__}.")
+    check_model(model)
     shape = _check_form(scope, pattern)
     given = [name for name, value in (("amount", amount), ("threshold", threshold)) if value is not None]
     if shape.kind == "n:m":
@@ -245,8 +245,6 @@ def _candidates(model: nn.Module, known: Mapping[str, Place], include: Selector,
                 f"{name!r} is sharded, and weights are compared whole; prune before fully_shard, which keeps the masks."
             )
     for name, place in wanted.items():
-        if nn.parameter.is_lazy(place.parameter):
-            raise InvalidArgumentError(f"{name!r} has no values yet; run the model once before pruning it.")
         if place.unsupported is not None:
             raise ArgumentTypeError(f"{name!r} {place.unsupported}; only dense floating-point weights are pruned.")
     return wanted
@@ -328,7 +326,7 @@ def _scorer(
     named: Collection[str],
     *,
     importance: Importance | Mapping[str, Tensor],
-    data: Iterable[Batch] | None,
+    data: Data | None,
     loss_fn: Callable[[Any, Any], Tensor] | None,
     progress: bool,
 ) -> tuple[Callable[[Place], Scores], set[str]]:

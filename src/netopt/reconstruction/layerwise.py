@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from netopt import batches
-from netopt.batches import Batch
+from netopt.batches import Data
 from netopt.errors import InvalidArgumentError, MissingDataError, NonFiniteError, ShapeMismatchError
 from netopt.importance import Criterion, Importance, lookup
 from netopt.importance.inputs import Matrix
@@ -31,7 +31,7 @@ __all__ = ["reconstruct"]
 def reconstruct(
     model: nn.Module,
     wanted: Mapping[str, Place],
-    data: Iterable[Batch] | None,
+    data: Data | None,
     importance: Importance,
     requests: Sequence[tuple[Sequence[str], Request]],
     *,

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from netopt.errors import PlanMismatchError, ShapeMismatchError
-from netopt.model.signals import UndoLog
+from netopt.model.signals import UndoLog, entered
 from netopt.model.view import ModelView
 from netopt.surgery.attributes import Path, assignment, described, read
 from netopt.surgery.optimizers import FORMER, as_optimizers, narrowed_states
@@ -139,7 +139,7 @@ def prepare(
     optimizers = as_optimizers(optimizer)
     held = ModelView(model) if held is None else held
     # Tensors born in inference mode could never be trained again.
-    with torch.inference_mode(False), torch.no_grad():
+    with entered(torch.inference_mode(False), torch.no_grad()):
         named = held.tensors
         cuts, shapes = _collect(model, tensors, named)
         replacements = _replacements(cuts, values or {}, shifts or {}, scales or {}, model, named)

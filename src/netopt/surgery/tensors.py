@@ -20,6 +20,7 @@ from torch._subclasses import FakeTensor
 from torch.utils.hooks import RemovableHandle
 
 from netopt.errors import PlanMismatchError, SurgeryError
+from netopt.model.signals import entered
 from netopt.model.view import ModelView
 
 Cuts = Mapping[int, Tensor]
@@ -255,6 +256,6 @@ def retire(old: Tensor) -> RemovableHandle | None:
     held = old._use_count()  # pyright: ignore[reportAttributeAccessIssue]
     if not (held > 1 and old.is_leaf and old.requires_grad):
         return None
-    with torch.inference_mode(False):
+    with entered(torch.inference_mode(False)):
         node = torch.autograd.graph.get_gradient_edge(old).node
     return node.register_prehook(_refuse_gradient)  # pyright: ignore[reportArgumentType]

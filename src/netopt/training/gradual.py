@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from netopt import masking
 from netopt.axes import find_axes
-from netopt.batches import Batch, Inputs
+from netopt.batches import Data, Inputs
 from netopt.errors import ArgumentTypeError, InvalidArgumentError, UnknownNameError
 from netopt.plan import Plan
 from netopt.prune import prune_neurons, prune_weights, shrink
@@ -88,7 +88,7 @@ class GradualPruner:
         kind: str = "weights",
         schedule: Schedule = "cubic",
         importance: Any = None,
-        data: Iterable[Batch] | None = None,
+        data: Data | None = None,
         loss_fn: Callable[[Any, Any], Tensor] | None = None,
         optimizer: Optimizer | Iterable[Optimizer] | None = None,
         example_inputs: Inputs | None = None,

@@ -172,6 +172,7 @@ class DimTracer(ThreadDispatchMode):
         self._marks: list[Mark] = []
         self._tagged: list[Tensor] = []
         self._nonzero_storages: dict[int, Any] = {}
+        self._exchanged: list[tuple[Tensor, Any]] = []
         self.writes = CopyOnWrite([members[name] for name in parameters])
         for name, tensor in members.items():
             zero = tensor.is_floating_point() or tensor.is_complex()
@@ -234,6 +235,21 @@ class DimTracer(ThreadDispatchMode):
         for one in known.copy():
             known += one.memory
         return known
+
+    def exchange(self, tensor: Tensor, value: Tensor) -> None:
+        """States that ``tensor`` has been given the memory of ``value``, until the forward is over."""
+        dims, data = self.dims(value), self.depends_on_data(value)
+        self._exchanged.append((tensor, vars(tensor).get(self._key)))
+        self._record(tensor, dims, data=data, source=None)
+
+    def __exit__(self, *error: object) -> None:
+        """Ends a forward."""
+        super().__exit__(*error)
+        while self._exchanged:
+            tensor, known = self._exchanged.pop()
+            vars(tensor)[self._key] = known
+            if known is None:
+                del vars(tensor)[self._key]
 
     def depends_on_data(self, tensor: Tensor) -> bool:
         """Whether ``tensor`` was computed from the model's inputs."""

@@ -55,7 +55,7 @@ class SizeTracer(CallNames):
         rule = find_call_rule(name)
         trace.in_call = True
         try:
-            result = unfused(function)(*args, **kwargs)
+            result = self._assign(function, *args) if name == "__set__" else unfused(function)(*args, **kwargs)
         finally:
             trace.in_call = False
         if rule.query is not None:
@@ -68,6 +68,16 @@ class SizeTracer(CallNames):
             self._equate_new_sizes(name, args, kwargs)
         self.note_numbers(args, kwargs, rule.numbers)
         return result
+
+    def _assign(self, attribute: Callable[..., Any], tensor: Tensor, value: Any) -> None:
+        """An attribute of a tensor gets a value; new data is copied, which operations see, if it fits."""
+        is_data = getattr(attribute, "__self__", None) is Tensor.data
+        if is_data and (tensor.shape, tensor.dtype, tensor.device) == (value.shape, value.dtype, value.device):
+            tensor.detach().copy_(value)
+            return
+        attribute(tensor, value)
+        if is_data:
+            self.trace.exchange(tensor, value)
 
     @property
     def reached(self) -> frozenset[str]:

@@ -16,8 +16,9 @@ from netopt.distillation.loss.objective import Objective
 from netopt.distillation.loss.outputs import check_shapes
 from netopt.distillation.loss.targets import Targets
 from netopt.distillation.loss.teachers import Shared, local
-from netopt.errors import ArgumentTypeError, InvalidArgumentError, NonFiniteError
-from netopt.model.restore import restored
+from netopt.errors import InvalidArgumentError, NonFiniteError
+from netopt.model.checks import FLOAT8, check_model
+from netopt.model.restore import CopyOnWrite, restored
 
 __all__ = ["Lesson", "check_finite", "check_student", "dry_run"]
 
@@ -38,10 +39,13 @@ class Lesson(NamedTuple):
     validation: Validation | None
 
 
-def dry_run(trainee: Trainee, lesson: Lesson, first: Drawn, shared: Sequence[Sequence[Shared]]) -> None:
+def dry_run(
+    trainee: Trainee, lesson: Lesson, first: Drawn, shared: Sequence[Sequence[Shared]], writes: CopyOnWrite
+) -> None:
     """Runs all models on the first batch: compares outputs, tries the caller's losses, makes the hints' projections.
 
-    The student is in the modes it trains in; its buffers, and all random states, are as before afterwards.
+    The student is in the modes it trains in; its buffers, and all random states, are as before afterwards. What a
+    teacher writes into its parameters is saved by ``writes``.
 
     Raises:
         ShapeMismatchError: student and teacher return tensors of different shapes.
@@ -50,7 +54,8 @@ def dry_run(trainee: Trainee, lesson: Lesson, first: Drawn, shared: Sequence[Seq
     targets, objective = lesson.targets, lesson.objective
     with restored(trainee.student) as log:
         log.enter_context(torch.no_grad())
-        batch, target = targets.prepare(first, train=False)
+        with writes.saving():
+            batch, target = targets.prepare(first, train=False)
         targets.check_apart(first.batch, shared)
         with trainee.hooked(), targets.engine.autocast():
             record = trainee.record(batch)
@@ -67,8 +72,7 @@ def dry_run(trainee: Trainee, lesson: Lesson, first: Drawn, shared: Sequence[Seq
 
 def check_student(student: Any) -> None:
     """Raises unless ``student`` is a module with finite weights, some of which can be trained."""
-    if not isinstance(student, nn.Module):
-        raise ArgumentTypeError(f"student must be a module, not {type(student).__name__}.")
+    check_model(student, "student")
     if not any(True for _ in student.parameters()):
         raise InvalidArgumentError(f"the student, a {type(student).__name__}, has no parameters to train.")
     if not any(one.requires_grad for one in student.parameters()):
@@ -76,6 +80,11 @@ def check_student(student: Any) -> None:
             "every parameter of the student is frozen, so there is nothing to train; call student.requires_grad_(True)."
         )
     for name, one in student.named_parameters():
+        if one.requires_grad and one.layout is not torch.strided:
+            raise InvalidArgumentError(
+                f"the student's {name!r} is a sparse tensor, which optimizers do not step; make it dense, with "
+                ".to_dense(), or freeze it with requires_grad_(False)."
+            )
         if one.requires_grad and overlaps(one):
             raise InvalidArgumentError(
                 f"several entries of the student's {name!r}, of shape {tuple(one.shape)} and strides {one.stride()}, "
@@ -90,5 +99,6 @@ def check_finite(student: nn.Module, when: str, hint: str) -> None:
     for name, parameter in student.named_parameters():
         # A sum is finite only if all is, and quicker than to look at each.
         held = local(parameter.detach())
+        held = held.float() if held.dtype in FLOAT8 else held
         if parameter.is_floating_point() and not bool(held.sum().isfinite() or torch.isfinite(held).all()):
             raise NonFiniteError(f"the student's {name!r} holds NaN or infinity {when}; {hint}.")

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from netopt import batches
 from netopt.distillation.loss.objective import Sum
-from netopt.errors import ArgumentTypeError, InvalidArgumentError
+from netopt.errors import ArgumentTypeError, ForwardError, InvalidArgumentError
 
 __all__ = ["Engine", "engine_for", "precision"]
 
@@ -63,7 +63,7 @@ class Engine:
         # The shares are where backpropagation starts from, and no multiplication of their own.
         seeds = [_seed(one, share) for one, share in zip(parts, shares, strict=True)]
         seeds = seeds if self.scaler is None else [self.scaler.scale(one) for one in seeds]
-        torch.autograd.backward([one.root for one in parts], seeds)
+        _backward([one.root for one in parts], seeds)
 
     def step(self, model: nn.Module, optimizers: Sequence[Any], clip: float | None) -> None:
         """Clips the gradients to norm ``clip``, steps and forgets the gradients."""
@@ -348,6 +348,19 @@ def engine_for(engine: Any, student: nn.Module, amp: torch.dtype | None) -> Engi
     if amp is not None:
         raise InvalidArgumentError("both amp and engine are given; set the engine's own precision.")
     return kind(engine, student)
+
+
+def _backward(roots: Sequence[Tensor], seeds: Sequence[Tensor]) -> None:
+    try:
+        torch.autograd.backward(roots, seeds)
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        first = str(error).partition("\n")[0]
+        raise ForwardError(
+            f"the student cannot be trained: {first}\n"
+            "Its forward writes in place over what a gradient needs; copy that first (.clone())."
+        ) from error
 
 
 def _seed(part: Sum, share: float | Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from netopt import batches
 from netopt.distillation.loss.objective import Record
 from netopt.distillation.loss.outputs import Picker, pick
 from netopt.errors import ArgumentTypeError, InvalidArgumentError
+from netopt.model.checks import check_values
 from netopt.model.dispatch import ThreadDispatchMode
 
 __all__ = ["Forward", "Reads", "Runner", "Shared", "as_teachers", "local", "set_eval", "shared_tensors"]
@@ -81,6 +82,7 @@ def as_teachers(teacher: Any, weights: Iterable[float] | None) -> tuple[list[nn.
     for one in teachers:
         if not isinstance(one, nn.Module):
             raise ArgumentTypeError(f"teacher must be a module or a list of modules; one is a {type(one).__name__}.")
+        check_values(one)
     if not teachers:
         raise InvalidArgumentError("teacher is an empty list; pass at least one model.")
     shares = [1.0] * len(teachers) if weights is None else [float(one) for one in weights]
@@ -145,7 +147,7 @@ class Reads(ThreadDispatchMode):
 
     def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for one in tree_leaves((args, kwargs)):
-            if isinstance(one, Tensor) and one.layout is torch.strided:
+            if isinstance(one, Tensor):
                 self.read += filter(None, [self.left.pop(_memory(one), None)])
         return func(*args, **(kwargs or {}))
 
@@ -168,7 +170,8 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def _memory(tensor: Tensor) -> tuple[str, int]:
-    return str(tensor.device), local(tensor).untyped_storage().data_ptr()
+    held = local(tensor)
+    return str(tensor.device), held.untyped_storage().data_ptr() if held.layout is torch.strided else id(tensor)
 
 
 def set_eval(module: nn.Module, without: Collection[nn.Module] = ()) -> None:
