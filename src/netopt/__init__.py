@@ -8,6 +8,7 @@ from netopt import axes, errors, importance, masking
 from netopt.axes import find_axes
 from netopt.distillation import DistillationReport, distill
 from netopt.integrations import huggingface as _huggingface  # noqa: F401 - keeps configurations in step
+from netopt.masking import finish
 from netopt.plan import Plan
 from netopt.prune import plan_neurons, prune_neurons, prune_weights, shrink
 from netopt.report import PruningReport
@@ -22,6 +23,7 @@ __all__ = [
     "distill",
     "errors",
     "find_axes",
+    "finish",
     "importance",
     "masking",
     "plan_neurons",
