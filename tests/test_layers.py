@@ -25,7 +25,7 @@ LAYERS = (
     {"selection"},
     {"axes", "importance", "measure"},
     {"symbolic", "model"},
-    {"batches", "flops", "selectors"},
+    {"batches", "figures", "flops", "progress", "selectors", "tables"},
     {"errors"},
 )
 OPTIONAL = {"matplotlib", "IPython", "transformers", "timm", "torchvision", "lightning_fabric", "accelerate", "sklearn"}

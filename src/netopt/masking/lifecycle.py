@@ -16,6 +16,7 @@ from netopt.masking.method import dress, save_dense, undress
 from netopt.masking.table import MaskTable
 from netopt.masking.undo import all_or_nothing, write_zeros
 from netopt.model.parameters import Place, places
+from netopt.tables import html_table
 
 __all__ = ["Sparsity", "adopt", "bake", "masks", "put", "sparsity", "strip"]
 
@@ -147,9 +148,17 @@ class Sparsity:
         return self.total
 
     def __str__(self) -> str:
-        width = max([len(name) for name in self.sizes] + [5])
         rows = [*self.tensors.items(), ("total", self.total)]
+        width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {fraction:8.4%}" for name, fraction in rows)
+
+    def __repr__(self) -> str:
+        zeros, size = sum(self.zeros.values()), sum(self.sizes.values())
+        return f"{zeros:,} of {size:,} entries zero ({self.total:.1%}), in {len(self.sizes)} tensors"
+
+    def _repr_html_(self) -> str:
+        rows = [[name, f"{self.sizes[name]:,}", f"{share:.2%}"] for name, share in self.tensors.items()]
+        return html_table(["tensor", "entries", "zero"], rows) + f"<p>{self!r}</p>"
 
 
 def sparsity(model: nn.Module) -> Sparsity:
