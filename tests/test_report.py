@@ -218,6 +218,15 @@ def test_a_second_pruning_says_what_it_is_a_share_of():
     assert second.already == pytest.approx(1 - first.params_after / first.params_before)
 
 
+@pytest.mark.parametrize(
+    ("amount", "hinted"), [(50, True), (1, False), (0.5, False), (200, False), ({"stem": 50}, False)]
+)
+def test_a_count_that_looks_like_a_percentage_is_pointed_out(amount, hinted):
+    report = a_report(settings={"amount": amount})
+    for text in (str(report), report._repr_html_()):
+        assert ("amount=50 is a count; for 50 percent write amount=0.5" in text) == hinted
+
+
 def test_values_show_themselves_in_one_line():
     model = nn.Linear(4, 3)
     shown = [a_report(), netopt.masking.sparsity(model), netopt.measure.latency(model, torch.zeros(1, 4), repeats=2)]

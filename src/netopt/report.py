@@ -16,7 +16,7 @@ from netopt.batches import Inputs
 from netopt.errors import InvalidArgumentError
 from netopt.figures import figure
 from netopt.measure import Cost, Latency, latencies, latency
-from netopt.tables import columns, groups, html_table, pattern, reasons, shortened, span
+from netopt.tables import WIDTH, columns, groups, html_table, pattern, reasons, shortened, span
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -225,7 +225,8 @@ class PruningReport:
             grouped: Whether more rows than that are put together where their names differ in a number alone, as
                 ``layer.*.dense (12)``.
         """
-        lines = [*textwrap.wrap(self._headline(), 100), *columns([["", "before", "after", ""], *self._totals()])]
+        head = [line for text in (self._headline(), *self._hints()) for line in textwrap.wrap(text, WIDTH)]
+        lines = [*head, *columns([["", "before", "after", ""], *self._totals()])]
         if self.rows:
             shown = self._groups(rows if grouped else None)
             cells = [self._heads(), *(self._cells(one) for one in shown[:rows])]
@@ -278,7 +279,8 @@ class PruningReport:
         more = "".join(f"<p>{line.strip()}</p>" for line in _rest(shown, SHOWN))
         frozen = html_table([self._left(), "reason"], named[:SHOWN], WORDS) if named else ""
         kept_out = "".join(f"<p>{line.strip()}</p>" for line in _rest(named, SHOWN))
-        return f"<p><b>{html.escape(self._headline())}</b></p>{totals}{rows}{more}{frozen}{kept_out}"
+        hints = "".join(f"<p>{html.escape(hint)}</p>" for hint in self._hints())
+        return f"<p><b>{html.escape(self._headline())}</b></p>{hints}{totals}{rows}{more}{frozen}{kept_out}"
 
     def _groups(self, most: int | None) -> list[_Group]:
         """The rows, or where there are more than ``most``, those together whose names have one pattern."""
@@ -314,6 +316,14 @@ class PruningReport:
         if self.already:
             line += f", of the model as it is now ({self.already:.1%} of its parameters had been removed before)"
         return line.replace("%", " %")
+
+    def _hints(self) -> list[str]:
+        """An amount that is counted and looks like a percentage."""
+        amount = self.settings.get("amount")
+        if type(amount) is not int or not 2 <= amount < 100 or abs(self.removed - amount / 100) < 0.02:
+            return []
+        share = f"for {amount} percent write amount={amount / 100:g}"
+        return [f"amount={amount} is a count; {share}"]
 
     def _totals(self) -> list[list[str]]:
         macs, old_macs, new_macs = "MACs", self.before.macs, self.after.macs
