@@ -82,9 +82,8 @@ def distilled(data):
 
 def cut(data, importance="fisher", loss_fn=F.cross_entropy):
     model = net()
-    netopt.prune_neurons(
-        model, X[:2], amount=0.5, data=data(), importance=importance, loss_fn=loss_fn, verify=False, progress=False
-    )
+    how = {"importance": importance, "loss_fn": loss_fn, "repair": False, "verify": False, "progress": False}
+    netopt.prune_neurons(model, X[:2], amount=0.5, data=data(), **how)
     return model
 
 

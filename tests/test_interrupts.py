@@ -36,6 +36,9 @@ from netopt.distillation import distill
 from netopt.plan import Plan
 from netopt.prune import plan_neurons, prune_neurons, prune_weights, shrink
 
+# Ctrl-C inside a callback of the garbage collector, as tools of the tests install, can only be reported by Python.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 TRIES = int(os.environ.get("INTERRUPTS", "0")) or 160
 TWICE = 0.002
 SENDER = """

@@ -18,6 +18,7 @@ SOURCES = sorted(ROOT.rglob("*.py"))
 # A module may import from rows below its own, and from its own package.
 LAYERS = (
     {"integrations"},
+    {"training", "sensitivities"},
     {"prune", "distillation"},
     {"report"},
     {"plan", "reconstruction"},
@@ -25,7 +26,7 @@ LAYERS = (
     {"selection"},
     {"axes", "importance", "measure"},
     {"symbolic", "model"},
-    {"batches", "figures", "flops", "progress", "selectors", "tables"},
+    {"batches", "calibration", "figures", "flops", "progress", "selectors", "tables"},
     {"errors"},
 )
 OPTIONAL = {"matplotlib", "IPython", "transformers", "timm", "torchvision", "lightning_fabric", "accelerate", "sklearn"}

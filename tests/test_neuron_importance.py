@@ -360,3 +360,48 @@ def test_scores_share_no_memory_with_the_weights_they_are():
     taps, sizes, members = read(model, x)
     with unchanged(model):
         neuron_scores(model, members, taps.__getitem__, sizes, importance=lambda evidence: evidence.weight)
+
+
+class Tree(nn.Module):
+    """Sums up the nodes of a tree from the leaves to the root; the first dimension lists nodes and no samples."""
+
+    def __init__(self, strict):
+        super().__init__()
+        self.inner, self.out, self.strict = nn.Linear(6, 10), nn.Linear(10, 3), strict
+        self.register_buffer("parent", torch.tensor([0, 0, 0, 1, 1, 2, 2]))
+
+    def forward(self, nodes):
+        if self.strict and len(nodes) != 7:
+            raise ValueError("seven nodes")
+        hidden = self.inner(nodes).tanh()
+        return self.out(hidden + torch.zeros_like(hidden).index_add(0, self.parent[: len(nodes)], hidden))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_what_is_no_batch_is_run_whole(strict):
+    torch.manual_seed(0)
+    model, x = Tree(strict), torch.randn(7, 6)
+    axes = netopt.find_axes(model, x)
+    axis = axes["inner"]
+    found = saliency(model, {axis.name: axes.taps(axis)}, {axis.name: axis.size}, [x])
+    hidden = model.inner(x).tanh().detach().requires_grad_()
+    read = hidden + torch.zeros_like(hidden).index_add(0, model.parent, hidden)
+    grad = torch.autograd.functional.jacobian(model.out, read.detach())
+    expected = grad.square().sum((0, 1, 2)).double()
+    torch.testing.assert_close(found.scores[axis.name] * found.samples, expected, rtol=1e-4, atol=1e-8)
+
+
+def test_samples_share_random_signs(monkeypatch):
+    """Where outputs are many, all samples together take at most twenty forwards' time."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 500)), torch.randn(256, 6)
+    axes = netopt.find_axes(model, x)
+    taps, sizes = {"0": axes.taps(axes["0"])}, {"0": 12}
+    exact = saliency(model, taps, sizes, [x], exact_outputs=500).scores["0"]
+    found = saliency(model, taps, sizes, list(x.split(16)))
+    assert not found.exact
+    assert 2 <= found.probes < 5
+    assert found.error <= 0.1
+    assert float((found.scores["0"] - exact).norm() / exact.norm()) < 0.3
+    monkeypatch.setattr("netopt.importance.activations.PROBES_AT_MOST", 3)
+    assert saliency(model, taps, sizes, [x[:1]]).probes == 3

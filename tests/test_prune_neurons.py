@@ -19,7 +19,7 @@ import netopt
 from conftest import state_of, unchanged
 from netopt import masking, measure
 from netopt.axes import find_axes
-from netopt.errors import InvalidArgumentError, NothingToPruneError, VerificationError
+from netopt.errors import ArgumentTypeError, NothingToPruneError, VerificationError
 from netopt.importance.neurons import neuron_scores
 from netopt.plan import Plan
 from netopt.prune import plan_neurons, prune_neurons
@@ -659,9 +659,9 @@ def test_the_report_names_what_was_frozen_and_the_range_of_scores():
     assert "prune_neurons" in str(report)
 
 
-def test_repair_is_reserved():
+def test_repair_is_yes_no_or_by_default():
     model, x = built("mlp")
-    with pytest.raises(InvalidArgumentError, match="reserved"):
+    with pytest.raises(ArgumentTypeError, match="repair must be True, False or None"):
         prune_quietly(model, x, 0.5, repair="least_squares")
 
 

@@ -13,21 +13,47 @@ from typing import TYPE_CHECKING, Any
 from netopt.integrations import huggingface as _huggingface  # noqa: F401 - keeps configurations in step
 
 if TYPE_CHECKING:
-    from netopt import axes, distillation, errors, importance, masking, measure, plan, reconstruction, report
+    from netopt import (
+        axes,
+        calibration,
+        distillation,
+        errors,
+        importance,
+        masking,
+        measure,
+        plan,
+        reconstruction,
+        report,
+    )
     from netopt.axes import find_axes
     from netopt.distillation import DistillationReport, distill
     from netopt.masking import finish
     from netopt.plan import Plan
-    from netopt.prune import plan_neurons, prune_neurons, prune_weights, shrink
+    from netopt.prune import (
+        RepairReport,
+        plan_neurons,
+        prune_neurons,
+        prune_weights,
+        reconstruction_scores,
+        repair,
+        shrink,
+    )
     from netopt.report import PruningReport
+    from netopt.sensitivities import SensitivityReport, sensitivity
+    from netopt.training import GradualPruner, Regularizer, rewind
 
 __version__ = "0.1.0"
 
 __all__ = [
     "DistillationReport",
+    "GradualPruner",
     "Plan",
     "PruningReport",
+    "Regularizer",
+    "RepairReport",
+    "SensitivityReport",
     "axes",
+    "calibration",
     "distill",
     "distillation",
     "errors",
@@ -41,7 +67,11 @@ __all__ = [
     "prune_neurons",
     "prune_weights",
     "reconstruction",
+    "reconstruction_scores",
+    "repair",
     "report",
+    "rewind",
+    "sensitivity",
     "shrink",
 ]
 
@@ -50,8 +80,18 @@ _HOMES = {
     "distillation": ("DistillationReport", "distill"),
     "masking": ("finish",),
     "plan": ("Plan",),
-    "prune": ("plan_neurons", "prune_neurons", "prune_weights", "shrink"),
+    "prune": (
+        "RepairReport",
+        "plan_neurons",
+        "prune_neurons",
+        "prune_weights",
+        "reconstruction_scores",
+        "repair",
+        "shrink",
+    ),
     "report": ("PruningReport",),
+    "sensitivities": ("SensitivityReport", "sensitivity"),
+    "training": ("GradualPruner", "Regularizer", "rewind"),
 }
 """Where names come from, which are imported when they are first used."""
 

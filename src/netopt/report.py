@@ -80,6 +80,7 @@ class PruningReport:
         settings: What was asked for, such as ``{"amount": 0.5, "importance": "saliency"}``.
         latency_before: Seconds of a forward call before, if measured; see :meth:`measure`.
         latency_after: Seconds of a forward call now, if measured.
+        repair: What the repair did, weight by weight; ``None`` where nothing was repaired.
         batch: Samples in the example inputs, where their first dimension counts them; MACs are shown for one.
         already: The fraction of the parameters that earlier calls had removed, of which this one knows nothing.
         subject: The pruned model, given as it is and kept as a weak reference, for :meth:`measure` alone.
@@ -116,6 +117,7 @@ class PruningReport:
     settings: Mapping[str, Any] = field(default_factory=dict)
     latency_before: Latency | None = None
     latency_after: Latency | None = None
+    repair: Any = None
     batch: int | None = None
     already: float = 0.0
     subject: Any = field(default=None, repr=False, compare=False)
@@ -215,6 +217,7 @@ class PruningReport:
             "rows": [dataclasses.asdict(row) for row in self.rows],
             "frozen": dict(self.frozen),
             "plan": plan,
+            "repair": None if self.repair is None else self.repair.to_dict(),
         }
 
     def table(self, rows: int | None = None, *, grouped: bool = False) -> str:
@@ -234,6 +237,8 @@ class PruningReport:
         if self.frozen:
             named = self._reasons(rows if grouped else None)
             lines += ["", f"{self._left()}:", *reasons(named[:rows]), *_rest(named, rows)]
+        if self.repair is not None:
+            lines += ["", self.repair.table(rows)]
         return "\n".join(lines)
 
     def plot(self, rows: int | None = 40) -> Figure:

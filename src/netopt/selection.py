@@ -126,6 +126,7 @@ def select(
     threshold: float | None = None,
     scope: Scope = "global",
     limits: Limits = Limits(),
+    normalization: str | None = None,
 ) -> dict[str, Tensor]:
     """Keeps what an amount or a threshold leaves; at least one neuron on every axis.
 
@@ -136,6 +137,7 @@ def select(
         threshold: Instead of an amount: neurons that score below are removed.
         scope: ``"global"`` ranks all axes together, ``"layer"`` removes the amount of every axis.
         limits: Multiples and equations to respect.
+        normalization: What makes scores of different axes comparable; by default the one in use.
 
     Returns:
         Kept positions, ascending, of every axis.
@@ -158,7 +160,7 @@ def select(
     else:
         assert amount is not None
         check_amount(amount)
-        counts = _counts(scores, amount, check_scope(scope))
+        counts = _counts(scores, amount, check_scope(scope), normalization)
     return best(scores, limits.settle(counts, sizes))
 
 
@@ -176,6 +178,7 @@ def select_within(
     *,
     unit_costs: Mapping[str, float] | None,
     limits: Limits = Limits(),
+    normalization: str | None = None,
 ) -> dict[str, Tensor]:
     """Keeps as much as a budget allows.
 
@@ -190,13 +193,14 @@ def select_within(
         limit: The most it may cost.
         unit_costs: What one neuron of each axis costs in the whole model; only their ratios matter.
         limits: Multiples and equations to respect.
+        normalization: What makes scores of different axes comparable; by default the one in use.
 
     Raises:
         NothingToPruneError: Even one neuron on every axis costs more than ``limit``.
     """
     _check_scores(scores)
     sizes = {name: len(one) for name, one in scores.items()}
-    steps = _share_by_share(sizes) if unit_costs is None else _one_by_one(scores, sizes, unit_costs)
+    steps = _share_by_share(sizes) if unit_costs is None else _one_by_one(scores, sizes, unit_costs, normalization)
     tried: dict[int, tuple[dict[str, Tensor], int]] = {}
 
     def attempt(step: int) -> tuple[dict[str, Tensor], int]:
@@ -231,9 +235,11 @@ class _Steps:
         return self.counts(step)
 
 
-def _one_by_one(scores: Scores, sizes: Mapping[str, int], unit_costs: Mapping[str, float]) -> _Steps:
+def _one_by_one(
+    scores: Scores, sizes: Mapping[str, int], unit_costs: Mapping[str, float], normalization: str | None
+) -> _Steps:
     """One neuron a step."""
-    order = _cheapest_first(scores, unit_costs)
+    order = _cheapest_first(scores, unit_costs, normalization)
 
     def counts(step: int) -> Counts:
         gone = order[:step]
@@ -295,7 +301,7 @@ def check_amount(amount: Amount) -> None:
         raise InvalidArgumentError(f"amount must be 0 or more, got {amount}")
 
 
-def _counts(scores: Scores, amount: Amount, scope: Scope) -> Counts:
+def _counts(scores: Scores, amount: Amount, scope: Scope, normalization: str | None) -> Counts:
     """How many neurons each axis keeps."""
     sizes = {name: len(one) for name, one in scores.items()}
     if isinstance(amount, Mapping):
@@ -310,7 +316,7 @@ def _counts(scores: Scores, amount: Amount, scope: Scope) -> Counts:
             f"amount asks for {amount} neurons and {removable} can go: {total} on {len(sizes)} axes, of which each "
             f"keeps one"
         )
-    gone = _cheapest_first(scores, dict.fromkeys(scores, 1.0))[:wanted]
+    gone = _cheapest_first(scores, dict.fromkeys(scores, 1.0), normalization)[:wanted]
     return {name: size - int((gone == place).sum()) for place, (name, size) in enumerate(sizes.items())}
 
 
@@ -333,14 +339,14 @@ def _removed(amount: float, size: int) -> int:
     return math.floor(amount * size + 0.5) if isinstance(amount, float) else min(amount, size)
 
 
-def _cheapest_first(scores: Scores, unit_costs: Mapping[str, float]) -> Tensor:
+def _cheapest_first(scores: Scores, unit_costs: Mapping[str, float], normalization: str | None) -> Tensor:
     """The axis (by place) of every neuron that may go, in the order they go; the best of every axis stays.
 
     Only axes are listed: on each, the neurons with the lowest scores go first.
     """
     ranks, places = [], []
     for place, (name, one) in enumerate(scores.items()):
-        going = normalized(one.double()).sort().values[:-1]
+        going = normalized(one.double(), normalization).sort().values[:-1]
         ranks.append(going / max(float(unit_costs[name]), 1e-12))
         places.append(torch.full((len(going),), place))
     if not ranks:

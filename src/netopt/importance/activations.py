@@ -20,7 +20,8 @@ from torch.utils import checkpoint
 
 from netopt import batches
 from netopt.batches import Batch
-from netopt.errors import MissingDataError, NonFiniteError
+from netopt.errors import ForwardError, MissingDataError, NonFiniteError
+from netopt.importance.batch_dimension import as_batch, begins_with, sample_count, samples_of
 from netopt.importance.evidence import _ready, gradients
 from netopt.model.calls import Call, CallNames
 from netopt.model.parameters import places
@@ -28,7 +29,7 @@ from netopt.model.restore import restored
 from netopt.model.signals import UndoLog
 from netopt.progress import bar
 
-__all__ = ["Saliency", "Tap", "activations", "recordable", "saliency"]
+__all__ = ["Saliency", "Tap", "activations", "float_outputs", "recordable", "saliency"]
 
 EXACT_OUTPUTS = 64
 """Up to so many outputs a sample every one is differentiated; beyond, random signs estimate their sum of squares."""
@@ -37,7 +38,10 @@ SAMPLES_AT_ONCE = 64
 ENTRIES_AT_ONCE = 2**26
 """So many activations, and so many entries of their gradients, are held at a time; at least those of one sample."""
 
-PROBES_AT_FIRST, PROBES_AT_MOST = 8, 64  # at most for the usual error; for a tenth of it a hundred times as many
+PROBES_AT_LEAST, PROBES_AT_MOST, PROBES_IF_ASKED = 2, 9, 64
+"""Random signs a sample: with the most, all take 20 forwards' time; more where an error is asked for, a hundred times
+as many for a tenth of it. Samples share them: once the sum is known well enough, each further one gets the least."""
+
 USUAL_ERROR = 0.1
 
 Taps = Mapping[str, Sequence["Tap"]]
@@ -75,7 +79,7 @@ class Saliency:
         scores: One score a neuron, by axis, float64.
         exact: Whether every output was differentiated; otherwise the sum is an unbiased estimate.
         error: Estimated relative error, the worst axis's; 0 if exact.
-        probes: Random sign vectors a sample; 0 if exact.
+        probes: Random sign vectors a sample, on average; 0 if exact.
         samples: How many samples were averaged.
         unread: Axes whose activations no contraction was seen to read; their scores are zero.
     """
@@ -83,13 +87,13 @@ class Saliency:
     scores: dict[str, Tensor]
     exact: bool
     error: float
-    probes: int
+    probes: float
     samples: int
     unread: frozenset[str] = frozenset()
 
     def summary(self) -> str:
         """How it was computed, in words."""
-        how = "exact" if self.exact else f"{self.probes} random signs a sample, relative error {self.error:.1%}"
+        how = "exact" if self.exact else f"{self.probes:.3g} random signs a sample, relative error {self.error:.1%}"
         return f"{how}, over {self.samples} sample{'s' if self.samples != 1 else ''}"
 
 
@@ -132,7 +136,7 @@ def saliency(
     with restored(model) as log:
         log.enter_context(_differentiable(model))
         run = _Differentiation(
-            model, taps, sizes, outputs=outputs or _outputs, exact=exact_outputs, error=relative_error
+            model, taps, sizes, outputs=outputs or float_outputs, exact=exact_outputs, error=relative_error
         )
         for batch in bar(batches.iterate(data), "saliency", shown=progress, total=batches.steps(data)):
             run.see(batch)
@@ -249,13 +253,14 @@ class _Differentiation:
     ) -> None:
         self.model, self.taps, self.sizes, self.outputs = model, taps, sizes, outputs
         self.exact_outputs, self.relative_error = exact, error
-        self.probes_at_most = PROBES_AT_MOST * math.ceil((USUAL_ERROR / error) ** 2)
+        asked = PROBES_IF_ASKED * math.ceil((USUAL_ERROR / error) ** 2)
+        self.probes_at_most = PROBES_AT_MOST if error == USUAL_ERROR else asked
         self.generator = torch.Generator().manual_seed(0)
         self.sums = {name: torch.zeros(size, dtype=torch.float64) for name, size in sizes.items()}
         self.variances = {name: torch.zeros(size, dtype=torch.float64) for name, size in sizes.items()}
         self.samples = 0
         self.at_once = SAMPLES_AT_ONCE
-        self.probes = 0
+        self.probes = 0  # times samples
         self.reached = False
         self.read: set[str] = set()
         self.separate: bool | None = None
@@ -264,7 +269,7 @@ class _Differentiation:
     def see(self, batch: Batch) -> None:
         """Adds one batch."""
         inputs, _ = batches.split(batch)
-        count = _samples(inputs)
+        count = sample_count(inputs)
         if self.separate is None and count > 1:
             self.separate = self._are_separate(inputs, count)
         self.samples += count
@@ -273,7 +278,7 @@ class _Differentiation:
             return
         for start in range(0, count, self.at_once):
             stop = min(start + self.at_once, count)
-            self._add(_part(inputs, start, stop, count) if count > self.at_once else inputs, stop - start)
+            self._add(samples_of(inputs, start, stop, count) if count > self.at_once else inputs, stop - start)
 
     def finish(self) -> Saliency:
         """The averages."""
@@ -288,26 +293,43 @@ class _Differentiation:
             raise NonFiniteError(f"gradients at axis `{wrong}` are not finite; check the data and the weights.")
         error = _relative_error(self.sums, self.variances) if self.probes else 0.0
         return Saliency(
-            scores, self.probes == 0, error, self.probes, self.samples, frozenset(self.sizes.keys() - self.read)
+            scores,
+            self.probes == 0,
+            error,
+            self.probes / self.samples,
+            self.samples,
+            frozenset(self.sizes.keys() - self.read),
         )
 
     def _forward(self, inputs: Any) -> tuple[_Readings, list[Tensor]]:
         inputs = recordable(inputs)
         with UndoLog() as log:
             readings = log.enter_context(_Readings(self.model, self.taps, gradients=True))
-            result = batches.feed(self.model, inputs if not isinstance(inputs, (tuple, list)) else (inputs, None))
+            result = batches.feed(self.model, as_batch(inputs))
             found = [tensor for tensor in self.outputs(result) if tensor.requires_grad]
         return readings, found
+
+    def _values(self, inputs: Any) -> list[Tensor]:
+        """The outputs that count, without gradients."""
+        with torch.no_grad():
+            return list(self.outputs(batches.feed(self.model, as_batch(inputs))))
 
     def _are_separate(self, inputs: Any, count: int) -> bool:
         """Whether samples lie along the first dimension of all outputs and none acts on another's activations."""
         size = min(count, 4)
-        readings, found = self._forward(_part(inputs, 0, size, count))
+        whole = self._values(inputs)
+        if any(tensor.dim() == 0 or len(tensor) != count for tensor in whole):
+            return False
+        try:
+            alone = self._values(samples_of(inputs, 0, size, count))
+        except ForwardError:
+            return False  # it wants all its rows
+        if len(alone) != len(whole) or not all(map(begins_with, whole, alone)):
+            return False
+        readings, found = self._forward(samples_of(inputs, 0, size, count))
         self.at_once = max(1, min(SAMPLES_AT_ONCE, ENTRIES_AT_ONCE * size // max(readings.entries, 1)))
         if not found or not readings.edges:
             return True
-        if any(tensor.dim() == 0 or len(tensor) != size for tensor in found):
-            return False
         touched = []
         for half in (slice(0, size // 2), slice(size // 2, size)):
             signs = []
@@ -336,7 +358,7 @@ class _Differentiation:
             for grads in _every_output(flat, readings.edges, max(1, ENTRIES_AT_ONCE // max(readings.entries, 1))):
                 self._tally(readings, grads, self.sums)
         else:
-            self._estimate(readings, flat)
+            self._estimate(readings, flat, count)
 
     def _tally(self, readings: _Readings, grads: Sequence[Tensor | None], sums: Mapping[str, Tensor]) -> None:
         """Adds the squares of gradients, whose first dimension runs over outputs."""
@@ -345,12 +367,12 @@ class _Differentiation:
             if grad is not None:
                 sums[name].add_(gather(over_others(grad.square(), dim + 1), positions, self.sizes[name]))
 
-    def _estimate(self, readings: _Readings, flat: Tensor) -> None:
+    def _estimate(self, readings: _Readings, flat: Tensor, count: int) -> None:
         """Random signs: the expectation of the squared gradient of their product with the outputs is the sum wanted."""
         first = {name: torch.zeros(size, dtype=torch.float64) for name, size in self.sizes.items()}
         second = {name: torch.zeros_like(one) for name, one in first.items()}
         done = 0
-        while True:
+        for done in range(1, self.probes_at_most + 1):
             signs = torch.randint(0, 2, flat.shape, generator=self.generator).to(flat) * 2 - 1
             grads = gradients(flat, readings.edges, signs)
             one = {name: torch.zeros_like(total) for name, total in first.items()}
@@ -358,19 +380,22 @@ class _Differentiation:
             for name, value in one.items():
                 first[name] += value
                 second[name] += value.square()
-            done += 1
-            if self.probes:
-                if done == self.probes:
-                    break
-            elif done >= PROBES_AT_FIRST and (
-                done >= self.probes_at_most or _error_of(first, second, done) <= self.relative_error
-            ):
-                self.probes = done
+            if done >= PROBES_AT_LEAST and self._error_with(first, second, done) <= self.relative_error:
                 break
+        self.probes += done * count
         for name, total in first.items():
             mean = total / done
             self.sums[name] += mean
             self.variances[name] += (second[name] / done - mean.square()).clamp(min=0) / max(done - 1, 1)
+
+    def _error_with(self, first: Mapping[str, Tensor], second: Mapping[str, Tensor], count: int) -> float:
+        """The relative error of all that was seen, with sums over ``count`` vectors of the samples at hand."""
+        means = {name: total / count for name, total in first.items()}
+        variances = {
+            name: self.variances[name] + (second[name] / count - mean.square()).clamp(min=0) / (count - 1)
+            for name, mean in means.items()
+        }
+        return _relative_error({name: self.sums[name] + mean for name, mean in means.items()}, variances)
 
 
 def _every_output(flat: Tensor, edges: Sequence[GradientEdge], at_once: int) -> Iterator[Sequence[Tensor | None]]:
@@ -409,13 +434,6 @@ def _over(values: Tensor, dim: int, precision: torch.dtype) -> Tensor:
     return values.sum(others, dtype=precision) if others else values.to(precision)
 
 
-def _error_of(first: Mapping[str, Tensor], second: Mapping[str, Tensor], count: int) -> float:
-    variances = {
-        name: (second[name] / count - (first[name] / count).square()).clamp(min=0) / (count - 1) for name in first
-    }
-    return _relative_error({name: total / count for name, total in first.items()}, variances)
-
-
 def _relative_error(means: Mapping[str, Tensor], variances: Mapping[str, Tensor]) -> float:
     """Standard error of an axis's scores over their size, of the worst axis."""
     errors = [
@@ -426,7 +444,7 @@ def _relative_error(means: Mapping[str, Tensor], variances: Mapping[str, Tensor]
     return max(errors, default=0.0)
 
 
-def _outputs(result: Any) -> list[Tensor]:
+def float_outputs(result: Any) -> list[Tensor]:
     """The floating tensors of a result, without the loss and internal states."""
     return [
         tensor
@@ -436,23 +454,6 @@ def _outputs(result: Any) -> list[Tensor]:
 
 
 _INTERNAL = frozenset({"loss", "hidden_states", "attentions", "cross_attentions", "past_key_values"})
-
-
-def _samples(inputs: Any) -> int:
-    """How many samples a batch holds: the common length of its tensors, or 1 if there is none."""
-    found = {len(tensor) for _, tensor in batches.tensors(inputs) if tensor.dim() > 0}
-    return found.pop() if len(found) == 1 else 1
-
-
-def _part(value: Any, start: int, stop: int, count: int) -> Any:
-    """Samples ``start`` to ``stop`` of a batch's inputs."""
-    if isinstance(value, Tensor):
-        return value[start:stop] if value.dim() > 0 and len(value) == count else value
-    if isinstance(value, Mapping):
-        return {key: _part(one, start, stop, count) for key, one in value.items()}
-    if isinstance(value, (tuple, list)):
-        return type(value)(_part(one, start, stop, count) for one in value)
-    return value
 
 
 def recordable(value: Any) -> Any:

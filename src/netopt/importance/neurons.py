@@ -24,7 +24,8 @@ from netopt.errors import (
     NonFiniteError,
     ShapeMismatchError,
 )
-from netopt.importance.activations import Saliency, Tap, activations, gather, over_others, saliency
+from netopt.importance.activations import Saliency, Tap, activations, float_outputs, gather, over_others, saliency
+from netopt.importance.curvature import reconstruction_scores
 from netopt.importance.evidence import Evidence, missing_data
 from netopt.importance.registry import PART, Criterion, Importance, criterion, lookup
 from netopt.importance.scores import scores
@@ -32,7 +33,7 @@ from netopt.model.parameters import effective, places
 from netopt.model.view import ModelView
 from netopt.progress import bar
 
-__all__ = ["Member", "NeuronScores", "Neurons", "neuron_scores", "reduce", "saliency_within"]
+__all__ = ["ComparableScores", "Member", "NeuronScores", "Neurons", "neuron_scores", "reduce", "saliency_within"]
 
 Member = tuple[str, int, Tensor]
 """A tensor's name, a dimension, and the position of the axis at each index of it, -1 elsewhere."""
@@ -51,6 +52,8 @@ class Neurons:
         saliency: Squared gradients of the outputs, see :func:`netopt.importance.activations.saliency`; None where no
             contraction reads the axis.
         activation: Mean absolute activation.
+        reconstruction: What is lost when neurons go and all that reads them is refitted, see
+            :func:`netopt.importance.curvature.reconstruction_scores`.
     """
 
     name: str
@@ -59,6 +62,7 @@ class Neurons:
     scales: tuple[tuple[Tensor, int, Tensor], ...] = ()
     saliency: Tensor | None = None
     activation: Tensor | None = None
+    reconstruction: Tensor | None = None
 
     def total(self, function: Callable[[Tensor], Tensor]) -> Tensor:
         """Sums ``function`` of every weight entry onto the neurons it belongs to; float64."""
@@ -88,10 +92,26 @@ class NeuronScores:
     Attributes:
         scores: One score a neuron, by axis, float64.
         saliency: How the saliency was computed, if it was.
+        comparable: Whether scores of different axes can be compared as they are.
+        scale: The outputs' mean sum of squares, if scores are changes of that; else 0.
     """
 
     scores: dict[str, Tensor]
     saliency: Saliency | None = None
+    comparable: bool = False
+    scale: float = 0.0
+
+
+class ComparableScores(dict[str, Tensor]):
+    """Scores of neurons by axis, one tensor each, that may be compared across axes as they are.
+
+    Attributes:
+        scale: The outputs' mean sum of squares, if sums of scores are changes of that; else 0.
+    """
+
+    def __init__(self, scores: Mapping[str, Tensor], scale: float = 0.0) -> None:
+        super().__init__(scores)
+        self.scale = scale
 
 
 def neuron_scores(
@@ -128,7 +148,7 @@ def neuron_scores(
         ShapeMismatchError: A criterion gives no score, or several, for some neuron.
     """
     if isinstance(importance, Mapping):
-        return NeuronScores({name: _checked(importance.get(name), name, size) for name, size in sizes.items()})
+        return _given(importance, sizes)
     chosen = lookup(importance, of="neurons")
     if data is None and chosen.of == "weights" and chosen.needs:
         raise missing_data(f"importance {chosen.name!r}", chosen.needs, loss_fn)
@@ -142,7 +162,12 @@ def neuron_scores(
         elementwise = scores(model, data, chosen, loss_fn=loss_fn, wanted=wanted, progress=progress)
         reduced = {name: reduce(elementwise, members[name], size) for name, size in sizes.items()}
         return NeuronScores({name: _checked(one, name, sizes[name]) for name, one in reduced.items()})
-    found, active = None, {}
+    found, active, lost, scale = None, {}, {}, 0.0
+    if "reconstruction" in chosen.needs:
+        seen = data if data is not None else _only(example_inputs)
+        lost, scale = reconstruction_scores(
+            model, members, sizes, seen, loss_fn=loss_fn, outputs=outputs or float_outputs, progress=progress
+        )
     if chosen.needs & {"saliency", "activation"}:
         read = {name: taps(name) for name in sizes}
         seen = data if data is not None else _only(example_inputs)
@@ -159,9 +184,15 @@ def neuron_scores(
         weights = tuple((value, dim, at) for _, value, dim, at in own)
         norm = tuple((value, dim, at) for tensor, value, dim, at in own if _bare(tensor) in scales)
         known = found.scores[name] if found and name not in found.unread else None
-        evidence = Neurons(name, size, weights, norm, known, active.get(name))
+        evidence = Neurons(name, size, weights, norm, known, active.get(name), lost.get(name))
         result[name] = _checked(chosen(evidence), name, size)
-    return NeuronScores(result, found)
+    return NeuronScores(result, found, comparable=bool(lost), scale=scale)
+
+
+def _given(scores: Mapping[str, Tensor], sizes: Mapping[str, int]) -> NeuronScores:
+    checked = {name: _checked(scores.get(name), name, size) for name, size in sizes.items()}
+    comparable = isinstance(scores, ComparableScores)
+    return NeuronScores(checked, comparable=comparable, scale=scores.scale if comparable else 0.0)
 
 
 def _streamed(
@@ -293,6 +324,13 @@ def _activation(seen: Neurons) -> Tensor:
     r"""Mean absolute activation, :math:`\mathbb{E}|x_i|`, as the neuron's consumers read it."""
     assert seen.activation is not None
     return seen.activation
+
+
+@criterion("reconstruction", needs={"reconstruction"}, of="neurons", paper="https://arxiv.org/abs/2302.04089")
+def _reconstruction(seen: Neurons) -> Tensor:
+    r"""What the outputs lose when the neuron goes and all that reads it is refitted: greedy optimal brain surgery."""
+    assert seen.reconstruction is not None
+    return seen.reconstruction
 
 
 @criterion("l2", of="neurons", paper="https://arxiv.org/abs/1608.08710")

@@ -38,6 +38,7 @@ class CallNames(TorchCalls):
     """Runs a model with a name for every torch call; subclasses override :meth:`on_call`.
 
     Example:
+        >>> import torch
         >>> class Seen(CallNames):
         ...     def on_call(self, call, function, args, kwargs, result):
         ...         if call.function == "linear":

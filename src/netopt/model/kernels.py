@@ -29,7 +29,7 @@ class Unfused(TorchCalls):
         attention: Whether attention is one of them; its product of queries and keys is then held in memory.
 
     Example:
-        >>> layer = nn.LSTM(2, 3)
+        >>> layer = torch.nn.LSTM(2, 3)
         >>> with Unfused():
         ...     states, _ = layer(torch.zeros(4, 1, 2))
         >>> states.shape

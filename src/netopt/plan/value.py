@@ -66,7 +66,8 @@ class Plan:
         axes: The axes behind the tensors, one row each.
         shapes: Shapes of the parameters, and of the buffers narrowed, of the model the plan was made for; a plan with
             none fits every model that has its tensors.
-        predicted: Parameters, MACs and bytes before and after.
+        predicted: Parameters, MACs and bytes before and after; where scores say it, ``"output_change"``, the squared
+            change of the outputs as a share of their squares.
         unsaved: Names among the tensors that a saved model may lack: buffers that are not saved, second names of ties.
 
     Example:
@@ -83,7 +84,7 @@ class Plan:
     scales: Mapping[str, float | Tensor] = field(default_factory=dict)
     axes: tuple[AxisCut, ...] = ()
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    predicted: Mapping[str, int] = field(default_factory=dict)
+    predicted: Mapping[str, float] = field(default_factory=dict)
     unsaved: tuple[str, ...] = ()
     shifts: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -315,7 +316,7 @@ class Plan:
         unsaved = tuple({*self.unsaved, *later.unsaved})
         return Plan(tensors, attributes, values, scales, tuple(axes.values()), shapes, unsaved=unsaved, shifts=shifts)
 
-    def with_prediction(self, predicted: Mapping[str, int]) -> Plan:
+    def with_prediction(self, predicted: Mapping[str, float]) -> Plan:
         """The same plan with sizes before and after."""
         plan = object.__new__(Plan)
         plan.__dict__.update(self.__dict__, predicted=MappingProxyType(dict(predicted)))

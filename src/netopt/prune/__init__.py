@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+from netopt.prune.allocation import reconstruction_scores
 from netopt.prune.neurons import plan_neurons, prune_neurons
+from netopt.prune.repair import RepairReport, repair
 from netopt.prune.shrink import shrink
 from netopt.prune.weights import prune_weights
 
-__all__ = ["plan_neurons", "prune_neurons", "prune_weights", "shrink"]
+__all__ = [
+    "RepairReport",
+    "plan_neurons",
+    "prune_neurons",
+    "prune_weights",
+    "reconstruction_scores",
+    "repair",
+    "shrink",
+]

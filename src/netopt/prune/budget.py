@@ -12,6 +12,7 @@ from torch import Tensor
 
 from netopt import measure
 from netopt.errors import ArgumentTypeError, InvalidArgumentError
+from netopt.importance.neurons import NeuronScores
 from netopt.plan.build import make_plan
 from netopt.prune.look import Found
 from netopt.selection import Amount, Limits, Scope, check_amount, check_scope, check_threshold, select, select_within
@@ -65,7 +66,7 @@ class Budget:
         return {**self._given(), "scope": self.scope, "round_to": self.round_to}
 
 
-def choose(found: Found, scores: Mapping[str, Tensor], budget: Budget) -> dict[str, Tensor]:
+def choose(found: Found, scored: NeuronScores, budget: Budget) -> dict[str, Tensor]:
     """The positions that stay, by axis.
 
     Raises:
@@ -73,14 +74,24 @@ def choose(found: Found, scores: Mapping[str, Tensor], budget: Budget) -> dict[s
         NothingToPruneError: The budget cannot be met.
     """
     limits = Limits(budget.round_to, _feasible(found))
+    scores, normalization = scored.scores, "none" if scored.comparable else None
     if budget.amount is not None or budget.threshold is not None:
-        return select(scores, budget.amount, threshold=budget.threshold, scope=budget.scope, limits=limits)
+        return select(
+            scores,
+            budget.amount,
+            threshold=budget.threshold,
+            scope=budget.scope,
+            limits=limits,
+            normalization=normalization,
+        )
     share = budget.max_params if budget.max_params is not None else budget.max_macs
     assert share is not None, "exactly one of the four is given"
     cost_of = _parameters(found) if budget.max_params is not None else _macs(found)
     whole = cost_of({})
     costs = _unit_costs(found.sizes, cost_of, whole, limits) if budget.scope == "global" else None
-    return select_within(scores, cost_of, int(share * whole), unit_costs=costs, limits=limits)
+    return select_within(
+        scores, cost_of, int(share * whole), unit_costs=costs, limits=limits, normalization=normalization
+    )
 
 
 def _feasible(found: Found) -> Callable[[Mapping[str, int]], dict[str, int]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from netopt import masking, measure, surgery
+from netopt import batches, masking, measure, surgery
 from netopt.axes import Outputs
 from netopt.batches import Batch, Inputs
 from netopt.errors import ArgumentTypeError, InvalidArgumentError, NetoptError, UnknownNameError
@@ -29,6 +29,7 @@ from netopt.prune.exactness.dead_neurons import may_exist
 from netopt.prune.exactness.folding import Folds, fold_removed, shifted
 from netopt.prune.exactness.rescaling import Rescaling, find_rescalings, rescaled
 from netopt.prune.look import Found, Where, check_model, look, without_gradients
+from netopt.prune.repair import RepairReport, copy_for_repair, repaired
 from netopt.prune.verify import DifferentOutputsError, Tensors, differing, reference_outputs
 from netopt.report import PruningReport, Row
 from netopt.selection import Amount, Scope
@@ -56,7 +57,7 @@ def prune_neurons(
     outputs: Outputs = None,
     round_to: int = 1,
     optimizer: Optimizer | Iterable[Optimizer] | None = None,
-    repair: None = None,
+    repair: bool | None = None,
     mode: Mode = "remove",
     verify: bool = True,
     progress: bool = True,
@@ -87,7 +88,9 @@ def prune_neurons(
         outputs: Which results must keep their shape; see :func:`netopt.find_axes`.
         round_to: Keep a multiple of this many neurons on every axis that has more.
         optimizer: One or several, whose state (momenta, second moments) is narrowed along with the parameters.
-        repair: Reserved.
+        repair: Refit what is left to what the model put out before, see :func:`netopt.repair`. By default it is, where
+            ``data`` is given and neurons are removed; ``False`` leaves exactly what masking would. ``verify`` compares
+            before.
         mode: ``"remove"``, or ``"mask"`` to put the same plan on as masks of ``torch.nn.utils.prune``.
         verify: Run the smaller model on the example inputs, compare the shapes of its outputs, and, where removing is
             the same as masking, their values with the masked model's, there and on a variation of the inputs. Axes
@@ -114,9 +117,11 @@ def prune_neurons(
         (12, 12)
     """
     budget = Budget(amount, threshold, max_params, max_macs, scope, round_to)
+    data = list(batches.iterate(data)) if isinstance(data, Iterator) else data  # for scores, and again for repair
     scoring = _Scoring(importance, data, loss_fn, progress)
     held = check_model(model, example_inputs)
-    _check(budget, scoring, mode, repair)
+    _check(budget, scoring, mode)
+    dense = copy_for_repair(model, repair, data, mode)
     optimizers = surgery.as_optimizers(optimizer)
     # A mask can be taken off; what is folded into a bias could not.
     decision = _decide(held, example_inputs, budget, scoring, Where(include, exclude, outputs), fold=mode == "remove")
@@ -125,7 +130,7 @@ def prune_neurons(
         with all_or_nothing(model):
             masking.put(model, _parameter_masks(model, decision.plan))
             return report.make(decision)
-    return _remove(decision, optimizers, report, verify=verify)
+    return _remove(decision, optimizers, report, _Calibration(dense, data, progress), verify=verify)
 
 
 def plan_neurons(
@@ -169,9 +174,9 @@ def plan_neurons(
     held = check_model(model, example_inputs)
     _check(budget, scoring)
     before = measure.cost(model, example_inputs)
-    plan = _decide(held, example_inputs, budget, scoring, Where(include, exclude, outputs)).plan
-    after = plan.prepare(model).dry_run(lambda: measure.cost(model, example_inputs))
-    return plan.with_prediction(_predicted(before, after))
+    decision = _decide(held, example_inputs, budget, scoring, Where(include, exclude, outputs))
+    after = decision.plan.prepare(model).dry_run(lambda: measure.cost(model, example_inputs))
+    return decision.plan.with_prediction(_predicted(before, after) | decision.output_change())
 
 
 @dataclass(frozen=True)
@@ -215,6 +220,14 @@ class _Decision:
     def counts(self) -> dict[str, int]:
         """How many neurons each axis keeps."""
         return {name: len(kept) for name, kept in self.kept.items()}
+
+    def output_change(self) -> dict[str, float]:
+        """The outputs' expected squared change as a share of their squares, where scores say it."""
+        if not self.scores.scale:
+            return {}
+        every = self.scores.scores
+        lost = sum(float(every[name].sum() - every[name][at].sum()) for name, at in self.kept.items())
+        return {"output_change": lost / self.scores.scale}
 
     def rows(self) -> tuple[Row, ...]:
         """One row an axis that could lose neurons."""
@@ -283,11 +296,11 @@ class _Decision:
 def _decide(
     held: ModelView, example_inputs: Inputs, budget: Budget, scoring: _Scoring, where: Where, *, fold: bool = True
 ) -> _Decision:
-    """Look, score, select, repair."""
+    """Look, score, select, complete."""
     found = look(held, example_inputs, where)
     scores = _score(found, scoring, where)
-    kept = choose(found, scores.scores, budget)
-    return _repair(found, scores, kept, fold=fold)
+    kept = choose(found, scores, budget)
+    return _complete(found, scores, kept, fold=fold)
 
 
 def _score(found: Found, scoring: _Scoring, where: Where) -> NeuronScores:
@@ -314,7 +327,7 @@ def _score(found: Found, scoring: _Scoring, where: Where) -> NeuronScores:
         raise InvalidArgumentError(f'importance "{scoring.name}" cannot be computed: {why}.') from error
 
 
-def _repair(found: Found, scores: NeuronScores, kept: dict[str, Tensor], *, fold: bool) -> _Decision:
+def _complete(found: Found, scores: NeuronScores, kept: dict[str, Tensor], *, fold: bool) -> _Decision:
     """The plan, with what makes removing the same as masking: factors for sizes, constants in biases."""
     held, axes, model = found.held, found.axes, found.held.model
     rescalings = find_rescalings(held, axes, kept, found.forward)
@@ -326,20 +339,38 @@ def _repair(found: Found, scores: NeuronScores, kept: dict[str, Tensor], *, fold
     return _Decision(found, scores, kept, plan, rescalings, folds, nonzero, hook_notes)
 
 
-def _remove(decision: _Decision, optimizers: Sequence[Optimizer], report: _Report, *, verify: bool) -> PruningReport:
-    """Change, check, report; where the check finds other values, the axes at fault are marked."""
+@dataclass(frozen=True)
+class _Calibration:
+    """What the smaller model is refitted to: the model as it was, ``None`` for no repair, on these batches."""
+
+    dense: nn.Module | None
+    data: Iterable[Batch] | None
+    progress: bool
+
+
+def _remove(
+    decision: _Decision,
+    optimizers: Sequence[Optimizer],
+    report: _Report,
+    calibration: _Calibration,
+    *,
+    verify: bool,
+) -> PruningReport:
+    """Change, check, repair, report; where the check finds other values, the axes at fault are marked."""
     plan, forward = decision.plan, decision.found.forward
     operation = plan.prepare(decision.found.held, optimizers)
-    if not verify:
-        return operation.run(lambda: report.make(decision))
     cut = [row.name for row in plan.axes]
-    reference = reference_outputs(forward, decision.computing(cut) if plan.exact else None, equal=plan.exact)
+    reference = None
+    if verify:
+        reference = reference_outputs(forward, decision.computing(cut) if plan.exact else None, equal=plan.exact)
 
     def finish(done: _Decision) -> PruningReport:
-        reference.check(values=done.plan.exact)
-        return report.make(done)
+        if reference is not None:
+            reference.check(values=done.plan.exact)
+        with repaired(forward.model, plan, calibration.dense, calibration.data, calibration.progress) as outcome:
+            return report.make(done, outcome)
 
-    compared = decision.compared()
+    compared = decision.compared() if verify else decision
     try:
         return operation.run(lambda: finish(compared))
     except DifferentOutputsError:
@@ -369,7 +400,7 @@ class _Report:
         full = decision.nonzero.items() if not changed else ()
         self._full = {name for name, count in full if count == held.parameters[name].numel()}
 
-    def make(self, decision: _Decision) -> PruningReport:
+    def make(self, decision: _Decision, repair: RepairReport | None = None) -> PruningReport:
         """The report, of the model as it is now."""
         found, plan, settings = decision.found, decision.plan, {**self._settings, **decision.hook_notes}
         if decision.scores.saliency is not None:
@@ -379,18 +410,20 @@ class _Report:
         else:
             left = found.axes.macs(decision.counts() if self._removes else {})
         now = found.held if self._removes else ModelView(found.held.model)
-        after = measure.cost_of(now, left, measure.nonzero_of(now, self._full))
+        after = measure.cost_of(now, left, measure.nonzero_of(now, self._full if repair is None else ()))
+        predicted = _predicted(self._before, after) | decision.output_change()
         return PruningReport(
             call="prune_neurons",
             before=self._before,
             after=after,
             rows=decision.rows(),
-            plan=plan.with_prediction(_predicted(self._before, after)) if self._removes else plan,
+            plan=plan.with_prediction(predicted) if self._removes else plan,
             frozen=found.kept_out,
             settings=settings,
             batch=measure.batch_size(found.forward.inputs),
             already=self._already,
             subject=found.held.model,
+            repair=repair,
         )
 
 
@@ -408,13 +441,11 @@ def _parameter_masks(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
     return masks
 
 
-def _check(budget: Budget, scoring: _Scoring, mode: str = "remove", repair: Any = None) -> None:
+def _check(budget: Budget, scoring: _Scoring, mode: str = "remove") -> None:
     """Checks every argument that can be checked before the model is looked at."""
     budget.check()
     if mode not in MODES:
         raise UnknownNameError.of("mode", str(mode), MODES)
-    if repair is not None:
-        raise InvalidArgumentError("repair is reserved and must be None.")
     loss_fn = scoring.loss_fn
     if loss_fn is not None and not callable(loss_fn):
         raise ArgumentTypeError(f"loss_fn must be a function of result and targets, not {type(loss_fn).__name__}.")
@@ -422,8 +453,8 @@ def _check(budget: Budget, scoring: _Scoring, mode: str = "remove", repair: Any 
         lookup(scoring.importance, of="neurons")
 
 
-def _predicted(before: measure.Cost, after: measure.Cost) -> dict[str, int]:
-    found = {}
+def _predicted(before: measure.Cost, after: measure.Cost) -> dict[str, float]:
+    found: dict[str, float] = {}
     for kind in ("params", "macs", "bytes"):
         found[f"{kind}_before"], found[f"{kind}_after"] = getattr(before, kind), getattr(after, kind)
     return found

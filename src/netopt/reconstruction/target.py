@@ -9,14 +9,15 @@ itself. So it is pulled towards :math:`W`, as strongly as each half of the calib
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["Moments", "regression_target"]
+__all__ = ["Moments", "best_pull", "regression_target", "ridge", "scaled"]
 
-PULLS = tuple(100 / 10 ** (step / 2) for step in range(11))
+PULLS = tuple(100 / 10 ** (step / 2) for step in range(13))
 """Strengths to try, from strong to weak, where every input has norm 1 over all data."""
 
 ROWS = 256
@@ -66,36 +67,50 @@ def regression_target(weight: Tensor, moments: Moments) -> Tensor:
         return weight @ whole
     norm = whole.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
     norm = torch.maximum(norm, 1e-8 * norm.amax(-1, keepdim=True) + 1e-30)
-    pull = _pull(weight[:, :: -(-weight.shape[1] // ROWS)], moments.own, changes, norm)
+    lost = [weight @ change / norm[:, None, :] for change in changes]
+    pull, _ = best_pull([scaled(one, norm) for one in moments.own], lost)
     if pull is not None:
-        lost = weight @ (changes[0] + changes[1]) / norm[:, None, :]
-        weight = weight + _ridge(_scaled(whole, norm), lost, pull) / norm[:, None, :]
+        weight = weight + ridge(scaled(whole, norm), lost[0] + lost[1], pull) / norm[:, None, :]
     return weight @ whole
 
 
-def _pull(weight: Tensor, own: Tensor, changes: list[Tensor], norm: Tensor) -> float | None:
-    """Returns how strongly to pull towards ``weight``; ``None`` is infinitely."""
-    scaled = [_scaled(one, norm) for one in own]
-    lost = [weight @ one / norm[:, None, :] for one in changes]
+def best_pull(own: Sequence[Tensor], lost: Sequence[Tensor]) -> tuple[float | None, float]:
+    """How strongly to pull towards the present weights, and by how much the squared error on unseen data then falls.
+
+    Each half is fitted and the other one asked, strong pulls first, until one does worse than the one before.
+
+    Args:
+        own: Second moments of the inputs, scaled by :func:`scaled`, of each half; ``(groups, columns, columns)``.
+        lost: What the outputs lack times the inputs, scaled alike, of each half; ``(groups, rows, columns)``. The pull
+            is told from up to 256 of the rows.
+
+    Returns:
+        The pull, ``None`` for infinitely, and the fall (negative), summed over the rows and both halves.
+    """
+    step = -(-lost[0].shape[1] // ROWS)
+    rows = [one[:, ::step] for one in lost]
     best, least = None, 0.0
     for pull in PULLS:
-        loss = 0.0
-        for fitted, held in ((0, 1), (1, 0)):
-            step = _ridge(scaled[fitted], lost[fitted], pull)
-            # The squared error on the other half, beyond that of the weight itself.
-            loss += float((step * (step @ scaled[held] - 2 * lost[held])).sum())
-        if not loss < least:
+        fall = sum(_fall(own[fitted], rows[fitted], own[held], rows[held], pull) for fitted, held in ((0, 1), (1, 0)))
+        if not fall < least:
             break
-        best, least = pull, loss
-    return best
+        best, least = pull, fall
+    return best, least
 
 
-def _ridge(moment: Tensor, lost: Tensor, pull: float) -> Tensor:
+def _fall(own: Tensor, lost: Tensor, unseen_own: Tensor, unseen_lost: Tensor, pull: float) -> float:
+    """The squared error on unseen data, beyond that of the present weights, after a fit."""
+    step = ridge(own, lost, pull)
+    return float((step * (step @ unseen_own - 2 * unseen_lost)).sum())
+
+
+def ridge(moment: Tensor, lost: Tensor, pull: float) -> Tensor:
     """Returns what to add to the weight so that it makes up for ``lost``, ``(groups, rows, columns)``."""
     pulled = moment.clone()
     pulled.diagonal(dim1=-2, dim2=-1).add_(pull)
     return torch.cholesky_solve(lost.mT, torch.linalg.cholesky(pulled)).mT
 
 
-def _scaled(moment: Tensor, norm: Tensor) -> Tensor:
+def scaled(moment: Tensor, norm: Tensor) -> Tensor:
+    """Second moments of inputs that are divided by their norms."""
     return moment / norm[:, None, :] / norm[:, :, None]

@@ -158,6 +158,9 @@ def unfold(op: Operation, tensor: Tensor, dim: int, size: int, step: int) -> Dim
 def unfold_gradient(op: Operation, windows: Tensor, sizes: Sequence[int], dim: int, *args: Any) -> Dims:
     """Windows added up where they lie."""
     *dims, inside = op.dims(windows)
+    if len(dims) != op.out.dim():  # torch does not check it
+        op.freeze([*dims, inside], "is read in windows")
+        return [op.frozen(size, "is read in windows") for size in op.out.shape]
     at = dim % len(dims)
     why = "is read in windows"
     op.freeze([dims[at], inside], why)
