@@ -388,9 +388,9 @@ def test_the_report_tells_all(x, tmp_path):
     assert first.loss == pytest.approx(0.5 * first.terms["kl"] + 0.5 * first.terms["labels"])
     assert "validation loss" in str(report)
     assert report._repr_html_().count("<tr>") == 4
-    axes = report.plot()
-    axes.figure.savefig(tmp_path / "report.png")
-    assert axes.get_ylabel() == "loss"
+    drawn = report.plot()
+    drawn.savefig(tmp_path / "report.png")
+    assert drawn.axes[1].get_ylabel() == "validation loss, on validation data"
 
 
 def test_half_precision_trains_and_losses_stay_in_float32(x):

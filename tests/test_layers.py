@@ -18,7 +18,7 @@ SOURCES = sorted(ROOT.rglob("*.py"))
 # A module may import from rows below its own, and from its own package.
 LAYERS = (
     {"integrations"},
-    {"training", "sensitivity"},
+    {"training", "sensitivities"},
     {"prune", "distillation"},
     {"report"},
     {"plan", "reconstruction"},
@@ -26,7 +26,7 @@ LAYERS = (
     {"selection"},
     {"axes", "importance", "measure"},
     {"symbolic", "model"},
-    {"batches", "calibration", "flops", "selectors"},
+    {"batches", "calibration", "figures", "flops", "progress", "selectors", "tables"},
     {"errors"},
 )
 OPTIONAL = {"matplotlib", "IPython", "transformers", "timm", "torchvision", "lightning_fabric", "accelerate", "sklearn"}

@@ -9,11 +9,17 @@ import sys
 
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
+import netopt
 from conftest import unchanged
+from netopt import batches
+from netopt.distillation.report import Epoch
 from netopt.errors import InvalidArgumentError, MissingPackageError, NetoptError
 from netopt.measure import Cost, Latency
+from netopt.progress import bar
 from netopt.report import PruningReport, Row
 
 
@@ -137,16 +143,137 @@ def test_a_report_does_not_keep_the_model_alive_and_can_be_copied():
 
 
 def test_plot_draws_a_bar_for_each_row(tmp_path):
-    figure = a_report().plot()
-    assert len(figure.axes[0].patches) == 4
-    assert figure._repr_png_().startswith(b"\x89PNG")
-    figure.savefig(tmp_path / "report.png")
+    drawn = a_report().plot()
+    assert [bar.get_width() for bar in drawn.axes[0].patches] == [100, 100, 25, 25]
+    assert drawn._repr_png_().startswith(b"\x89PNG")
+    drawn.savefig(tmp_path / "report.png")
     assert (tmp_path / "report.png").stat().st_size > 1000
+
+
+def words_of(drawn) -> str:
+    axes = drawn.axes[0]
+    return " ".join(text.get_text() for text in [*axes.texts, *axes.get_yticklabels()])
+
+
+def test_plot_leaves_nothing_out_without_saying_so():
+    rows = tuple(Row(f"block{'abcdefgh'[i % 8] * (i // 8 + 1)}", 2 + i, 1 + i) for i in range(48))
+    left = words_of(a_report(rows=rows).plot())
+    assert "and 8 smaller ones" in left
+    assert "of the neurons" in left
+    assert "more" not in words_of(a_report(rows=rows).plot(rows=None))
+    deep = tuple(Row(f"layer.{i}.{kind}", 8, 4 + i % 2) for i in range(30) for kind in ("heads", "ffn"))
+    told = words_of(a_report(rows=deep).plot())
+    assert "layer.*.heads (30)" in told
+    assert "4-5 of 8" in told
+
+
+def covered(drawn) -> list:
+    """Rectangles of what is written, in pixels, in the figure that is drawn."""
+    FigureCanvasAgg(drawn).draw()
+    axes = drawn.axes[0]
+    written = [drawn._suptitle, *axes.texts, *axes.get_yticklabels(), axes.xaxis.label, *drawn.legends]
+    return [one.get_window_extent() for one in written if one is not None]
+
+
+@pytest.mark.parametrize(
+    "names", [["a", "b"], [f"encoder.layer.{i}.attention.self.attention_head_size" for i in range(6)]]
+)
+def test_what_is_written_in_a_plot_is_whole_and_overlaps_nothing(names):
+    drawn = a_report(rows=tuple(Row(name, 3072, 1890) for name in names), already=0.5).plot()
+    boxes = covered(drawn)
+    for index, box in enumerate(boxes):
+        assert box.x0 >= 0
+        assert box.x1 <= drawn.bbox.x1 + 1
+        assert not any(box.overlaps(other) for other in boxes[index + 1 :])
+
+
+def test_rows_of_many_layers_are_printed_by_pattern_in_at_most_100_columns():
+    rows = tuple(
+        Row(f"bert.encoder.layer.{i}.{kind}", 384, 380 + i % 2, exact=False, note="a norm over it, " * 9)
+        for i in range(24)
+        for kind in ("intermediate.dense", "a_module_of_a_name_that_takes_a_whole_line_of_its_own_or_more")
+    )
+    text = str(a_report(rows=rows, frozen={f"layer.{i}.out": "is a model output " * 9 for i in range(24)}))
+    assert "bert.encoder.layer.*.intermediate.dense (24)" in text
+    assert "380-381" in text
+    assert "layer.*.out (24)" in text
+    assert max(map(len, text.splitlines())) <= 100
+    assert max(map(len, a_report(rows=rows).table().splitlines())) <= 100
+    assert a_report(rows=rows).table().count("intermediate.dense") == 24
+
+
+def test_macs_are_shown_for_a_sample_and_name_the_batch():
+    text = str(a_report(batch=500))
+    assert "MACs per sample (batch of 500)" in text
+    assert "4,000  1,000" in text
+    assert "2,000,000" in str(a_report(batch=7))  # not of these inputs: no whole number a sample
+
+
+def test_a_second_pruning_says_what_it_is_a_share_of():
+    net, inputs = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 3)), torch.randn(5, 4)
+    first, second = (netopt.prune_neurons(net, inputs, 0.5) for _ in range(2))
+    assert "as it is now" not in str(first)
+    assert "of the model as it is now" in str(second)
+    assert second.batch == 5
+    assert second.already == pytest.approx(1 - first.params_after / first.params_before)
+
+
+@pytest.mark.parametrize(
+    ("amount", "hinted"), [(50, True), (1, False), (0.5, False), (200, False), ({"stem": 50}, False)]
+)
+def test_a_count_that_looks_like_a_percentage_is_pointed_out(amount, hinted):
+    report = a_report(settings={"amount": amount})
+    for text in (str(report), report._repr_html_()):
+        assert ("amount=50 is a count; for 50 percent write amount=0.5" in text) == hinted
+
+
+def test_values_show_themselves_in_one_line():
+    model = nn.Linear(4, 3)
+    shown = [a_report(), netopt.masking.sparsity(model), netopt.measure.latency(model, torch.zeros(1, 4), repeats=2)]
+    for value in [*shown, netopt.DistillationReport()]:
+        assert "\n" not in repr(value)
+        assert len(repr(value)) < 200
+    assert netopt.masking.sparsity(model)._repr_html_().count("<tr>") == 2
+
+
+def test_words_stand_to_the_left_in_html():
+    page = a_report()._repr_html_()
+    assert '<td style="text-align:left">is a model output' in page
+    assert '<td style="text-align:left">LayerNorm over it' in page
+    assert '<td style="text-align:right">1,000' in page
+
+
+def test_a_distillation_is_drawn_with_a_legend_and_shown():
+    epochs = [Epoch(i, 4 * i, 1 / i, {"soft": 1 / i}, 0.5 + i / 10, 1.0) for i in (1, 2, 3)]
+    report = netopt.DistillationReport(epochs, metric="<lambda>", best=0.8, best_epoch=3)
+    drawn = report.plot()
+    assert drawn._repr_png_().startswith(b"\x89PNG")
+    labels = [text.get_text() for text in drawn.axes[0].get_legend().get_texts()]
+    assert labels == ["loss", "validation", "best validation, 0.8"]
+    assert drawn.axes[0].get_ylabel() == "loss, mean of the epoch"
+    ours = report.plot()
+    assert report.plot(ours.axes[0]) is ours
 
 
 def test_plot_without_matplotlib_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(MissingPackageError, match=r"pip install 'netopt\[plots\]'") as caught:
         a_report().plot()
+    with pytest.raises(MissingPackageError):
+        netopt.DistillationReport().plot()
     assert isinstance(caught.value, ImportError)
     assert isinstance(caught.value, NetoptError)
+
+
+def test_bars_know_how_long_they_are_and_hide_what_is_over_at_once(capsys):
+    data = DataLoader(TensorDataset(torch.zeros(130, 3)), batch_size=64)
+    assert [batches.steps(one) for one in (data, lambda: data, torch.zeros(130, 3), [torch.zeros(2, 3)])] == [
+        3,
+        None,
+        3,
+        1,
+    ]
+    with bar(None, "steps", total=3) as shown:
+        assert (shown.total, shown.delay, shown.desc) == (3, 1, "steps")
+    assert list(bar([1, 2], "quick")) == [1, 2]
+    assert "quick" not in capsys.readouterr().err

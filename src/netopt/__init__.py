@@ -1,18 +1,46 @@
 """Make any PyTorch model smaller and faster, in place: prune neurons, prune weights, distill.
 
 Three calls do the work, ``prune_neurons``, ``prune_weights`` and ``distill``; ``find_axes`` and ``Plan`` show and store
-what neuron pruning decides. Nothing optional is imported here.
+what neuron pruning decides. Nothing optional is imported here, and the rest when it is first used.
 """
 
-from netopt import axes, calibration, errors, importance, masking
-from netopt.axes import find_axes
-from netopt.distillation import DistillationReport, distill
+from __future__ import annotations
+
+import importlib
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
 from netopt.integrations import huggingface as _huggingface  # noqa: F401 - keeps configurations in step
-from netopt.plan import Plan
-from netopt.prune import RepairReport, plan_neurons, prune_neurons, prune_weights, reconstruction_scores, repair, shrink
-from netopt.report import PruningReport
-from netopt.sensitivity import SensitivityReport, sensitivity
-from netopt.training import GradualPruner, Regularizer, rewind
+
+if TYPE_CHECKING:
+    from netopt import (
+        axes,
+        calibration,
+        distillation,
+        errors,
+        importance,
+        masking,
+        measure,
+        plan,
+        reconstruction,
+        report,
+    )
+    from netopt.axes import find_axes
+    from netopt.distillation import DistillationReport, distill
+    from netopt.masking import finish
+    from netopt.plan import Plan
+    from netopt.prune import (
+        RepairReport,
+        plan_neurons,
+        prune_neurons,
+        prune_weights,
+        reconstruction_scores,
+        repair,
+        shrink,
+    )
+    from netopt.report import PruningReport
+    from netopt.sensitivities import SensitivityReport, sensitivity
+    from netopt.training import GradualPruner, Regularizer, rewind
 
 __version__ = "0.1.0"
 
@@ -27,16 +55,58 @@ __all__ = [
     "axes",
     "calibration",
     "distill",
+    "distillation",
     "errors",
     "find_axes",
+    "finish",
     "importance",
     "masking",
+    "measure",
+    "plan",
     "plan_neurons",
     "prune_neurons",
     "prune_weights",
+    "reconstruction",
     "reconstruction_scores",
     "repair",
+    "report",
     "rewind",
     "sensitivity",
     "shrink",
 ]
+
+_HOMES = {
+    "axes": ("find_axes",),
+    "distillation": ("DistillationReport", "distill"),
+    "masking": ("finish",),
+    "plan": ("Plan",),
+    "prune": (
+        "RepairReport",
+        "plan_neurons",
+        "prune_neurons",
+        "prune_weights",
+        "reconstruction_scores",
+        "repair",
+        "shrink",
+    ),
+    "report": ("PruningReport",),
+    "sensitivities": ("SensitivityReport", "sensitivity"),
+    "training": ("GradualPruner", "Regularizer", "rewind"),
+}
+"""Where names come from, which are imported when they are first used."""
+
+
+def __getattr__(name: str) -> Any:
+    home = next((home for home, names in _HOMES.items() if name in names), None)
+    if home is not None:
+        value = getattr(importlib.import_module(f"netopt.{home}"), name)
+    elif not name.startswith("_") and find_spec(f"netopt.{name}") is not None:
+        value = importlib.import_module(f"netopt.{name}")
+    else:
+        raise AttributeError(f"module 'netopt' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

@@ -21,6 +21,7 @@ from netopt.errors import (
     DeviceMismatchError,
     EmptyDataError,
     ForwardError,
+    InvalidArgumentError,
     NetoptError,
     ShapeMismatchError,
 )
@@ -299,6 +300,21 @@ def iterate(data: Any, *, batch_size: int = 64, what: str = "data") -> Iterator[
             f"not {type(data).__name__}."
         )
     return _checked(data, what)
+
+
+def steps(data: Any, batch_size: int = 64) -> int | None:
+    """Returns how many batches :func:`iterate` yields, or ``None`` where that is known only afterwards.
+
+    Example:
+        >>> steps(torch.zeros(130, 3)), steps([torch.zeros(8, 3)]), steps(iter([]))
+        (3, 1, None)
+    """
+    try:
+        if is_samples(data):
+            return -(-count_samples(data) // batch_size)
+        return -(-len(data) // batch_size) if is_dataset(data) else len(data)
+    except (TypeError, InvalidArgumentError):
+        return None
 
 
 def is_samples(data: Any) -> bool:

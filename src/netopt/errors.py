@@ -27,6 +27,7 @@ Each error is also the builtin a Python user would catch, and says what happened
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 __all__ = [
@@ -54,15 +55,38 @@ __all__ = [
 ]
 
 
+_MEANT = {
+    "gradient": ("taylor",),
+    "hessian": ("fisher",),
+    "kd": ("kl",),
+    "kldiv": ("kl",),
+    "l1": ("magnitude",),
+    "l1norm": ("magnitude",),
+    "l2": ("magnitude", "mse"),
+    "l2norm": ("l2", "magnitude"),
+    "local": ("layer",),
+}
+"""What other libraries call things, written small and without dashes, and our names."""
+
+
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     """Returns a sentence that suggests the known names closest to ``name``, or an empty string when none is close.
 
     Example:
         >>> nearest("salliency", ["saliency", "magnitude"])
         "Did you mean 'saliency'?"
+        >>> nearest("L1", ["saliency", "magnitude"])
+        "Did you mean 'magnitude'?"
     """
-    close = difflib.get_close_matches(name, list(known), n=count, cutoff=0.6)
+    known = list(known)
+    folded = _folded(name)
+    close = [one for one in known if _folded(one) == folded] or [one for one in _MEANT.get(folded, ()) if one in known]
+    close = close[:count] or difflib.get_close_matches(name, known, n=count, cutoff=0.6)
     return f"Did you mean {' or '.join(repr(one) for one in close)}?" if close else ""
+
+
+def _folded(name: str) -> str:
+    return re.sub(r"[-_ ]", "", name).casefold()
 
 
 def quoted(names: Iterable[str]) -> str:

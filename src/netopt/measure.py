@@ -29,6 +29,7 @@ from netopt.model.wrappers import TorchCalls
 __all__ = [
     "Cost",
     "Latency",
+    "batch_size",
     "cost",
     "cost_of",
     "count_macs",
@@ -53,7 +54,7 @@ class Latency:
     median: float
     spread: float
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return f"{self.median * 1e3:.3f} ms (± {self.spread * 1e3 / 2:.3f})"
 
 
@@ -72,6 +73,17 @@ class Cost:
     nonzero: int
     bytes: int
     macs: int | None = None
+
+
+def batch_size(inputs: Inputs) -> int | None:
+    """Returns the length of the first dimension of all tensors among ``inputs``; ``None`` where they differ.
+
+    Example:
+        >>> batch_size(torch.zeros(8, 3)), batch_size((torch.zeros(8, 3), torch.zeros(2)))
+        (8, None)
+    """
+    lengths = {tensor.shape[0] if tensor.dim() else None for _, tensor in batches.tensors(inputs)}
+    return lengths.pop() if len(lengths) == 1 else None
 
 
 def cost(model: nn.Module, inputs: Inputs | None = None) -> Cost:

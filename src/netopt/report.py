@@ -4,25 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 import html
-import io
+import textwrap
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from netopt.batches import Inputs
-from netopt.errors import InvalidArgumentError, MissingPackageError
+from netopt.errors import InvalidArgumentError
+from netopt.figures import figure
 from netopt.measure import Cost, Latency, latencies, latency
+from netopt.tables import WIDTH, columns, groups, html_table, pattern, reasons, shortened, span
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from netopt.plan import Plan
 
 __all__ = ["PruningReport", "Row", "figure"]
 
 SHOWN = 20
-"""So many rows, and so many reasons, are printed before the rest is only counted."""
+"""So many rows, and so many reasons, are printed one by one; more are grouped, and the rest is only counted."""
+WORDS = ("exact", "note", "reason")
+"""Heads of columns of words."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +81,8 @@ class PruningReport:
         latency_before: Seconds of a forward call before, if measured; see :meth:`measure`.
         latency_after: Seconds of a forward call now, if measured.
         repair: What the repair did, weight by weight; ``None`` where nothing was repaired.
+        batch: Samples in the example inputs, where their first dimension counts them; MACs are shown for one.
+        already: The fraction of the parameters that earlier calls had removed, of which this one knows nothing.
         subject: The pruned model, given as it is and kept as a weak reference, for :meth:`measure` alone.
 
     Example:
@@ -103,12 +112,14 @@ class PruningReport:
     before: Cost
     after: Cost
     rows: tuple[Row, ...] = ()
-    plan: Any = None
+    plan: Plan | None = None
     frozen: Mapping[str, str] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     latency_before: Latency | None = None
     latency_after: Latency | None = None
     repair: Any = None
+    batch: int | None = None
+    already: float = 0.0
     subject: Any = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -196,7 +207,7 @@ class PruningReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns everything as plain numbers, strings, lists and dicts, ready for :func:`json.dumps`."""
-        plan = self.plan.to_dict() if hasattr(self.plan, "to_dict") else None
+        plan = None if self.plan is None else self.plan.to_dict()
         return {
             "call": self.call,
             "settings": {name: _plain(value) for name, value in self.settings.items()},
@@ -209,61 +220,91 @@ class PruningReport:
             "repair": None if self.repair is None else self.repair.to_dict(),
         }
 
-    def table(self, rows: int | None = None) -> str:
-        """Returns the report as text, with the first ``rows`` rows and reasons, by default all of them."""
-        lines = [self._headline(), *_columns([["", "before", "after", ""], *self._totals()])]
+    def table(self, rows: int | None = None, *, grouped: bool = False) -> str:
+        """Returns the report as text of at most 100 columns.
+
+        Args:
+            rows: Show the first so many rows and reasons, by default all of them, and say how many are left.
+            grouped: Whether more rows than that are put together where their names differ in a number alone, as
+                ``layer.*.dense (12)``.
+        """
+        head = [line for text in (self._headline(), *self._hints()) for line in textwrap.wrap(text, WIDTH)]
+        lines = [*head, *columns([["", "before", "after", ""], *self._totals()])]
         if self.rows:
-            cells = [
-                self._heads(),
-                *([_shown(row)[index] for index in self._kept_columns()] for row in self.rows[:rows]),
-            ]
-            lines += ["", *_columns(cells), *_rest(self.rows, rows)]
+            shown = self._groups(rows if grouped else None)
+            cells = [self._heads(), *(self._cells(one) for one in shown[:rows])]
+            lines += ["", *columns(cells, WORDS), *_rest(shown, rows)]
         if self.frozen:
-            width = max(len(name) for name in list(self.frozen)[:rows])
-            reasons = [f"  {name:<{width}}  {reason}" for name, reason in list(self.frozen.items())[:rows]]
-            lines += ["", f"{self._left()}:", *reasons, *_rest(self.frozen, rows)]
+            named = self._reasons(rows if grouped else None)
+            lines += ["", f"{self._left()}:", *reasons(named[:rows]), *_rest(named, rows)]
         if self.repair is not None:
             lines += ["", self.repair.table(rows)]
         return "\n".join(lines)
 
     def plot(self, rows: int | None = 40) -> Figure:
-        """Draws what was kept of each axis or tensor, and returns the figure; needs matplotlib.
+        """Draws the share of each axis or tensor that was kept, and returns the figure; needs matplotlib.
 
         Args:
-            rows: Draw the first so many rows; ``None`` draws all.
+            rows: Draw at most so many bars. Where there are more, names that differ in a number alone share a bar,
+                with a line from the least to the most that one of them kept; of what is still more, the largest are
+                drawn, and the figure says what is left out. ``None`` draws all, one by one.
 
         Raises:
             MissingPackageError: matplotlib is not installed.
         """
-        drawn = self.rows[:rows]
-        drawn_on = figure(figsize=(8, 1.2 + 0.28 * max(len(drawn), 1)), layout="constrained")
+        every = self._groups(rows)
+        largest = sorted(range(len(every)), key=lambda index: -every[index].total)[:rows]
+        drawn = [every[index] for index in sorted(largest)]
+        drawn_on = figure(figsize=(8, 1.6 + 0.27 * max(len(drawn), 1)), layout="constrained")
         axes = drawn_on.add_subplot()
-        places = range(len(drawn))
-        axes.barh(places, [row.total for row in drawn], color="#d7dce2", label="before")
-        axes.barh(places, [row.after for row in drawn], color="#2f6db2", label="kept")
-        axes.set_yticks(list(places), [row.name for row in drawn])
-        axes.invert_yaxis()
-        axes.set_xlabel(self._unit())
-        axes.set_title(self._headline())
-        axes.spines[["top", "right"]].set_visible(False)
+        _draw(axes, drawn)
+        axes.set_xlabel(f"{self._unit()} kept, % of each {self._heads()[0]}")
+        drawn_on.suptitle(textwrap.fill(self._headline(), 96), x=0.01, ha="left", fontsize=10)
         if drawn:
-            axes.legend(frameon=False, loc="lower right")
+            axes.axvline(100 * (1 - self.removed), color="#c8553d", linewidth=1, linestyle=":", label="all together")
+            drawn_on.legend(loc="outside right upper", frameon=False)
+        left = [one for index, one in enumerate(every) if index not in largest]
+        if left:
+            share = sum(one.total for one in left) / max(sum(one.total for one in every), 1)
+            text = f"... and {len(left)} smaller ones, {share:.1%} of the {self._unit()}; plot(rows=None) draws all"
+            axes.annotate(text, (0, 0), (0, -38), "axes fraction", "offset points", fontsize=8)
         return drawn_on
 
     def __str__(self) -> str:
-        return self.table(SHOWN)
+        return self.table(SHOWN, grouped=True)
+
+    def __repr__(self) -> str:
+        costs = [f"{name} {old} -> {new}" for name, old, new, _ in self._totals() if name != "bytes"]
+        return f"<{self._headline()}; {', '.join(costs)}>"
 
     def _repr_html_(self) -> str:
-        totals = _html_table(["", "before", "after", ""], self._totals())
-        cells = [[_shown(row)[index] for index in self._kept_columns()] for row in self.rows[:SHOWN]]
-        rows = _html_table(self._heads(), cells) if cells else ""
-        frozen = _html_table([self._left(), "reason"], [list(item) for item in list(self.frozen.items())[:SHOWN]])
-        more = "".join(f"<p>{line.strip()}</p>" for line in _rest(self.rows, SHOWN))
-        kept_out = "".join(f"<p>{line.strip()}</p>" for line in _rest(self.frozen, SHOWN))
-        return (
-            f"<p><b>{html.escape(self._headline())}</b></p>{totals}{rows}{more}"
-            f"{frozen if self.frozen else ''}{kept_out}"
-        )
+        totals = html_table(["", "before", "after", ""], self._totals())
+        shown, named = self._groups(SHOWN), self._reasons(SHOWN)
+        rows = html_table(self._heads(), [self._cells(one) for one in shown[:SHOWN]], WORDS) if shown else ""
+        more = "".join(f"<p>{line.strip()}</p>" for line in _rest(shown, SHOWN))
+        frozen = html_table([self._left(), "reason"], named[:SHOWN], WORDS) if named else ""
+        kept_out = "".join(f"<p>{line.strip()}</p>" for line in _rest(named, SHOWN))
+        hints = "".join(f"<p>{html.escape(hint)}</p>" for hint in self._hints())
+        return f"<p><b>{html.escape(self._headline())}</b></p>{hints}{totals}{rows}{more}{frozen}{kept_out}"
+
+    def _groups(self, most: int | None) -> list[_Group]:
+        """The rows, or where there are more than ``most``, those together whose names have one pattern."""
+        if most is None or len(self.rows) <= most:
+            return [_Group(row.name, (row,)) for row in self.rows]
+        found = groups((pattern(row.name), row) for row in self.rows)
+        return [_Group(name if len(rows) > 1 else rows[0].name, tuple(rows)) for name, rows in found.items()]
+
+    def _reasons(self, most: int | None) -> list[tuple[str, str]]:
+        if most is None or len(self.frozen) <= most:
+            return list(self.frozen.items())
+        found = groups(((pattern(name), pattern(reason)), name) for name, reason in self.frozen.items())
+        return [
+            (
+                f"{name} ({len(names)})" if len(names) > 1 else names[0],
+                reason if len(names) > 1 else self.frozen[names[0]],
+            )
+            for (name, reason), names in found.items()
+        ]
 
     def _left(self) -> str:
         return "left out" if self.call == "prune_weights" else "frozen"
@@ -276,13 +317,28 @@ class PruningReport:
         if any(row.size is not None for row in self.rows):
             was = 1 - sum(row.before for row in self.rows) / max(total, 1)
             return f"{self.call}: {self.removed:.1%} zero ({was:.1%} before) of {total:,} entries".replace("%", " %")
-        return f"{self.call}: {self.removed:.1%} of {total:,} {self._unit()} removed".replace("%", " %")
+        line = f"{self.call}: {self.removed:.1%} of {total:,} {self._unit()} removed"
+        if self.already:
+            line += f", of the model as it is now ({self.already:.1%} of its parameters had been removed before)"
+        return line.replace("%", " %")
+
+    def _hints(self) -> list[str]:
+        """An amount that is counted and looks like a percentage."""
+        amount = self.settings.get("amount")
+        if type(amount) is not int or not 2 <= amount < 100 or abs(self.removed - amount / 100) < 0.02:
+            return []
+        share = f"for {amount} percent write amount={amount / 100:g}"
+        return [f"amount={amount} is a count; {share}"]
 
     def _totals(self) -> list[list[str]]:
+        macs, old_macs, new_macs = "MACs", self.before.macs, self.after.macs
+        batch = self.batch or 1
+        if batch > 1 and old_macs and new_macs is not None and old_macs % batch == new_macs % batch == 0:
+            macs, old_macs, new_macs = f"MACs per sample (batch of {batch:,})", old_macs // batch, new_macs // batch
         counts: list[tuple[str, int | None, int | None]] = [
             ("parameters", self.before.params, self.after.params),
             ("non-zero", self.before.nonzero, self.after.nonzero),
-            ("MACs", self.before.macs, self.after.macs),
+            (macs, old_macs, new_macs),
             ("bytes", self.before.bytes, self.after.bytes),
         ]
         lines = [
@@ -302,6 +358,10 @@ class PruningReport:
             heads[0], heads[3] = "tensor", "zero" if any(row.size is not None for row in self.rows) else "removed"
         return [heads[index] for index in self._kept_columns()]
 
+    def _cells(self, group: _Group) -> list[str]:
+        cells = group.cells()
+        return [cells[index] for index in self._kept_columns()]
+
     def _kept_columns(self) -> list[int]:
         # "exact" is worth a column only where something is not, and notes only where there are any.
         said = [0, 1, 2, 3]
@@ -312,28 +372,51 @@ class PruningReport:
         return said
 
 
-def figure(**settings: Any) -> Figure:
-    """A figure outside of pyplot, so that no window opens, which a notebook shows nonetheless."""
-    try:
-        from matplotlib import figure as shapes
-    except ImportError as error:
-        raise MissingPackageError(
-            "pictures are drawn with matplotlib, which is not installed; pip install 'netopt[plots]'."
-        ) from error
+@dataclass(frozen=True)
+class _Group:
+    """Rows that are shown as one, under a pattern where they are several."""
 
-    class Figure(shapes.Figure):
-        def _repr_png_(self) -> bytes:
-            file = io.BytesIO()
-            self.savefig(file, format="png")
-            return file.getvalue()
+    pattern: str
+    rows: tuple[Row, ...]
 
-    return Figure(**settings)
+    @property
+    def name(self) -> str:
+        return self.pattern if len(self.rows) == 1 else f"{self.pattern} ({len(self.rows)})"
+
+    @property
+    def total(self) -> int:
+        return sum(row.total for row in self.rows)
+
+    @property
+    def kept(self) -> float:
+        """The share kept, in percent."""
+        return 100 * sum(row.after for row in self.rows) / max(self.total, 1)
+
+    def cells(self) -> list[str]:
+        exact = {row.exact for row in self.rows}
+        word = "no" if False in exact else "yes" if True in exact else ""
+        notes = list(dict.fromkeys(row.note for row in self.rows if row.note))
+        note = "; ".join(notes[:1]) + ("; ..." if len(notes) > 1 else "")
+        removed = f"{100 - self.kept if self.total else 0:.1f} %"
+        before, after = span([row.total for row in self.rows]), span([row.after for row in self.rows])
+        return [self.name, before, after, removed, word, note]
 
 
-def _shown(row: Row) -> list[str]:
-    exact = {True: "yes", False: "no", None: ""}[row.exact]
-    removed = f"{row.removed * 100:.1f} %"
-    return [row.name, f"{row.total:,}", f"{row.after:,}", removed, exact, row.note]
+def _draw(axes: Axes, drawn: Sequence[_Group]) -> None:
+    """One bar a group, and beside it how many of how many were kept."""
+    places = range(len(drawn))
+    axes.barh(places, [100] * len(drawn), color="#d7dce2", label="removed")
+    axes.barh(places, [one.kept for one in drawn], color="#2f6db2", label="kept")
+    for place, one in enumerate(drawn):
+        shares = [100 * (1 - row.removed) for row in one.rows]
+        if max(shares) - min(shares) > 0.5:
+            axes.plot([min(shares), max(shares)], [place, place], color="#17395e", marker="|", linewidth=1.2)
+        counts = f"{span([row.after for row in one.rows])} of {span([row.total for row in one.rows])}"
+        axes.text(101, place, counts, va="center", fontsize=8)
+    axes.set_yticks(list(places), [shortened(one.name) for one in drawn], fontsize=8)
+    axes.set_ylim(max(len(drawn), 1) - 0.4, -0.6)
+    axes.set_xlim(0, 100)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _ratio(new: float, old: float) -> str:
@@ -344,31 +427,9 @@ def _milliseconds(latency: Latency | None) -> str:
     return "" if latency is None else f"{latency.median * 1e3:.3f} ms"
 
 
-def _columns(cells: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Lays out cells in columns: names to the left, numbers to the right, notes at the end."""
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    words = [0, *(index for index, head in enumerate(cells[0]) if head in ("exact", "note"))]
-    for line in cells:
-        parts = [f"{c:<{w}}" if i in words else f"{c:>{w}}" for i, (c, w) in enumerate(zip(line, widths, strict=True))]
-        yield "  ".join(parts).rstrip()
-
-
 def _rest(listed: Sequence[Any] | Mapping[str, str], shown: int | None) -> list[str]:
     left = 0 if shown is None else len(listed) - shown
     return [f"  ... and {left} more"] if left > 0 else []
-
-
-def _html_table(heads: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{html.escape(one)}</th>" for one in heads)
-    body = "".join(
-        "<tr>"
-        + "".join(
-            f'<td style="text-align:{"right" if i else "left"}">{html.escape(one)}</td>' for i, one in enumerate(line)
-        )
-        + "</tr>"
-        for line in cells
-    )
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def _asdict(latency: Latency | None) -> dict[str, float] | None:

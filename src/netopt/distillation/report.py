@@ -5,7 +5,14 @@ from __future__ import annotations
 import html
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from netopt.figures import figure
+from netopt.tables import columns, html_table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 __all__ = ["DistillationReport", "Epoch"]
 
@@ -31,7 +38,7 @@ class Epoch:
     seconds: float
 
 
-@dataclass
+@dataclass(repr=False)
 class DistillationReport:
     """What :func:`netopt.distill` returns.
 
@@ -79,52 +86,61 @@ class DistillationReport:
         plain["history"] = [{**asdict(one), "terms": dict(one.terms)} for one in self.history]
         return {**plain, "loss": self.loss, "teacher_share": self.teacher_share}
 
-    def plot(self, ax: Any = None) -> Any:
-        """Draws the loss of each epoch, and the validation score on a second axis; returns matplotlib's axes.
+    def plot(self, ax: Axes | None = None) -> Figure:
+        """Draws the loss of each epoch, and the validation score on a second axis, and returns matplotlib's figure.
+
+        Args:
+            ax: Draw on these axes, and return their figure.
 
         Raises:
-            ImportError: matplotlib is missing; ``pip install 'netopt[plots]'`` brings it.
+            MissingPackageError: matplotlib is missing; ``pip install 'netopt[plots]'`` brings it.
         """
-        if ax is None:
-            from matplotlib.figure import Figure
-
-            # A figure of its own, so that no global state of pyplot is touched.
-            ax = Figure(figsize=(6, 4), layout="constrained").add_subplot()
+        drawn_on = figure(figsize=(7, 4), layout="constrained") if ax is None else ax.get_figure(root=True)
+        axes = drawn_on.add_subplot() if ax is None else ax  # type: ignore[union-attr]
         epochs = [one.epoch for one in self.history]
-        ax.plot(epochs, [one.loss for one in self.history], marker="o", label="loss")
-        ax.set_xlabel("epoch")
-        ax.set_ylabel("loss")
+        lines = axes.plot(epochs, [one.loss for one in self.history], color="#2f6db2", marker="o", label="loss")
+        axes.set_xlabel("epoch")
+        axes.set_ylabel("loss, mean of the epoch")
+        axes.set_title(self._headline(), loc="left", fontsize=10)
+        axes.locator_params(axis="x", integer=True)
         scores = [(one.epoch, one.validation) for one in self.history if one.validation is not None]
         if scores:
-            other = ax.twinx()
-            other.plot(*zip(*scores, strict=True), color="tab:orange", marker="s", label=self.metric)
-            other.set_ylabel(self.metric or "validation")
-        return ax
+            other = axes.twinx()
+            lines += other.plot(*zip(*scores, strict=True), color="#c8553d", marker="s", label=self._metric)
+            other.set_ylabel(f"{self._metric}, on validation data" if self.metric else "validation score")
+            if self.best_epoch is not None:
+                label = f"best {self._metric}, {self.best:.4g}"
+                lines.append(axes.axvline(self.best_epoch, color="#c8553d", linestyle=":", label=label))
+        # Beside the axes, where it hides nothing.
+        axes.legend(handles=lines, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, frameon=False)
+        return drawn_on  # type: ignore[return-value]
 
     def __str__(self) -> str:
-        head = (
-            f"distillation {self.stopped}: {self.steps} steps, {self.samples} samples, {self.seconds:.1f} s, "
-            f"{self.teacher_share:.0%} of it the teacher's"
-        )
-        columns, rows = self._table()
-        widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
-        lines = [
-            "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in (columns, *rows)
-        ]
-        return "\n".join([head, *lines, *self._facts()])
+        heads, rows = self._table()
+        return "\n".join([self._headline(), *columns([heads, *rows]), *self._facts()])
+
+    def __repr__(self) -> str:
+        best = "" if self.best is None else f", best {self._metric} {self.best:.4g} after epoch {self.best_epoch}"
+        return f"<{self._headline()}; loss {self.loss:.4g}{best}>"
 
     def _repr_html_(self) -> str:
-        columns, rows = self._table()
-        header = "".join(f"<th>{html.escape(one)}</th>" for one in columns)
-        body = "".join("<tr>" + "".join(f"<td>{html.escape(one)}</td>" for one in row) + "</tr>" for row in rows)
         facts = "".join(f"<p>{html.escape(one)}</p>" for one in self._facts())
-        title = html.escape(str(self).splitlines()[0])
-        return f"<p>{title}</p><table><thead><tr>{header}</tr></thead><tbody>{body}</tbody></table>{facts}"
+        return f"<p><b>{html.escape(self._headline())}</b></p>{html_table(*self._table())}{facts}"
+
+    @property
+    def _metric(self) -> str:
+        return "validation" if self.metric in (None, "<lambda>") else str(self.metric)
+
+    def _headline(self) -> str:
+        return (
+            f"distillation {self.stopped}: {self.steps:,} steps, {self.samples:,} samples, {self.seconds:.1f} s, "
+            f"{self.teacher_share:.0%} of it the teacher's"
+        )
 
     def _table(self) -> tuple[list[str], list[list[str]]]:
         terms = list(self.history[-1].terms) if self.history else []
         terms = terms if len(terms) > 1 else []
-        columns = ["epoch", "steps", "loss", *terms, *([self.metric] if self.metric else []), "seconds"]
+        columns = ["epoch", "steps", "loss", *terms, *([self._metric] if self.metric else []), "seconds"]
         rows = [
             [
                 str(one.epoch),
@@ -142,7 +158,7 @@ class DistillationReport:
         facts = []
         if self.best is not None:
             kept = ", whose weights the student has" if self.kept_best else ""
-            facts.append(f"best {self.metric} {self.best:.4g} after epoch {self.best_epoch}{kept}")
+            facts.append(f"best {self._metric} {self.best:.4g} after epoch {self.best_epoch}{kept}")
         if self.cache:
             facts.append(", ".join(f"{name} {value}" for name, value in self.cache.items()))
         return facts + self.notes

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils import checkpoint
-from tqdm import tqdm
 
 from netopt import batches
 from netopt.batches import Batch, Data
@@ -28,6 +27,7 @@ from netopt.model.calls import Call, CallNames
 from netopt.model.parameters import places
 from netopt.model.restore import restored
 from netopt.model.signals import UndoLog
+from netopt.progress import bar
 
 __all__ = ["Saliency", "Tap", "activations", "float_outputs", "recordable", "saliency"]
 
@@ -138,7 +138,7 @@ def saliency(
         run = _Differentiation(
             model, taps, sizes, outputs=outputs or float_outputs, exact=exact_outputs, error=relative_error
         )
-        for batch in tqdm(batches.iterate(data), desc="saliency", disable=not progress, leave=False):
+        for batch in bar(batches.iterate(data), "saliency", shown=progress, total=batches.steps(data)):
             run.see(batch)
         return run.finish()
 
@@ -159,7 +159,7 @@ def activations(
     seen = {name: torch.zeros(size, dtype=torch.float64) for name, size in sizes.items()}
     with restored(model) as log:
         log.enter_context(torch.no_grad(), _ready(model, {}, ("input_norm",)))
-        for batch in tqdm(batches.iterate(data), desc="activations", disable=not progress, leave=False):
+        for batch in bar(batches.iterate(data), "activations", shown=progress, total=batches.steps(data)):
             with UndoLog() as reading:
                 readings = reading.enter_context(_Readings(model, taps, gradients=False))
                 batches.feed(model, batch)

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from netopt import batches
 from netopt.batches import Batch, Data
@@ -26,6 +25,7 @@ from netopt.importance.inputs import InputWatch, Matrix
 from netopt.model.kernels import Unfused
 from netopt.model.parameters import Place, places
 from netopt.model.restore import restored
+from netopt.progress import bar
 
 __all__ = ["padding", "reconstruction_scores", "squares"]
 
@@ -82,11 +82,12 @@ def reconstruction_scores(
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         seen = _Pass(model, watched, loss_fn, outputs)
-        for index, batch in enumerate(tqdm(batches.iterate(data), desc="moments", disable=not progress, leave=False)):
+        shown = bar(batches.iterate(data), "moments", shown=progress, total=batches.steps(data))
+        for index, batch in enumerate(shown):
             seen.see(index, batch)
         if not seen.gradients:
             raise MissingDataError("no output depends on the weights in a differentiable way; nothing can be scored.")
-        axes = tqdm(sizes.items(), desc="elimination", disable=not progress, leave=False)
+        axes = bar(sizes.items(), "elimination", shown=progress, unit="axis")
         return {name: seen.scores(members[name], size) for name, size in axes}, seen.square / seen.samples
 
 

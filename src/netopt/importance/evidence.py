@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from netopt import batches
 from netopt.batches import Batch, Data
@@ -21,6 +20,7 @@ from netopt.importance.inputs import InputWatch, Matrix, Reading
 from netopt.model.kernels import Unfused
 from netopt.model.parameters import Place, places
 from netopt.model.restore import restored
+from netopt.progress import bar
 
 __all__ = ["NEEDS", "Evidence", "collect", "missing_data", "samples"]
 
@@ -205,7 +205,7 @@ class _Pass:
     def run(self, data: Data, progress: bool) -> int:
         """Returns the number of samples seen."""
         count = 0
-        for batch in tqdm(batches.iterate(data), desc="importance", disable=not progress, leave=False):
+        for batch in bar(batches.iterate(data), "importance", shown=progress, total=batches.steps(data)):
             pieces = list(samples(batch))
             if self.needs & OF_SAMPLES and len(pieces) > 1 and not self._runs_alone(pieces[0]):
                 pieces = [batch]  # as of a graph, whose nodes lie along the first dimension

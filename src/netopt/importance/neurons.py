@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from netopt import batches
 from netopt.batches import Batch, Data, Inputs
@@ -32,6 +31,7 @@ from netopt.importance.registry import PART, Criterion, Importance, criterion, l
 from netopt.importance.scores import scores
 from netopt.model.parameters import effective, places
 from netopt.model.view import ModelView
+from netopt.progress import bar
 
 __all__ = ["ComparableScores", "Member", "NeuronScores", "Neurons", "neuron_scores", "reduce", "saliency_within"]
 
@@ -215,8 +215,7 @@ def _streamed(
     # Models have many vectors, each read in its only dimension.
     vectors = [name for name, value in values.items() if value.dim() == 1 and value.numel() <= PART]
     judged = dict(zip(vectors, chosen.together([Evidence(name, values[name], {}) for name in vectors]), strict=False))
-    shown = tqdm(values.items(), desc="importance", leave=False) if progress else values.items()
-    for name, value in shown:
+    for name, value in bar(values.items(), "importance", shown=progress, unit="tensor"):
         own = readers.get(name, {})
         parts = [(slice(None), judged[name])] if name in judged else chosen.parts(Evidence(name, value, {}))
         for dim, total in _sums(parts, name, value, own).items():

@@ -7,16 +7,21 @@ zeros, :func:`hold` keeps them in training, :func:`state_dict` and :func:`load_s
 from __future__ import annotations
 
 from netopt.masking.checkpoint import load_state_dict, state_dict
+from netopt.masking.finish import Finished, finish
 from netopt.masking.holding import Hold, hold
 from netopt.masking.lifecycle import Sparsity, bake, masks, put, sparsity, strip
 from netopt.masking.patterns import keep_n_of_m, keep_per_row
 from netopt.masking.quantile import Scores, keep_above, keep_best
+from netopt.masking.table import MaskTable
 
 __all__ = [
+    "Finished",
     "Hold",
+    "MaskTable",
     "Scores",
     "Sparsity",
     "bake",
+    "finish",
     "hold",
     "keep_above",
     "keep_best",

@@ -13,6 +13,7 @@ from netopt.errors import MaskError, ShapeMismatchError
 from netopt.masking.lifecycle import adopt, strip
 from netopt.masking.lifecycle import masks as masks_of
 from netopt.masking.saving import dense, pairs
+from netopt.masking.table import MaskTable
 from netopt.masking.undo import all_or_nothing, note_values
 from netopt.model.parameters import places
 
@@ -45,7 +46,7 @@ def state_dict(model: nn.Module, *, bits: bool = False) -> dict[str, Any]:
 
 def load_state_dict(
     model: nn.Module, state: Mapping[str, Any], *, strict: bool = True, derive: bool = False
-) -> dict[str, Tensor]:
+) -> MaskTable:
     """Loads a checkpoint of a masked or an unmasked model into a masked or an unmasked model.
 
     Masks in the checkpoint (torch's ``weight_orig`` and ``weight_mask``, or the bits of :func:`state_dict`) replace

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from netopt.errors import ArgumentTypeError, ShapeMismatchError, UnknownNameError
 from netopt.masking.method import dress, save_dense, undress
+from netopt.masking.table import MaskTable
 from netopt.masking.undo import all_or_nothing, write_zeros
 from netopt.model.checks import check_values
 from netopt.model.parameters import Place, places
+from netopt.tables import html_table
 
 __all__ = ["Sparsity", "adopt", "bake", "masks", "put", "sparsity", "strip"]
 
@@ -66,30 +68,32 @@ def adopt(model: nn.Module, masks: dict[str, Tensor]) -> None:
         _save_dense(model)
 
 
-def masks(model: nn.Module) -> dict[str, Tensor]:
+def masks(model: nn.Module) -> MaskTable:
     """Returns the masks that are on ``model``, by the parameters' unmasked names; ``True`` for what is kept."""
-    return {name: place.mask.bool() for name, place in places(model).items() if place.mask is not None}
+    known = places(model).items()
+    return MaskTable({name: place.mask.bool() for name, place in known if place.mask is not None})
 
 
-def bake(model: nn.Module) -> dict[str, Tensor]:
+def bake(model: nn.Module) -> MaskTable:
     """Makes every mask of ``model`` permanent, in place: zeros are written and the masks taken off.
 
     The parameters stay the same objects, in the same order, tied as they were. A model without masks is left alone.
 
     Returns:
-        The masks that were taken off, for :func:`hold` or another :func:`put`.
+        The masks that were taken off, a dictionary by name, for :func:`hold` or another :func:`put`.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 1, bias=False))
         >>> put(model, {"0.weight": torch.tensor([[True, False]])})
-        >>> _ = bake(model)
+        >>> bake(model)
+        1 mask, 50.0 % of 2 entries masked: 0.weight
         >>> list(model.state_dict()), model[0].weight[0, 1].item()
         (['0.weight'], 0.0)
     """
     return _take_off(model, zero=True)
 
 
-def strip(model: nn.Module) -> dict[str, Tensor]:
+def strip(model: nn.Module) -> MaskTable:
     """Takes every mask off ``model``, in place; the weights below show again, with the values they have now.
 
     Returns:
@@ -98,9 +102,9 @@ def strip(model: nn.Module) -> dict[str, Tensor]:
     return _take_off(model, zero=False)
 
 
-def _take_off(model: nn.Module, zero: bool) -> dict[str, Tensor]:
+def _take_off(model: nn.Module, zero: bool) -> MaskTable:
     masked = {name: place for name, place in places(model).items() if place.mask is not None}
-    taken = {name: place.mask.bool() for name, place in masked.items() if place.mask is not None}
+    taken = masks(model)
     dropped = ((place.parameter, ~taken[name]) for name, place in masked.items() if zero)
     with all_or_nothing(model) as log:
         write_zeros(log, dropped)
@@ -146,9 +150,17 @@ class Sparsity:
         return self.total
 
     def __str__(self) -> str:
-        width = max([len(name) for name in self.sizes] + [5])
         rows = [*self.tensors.items(), ("total", self.total)]
+        width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {fraction:8.4%}" for name, fraction in rows)
+
+    def __repr__(self) -> str:
+        zeros, size = sum(self.zeros.values()), sum(self.sizes.values())
+        return f"{zeros:,} of {size:,} entries zero ({self.total:.1%}), in {len(self.sizes)} tensors"
+
+    def _repr_html_(self) -> str:
+        rows = [[name, f"{self.sizes[name]:,}", f"{share:.2%}"] for name, share in self.tensors.items()]
+        return html_table(["tensor", "entries", "zero"], rows) + f"<p>{self!r}</p>"
 
 
 def sparsity(model: nn.Module) -> Sparsity:

@@ -62,7 +62,9 @@ def parse(pattern: Pattern) -> Shape:
     if isinstance(pattern, (tuple, list)):
         sizes = pattern[1:]
         if len(sizes) != 2 or pattern[0] != "block" or not all(type(size) is int and size > 0 for size in sizes):
-            raise InvalidArgumentError(f"pattern {pattern!r} is not understood; {known}.")
+            numbers = len(pattern) == 2 and all(type(size) is int for size in pattern)
+            hint = f' Did you mean "{pattern[0]}:{pattern[1]}"?' if numbers else ""
+            raise InvalidArgumentError(f"pattern {pattern!r} is not understood; {known}.{hint}")
         return Shape("block", *sizes)
     if not isinstance(pattern, str):
         raise ArgumentTypeError(f"pattern must be a string or a tuple, not {type(pattern).__name__}; {known}.")

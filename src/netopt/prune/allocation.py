@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from netopt.axes import Axes, Outputs, find_axes
 from netopt.axes.find import counted_outputs
@@ -19,6 +18,7 @@ from netopt.importance.elimination import calibrated
 from netopt.importance.neurons import ComparableScores, neuron_scores
 from netopt.plan import Plan
 from netopt.plan.build import make_plan
+from netopt.progress import bar
 from netopt.prune.candidates import AxisSelector, candidates
 from netopt.prune.repair import calibration, copy_of, samples_of
 from netopt.reconstruction.refit import change_when_refitted
@@ -105,7 +105,7 @@ class _Trials:
     def calibrated(self, scores: Mapping[str, Tensor], progress: bool) -> dict[str, Tensor]:
         """Scores whose sums are what was measured; of axes that cannot be cut alone, by what others were on average."""
         found, ratios = {}, []
-        for name in tqdm(scores, desc="trials", disable=not progress, leave=False):
+        for name in bar(scores, "trials", shown=progress, unit="axis"):
             changes = self._changes(name, scores[name])
             if changes:
                 found[name] = calibrated(scores[name], changes)

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -377,6 +378,10 @@ def _remove(
     return operation.run(lambda: finish(marked))
 
 
+_FIRST_SEEN: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+"""How many parameters a model had when its neurons were first removed, for the words of later reports."""
+
+
 class _Report:
     """What there was before, noted at once, and the report, made when everything is done."""
 
@@ -388,6 +393,8 @@ class _Report:
         self._counted = budget.max_macs is not None
         macs = decision.found.macs if self._counted else decision.found.axes.macs()
         self._before = measure.cost_of(held, macs, decision.nonzero)
+        first = _FIRST_SEEN.setdefault(held.model, self._before.params) if self._removes else 0
+        self._already = max(1 - self._before.params / first, 0.0) if first else 0.0
         # A part of what has no zero has none, unless something is done to it besides.
         changed = not self._removes or plan.shifts or plan.scales or plan.values
         full = decision.nonzero.items() if not changed else ()
@@ -413,6 +420,8 @@ class _Report:
             plan=plan.with_prediction(predicted) if self._removes else plan,
             frozen=found.kept_out,
             settings=settings,
+            batch=measure.batch_size(found.forward.inputs),
+            already=self._already,
             subject=found.held.model,
             repair=repair,
         )

@@ -67,6 +67,9 @@ class RepairReport:
     def __str__(self) -> str:
         return self.table()
 
+    def __repr__(self) -> str:
+        return f"<repair: {len(self.removed)} of {len(self.refits)} weights refitted>"
+
 
 def repair(model: nn.Module, plan: Plan, dense: nn.Module, data: Data, *, progress: bool = True) -> RepairReport:
     r"""Refits the weights of a pruned ``model``, in place, to what ``dense`` puts out; no training, no labels.

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from netopt import batches
 from netopt.batches import Data
@@ -20,6 +19,7 @@ from netopt.model.kernels import Unfused
 from netopt.model.parameters import Place
 from netopt.model.restore import restored
 from netopt.model.signals import UndoLog
+from netopt.progress import bar
 from netopt.reconstruction.replay import Runner, container_of
 from netopt.reconstruction.solvers import Demand, Problem
 from netopt.reconstruction.stages import by_block, moments, stages
@@ -74,7 +74,7 @@ def reconstruct(
         # Who aims at no outputs needs no unpruned model, and makes up for nothing done before in the same block.
         aims = solver.needs != {"moment"}
         runner = Runner(model, held, container, chain, unpruned=(lambda: _exchanged(wanted, before)) if aims else None)
-        for stage in tqdm(order if aims else by_block(order), desc=solver.name, disable=not progress, leave=False):
+        for stage in bar(order if aims else by_block(order), solver.name, shown=progress, unit="stage"):
             for name, found in moments(runner, stage, wanted).items():
                 parts = list(zip(stage.matrices[name], found, strict=True))
                 masks[name] = _solve(wanted[name], parts, shares[name], solver)

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from netopt import batches
 from netopt.batches import Batch
@@ -26,6 +25,7 @@ from netopt.importance.inputs import Matrix
 from netopt.model.kernels import Unfused
 from netopt.model.parameters import Place, places
 from netopt.model.restore import restored
+from netopt.progress import bar
 from netopt.reconstruction.lockstep import Forward, Lockstep
 from netopt.reconstruction.regression import Sums, correction
 
@@ -132,11 +132,11 @@ class _Fitting:
             able = [name for name in self.uses if self._obstacle(name) is None]
             self._fold([name for name in able if self.uses[name].count > 1 and name in self.tensors])
             once = [name for name in able if self.uses[name].count == 1 and (whole or self._loses_inputs(name))]
-            with tqdm(total=len(once), desc="repair", disable=not progress, leave=False) as bar:
+            with bar(None, "repair", total=len(once), shown=progress, unit="weight") as shown:
 
                 def settle(name: str, group: list[Forward]) -> None:
                     self._settle(name, group)
-                    bar.update()
+                    shown.update()
 
                 models = {True: (self.dense, self.large), False: (self.model, self.small)}
                 summed = [name for name in once if self.uses[name].is_summed]

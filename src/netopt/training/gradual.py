@@ -168,7 +168,8 @@ class GradualPruner:
         )
 
     def _removed(self, report: PruningReport) -> PruningReport:
-        self.plan = report.plan if self.plan is None or not self.plan.tensors else self.plan.then(report.plan)
+        if report.plan is not None:
+            self.plan = self.plan.then(report.plan) if self.plan is not None and self.plan.tensors else report.plan
         return report
 
     def state_dict(self) -> dict[str, Any]:
@@ -211,7 +212,7 @@ class GradualPruner:
         Raises:
             MissingPackageError: matplotlib is not installed.
         """
-        from netopt.report import figure
+        from netopt.figures import figure
 
         drawn = figure(figsize=(6, 3.2), layout="constrained")
         axes = drawn.add_subplot()

@@ -24,6 +24,7 @@ from netopt.distillation.loss.objective import Objective, Target
 from netopt.distillation.report import DistillationReport, Epoch
 from netopt.distillation.settings import Run, Schedule
 from netopt.errors import EmptyDataError, NonFiniteError, ShapeMismatchError
+from netopt.progress import bar
 
 __all__ = ["Loop"]
 
@@ -369,11 +370,7 @@ class _Bar:
     """tqdm, kept off the hot path: the loss is fetched a few times a second at most."""
 
     def __init__(self, total: int | None, shown: bool) -> None:
-        self.bar: Any = None
-        if shown:
-            from tqdm import tqdm
-
-            self.bar = tqdm(total=total, desc="distill", unit="step", leave=False, dynamic_ncols=True)
+        self.bar: Any = bar(None, "distill", total=total, unit="step") if shown else None
         self.next = time.perf_counter() + 0.5
         self.ticks = 0
 

@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from netopt import masking
 from netopt.axes import find_axes
 from netopt.batches import Data, Inputs
 from netopt.errors import ArgumentTypeError, InvalidArgumentError, UnknownNameError
+from netopt.figures import figure
 from netopt.importance.neurons import neuron_scores
 from netopt.importance.scores import scores as weight_scores
 from netopt.model.restore import restored
 from netopt.plan.build import make_plan
+from netopt.progress import bar
 from netopt.prune.candidates import candidates
-from netopt.report import figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -184,12 +184,12 @@ def sensitivity(
     chosen = {"importance": importance, "data": data, "loss_fn": loss_fn, "include": include, "exclude": exclude}
     trials = (_axes if over == "axes" else _tensors)(model, example_inputs, progress=progress, **chosen)
     curves: dict[str, dict[float, float]] = {name: {} for name in trials}
-    with tqdm(total=len(trials) * len(tried), desc="sensitivity", disable=not progress, delay=1) as bar:
+    with bar(None, "sensitivity", total=len(trials) * len(tried), shown=progress, unit="trial") as shown:
         for name, trial in trials.items():
             for amount in tried:
                 if floor is None or min(curves[name].values(), default=floor) >= floor:
                     curves[name][amount] = trial(amount, lambda: _measured(model, metric))
-                bar.update()
+                shown.update()
     return SensitivityReport(dense, over, curves)
 
 
