@@ -147,10 +147,11 @@ def col2im(op: Operation, tensor: Tensor, size: Any, kernel: Sequence[int], *arg
 def unfold(op: Operation, tensor: Tensor, dim: int, size: int, step: int) -> Dims:
     """Windows along one dimension."""
     dims = list(op.dims(tensor))
-    at = dim % len(dims)
     why = "is read in windows"
-    op.freeze(dims[at], why)
-    dims[at] = op.frozen(op.out.shape[at], why)
+    if dims:
+        at = dim % len(dims)
+        op.freeze(dims[at], why)
+        dims[at] = op.frozen(op.out.shape[at], why)
     return [*dims, op.frozen(op.out.shape[-1], why)]
 
 
@@ -158,8 +159,11 @@ def unfold(op: Operation, tensor: Tensor, dim: int, size: int, step: int) -> Dim
 def unfold_gradient(op: Operation, windows: Tensor, sizes: Sequence[int], dim: int, *args: Any) -> Dims:
     """Windows added up where they lie."""
     *dims, inside = op.dims(windows)
-    at = dim % len(dims)
     why = "is read in windows"
+    if len(dims) != op.out.dim() or not dims:  # which torch takes all the same
+        op.freeze([*dims, inside], why)
+        return [op.frozen(size, why) for size in op.out.shape]
+    at = dim % len(dims)
     op.freeze([dims[at], inside], why)
     dims[at] = op.frozen(op.out.shape[at], why)
     return dims
