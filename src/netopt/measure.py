@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
 
 import torch
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor, nn
+from torch._ops import HigherOrderOperator
+from torch.utils._pytree import tree_map_only
 
 from netopt import batches
 from netopt.batches import Inputs
 from netopt.errors import InvalidArgumentError
-from netopt.flops import EXTRA
+from netopt.flops import formula
+from netopt.model.dispatch import ThreadDispatchMode
 from netopt.model.parameters import count_nonzero
 from netopt.model.restore import restored
 from netopt.model.signals import UndoLog
@@ -140,8 +144,8 @@ def size_bytes(model: nn.Module) -> int:
 def count_macs(model: nn.Module, inputs: Inputs) -> int:
     """Counts the multiply-accumulate operations of one forward call, for the whole batch given.
 
-    Counted are matrix products, convolutions, attention and recurrent layers, by torch's own counter and a few entries
-    of ours (two floating-point operations are one multiply-accumulate); additions, norms and activations are not.
+    Counted are matrix products, convolutions, attention and recurrent layers, by torch's own formulas and a few of
+    ours (two floating-point operations are one multiply-accumulate); additions, norms and activations are not.
 
     Args:
         model: Any module; run once, in eval mode and without gradients.
@@ -154,15 +158,45 @@ def count_macs(model: nn.Module, inputs: Inputs) -> int:
         >>> count_macs(nn.Conv2d(3, 8, 3), torch.randn(2, 3, 6, 6))
         6912
     """
-    counter = FlopCounterMode(display=False, custom_mapping=EXTRA)
+    counter = _Counter()
     with restored(model) as log:
         log.enter_context(torch.no_grad(), TorchCalls())  # no fast path of attention
-        # The counter's hooks stumble over views of parameters that ask for gradients.
-        model.eval().requires_grad_(False)
+        model.eval()
         with UndoLog() as counting:
             counting.enter_context(counter)
             batches.call(model, inputs)
-    return int(counter.get_total_flops()) // 2
+    return counter.flops // 2
+
+
+class _Counter(ThreadDispatchMode):
+    """Counts the floating-point operations of what is run in this thread."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if isinstance(function, HigherOrderOperator):
+            return self._branch(*args) if function is torch.ops.higher_order.cond else NotImplemented
+        with self:  # in inference mode an operation comes whole; formulas are of what it consists of
+            made = function.decompose(*args, **kwargs)
+        if made is not NotImplemented:
+            return made
+        made = function(*args, **kwargs)
+        cost = formula(function._overloadpacket)
+        if cost is not None:
+            shapes: Any = tree_map_only(Tensor, attrgetter("shape"), (args, kwargs, made))
+            self.flops += int(cost(*shapes[0], **shapes[1], out_val=shapes[2]))
+        return made
+
+    def _branch(self, chosen: Any, yes: Callable[..., Any], no: Callable[..., Any], operands: Sequence[Any]) -> Any:
+        with self:
+            return (yes if chosen else no)(*operands)
 
 
 def latency(model: nn.Module, inputs: Inputs, repeats: int = 30, warmup: int = 5) -> Latency:

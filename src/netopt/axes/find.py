@@ -32,8 +32,9 @@ from netopt.axes.tracing.unrouted_experts import experts_substituted, unrouted
 from netopt.batches import Inputs
 from netopt.errors import ArgumentTypeError, ForwardError, InvalidArgumentError
 from netopt.model.attributes import Parts
-from netopt.model.restore import Snapshot, random_state
+from netopt.model.restore import Snapshot, preserve_random_state
 from netopt.model.signals import UndoLog
+from netopt.model.turns import InTurn
 from netopt.model.view import ModelView
 
 Traced: TypeAlias = "tuple[SizeTracer, list[tuple[Layout, ...]]]"
@@ -70,11 +71,10 @@ def find_axes(model: nn.Module, example_inputs: Inputs, *, outputs: Outputs = No
     if not isinstance(model, nn.Module):
         raise ArgumentTypeError(f"model must be a torch.nn.Module, not {type(model).__name__}.")
     view = ModelView(model)
-    attributes = Snapshot(view)
-    with UndoLog() as tracing:
+    with InTurn([view]) as tracing:
+        attributes = Snapshot(view)
         trace = tracing.enter_context(_closed(*attributes.tensors()))
-        with UndoLog() as borrowed:
-            borrowed.callback(random_state())
+        with preserve_random_state() as borrowed:
             borrowed.callback(attributes.put_back)
             attributes.gradients.set_aside()
             borrowed.enter_context(torch.inference_mode(False), torch.no_grad(), _fake_mode(trace.members.values()))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeAlias
@@ -63,14 +62,14 @@ def build(kind: Callable[[Any], nn.Module], config: Any) -> nn.Module | None:
 
 @contextmanager
 def isolated() -> Iterator[None]:
-    """Restores the random state and the default dtype, and silences warnings."""
+    """Restores the random state, and the default dtype where a constructor has changed it."""
     kind = torch.get_default_dtype()
     try:
-        with preserve_random_state(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with preserve_random_state():
             yield
     finally:
-        torch.set_default_dtype(kind)
+        if torch.get_default_dtype() is not kind:
+            torch.set_default_dtype(kind)
 
 
 class NoInit(DeviceContext):
