@@ -22,11 +22,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import CheckpointFunction
 
 import netopt
 from netopt.axes import find_axes
 from netopt.errors import NetoptError
 from netopt.model.restore import restored
+from netopt.model.view import ModelView
 
 
 class Block(nn.Module):
@@ -67,7 +69,7 @@ X = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0))
 
 
 FILES = (math, torch, torch.functional, torch.nn.functional, torch._tensor, sys.modules[__name__])
-CLASSES = (nn.Module, Block, nn.Linear, nn.MultiheadAttention, nn.LSTM, nn.Dropout, torch.Tensor)
+CLASSES = (nn.Module, Block, nn.Linear, nn.MultiheadAttention, nn.LSTM, nn.Dropout, torch.Tensor, CheckpointFunction)
 
 
 def functions() -> list[types.FunctionType]:
@@ -543,3 +545,13 @@ def test_the_steps_of_attention_compute_the_same(mask, how):
     with Unfused():
         found = attend()
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("importance", ["magnitude", "saliency", "activation"])
+def test_a_model_is_listed_once_a_call(importance, monkeypatch):
+    listed: list[nn.Module] = []
+    plain = ModelView.__init__
+    monkeypatch.setattr(ModelView, "__init__", lambda view, model: (listed.append(model), plain(view, model))[1])
+    model = block()
+    netopt.prune_neurons(model, X, 0.5, importance=importance, progress=False)
+    assert listed == [model]

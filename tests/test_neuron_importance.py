@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import netopt
 from conftest import unchanged
@@ -360,3 +361,17 @@ def test_scores_share_no_memory_with_the_weights_they_are():
     taps, sizes, members = read(model, x)
     with unchanged(model):
         neuron_scores(model, members, taps.__getitem__, sizes, importance=lambda evidence: evidence.weight)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_re_entrant_checkpoints_are_refused_by_name():
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def forward(self, x):
+            return checkpoint(self.last, self.first(x), use_reentrant=True)
+
+    with pytest.raises(InvalidArgumentError, match="use_reentrant=False"):
+        netopt.prune_neurons(Checkpointed(), torch.ones(2, 4), 0.5, progress=False)

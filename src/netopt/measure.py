@@ -77,15 +77,15 @@ class Cost:
     macs: int | None = None
 
 
-def cost(model: nn.Module, inputs: Inputs | None = None) -> Cost:
+def cost(model: nn.Module | ModelView, inputs: Inputs | None = None) -> Cost:
     """Returns what ``model`` costs now; without ``inputs`` it is not run and its operations are not counted.
 
     Example:
         >>> cost(nn.Linear(3, 4), torch.randn(1, 3))
         Cost(params=16, nonzero=16, bytes=64, macs=12)
     """
-    macs = None if inputs is None else count_macs(model, inputs)
-    return cost_of(ModelView(model), macs)
+    view = ModelView.of(model)
+    return cost_of(view, None if inputs is None else count_macs(view, inputs))
 
 
 def cost_of(held: ModelView, macs: int | None = None, nonzero: Mapping[str, int] | None = None) -> Cost:
@@ -126,9 +126,7 @@ def nonzero_of(held: ModelView, full: Collection[str] = ()) -> dict[str, int]:
         full: Names of parameters that are known to have no zero; they are not read.
     """
     counts: dict[str, int] = {}
-    once = {id(parameter): name for name, parameter in reversed(held.parameters.items())}
-    for name in reversed(once.values()):
-        parameter = held.parameters[name]
+    for name, parameter in held.own_parameters.items():
         if parameter.is_meta or name in full:
             counts[name] = parameter.numel()
         else:
@@ -141,7 +139,7 @@ def size_bytes(model: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
 
 
-def count_macs(model: nn.Module, inputs: Inputs) -> int:
+def count_macs(model: nn.Module | ModelView, inputs: Inputs) -> int:
     """Counts the multiply-accumulate operations of one forward call, for the whole batch given.
 
     Counted are matrix products, convolutions, attention and recurrent layers, by torch's own formulas and a few of
@@ -159,12 +157,13 @@ def count_macs(model: nn.Module, inputs: Inputs) -> int:
         6912
     """
     counter = _Counter()
-    with restored(model) as log:
+    view = ModelView.of(model)
+    with restored(view) as log:
         log.enter_context(torch.no_grad(), TorchCalls())  # no fast path of attention
-        model.eval()
+        view.model.eval()
         with UndoLog() as counting:
             counting.enter_context(counter)
-            batches.call(model, inputs)
+            batches.call(view.model, inputs)
     return counter.flops // 2
 
 

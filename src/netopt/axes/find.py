@@ -70,7 +70,11 @@ def find_axes(model: nn.Module, example_inputs: Inputs, *, outputs: Outputs = No
     """
     if not isinstance(model, nn.Module):
         raise ArgumentTypeError(f"model must be a torch.nn.Module, not {type(model).__name__}.")
-    view = ModelView(model)
+    return axes_of(ModelView(model), example_inputs, outputs)
+
+
+def axes_of(view: ModelView, example_inputs: Inputs, outputs: Outputs = None) -> Axes:
+    """As :func:`find_axes`, of a model that is listed already."""
     with InTurn([view]) as tracing:
         attributes = Snapshot(view)
         trace = tracing.enter_context(_closed(*attributes.tensors()))
@@ -127,7 +131,7 @@ def _run(
     symbolic: bool,
 ) -> Traced:
     """One traced forward: its tracer, and the layouts of the results that count."""
-    tracer = SizeTracer(view.model, view.parts, trace, symbolic=symbolic)
+    tracer = SizeTracer(view, trace, symbolic=symbolic)
     with UndoLog() as log:
         log.enter_context(attributes.in_mode(view.model, writes=trace.writes, training=training))
         if symbolic:
@@ -203,4 +207,4 @@ def _mark_unfollowed(trace: DimTracer) -> None:
             mark_inexact(layout, "is of a forward that runs with plain integers only, as one that asks for their type")
 
 
-__all__ = ["Outputs", "counted_outputs", "find_axes"]
+__all__ = ["Outputs", "axes_of", "counted_outputs", "find_axes"]

@@ -11,15 +11,15 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_iter
 
 from netopt.axes.layout import Layout, freeze
 from netopt.axes.tracing.calls import CALL_RULES, CONTRACTIONS, OPERANDS, call_rule_of
 from netopt.axes.tracing.dims import DimTracer
-from netopt.model.attributes import Parts
 from netopt.model.calls import Call, CallNames
 from netopt.model.kernels import unfused
+from netopt.model.view import ModelView
 from netopt.symbolic import SYMBOLIC, DimSize, SymbolicInt, plain
 
 
@@ -35,10 +35,10 @@ class Reading(NamedTuple):
 class SizeTracer(CallNames):
     """Sees every torch call of one traced forward, and answers with symbolic integers where ``symbolic``."""
 
-    def __init__(self, model: nn.Module, parts: Parts, trace: DimTracer, *, symbolic: bool = True) -> None:
-        super().__init__(model, parts)
+    def __init__(self, view: ModelView, trace: DimTracer, *, symbolic: bool = True) -> None:
+        super().__init__(view)
         self.symbolic = symbolic
-        self.model = model
+        self.model = view.model
         self.trace = trace
         self.readings: list[Reading] = []
 

@@ -55,8 +55,7 @@ def build(kind: Callable[[Any], nn.Module], config: Any) -> nn.Module | None:
     with isolated(), NoInit():
         try:
             return kind(config)
-        except Exception:
-            # Whatever a constructor or a configuration raises, nothing is built from these values.
+        except Exception:  # a constructor is the user's, and may raise anything for these values
             return None
 
 
