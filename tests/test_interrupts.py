@@ -26,7 +26,6 @@ import pytest
 import torch
 from torch import nn
 from torch.overrides import _get_current_function_mode_stack
-from torch.utils import checkpoint
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from conftest import random_state, state_of, state_of_optimizer
@@ -191,7 +190,6 @@ def process_state() -> dict[str, Any]:
         "math": dict(vars(math)),
         "module": dict(vars(nn.Module)),
         "functional": dict(vars(torch.nn.functional)),
-        "checkpoint": checkpoint.CheckpointFunction.apply,
         "code": [one.__code__ for one in vars(Net).values() if hasattr(one, "__code__")],
         "warnings": list(warnings.filters),
         "gc": gc.isenabled(),

@@ -7,6 +7,7 @@ import functools
 import gc
 import math
 import random
+import signal
 import sys
 import tempfile
 import threading
@@ -21,10 +22,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import CheckpointFunction
 
 import netopt
 from netopt.axes import find_axes
 from netopt.errors import NetoptError
+from netopt.model.restore import restored
+from netopt.model.view import ModelView
 
 
 class Block(nn.Module):
@@ -65,7 +69,7 @@ X = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0))
 
 
 FILES = (math, torch, torch.functional, torch.nn.functional, torch._tensor, sys.modules[__name__])
-CLASSES = (nn.Module, Block, nn.Linear, nn.MultiheadAttention, nn.LSTM, nn.Dropout, torch.Tensor)
+CLASSES = (nn.Module, Block, nn.Linear, nn.MultiheadAttention, nn.LSTM, nn.Dropout, torch.Tensor, CheckpointFunction)
 
 
 def functions() -> list[types.FunctionType]:
@@ -139,6 +143,12 @@ def of_this_thread() -> list[object]:
     ]
 
 
+def hooks_of_all_modules() -> list[int]:
+    """How many hooks torch calls for every module of the process."""
+    glob = vars(torch.nn.modules.module)
+    return [len(glob[name]) for name in glob if name.startswith("_global") and "hooks" in name]
+
+
 def hooks(model: nn.Module) -> list[object]:
     """The tables of hooks of every module, the same objects with the same entries."""
     held = [
@@ -147,8 +157,7 @@ def hooks(model: nn.Module) -> list[object]:
         for name, table in vars(module).items()
         if name.endswith(("_hooks", "_always_called", "_kwargs")) and isinstance(table, dict)
     ]
-    glob = torch.nn.modules.module
-    return [held, [len(vars(glob)[name]) for name in vars(glob) if name.startswith("_global") and "hooks" in name]]
+    return [held, hooks_of_all_modules()]
 
 
 @contextmanager
@@ -198,12 +207,12 @@ def test_no_other_thread_ever_sees_a_difference():
             find_axes(model, X)
 
 
-@pytest.mark.parametrize("call", ["plan", "weights", "wanda"])
+@pytest.mark.parametrize("call", ["cost", "plan", "prune", "weights", "wanda"])
 def test_no_other_thread_ever_sees_a_difference_during(call):
     model = block()
     CALLS[call](model)
     model = block()
-    with watched(lambda: [names(), code(), flags()]):
+    with watched(lambda: [names(), code(), flags(), modes(), hooks_of_all_modules()]):
         CALLS[call](model)
 
 
@@ -296,9 +305,117 @@ def test_threads_that_prune_models_of_their_own_end_as_one_after_the_other():
             assert torch.equal(found[seed][name], value), name
 
 
+SHARING = {
+    "a module": lambda: (nn.Sequential(part := nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), nn.Sequential(part)),
+    "a parameter": lambda: tied(nn.Linear(6, 8), nn.Linear(6, 8)),
+    "a configuration": lambda: (block(config := configured()), block(config, seed=1)),
+}
+
+
+def tied(first, second):
+    second.weight = first.weight
+    return first, second
+
+
+LOOKS = {
+    "find": lambda model: [(axis.name, axis.size, axis.members) for axis in find_axes(model, X)],
+    "cost": lambda model: netopt.measure.cost(model, X),
+}
+
+
+@pytest.mark.parametrize("looks", [("find", "find"), ("find", "cost"), ("cost", "cost")], ids="-".join)
+@pytest.mark.parametrize("what", SHARING)
+def test_threads_look_in_turn_at_models_that_share(what, looks):
+    models = [model.train() for model in SHARING[what]()]
+    for model in models:
+        model(X).sum().backward()
+    grads = [parameter.grad for model in models for parameter in model.parameters()]
+    expected = [LOOKS[look](model) for look, model in zip(looks, models, strict=True)]
+    before = [hooks(model) for model in models], attributes(*models)
+    found: list[object] = []
+
+    def work(look, model, result):
+        try:
+            found.extend(LOOKS[look](model) == result for _ in range(15))
+        except Exception as error:
+            found.append(error)
+
+    threads = [threading.Thread(target=work, args=one) for one in zip(looks, models, expected, strict=True)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    sys.setswitchinterval(interval)
+    assert found == [True] * 30
+    assert ([hooks(model) for model in models], attributes(*models)) == before
+    after = [parameter.grad for model in models for parameter in model.parameters()]
+    assert all(one is other for one, other in zip(after, grads, strict=True))
+
+
+def test_random_states_are_as_before_where_threads_overlap():
+    model = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.Linear(8, 3)).train()
+    states = (random.getstate, lambda: [*np.random.get_state()[1]], lambda: torch.get_rng_state().tolist())
+    before, stages = [state() for state in states], [threading.Event() for _ in range(3)]
+
+    def first():
+        with restored(model):
+            torch.rand(3), random.random(), np.random.rand()
+            stages[0].set()
+            stages[1].wait()
+        stages[2].set()
+
+    def second():
+        stages[0].wait()
+        with restored(nn.Linear(2, 2)):
+            torch.rand(3), random.random(), np.random.rand()
+            stages[1].set()
+            stages[2].wait()
+
+    threads = [threading.Thread(target=one) for one in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [state() for state in states] == before
+
+
+def attributes(*models):
+    """Flags and integers of modules and of their configurations, with their types."""
+    holders = [part for model in models for part in model.modules()]
+    holders += [part.config for part in holders if hasattr(part, "config")]
+    return [(name, type(one), one) for holder in holders for name, one in vars(holder).items() if isinstance(one, int)]
+
+
+def test_a_thread_that_waits_may_be_interrupted_and_keeps_nobody_waiting():
+    model, entered, go_on = nn.Linear(6, 8), threading.Event(), threading.Event()
+
+    def forward(x):
+        entered.set()
+        go_on.wait()
+        return nn.functional.linear(x, model.weight)
+
+    model.forward = forward
+    other = threading.Thread(target=netopt.measure.cost, args=(model, X))
+    other.start()
+    entered.wait()
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.05)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            find_axes(model, X)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    go_on.set()
+    other.join()
+    assert netopt.measure.cost(model, X).macs == 2 * 5 * 6 * 8
+
+
 DATA = [(X, torch.zeros(2, 5, 3))]
 CALLS = {
     "find": lambda model: find_axes(model, X),
+    "cost": lambda model: netopt.measure.cost(model, X),
     "plan": lambda model: netopt.plan_neurons(model, X, 0.5, progress=False),
     "prune": lambda model: netopt.prune_neurons(model, X, 0.5, importance="magnitude", progress=False),
     "weights": lambda model: netopt.prune_weights(model, 0.5, progress=False),
@@ -428,3 +545,13 @@ def test_the_steps_of_attention_compute_the_same(mask, how):
     with Unfused():
         found = attend()
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("importance", ["magnitude", "saliency", "activation"])
+def test_a_model_is_listed_once_a_call(importance, monkeypatch):
+    listed: list[nn.Module] = []
+    plain = ModelView.__init__
+    monkeypatch.setattr(ModelView, "__init__", lambda view, model: (listed.append(model), plain(view, model))[1])
+    model = block()
+    netopt.prune_neurons(model, X, 0.5, importance=importance, progress=False)
+    assert listed == [model]

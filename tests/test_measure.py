@@ -18,6 +18,15 @@ class Attention(nn.Module):
         return nn.functional.scaled_dot_product_attention(query, query, query)
 
 
+class Branching(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.positive, self.negative = nn.Linear(4, 4), nn.Linear(4, 4, bias=False)
+
+    def forward(self, x):
+        return torch.cond(x.sum() > 0, lambda x: self.positive(x) @ x.mT @ x, self.negative, (x,))
+
+
 STEPS, BATCH, WIDTH, HIDDEN = 5, 2, 8, 16
 SEQUENCE = torch.zeros(STEPS, BATCH, WIDTH)
 MACS = {
@@ -37,6 +46,7 @@ MACS = {
         torch.zeros(2, 5, 8),
         2 * 5 * (4 * 8 * 8 + 2 * 8 * 16) + 2 * 2 * 5 * 5 * (4 + 4),
     ),
+    "branch": (Branching(), torch.zeros(2, 4), 2 * 4 * 4),
     "norm": (nn.LayerNorm(8), torch.zeros(2, 8), 0),
 }
 
@@ -46,6 +56,8 @@ def test_macs_are_those_of_the_formula(case):
     model, inputs, expected = MACS[case]
     with unchanged(model):
         assert measure.count_macs(model, inputs) == expected
+        with torch.inference_mode():
+            assert measure.count_macs(model, inputs) == expected
 
 
 def test_a_shared_parameter_counts_once():

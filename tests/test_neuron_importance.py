@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import netopt
 from conftest import unchanged
@@ -405,3 +406,17 @@ def test_samples_share_random_signs(monkeypatch):
     assert float((found.scores["0"] - exact).norm() / exact.norm()) < 0.3
     monkeypatch.setattr("netopt.importance.activations.PROBES_AT_MOST", 3)
     assert saliency(model, taps, sizes, [x[:1]]).probes == 3
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_re_entrant_checkpoints_are_refused_by_name():
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def forward(self, x):
+            return checkpoint(self.last, self.first(x), use_reentrant=True)
+
+    with pytest.raises(InvalidArgumentError, match="use_reentrant=False"):
+        netopt.prune_neurons(Checkpointed(), torch.ones(2, 4), 0.5, progress=False)

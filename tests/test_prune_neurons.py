@@ -21,6 +21,7 @@ from netopt import masking, measure
 from netopt.axes import find_axes
 from netopt.errors import ArgumentTypeError, NothingToPruneError, VerificationError
 from netopt.importance.neurons import neuron_scores
+from netopt.model.view import ModelView
 from netopt.plan import Plan
 from netopt.prune import plan_neurons, prune_neurons
 from netopt.prune.verify import Forward, Reference, differing, varied
@@ -485,7 +486,7 @@ def test_only_sizes_that_depend_on_values_may_change(shape, steady, kept):
             return torch.zeros(shape)
 
     x = torch.zeros(1)
-    forward = Forward(Result(), x, lambda result: [result], [steady])
+    forward = Forward(ModelView(Result()), x, lambda result: [result], [steady])
     reference = Reference(forward, [(x, [torch.zeros(3, 2)])], equal=True)
     with contextlib.nullcontext() if kept else pytest.raises(VerificationError, match="have shapes"):
         reference.check()

@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
 
 import torch
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor, nn
+from torch._ops import HigherOrderOperator
+from torch.utils._pytree import tree_map_only
 
 from netopt import batches
 from netopt.batches import Inputs
 from netopt.errors import InvalidArgumentError
-from netopt.flops import EXTRA
+from netopt.flops import formula
 from netopt.model.checks import check_values
+from netopt.model.dispatch import ThreadDispatchMode
 from netopt.model.parameters import count_nonzero
 from netopt.model.restore import restored
 from netopt.model.signals import UndoLog
@@ -86,15 +90,15 @@ def batch_size(inputs: Inputs) -> int | None:
     return lengths.pop() if len(lengths) == 1 else None
 
 
-def cost(model: nn.Module, inputs: Inputs | None = None) -> Cost:
+def cost(model: nn.Module | ModelView, inputs: Inputs | None = None) -> Cost:
     """Returns what ``model`` costs now; without ``inputs`` it is not run and its operations are not counted.
 
     Example:
         >>> cost(nn.Linear(3, 4), torch.randn(1, 3))
         Cost(params=16, nonzero=16, bytes=64, macs=12)
     """
-    macs = None if inputs is None else count_macs(model, inputs)
-    return cost_of(ModelView(model), macs)
+    view = ModelView.of(model)
+    return cost_of(view, None if inputs is None else count_macs(view, inputs))
 
 
 def cost_of(held: ModelView, macs: int | None = None, nonzero: Mapping[str, int] | None = None) -> Cost:
@@ -135,9 +139,7 @@ def nonzero_of(held: ModelView, full: Collection[str] = ()) -> dict[str, int]:
         full: Names of parameters that are known to have no zero; they are not read.
     """
     counts: dict[str, int] = {}
-    once = {id(parameter): name for name, parameter in reversed(held.parameters.items())}
-    for name in reversed(once.values()):
-        parameter = held.parameters[name]
+    for name, parameter in held.own_parameters.items():
         if parameter.is_meta or name in full:
             counts[name] = parameter.numel()
         else:
@@ -151,11 +153,11 @@ def size_bytes(model: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
 
 
-def count_macs(model: nn.Module, inputs: Inputs) -> int:
+def count_macs(model: nn.Module | ModelView, inputs: Inputs) -> int:
     """Counts the multiply-accumulate operations of one forward call, for the whole batch given.
 
-    Counted are matrix products, convolutions, attention and recurrent layers, by torch's own counter and a few entries
-    of ours (two floating-point operations are one multiply-accumulate); additions, norms and activations are not.
+    Counted are matrix products, convolutions, attention and recurrent layers, by torch's own formulas and a few of
+    ours (two floating-point operations are one multiply-accumulate); additions, norms and activations are not.
 
     Args:
         model: Any module; run once, in eval mode and without gradients.
@@ -168,16 +170,47 @@ def count_macs(model: nn.Module, inputs: Inputs) -> int:
         >>> count_macs(nn.Conv2d(3, 8, 3), torch.randn(2, 3, 6, 6))
         6912
     """
-    check_values(model)
-    counter = FlopCounterMode(display=False, custom_mapping=EXTRA)
-    with restored(model) as log:
+    counter = _Counter()
+    view = ModelView.of(model)
+    check_values(view.model)
+    with restored(view) as log:
         log.enter_context(torch.no_grad(), TorchCalls())  # no fast path of attention
-        # The counter's hooks stumble over views of parameters that ask for gradients.
-        model.eval().requires_grad_(False)
+        view.model.eval()
         with UndoLog() as counting:
             counting.enter_context(counter)
-            batches.call(model, inputs)
-    return int(counter.get_total_flops()) // 2
+            batches.call(view.model, inputs)
+    return counter.flops // 2
+
+
+class _Counter(ThreadDispatchMode):
+    """Counts the floating-point operations of what is run in this thread."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if isinstance(function, HigherOrderOperator):
+            return self._branch(*args) if function is torch.ops.higher_order.cond else NotImplemented
+        with self:  # in inference mode an operation comes whole; formulas are of what it consists of
+            made = function.decompose(*args, **kwargs)
+        if made is not NotImplemented:
+            return made
+        made = function(*args, **kwargs)
+        cost = formula(function._overloadpacket)
+        if cost is not None:
+            shapes: Any = tree_map_only(Tensor, attrgetter("shape"), (args, kwargs, made))
+            self.flops += int(cost(*shapes[0], **shapes[1], out_val=shapes[2]))
+        return made
+
+    def _branch(self, chosen: Any, yes: Callable[..., Any], no: Callable[..., Any], operands: Sequence[Any]) -> Any:
+        with self:
+            return (yes if chosen else no)(*operands)
 
 
 def latency(model: nn.Module, inputs: Inputs, repeats: int = 30, warmup: int = 5) -> Latency:

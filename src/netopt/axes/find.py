@@ -33,8 +33,9 @@ from netopt.batches import Inputs
 from netopt.errors import ArgumentTypeError, ForwardError, InvalidArgumentError
 from netopt.model.attributes import Parts
 from netopt.model.checks import check_values, problem
-from netopt.model.restore import Snapshot, random_state
+from netopt.model.restore import Snapshot, preserve_random_state
 from netopt.model.signals import UndoLog
+from netopt.model.turns import InTurn
 from netopt.model.view import ModelView
 
 Traced: TypeAlias = "tuple[SizeTracer, list[tuple[Layout, ...]]]"
@@ -70,16 +71,19 @@ def find_axes(model: nn.Module, example_inputs: Inputs, *, outputs: Outputs = No
     """
     if not isinstance(model, nn.Module):
         raise ArgumentTypeError(f"model must be a torch.nn.Module, not {type(model).__name__}.")
-    check_values(model)
-    view = ModelView(model)
+    return axes_of(ModelView(model), example_inputs, outputs)
+
+
+def axes_of(view: ModelView, example_inputs: Inputs, outputs: Outputs = None) -> Axes:
+    """As :func:`find_axes`, of a model that is listed already."""
+    check_values(view.model)
     nested = next((name for name, tensor in view.tensors.items() if tensor.is_nested), None)
     if nested is not None:
         raise InvalidArgumentError(f"{nested!r} {problem(view.tensors[nested])}.")
-    attributes = Snapshot(view)
-    with UndoLog() as tracing:
+    with InTurn([view]) as tracing:
+        attributes = Snapshot(view)
         trace = tracing.enter_context(_closed(*attributes.tensors()))
-        with UndoLog() as borrowed:
-            borrowed.callback(random_state())
+        with preserve_random_state() as borrowed:
             borrowed.callback(attributes.put_back)
             attributes.gradients.set_aside()
             borrowed.enter_context(torch.inference_mode(False), torch.no_grad(), _fake_mode(trace.members.values()))
@@ -132,7 +136,7 @@ def _run(
     symbolic: bool,
 ) -> Traced:
     """One traced forward: its tracer, and the layouts of the results that count."""
-    tracer = SizeTracer(view.model, view.parts, trace, symbolic=symbolic)
+    tracer = SizeTracer(view, trace, symbolic=symbolic)
     with UndoLog() as log:
         log.enter_context(attributes.in_mode(view.model, writes=trace.writes, training=training))
         if symbolic:
@@ -208,4 +212,4 @@ def _mark_unfollowed(trace: DimTracer) -> None:
             mark_inexact(layout, "is of a forward that runs with plain integers only, as one that tests for their type")
 
 
-__all__ = ["Outputs", "counted_outputs", "find_axes"]
+__all__ = ["Outputs", "axes_of", "counted_outputs", "find_axes"]

@@ -39,7 +39,7 @@ from netopt.distillation.loss.teachers import Forward, Runner, as_teachers, shar
 from netopt.distillation.report import DistillationReport
 from netopt.distillation.settings import Data, Goal, Run, Schedule, pair
 from netopt.errors import InvalidArgumentError
-from netopt.model.restore import CopyOnWrite, restored
+from netopt.model.restore import CopyOnWrite, random_state, restored
 from netopt.model.signals import UndoLog
 
 __all__ = ["distill"]
@@ -205,7 +205,8 @@ class _Setup:
     def borrow(self, stack: UndoLog) -> None:
         """Enters the contexts that give everything back, and puts the student into the modes it learns in."""
         own = self.schedule.optimizer if isinstance(self.schedule.optimizer, Optimizer) else None
-        stack.enter_context(restored(*self.teachers))
+        stack.callback(random_state())
+        stack.enter_context(restored(*self.teachers, rng=False))
         trained = set(self.student.parameters())
         self.writes = CopyOnWrite(one for teacher in self.teachers for one in {*teacher.parameters()} - trained)
         stack.callback(self.writes.undo)

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.utils import checkpoint
 
 from netopt import batches
 from netopt.batches import Batch, Data
@@ -27,6 +26,7 @@ from netopt.model.calls import Call, CallNames
 from netopt.model.parameters import places
 from netopt.model.restore import restored
 from netopt.model.signals import UndoLog
+from netopt.model.view import ModelView
 from netopt.progress import bar
 
 __all__ = ["Saliency", "Tap", "activations", "float_outputs", "recordable", "saliency"]
@@ -98,7 +98,7 @@ class Saliency:
 
 
 def saliency(
-    model: nn.Module,
+    model: nn.Module | ModelView,
     taps: Taps,
     sizes: Mapping[str, int],
     data: Data,
@@ -133,10 +133,11 @@ def saliency(
         Optimal Brain Damage (LeCun et al., 1989) for derivatives as importance; Hutchinson's estimator (1990) for the
         random signs.
     """
-    with restored(model) as log:
-        log.enter_context(_differentiable(model))
+    view = ModelView.of(model)
+    with restored(view) as log:
+        log.enter_context(_differentiable(view))
         run = _Differentiation(
-            model, taps, sizes, outputs=outputs or float_outputs, exact=exact_outputs, error=relative_error
+            view, taps, sizes, outputs=outputs or float_outputs, exact=exact_outputs, error=relative_error
         )
         for batch in bar(batches.iterate(data), "saliency", shown=progress, total=batches.steps(data)):
             run.see(batch)
@@ -144,7 +145,7 @@ def saliency(
 
 
 def activations(
-    model: nn.Module, taps: Taps, sizes: Mapping[str, int], data: Data, *, progress: bool = False
+    model: nn.Module | ModelView, taps: Taps, sizes: Mapping[str, int], data: Data, *, progress: bool = False
 ) -> dict[str, Tensor]:
     """Mean absolute activation of every neuron, over samples, positions and consumers; by axis, float64.
 
@@ -157,12 +158,13 @@ def activations(
     """
     sums = {name: torch.zeros(size, dtype=torch.float64) for name, size in sizes.items()}
     seen = {name: torch.zeros(size, dtype=torch.float64) for name, size in sizes.items()}
-    with restored(model) as log:
-        log.enter_context(torch.no_grad(), _ready(model, {}, ("input_norm",)))
+    view = ModelView.of(model)
+    with restored(view) as log:
+        log.enter_context(torch.no_grad(), _ready(view.model, {}, ("input_norm",)))
         for batch in bar(batches.iterate(data), "activations", shown=progress, total=batches.steps(data)):
             with UndoLog() as reading:
-                readings = reading.enter_context(_Readings(model, taps, gradients=False))
-                batches.feed(model, batch)
+                readings = reading.enter_context(_Readings(view, taps, gradients=False))
+                batches.feed(view.model, batch)
             for name, tensor, dim, positions in readings.tensors:
                 size = tensor.numel() // max(tensor.shape[dim], 1)
                 sums[name] += gather(over_others(tensor.abs(), dim), positions, sizes[name])
@@ -191,8 +193,8 @@ class _Place(NamedTuple):
 class _Readings(CallNames):
     """Notes the tensors, or their places in the graph, that arrive at taps during one forward."""
 
-    def __init__(self, model: nn.Module, taps: Taps, *, gradients: bool) -> None:
-        super().__init__(model)
+    def __init__(self, view: ModelView, taps: Taps, *, gradients: bool) -> None:
+        super().__init__(view)
         self._wanted: dict[Call, list[tuple[str, Tap]]] = defaultdict(list)
         for name, several in taps.items():
             for tap in several:
@@ -243,7 +245,7 @@ class _Differentiation:
 
     def __init__(
         self,
-        model: nn.Module,
+        view: ModelView,
         taps: Taps,
         sizes: Mapping[str, int],
         *,
@@ -251,7 +253,8 @@ class _Differentiation:
         exact: int,
         error: float,
     ) -> None:
-        self.model, self.taps, self.sizes, self.outputs = model, taps, sizes, outputs
+        self.view, self.model = view, view.model
+        self.taps, self.sizes, self.outputs = taps, sizes, outputs
         self.exact_outputs, self.relative_error = exact, error
         asked = PROBES_IF_ASKED * math.ceil((USUAL_ERROR / error) ** 2)
         self.probes_at_most = PROBES_AT_MOST if error == USUAL_ERROR else asked
@@ -304,7 +307,7 @@ class _Differentiation:
     def _forward(self, inputs: Any) -> tuple[_Readings, list[Tensor]]:
         inputs = recordable(inputs)
         with UndoLog() as log:
-            readings = log.enter_context(_Readings(self.model, self.taps, gradients=True))
+            readings = log.enter_context(_Readings(self.view, self.taps, gradients=True))
             result = batches.feed(self.model, as_batch(inputs))
             found = [tensor for tensor in self.outputs(result) if tensor.requires_grad]
         return readings, found
@@ -468,18 +471,8 @@ def recordable(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _differentiable(model: nn.Module) -> Iterator[None]:
+def _differentiable(view: ModelView) -> Iterator[None]:
     """Makes every activation differentiable, frozen parameters or not, whatever the caller's mode."""
-    wanted = {name: place for name, place in places(model).items() if place.parameter.is_floating_point()}
-    whole = checkpoint.CheckpointFunction.apply
-    with torch.inference_mode(False), _ready(model, wanted, ("output_grad_sq",)):
-        # Re-entrant checkpoints give gradients to leaves only; here they are run through.
-        checkpoint.CheckpointFunction.apply = staticmethod(_run_through)
-        try:
-            yield
-        finally:
-            checkpoint.CheckpointFunction.apply = whole
-
-
-def _run_through(function: Callable[..., Any], _: bool, *args: Any) -> Any:
-    return function(*args)
+    wanted = {name: place for name, place in places(view).items() if place.parameter.is_floating_point()}
+    with torch.inference_mode(False), _ready(view.model, wanted, ("output_grad_sq",)):
+        yield

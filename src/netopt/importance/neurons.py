@@ -158,7 +158,7 @@ def neuron_scores(
         return NeuronScores(_streamed(chosen, values, members, sizes, progress=progress))
     _check_finite(values)
     if chosen.of == "weights":
-        wanted = {name: place for name, place in places(model).items() if name in values and _floating(place.parameter)}
+        wanted = {name: place for name, place in places(held).items() if name in values and _floating(place.parameter)}
         elementwise = scores(model, data, chosen, loss_fn=loss_fn, wanted=wanted, progress=progress)
         reduced = {name: reduce(elementwise, members[name], size) for name, size in sizes.items()}
         return NeuronScores({name: _checked(one, name, sizes[name]) for name, one in reduced.items()})
@@ -173,11 +173,11 @@ def neuron_scores(
         seen = data if data is not None else _only(example_inputs)
         if "saliency" in chosen.needs:
             found = saliency(
-                model, read, sizes, seen, outputs=outputs, relative_error=chosen.relative_error, progress=progress
+                held, read, sizes, seen, outputs=outputs, relative_error=chosen.relative_error, progress=progress
             )
         if "activation" in chosen.needs:
-            active = activations(model, read, sizes, seen, progress=progress)
-    scales = _scales(model)
+            active = activations(held, read, sizes, seen, progress=progress)
+    scales = _scales(held)
     result = {}
     for name, size in sizes.items():
         own = [(tensor, values[_bare(tensor)], dim, at) for tensor, dim, at in members[name] if _bare(tensor) in values]
@@ -406,11 +406,11 @@ def _is_finite(tensor: Tensor) -> bool:
     return tensor.is_meta or bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 
-def _scales(model: nn.Module) -> set[str]:
+def _scales(held: ModelView) -> set[str]:
     """Names of the weights that multiply what was normalised: one-dimensional, beside an ``eps``."""
     return {
         f"{prefix}.weight" if prefix else "weight"
-        for prefix, module in model.named_modules()
+        for prefix, module in held.modules.items()
         if hasattr(module, "eps")
         and isinstance(weight := module._parameters.get("weight"), Tensor)
         and weight.dim() == 1

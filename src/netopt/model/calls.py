@@ -7,11 +7,12 @@ through, so that only calls that reach C++ have names.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import nn
 
+from netopt.model.view import ModelView
 from netopt.model.visits import Visits
 from netopt.model.wrappers import TorchCalls
 
@@ -51,9 +52,9 @@ class CallNames(TorchCalls):
         Call(module='1', visit=0, function='linear', number=0)
     """
 
-    def __init__(self, model: nn.Module, parts: Iterable[tuple[str, nn.Module]] | None = None) -> None:
+    def __init__(self, model: nn.Module | ModelView) -> None:
         super().__init__()
-        self.visits = Visits(model.named_modules() if parts is None else parts, self.on_return)
+        self.visits = Visits(ModelView.of(model).parts, self.on_return)
 
     def __enter__(self) -> Any:
         """Starts naming; modules carry hooks until left."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 import random
 import sys
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -39,6 +40,7 @@ from netopt.model.attributes import (
 )
 from netopt.model.dispatch import ThreadDispatchMode
 from netopt.model.signals import UndoLog
+from netopt.model.turns import InTurn
 from netopt.model.view import ModelView
 
 __all__ = [
@@ -46,6 +48,7 @@ __all__ = [
     "Gradients",
     "Snapshot",
     "preserve_random_state",
+    "random_state",
     "restored",
     "storage_of",
     "version_of",
@@ -57,7 +60,8 @@ _common = operator.itemgetter(*(name for name, value in COMMON.items() if isinst
 def restored(*models: nn.Module | ModelView, rng: bool = True) -> UndoLog:
     """Restores models on leaving, by whatever way: all of a :class:`Snapshot` and, with ``rng``, random states.
 
-    Gradients are set aside inside, so that nothing is added to them. The log can enter further contexts.
+    Gradients are set aside inside, so that nothing is added to them. The log can enter further contexts. A thread waits
+    while another looks at any of the modules.
 
     Example:
         >>> model = nn.BatchNorm1d(2)
@@ -66,20 +70,46 @@ def restored(*models: nn.Module | ModelView, rng: bool = True) -> UndoLog:
         >>> model.num_batches_tracked.item(), model.weight.grad
         (0, None)
     """
+    views = [ModelView.of(model) for model in models]
 
     def start(log: UndoLog) -> None:
         if rng:
-            log.callback(random_state())
-        snapshot = Snapshot(*models)
+            log.callback(_common_random_state())
+        snapshot = Snapshot(*views)
         log.callback(snapshot.put_back)
         snapshot.gradients.set_aside()
 
-    return UndoLog(start)
+    return InTurn(views, start)
 
 
 def preserve_random_state() -> UndoLog:
     """Restores on leaving the random state of torch (on every device in use), of Python and of numpy."""
-    return UndoLog(lambda log: log.callback(random_state()))
+    return UndoLog(lambda log: log.callback(_common_random_state()))
+
+
+_noted: dict[int, list[Callable[[], None]]] = {}
+"""By thread, what puts the random state back to where it is to go back to, outermost first."""
+_noting = threading.RLock()
+
+
+def _common_random_state() -> Callable[[], None]:
+    """As :func:`random_state`; threads that are at it at once all go back to where the first of them began."""
+    thread = threading.get_ident()
+    with _noting:
+        first = None if thread in _noted else next((notes[0] for notes in _noted.values()), None)
+        note = random_state() if first is None else partial(first)
+        _noted.setdefault(thread, []).append(note)
+
+    def put_back() -> None:
+        note()
+        with _noting:
+            notes = _noted.get(thread, [])
+            if note in notes:
+                notes.remove(note)
+            if not notes:
+                _noted.pop(thread, None)
+
+    return put_back
 
 
 def random_state() -> Callable[[], None]:

@@ -63,6 +63,12 @@ class ModelView:
         return [(name, module) for name, module in self.modules.items() if first[id(module)] == name]
 
     @property
+    def own_parameters(self) -> dict[str, Tensor]:
+        """The parameters, each once, under its first name."""
+        first = {id(parameter): name for name, parameter in reversed(self.parameters.items())}
+        return {name: self.parameters[name] for name in reversed(first.values())}
+
+    @property
     def tensors(self) -> dict[str, Tensor]:
         """The parameters and the buffers."""
         return self.parameters | self.buffers

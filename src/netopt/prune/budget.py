@@ -115,7 +115,7 @@ Cost = Callable[[Mapping[str, Tensor]], int]
 
 def _parameters(found: Found) -> Cost:
     """Entries of all parameters once these positions stay, a shared one counted once."""
-    parameters = dict(found.held.model.named_parameters())
+    parameters = found.held.own_parameters
 
     def cost_of(kept: Mapping[str, Tensor]) -> int:
         tensors, total = found.axes.tensor_indices(kept), 0
@@ -129,7 +129,7 @@ def _parameters(found: Found) -> Cost:
 
 def _macs(found: Found) -> Cost:
     """Operations of one forward: by arithmetic where that gives what is counted in a run, else by dry runs."""
-    model, inputs = found.forward.model, found.forward.inputs
+    inputs = found.forward.inputs
     predictable = found.axes.macs() == found.macs
 
     def cost_of(kept: Mapping[str, Tensor]) -> int:
@@ -138,7 +138,7 @@ def _macs(found: Found) -> Cost:
         if not kept:
             return found.macs
         plan = make_plan(found.held, found.axes, kept)
-        return plan.prepare(model).dry_run(lambda: measure.count_macs(model, inputs))
+        return plan.prepare(found.held).dry_run(lambda: measure.count_macs(found.held, inputs))
 
     return cost_of
 

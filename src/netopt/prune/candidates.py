@@ -11,8 +11,8 @@ from torch import nn
 
 from netopt.axes import Axes, Axis
 from netopt.errors import NothingToPruneError, SelectorError
+from netopt.model.view import ModelView
 from netopt.selectors import Selector, matches
-from netopt.surgery import named_tensors
 
 __all__ = ["AxisSelector", "candidates", "explain", "names_of"]
 
@@ -21,7 +21,7 @@ AxisSelector: TypeAlias = Selector | Callable[[Axis], bool] | Sequence[Any]
 
 
 def candidates(
-    model: nn.Module, axes: Axes, include: AxisSelector = None, exclude: AxisSelector = None
+    model: nn.Module | ModelView, axes: Axes, include: AxisSelector = None, exclude: AxisSelector = None
 ) -> tuple[list[Axis], dict[str, str]]:
     """The axes that may lose neurons, and why the others may not.
 
@@ -32,11 +32,12 @@ def candidates(
         SelectorError: An entry selects nothing.
         NothingToPruneError: No axis is left; the message lists the reasons.
     """
-    if not axes.free and next(model.parameters(), None) is None:
-        raise NothingToPruneError(f"{type(model).__name__} has no parameters, so it has no neurons to remove.")
+    view = ModelView.of(model)
+    if not axes.free and not view.parameters:
+        raise NothingToPruneError(f"{type(view.model).__name__} has no parameters, so it has no neurons to remove.")
     if include is not None and not _entries(include):
         raise SelectorError("include is empty, so nothing would be touched; leave it out to include everything.")
-    included, excluded = _resolve(model, axes, include, "include"), _resolve(model, axes, exclude, "exclude")
+    included, excluded = _resolve(view, axes, include, "include"), _resolve(view, axes, exclude, "exclude")
     chosen, kept_out = [], {}
     for axis in axes:
         if axis.frozen is not None:
@@ -62,9 +63,9 @@ def explain(axes: Axes, kept_out: dict[str, str], shown: int = 12) -> str:
     return "\n".join([head, *rows, *more])
 
 
-def names_of(model: nn.Module, axes: Axes) -> dict[str, set[str]]:
+def names_of(view: ModelView, axes: Axes) -> dict[str, set[str]]:
     """By axis, the dotted names whose choice means it: the layers that make it, and the vectors that lie along it."""
-    dims = {name: tensor.dim() for name, tensor in named_tensors(model).items()}
+    dims = {name: tensor.dim() for name, tensor in view.tensors.items()}
     names = {axis.name: {axis.name, axis.name.partition("/")[0]} for axis in axes}
     makers = {}
     # A layer, or a parameter that no layer of torch's holds, makes axes.
@@ -89,18 +90,18 @@ def _entries(selector: AxisSelector) -> list[Any]:
     return list(selector) if several else [selector]  # pyright: ignore[reportArgumentType]
 
 
-def _resolve(model: nn.Module, axes: Axes, selector: AxisSelector, what: str) -> Callable[[Axis], bool]:
+def _resolve(view: ModelView, axes: Axes, selector: AxisSelector, what: str) -> Callable[[Axis], bool]:
     if not _entries(selector):
         return lambda _: False
     tests, rest = [], []
-    names = names_of(model, axes)
+    names = names_of(view, axes)
     for entry in _entries(selector):
         test = _of_axis(axes, entry)
         if test is not None:
             tests.append(test)
-        if test is None or (isinstance(entry, str) and _is_known(model, entry)):
+        if test is None or (isinstance(entry, str) and _is_known(view.model, entry)):
             rest.append(entry)
-    named = matches(rest, model, what=what)
+    named = matches(rest, view.model, what=what)
     return lambda axis: any(test(axis) for test in tests) or any(named(name) for name in names[axis.name])
 
 

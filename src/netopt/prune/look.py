@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from netopt import measure
-from netopt.axes import Axes, Axis, Outputs, find_axes
-from netopt.axes.find import counted_outputs
+from netopt.axes import Axes, Axis, Outputs
+from netopt.axes.find import axes_of, counted_outputs
 from netopt.batches import Inputs
 from netopt.errors import InvalidArgumentError
 from netopt.importance.activations import recordable
@@ -59,7 +59,7 @@ class Found:
     @cached_property
     def macs(self) -> int:
         """Multiply-accumulate operations of one forward before anything is done, counted in a run."""
-        return measure.count_macs(self.forward.model, self.forward.inputs)
+        return measure.count_macs(self.held, self.forward.inputs)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -76,9 +76,9 @@ def look(held: ModelView, example_inputs: Inputs, where: Where) -> Found:
     # In inference mode some operations hide from a trace, and none has a gradient.
     with entered(torch.inference_mode(False)):
         inputs = recordable(example_inputs)
-        axes = find_axes(held.model, inputs, outputs=where.outputs)
-    chosen, kept_out = candidates(held.model, axes, where.include, where.exclude)
-    return Found(held, Forward(held.model, inputs, where.counted, axes.steady), axes, chosen, kept_out)
+        axes = axes_of(held, inputs, outputs=where.outputs)
+    chosen, kept_out = candidates(held, axes, where.include, where.exclude)
+    return Found(held, Forward(held, inputs, where.counted, axes.steady), axes, chosen, kept_out)
 
 
 def check_model(model: Any, example_inputs: Inputs) -> ModelView:
@@ -107,6 +107,8 @@ def without_gradients(held: ModelView, error: RuntimeError) -> str | None:
             f"{inference!r} was made in inference mode and takes part in no gradient; make the model outside of "
             'torch.inference_mode(), or use importance="magnitude"'
         )
+    if "use_reentrant" in str(error):
+        return "its forward uses re-entrant checkpoints, which have no such gradients; say use_reentrant=False there"
     compiled = next((name for name, module in held.modules.items() if _is_compiled(module)), None)
     if compiled is not None:
         where = f"{compiled!r}" if compiled else "the model"

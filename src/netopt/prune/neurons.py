@@ -173,9 +173,9 @@ def plan_neurons(
     scoring = _Scoring(importance, data, loss_fn, progress)
     held = check_model(model, example_inputs)
     _check(budget, scoring)
-    before = measure.cost(model, example_inputs)
+    before = measure.cost(held, example_inputs)
     decision = _decide(held, example_inputs, budget, scoring, Where(include, exclude, outputs))
-    after = decision.plan.prepare(model).dry_run(lambda: measure.cost(model, example_inputs))
+    after = decision.plan.prepare(held).dry_run(lambda: measure.cost(held, example_inputs))
     return decision.plan.with_prediction(_predicted(before, after) | decision.output_change())
 
 
@@ -406,7 +406,7 @@ class _Report:
         if decision.scores.saliency is not None:
             settings["saliency"] = decision.scores.saliency.summary()
         if self._counted:
-            left = measure.count_macs(found.forward.model, found.forward.inputs)
+            left = measure.count_macs(found.held, found.forward.inputs)
         else:
             left = found.axes.macs(decision.counts() if self._removes else {})
         now = found.held if self._removes else ModelView(found.held.model)

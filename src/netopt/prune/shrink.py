@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from netopt import measure, surgery
-from netopt.axes import Axes, Outputs, find_axes
-from netopt.axes.find import counted_outputs
+from netopt.axes import Axes, Outputs
+from netopt.axes.find import axes_of, counted_outputs
 from netopt.batches import Inputs
+from netopt.model.parameters import places
 from netopt.plan import Plan
 from netopt.plan.build import make_plan
 from netopt.prune.candidates import names_of
@@ -64,21 +65,21 @@ def shrink(
         >>> net[0].out_features, net[2].in_features
         (10, 10)
     """
-    check_model(model, example_inputs)
+    view = check_model(model, example_inputs)
     optimizers = surgery.as_optimizers(optimizer)
 
     def counted(result: Any) -> list[Tensor]:
         return counted_outputs(result, outputs)
 
-    forward = Forward(model, example_inputs, counted)
+    forward = Forward(view, example_inputs, counted)
     reference = reference_outputs(forward)
-    before = measure.cost(model, example_inputs)
+    before = measure.cost(view, example_inputs)
     shrinking = _Shrinking(forward, optimizers, outputs, reference)
 
     def finish(plan: Plan, notes: Mapping[str, str], staying: Mapping[str, str]) -> PruningReport:
         reference.check()
         rows = tuple(Row(cut.name, cut.size, len(cut.kept), cut.exact, notes.get(cut.name, "")) for cut in plan.axes)
-        after = measure.cost(model, example_inputs)
+        after = measure.cost(view, example_inputs)
         return PruningReport(call="shrink", before=before, after=after, rows=rows, plan=plan, frozen=dict(staying))
 
     return shrinking.run(Plan({}), {}, finish)
@@ -109,24 +110,24 @@ class _Shrinking:
 
     def run(self, done: Plan, notes: Mapping[str, str], finish: Finish) -> PruningReport:
         """Removes what is dead now, then what died of that; at the end ``finish`` is called, and everything stays."""
-        model = self.forward.model
-        axes = find_axes(model, self.forward.inputs, outputs=self.outputs)
+        view = self.forward.view
+        axes = axes_of(view, self.forward.inputs, self.outputs)
         found = self._decide(axes)
         if not found.gone:
             return finish(done, notes, found.staying)
         kept = {name: torch.nonzero(~gone).flatten() for name, gone in found.gone.items()}
-        plan = shifted(make_plan(model, axes, kept), found.shifts)
+        plan = shifted(make_plan(view, axes, kept), found.shifts)
         whole = done.then(plan) if done.tensors else plan
         noted = {**notes, **found.notes}
-        return plan.prepare(model, self.optimizers).run(lambda: self.run(whole, noted, finish))
+        return plan.prepare(view, self.optimizers).run(lambda: self.run(whole, noted, finish))
 
     def _decide(self, axes: Axes) -> _Round:
-        model = self.forward.model
-        names = names_of(model, axes)
+        view = self.forward.view
+        names, known = names_of(view, axes), places(view)
         exact = [axis for axis in axes.free if axis.exact]
-        zero = {axis.name: dead_neurons.find(model, axes, axis, names[axis.name]) for axis in exact}
+        zero = {axis.name: dead_neurons.find(known, axes, axis, names[axis.name]) for axis in exact}
         found = {name: one for name, one in zero.items() if one is not None and bool(one.any())}
-        outputs = dead_neurons.constant_outputs(model, axes, list(found), self.forward.inputs) if found else {}
+        outputs = dead_neurons.constant_outputs(self.forward, known, axes, list(found)) if found else {}
         gone = self._settled(axes, {name: one & outputs[name].constant for name, one in found.items()})
         constant = {name: one for name, one in gone.items() if bool((one & ~outputs[name].zero).any())}
         folding = Folds()

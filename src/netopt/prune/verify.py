@@ -22,6 +22,7 @@ from netopt.errors import ForwardError, VerificationError
 from netopt.model.kernels import Unfused
 from netopt.model.restore import preserve_random_state, restored
 from netopt.model.signals import entered
+from netopt.model.view import ModelView
 from netopt.surgery import Operation, Swap, find_tensor
 
 __all__ = [
@@ -59,16 +60,21 @@ class Forward:
     """A model with inputs of one forward call, as it is run to be compared.
 
     Attributes:
-        model: Given back as it was by every run.
+        view: The model, given back as it was by every run.
         inputs: Of one forward call.
         counted: From a result to the outputs that count.
         steady: For each output, which sizes depend on no values, see :class:`~netopt.axes.Axes`; absent: all.
     """
 
-    model: nn.Module
+    view: ModelView
     inputs: Inputs
     counted: Counted
     steady: Steady = None
+
+    @property
+    def model(self) -> nn.Module:
+        """The model itself."""
+        return self.view.model
 
     def run(self, inputs: Inputs | None = None, *modes: AbstractContextManager[Any]) -> list[Tensor]:
         """The outputs that count, in eval mode and without gradients, on the inputs at hand or on others.
@@ -79,7 +85,7 @@ class Forward:
         """
         inputs = self.inputs if inputs is None else inputs
         # A masked row divided by its own length is no number, which the fused kernel makes one of in short sequences.
-        with restored(self.model) as log:
+        with restored(self.view) as log:
             log.enter_context(Unfused(), torch.no_grad(), *modes)
             return [tensor.detach().clone() for tensor in self.counted(batches.call(self.model.eval(), inputs))]
 
@@ -224,7 +230,7 @@ def reference_outputs(forward: Forward, kept: Tensors | None = None, *, equal: b
 
     if kept is None:
         return look()
-    return Operation(forward.model, masked_tensors(forward.model, kept)).dry_run(look)
+    return Operation(forward.model, masked_tensors(forward.model, kept), forward.view).dry_run(look)
 
 
 def differing(names: Sequence[str], agree: Callable[[Sequence[str]], bool | None]) -> list[str]:

@@ -11,7 +11,7 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_iter
 
 from netopt.axes.layout import Layout, freeze
@@ -19,9 +19,9 @@ from netopt.axes.operation import Dim
 from netopt.axes.tracing.calls import find_call_rule
 from netopt.axes.tracing.calls.registry import Operands
 from netopt.axes.tracing.dims import DimTracer
-from netopt.model.attributes import Parts
 from netopt.model.calls import Call, CallNames
 from netopt.model.kernels import unfused
+from netopt.model.view import ModelView
 from netopt.symbolic import SYMBOLIC, DimSize, SymbolicInt, plain
 
 
@@ -37,10 +37,10 @@ class Reading(NamedTuple):
 class SizeTracer(CallNames):
     """Sees every torch call of one traced forward, and returns symbolic integers where ``symbolic``."""
 
-    def __init__(self, model: nn.Module, parts: Parts, trace: DimTracer, *, symbolic: bool = True) -> None:
-        super().__init__(model, parts)
+    def __init__(self, view: ModelView, trace: DimTracer, *, symbolic: bool = True) -> None:
+        super().__init__(view)
         self.symbolic = symbolic
-        self.model = model
+        self.model = view.model
         self.trace = trace
         self.constraints = trace.constraints
         self.readings: list[Reading] = []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeAlias
@@ -56,21 +55,20 @@ def build(kind: Callable[[Any], nn.Module], config: Any) -> nn.Module | None:
     with isolated(), NoInit():
         try:
             return kind(config)
-        except Exception:
-            # Whatever a constructor or a configuration raises, nothing is built from these values.
+        except Exception:  # a constructor is the user's, and may raise anything for these values
             return None
 
 
 @contextmanager
 def isolated() -> Iterator[None]:
-    """Restores the random state and the default dtype, and silences warnings."""
+    """Restores the random state, and the default dtype where a constructor has changed it."""
     kind = torch.get_default_dtype()
     try:
-        with preserve_random_state(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with preserve_random_state():
             yield
     finally:
-        torch.set_default_dtype(kind)
+        if torch.get_default_dtype() is not kind:
+            torch.set_default_dtype(kind)
 
 
 class NoInit(DeviceContext):

@@ -271,8 +271,7 @@ def _build(
     with isolated(), watch:
         try:
             watch.built = kind(changed)
-        except Exception:
-            # Whatever a constructor or a configuration raises, nothing is built from these values.
+        except Exception:  # a constructor is the user's, and may raise anything for these values
             return None
         finally:
             numbers.close()

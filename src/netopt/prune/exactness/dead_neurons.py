@@ -12,18 +12,17 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from netopt import batches
 from netopt.axes import Axes, Axis, Tap
-from netopt.batches import Inputs
 from netopt.errors import ForwardError
 from netopt.model.calls import Call, CallNames
-from netopt.model.parameters import Place, places
+from netopt.model.parameters import Place
 from netopt.model.restore import restored
 from netopt.model.view import ModelView
 from netopt.plan import Plan
-from netopt.prune.verify import varied
+from netopt.prune.verify import Forward, varied
 
 __all__ = ["ConstantOutputs", "constant_outputs", "find", "may_exist"]
 
@@ -53,16 +52,16 @@ def may_exist(held: ModelView, plan: Plan, nonzero: Mapping[str, int]) -> bool:
     return False
 
 
-def find(model: nn.Module, axes: Axes, axis: Axis, makers: set[str]) -> Tensor | None:
+def find(known: Mapping[str, Place], axes: Axes, axis: Axis, makers: set[str]) -> Tensor | None:
     """Whether all weights that make each neuron are zero or masked; None if no tensor makes the axis.
 
     Args:
-        model: In which the axes were found.
+        known: The model's parameters.
         axes: All of them.
         axis: One of them.
         makers: Names of the layers and tensors whose outputs its neurons are.
     """
-    known, zero, found = places(model), torch.ones(axis.size, dtype=torch.bool), False
+    zero, found = torch.ones(axis.size, dtype=torch.bool), False
     passed = {tap.call.module for tap in axes.taps(axis) if _passes(known, tap)}
     for tensor, dim, positions in axes.members(axis):
         place = known.get(tensor.removesuffix("_orig"))
@@ -128,23 +127,25 @@ class ConstantOutputs:
             self.values.append((tap, low))
 
 
-def constant_outputs(model: nn.Module, axes: Axes, names: Sequence[str], inputs: Inputs) -> dict[str, ConstantOutputs]:
+def constant_outputs(
+    forward: Forward, known: Mapping[str, Place], axes: Axes, names: Sequence[str]
+) -> dict[str, ConstantOutputs]:
     """What arrives at the taps of these axes, on the example inputs and on others of the same kind.
 
     Args:
-        model: Run twice; given back as it was.
+        forward: Run twice.
+        known: The model's parameters.
         axes: In which the names are.
         names: Of axes.
-        inputs: Of one forward call.
     """
-    known = places(model)
+    view, inputs = forward.view, forward.inputs
     taps = {name: [tap for tap in axes.taps(axes[name]) if not _passes(known, tap)] for name in names}
     found = {name: ConstantOutputs(axes[name].size, taps[name]) for name in names}
     for given in (inputs, varied(inputs)):
-        with restored(model) as log:
-            ranges = log.enter_context(torch.no_grad(), _Ranges(model, taps))
+        with restored(view) as log:
+            ranges = log.enter_context(torch.no_grad(), _Ranges(view, taps))
             try:
-                batches.call(model.eval(), given)
+                batches.call(view.model.eval(), given)
             except ForwardError:
                 if given is inputs:
                     raise
@@ -161,8 +162,8 @@ def constant_outputs(model: nn.Module, axes: Axes, names: Sequence[str], inputs:
 class _Ranges(CallNames):
     """Notes the least and the largest value of every index at taps."""
 
-    def __init__(self, model: nn.Module, taps: Mapping[str, Sequence[Tap]]) -> None:
-        super().__init__(model)
+    def __init__(self, view: ModelView, taps: Mapping[str, Sequence[Tap]]) -> None:
+        super().__init__(view)
         self._wanted: dict[Call, list[tuple[str, Tap]]] = {}
         for name, several in taps.items():
             for tap in several:

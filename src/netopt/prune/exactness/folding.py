@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from netopt import batches, surgery
 from netopt.axes import Axes, Tap
 from netopt.model.calls import Call, CallNames
+from netopt.model.parameters import places
 from netopt.model.restore import restored
+from netopt.model.view import ModelView
 from netopt.plan import Plan
 from netopt.prune.candidates import names_of
 from netopt.prune.exactness import dead_neurons
@@ -70,8 +72,8 @@ def fold(
     model = forward.model
     reference = reference or reference_outputs(forward)
     constants = {name: [(tap, _at(tap, gone[name], values)) for tap, values in outputs[name].values] for name in gone}
-    with restored(model) as log:
-        consumers = log.enter_context(torch.no_grad(), _Consumers(model, constants))
+    with restored(forward.view) as log:
+        consumers = log.enter_context(torch.no_grad(), _Consumers(forward.view, constants))
         batches.call(model.eval(), forward.inputs)
     found = consumers.folds()
     found.positions = {name: torch.nonzero(gone[name]).flatten() for name in found.shifts}
@@ -79,7 +81,7 @@ def fold(
     def holds(names: Sequence[str]) -> bool:
         without = axes.tensor_indices({name: torch.nonzero(~gone[name]).flatten() for name in names})
         changes = _without(model, without, found.of(names))
-        return surgery.Operation(model, changes).dry_run(reference.matches)
+        return surgery.Operation(model, changes, forward.view).dry_run(reference.matches)
 
     if found.shifts and not holds(list(found.shifts)):
         for name in list(found.shifts):
@@ -99,9 +101,9 @@ def fold_removed(forward: Forward, axes: Axes, kept: Mapping[str, Tensor], plan:
         plan: Made of these.
     """
     model = forward.model
-    names, found = names_of(model, axes), {}
+    names, known, found = names_of(forward.view, axes), places(forward.view), {}
     for row in plan.axes:
-        zero = dead_neurons.find(model, axes, axes[row.name], names[row.name]) if axes[row.name].exact else None
+        zero = dead_neurons.find(known, axes, axes[row.name], names[row.name]) if axes[row.name].exact else None
         if zero is not None:
             zero[row.kept] = False
             if bool(zero.any()):
@@ -110,7 +112,7 @@ def fold_removed(forward: Forward, axes: Axes, kept: Mapping[str, Tensor], plan:
         return Folds()
 
     def look() -> Folds:
-        outputs = dead_neurons.constant_outputs(model, axes, list(found), forward.inputs)
+        outputs = dead_neurons.constant_outputs(forward, known, axes, list(found))
         gone = {name: zero & outputs[name].constant & ~outputs[name].zero for name, zero in found.items()}
         gone = {name: one for name, one in gone.items() if bool(one.any())}
         return fold(forward, axes, outputs, gone) if gone else Folds()
@@ -118,7 +120,7 @@ def fold_removed(forward: Forward, axes: Axes, kept: Mapping[str, Tensor], plan:
     # In a model in which everything else that is removed is masked, as that is what the smaller one computes.
     others = {name: torch.cat([at, torch.nonzero(found[name]).flatten()]).sort().values if name in found else at
               for name, at in kept.items()}  # fmt: skip
-    return surgery.Operation(model, masked_tensors(model, axes.tensor_indices(others))).dry_run(look)
+    return surgery.Operation(model, masked_tensors(model, axes.tensor_indices(others)), forward.view).dry_run(look)
 
 
 def shifted(plan: Plan, shifts: Mapping[str, Tensor]) -> Plan:
@@ -187,13 +189,13 @@ _PRODUCTS: Mapping[str, Callable[..., tuple[Tensor, Any]]] = {
 class _Consumers(CallNames):
     """Computes what the output of each layer is missing without the constants, and which of its tensors absorbs it."""
 
-    def __init__(self, model: nn.Module, constants: Mapping[str, Sequence[tuple[Tap, Tensor]]]) -> None:
-        super().__init__(model)
+    def __init__(self, view: ModelView, constants: Mapping[str, Sequence[tuple[Tap, Tensor]]]) -> None:
+        super().__init__(view)
         self._constants: dict[Call, dict[str, list[tuple[Tap, Tensor]]]] = {}
         for name, several in constants.items():
             for tap, values in several:
                 self._constants.setdefault(tap.call, {}).setdefault(name, []).append((tap, values))
-        self._biases = {id(tensor): name for name, tensor in reversed(surgery.named_tensors(model).items())}
+        self._biases = {id(tensor): name for name, tensor in reversed(view.tensors.items())}
         self._biasless: dict[int, tuple[Tensor, Call, dict[str, Tensor]]] = {}
         """Results of layers without a bias; kept alive, so that no id is given twice."""
         self._absorbed: dict[str, dict[str, list[Tensor]]] = {name: {} for name in constants}

@@ -135,7 +135,7 @@ class _ScaledForward(Forward):
 
     def run(self, inputs: Inputs | None = None, *modes: AbstractContextManager[Any]) -> list[Tensor]:
         """The outputs that count, and the results of the scaled operations."""
-        results = _ScaledResults(self.model, self.calls, self.norms)
+        results = _ScaledResults(self.view, self.calls, self.norms)
         outputs = super().run(inputs, results, *modes)
         if not results.found or not all(bool(one.any()) for one in results.found):
             raise VerificationError("of nothing but zeros every multiple is the same")
@@ -145,10 +145,10 @@ class _ScaledForward(Forward):
 class _ScaledResults(CallNames):
     """Notes products of queries and keys, scaled, and results of normalisations."""
 
-    def __init__(self, model: nn.Module, calls: Collection[Call], norms: Mapping[str, tuple[int, Tensor]]) -> None:
-        super().__init__(model)
+    def __init__(self, view: ModelView, calls: Collection[Call], norms: Mapping[str, tuple[int, Tensor]]) -> None:
+        super().__init__(view)
         self._calls = calls
-        self._norms = {id(model.get_submodule(name)): places for name, places in norms.items()}
+        self._norms = {id(view.modules[name]): places for name, places in norms.items()}
         self._places: dict[int, tuple[Tensor, int]] = {}
         """Where the last product is noted, by id; it is kept alive, so that no id is given twice."""
         self.found: list[Tensor] = []
@@ -220,8 +220,8 @@ def _of_queries(
     weights = {axis: _along(held, axes, axes[axis]) for axis, calls in products.items() if calls}
     if not weights:
         return {}
-    makers = _Makers(held.model, {axis: products[axis] for axis in weights}, weights)
-    with restored(held.model), torch.enable_grad(), torch.inference_mode(False), makers:
+    makers = _Makers(held, {axis: products[axis] for axis in weights}, weights)
+    with restored(held), torch.enable_grad(), torch.inference_mode(False), makers:
         held.model.eval().requires_grad_(False)
         for own in weights.values():
             for weight in own.values():
@@ -250,11 +250,11 @@ class _Makers(CallNames):
 
     def __init__(
         self,
-        model: nn.Module,
+        view: ModelView,
         products: Mapping[str, Products],
         weights: Mapping[str, Mapping[str, Tensor]],
     ) -> None:
-        super().__init__(model)
+        super().__init__(view)
         self._places: dict[Call, list[tuple[str, int]]] = {}
         for axis, calls in products.items():
             for call, place in calls.items():
