@@ -46,7 +46,7 @@ NUMBERS = SIMPLE | {int}
 DEPTH = 6
 COMMON = vars(nn.Module())
 """What every module has, by name."""
-OPAQUE = (torch.Tensor, nn.Module, type, types.ModuleType, int, float)  # a size that is lent already holds its ledger
+OPAQUE = (torch.Tensor, nn.Module, type, types.ModuleType, int, float)  # a symbolic integer refers to its constraints
 CONTAINERS = (dict, list, set, deque)
 _ABSENT = object()
 _CODE = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial)

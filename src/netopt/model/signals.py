@@ -259,5 +259,5 @@ def _thread_state() -> Callable[[], None]:
 
 
 def _ends(error: BaseException | None) -> tuple[Any, Any, Any]:
-    """What a context is told of the exception its block ends in."""
+    """The arguments of ``__exit__`` for the exception a block ends in."""
     return (None, None, None) if error is None else (type(error), error, error.__traceback__)
