@@ -103,7 +103,9 @@ def main(folder: Path) -> None:
         whole = train(scenario, places[0] / "run.pt", None)
         count, killed = lives(scenario, places[1])
         wrong = [name for name, value in whole.items() if not torch.equal(value, killed[name])]
-        left = [path.name for place in places for path in place.iterdir() if path.suffix in (".cache", ".new")]
+        left = [
+            path.name for place in places for path in place.iterdir() if path.suffix in (".cache", ".new", ".partial")
+        ]
         sys.stdout.write(f"{scenario}: {count} lives, differing: {wrong}, left: {left}\n")
         assert count > 2
         assert not wrong

@@ -1,7 +1,7 @@
 """What an operation costs, from the shapes it is given.
 
 Torch's own formulas, and a few for operations it leaves out; two floating-point operations are one
-multiply-accumulate. A formula takes shapes, so it can be asked what an operation would cost with fewer neurons.
+multiply-accumulate. A formula takes shapes, so it also gives what an operation would cost with fewer neurons.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ EXTRA: dict[Any, Callable[..., int]] = {
     aten.matmul: _product,  # of matrices
     **dict.fromkeys((aten.conv1d, aten.conv2d, aten.conv3d), _convolution),
     **dict.fromkeys((aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d), _transposed_convolution),
-    aten.addmm: _added_matrix_product,  # as torch's, which asks another formula in turn
+    aten.addmm: _added_matrix_product,  # as torch's, which calls another formula in turn
     aten._trilinear: _bilinear,
     **dict.fromkeys((aten.scaled_dot_product_attention, aten._scaled_dot_product_flash_attention_for_cpu), _attention),
     aten.mkldnn_rnn_layer: _recurrent_layer,

@@ -15,9 +15,10 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from netopt.errors import CheckpointError
+from netopt.plan.files import partial
 
 try:
     import fcntl
@@ -82,28 +83,22 @@ def nameless(size: int) -> mmap.mmap:
 
 
 @contextmanager
-def written(path: Path) -> Iterator[Path]:
-    """Yields the path of a file to write, which takes the place of ``path`` once it is complete and on disk.
+def written(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write, which takes the place of ``path`` once it is complete and on disk.
 
     Raises:
         CheckpointError: it could not be written; what was there before still is, and nothing else.
     """
-    beside = path.with_name(f"{path.name}.new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield beside
-        with beside.open("r+b") as file:
-            os.fsync(file.fileno())
-        beside.replace(path)
-    except BaseException as error:
-        with suppress(OSError):
-            beside.unlink()
-        # torch's own writer reports a failed write as a RuntimeError.
-        if isinstance(error, (OSError, RuntimeError)) and not isinstance(error, CheckpointError):
-            raise CheckpointError(
-                f"{path} cannot be written ({error}); free room on the disk, or choose another place."
-            ) from error
+        with partial(path) as file:
+            yield file
+    except CheckpointError:
         raise
+    except (OSError, RuntimeError) as error:  # torch's own writer reports a failed write as a RuntimeError
+        raise CheckpointError(
+            f"{path} cannot be written ({error}); free room on the disk, or choose another place."
+        ) from error
 
 
 def _no_room(where: Path, error: OSError, size: int) -> CheckpointError:

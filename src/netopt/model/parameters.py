@@ -128,7 +128,7 @@ class Place:
 
     @cached_property
     def prunable(self) -> bool:
-        """Whether it is a weight that is pruned unasked.
+        """Whether it is a weight that is pruned by default.
 
         That is the weight of a linear, convolutional, recurrent or attention layer, also behind a weight norm; or
         several matrices in one, as of fused experts: of three dimensions or more, none of them one.

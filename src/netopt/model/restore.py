@@ -429,7 +429,7 @@ def _join(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _copy_back(tensor: Tensor, value: Tensor) -> None:
-    """Copies ``value`` where it differs: unasked, it would disturb a graph of the user's that has saved the tensor."""
+    """Copies ``value`` where it differs: elsewhere it would disturb a graph of the user's that has saved the tensor."""
     # Batch norm writes its running statistics without counting a version, so values are compared.
     if not torch.equal(tensor, value):
         _write(tensor, value)

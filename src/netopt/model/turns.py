@@ -47,8 +47,8 @@ class InTurn(UndoLog):
         try:
             self._wait()
             return super().__enter__()
-        except BaseException:  # an interruption too must not keep others waiting
-            self._leave()
+        except BaseException as error:  # an interruption comes between entering and the block too
+            self.close(error)
             raise
 
     def close(self, error: BaseException | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Whether the smaller model does what was promised: outputs of the same shape, and the same as the masked model's.
+"""Whether the smaller model computes what it must: outputs of the same shape, and the same as the masked model's.
 
 Both are run on the example inputs and on a variation of them, since a maximum, a saturated function or a softmax over
 one key gives the same for different arguments. Where outputs differ, the axes at fault are found by halving.
@@ -91,7 +91,7 @@ class Forward:
 
     @cached_property
     def variations(self) -> tuple[Inputs, ...]:
-        """Other inputs of the same kind, the likeliest to be valid last."""
+        """Other inputs of the same kind, the one most likely to be valid last."""
         given = tree_leaves(self.inputs)
         tried = (varied(self.inputs), varied(self.inputs, integers=False))
         return tuple(one for one in tried if list(map(id, tree_leaves(one))) != list(map(id, given)))

@@ -59,7 +59,7 @@ def read(model: nn.Module, path: Path, modules: Mapping[str, nn.Module] | None =
 
 def _may_be_given(holder: Any, step: Any) -> bool:
     """Whether this is an entry that a configuration, which takes any, lacks."""
-    # A module is asked for an attribute it lacks by way of all its members.
+    # A module looks for an attribute it lacks among all its members.
     is_module = isinstance(holder, nn.Module)
     named = isinstance(step, str) and may_step(holder, step)
     return not is_module and named and hasattr(holder, "to_dict") and not hasattr(holder, step)
@@ -198,18 +198,18 @@ def _said_by(
     """The integers of one module that describe its tensors; ``settled`` are those decided already."""
     own, start = vars(module), f"{prefix}." if prefix else ""
     for attribute in [attribute for attribute in own if attribute in ROWS_OF and attribute not in settled]:
-        said = own[attribute]
-        for row in ROWS_OF[attribute] if type(said) is int else ():
+        stored = own[attribute]
+        for row in ROWS_OF[attribute] if type(stored) is int else ():
             name = stored_under(module, row.tensor)
             full = None if name is None else _shrinking(start + name, row.tensor, shapes)
             if full is None:
                 continue
-            dim = dimension(row, module, said, named[full].shape)
+            dim = dimension(row, module, stored, named[full].shape)
             if dim is None:
                 continue
             groups = taken.get((prefix, "groups"), getattr(module, "groups", 1)) if row.grouped else 1
             becomes = shapes[full][dim] * groups
-            if becomes != said:
+            if becomes != stored:
                 yield (prefix, attribute), becomes
             break
 

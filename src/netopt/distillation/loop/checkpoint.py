@@ -239,7 +239,7 @@ class Checkpoint:
             self._write(content)
 
     def _write(self, content: Mapping[str, Any]) -> None:
-        with written(self.path) as beside, beside.open("wb") as file:
+        with written(self.path) as file:
             torch.save({**content, "checksums": checksums(content)}, file)
         for folder in self.path.parent.glob(f"{glob.escape(self.path.name)}.*.shards"):
             if folder.name != content["shards"]:

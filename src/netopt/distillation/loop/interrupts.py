@@ -1,4 +1,4 @@
-"""Ctrl-C asks to stop; the step under way is finished first."""
+"""Ctrl-C requests a stop; the step under way is finished first."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Interruption(Handlers):
     Only where Python's own handler is installed, and in the main thread; elsewhere nothing changes.
 
     Attributes:
-        requested: Whether someone asked to stop.
+        requested: Whether a stop was requested.
     """
 
     def __init__(self) -> None:

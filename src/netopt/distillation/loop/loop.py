@@ -89,7 +89,7 @@ class Loop:
         Args:
             first: The first epoch, begun already.
             generators: States of the caller's generators where it began.
-            interruption: Whether someone asked to stop.
+            interruption: Whether a stop was requested.
         """
         self.generators, self.interruption = generators, interruption
         if self.checkpoint is not None:
