@@ -7,7 +7,8 @@ what neuron pruning decides. Nothing optional is imported here.
 from netopt import axes, errors, importance, masking
 from netopt.axes import find_axes
 from netopt.distillation import DistillationReport, distill
-from netopt.integrations import huggingface as _huggingface  # noqa: F401 - keeps configurations in step
+from netopt.integrations import load_pruned, save_pruned
+from netopt.integrations.huggingface import shrink_pretrained  # whose import keeps configurations in step
 from netopt.plan import Plan
 from netopt.prune import plan_neurons, prune_neurons, prune_weights, shrink
 from netopt.report import PruningReport
@@ -23,9 +24,12 @@ __all__ = [
     "errors",
     "find_axes",
     "importance",
+    "load_pruned",
     "masking",
     "plan_neurons",
     "prune_neurons",
     "prune_weights",
+    "save_pruned",
     "shrink",
+    "shrink_pretrained",
 ]

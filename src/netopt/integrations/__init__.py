@@ -1,1 +1,5 @@
-"""Other people's frameworks, over the public calls; each is imported on demand."""
+"""What connects to other people's libraries, imported on demand."""
+
+from netopt.integrations.pruned import load_pruned, save_pruned
+
+__all__ = ["load_pruned", "save_pruned"]
