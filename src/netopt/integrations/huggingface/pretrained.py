@@ -260,9 +260,9 @@ def _describe(folder: Path, report: PruningReport, source: str, target: str, lef
     share = f"{report.params_after / report.params_before:.1%}".replace("%", " %")
     card.write_text(
         f"{before}\n\n## Pruned\n\n"
-        f"This is `{source}` with {report.params_after:,} of its {report.params_before:,} parameters ({share}): neurons "
-        f"were removed by the criterion {report.settings['importance']} with netopt {netopt.__version__}. It "
-        f"loads with `from_pretrained` and needs no other code. `{RECORD}` has the plan and what became of every layer; what "
-        "is said above of quality was measured before.\n",
+        f"This is `{source}` with {report.params_after:,} of its {report.params_before:,} parameters ({share}): "
+        f"neurons were removed by the criterion {report.settings['importance']} with netopt {netopt.__version__}. "
+        f"It loads with `from_pretrained` and needs no other code. `{RECORD}` has the plan and what became of every "
+        "layer; what is said above of quality was measured before.\n",
         encoding="utf-8",
     )
