@@ -17,7 +17,7 @@ from torch import nn
 from conftest import unchanged
 from netopt import load_pruned, prune_neurons, save_pruned, shrink_pretrained
 from netopt.__main__ import main
-from netopt.errors import CheckpointError, InvalidArgumentError, NetoptError, PlanMismatchError
+from netopt.errors import ArgumentTypeError, CheckpointError, InvalidArgumentError, NetoptError, PlanMismatchError
 from netopt.integrations.huggingface import target as target_module
 from netopt.integrations.huggingface.inputs import inputs_of
 from netopt.plan import Plan
@@ -178,8 +178,10 @@ def test_another_type_may_be_asked_for(tmp_path):
         amount=0.5,
         include="*gate_proj",
         dtype=torch.bfloat16,
+        example_inputs={"input_ids": torch.tensor([[1, 2, 3]])},
         progress=False,
     )
+    assert json.loads((tmp_path / "small" / "netopt.json").read_text())["left_out"] == []
     found = reloaded(model, tmp_path / "small")
     assert next(found.parameters()).dtype == torch.bfloat16
 
@@ -272,9 +274,17 @@ def test_a_target_that_exists_is_left_alone(tmp_path):
     saved("llama", tmp_path / "large")
     (tmp_path / "small").mkdir()
     (tmp_path / "small" / "mine").write_text("mine")
-    for target in (tmp_path / "small", tmp_path / "large"):
-        with pytest.raises(CheckpointError, match="exists, and nothing is overwritten"):
-            shrink_pretrained(tmp_path / "large", target, amount=0.5, progress=False)
+    wrong = {
+        "small": "exists, and nothing is overwritten",
+        "large/small": "lies in the source",
+        "no/small": "no folder",
+    }
+    for target, message in wrong.items():
+        with pytest.raises(CheckpointError, match=message):
+            shrink_pretrained(tmp_path / "large", tmp_path / target, amount=0.5, progress=False)
+    with pytest.raises(ArgumentTypeError, match="not int"):
+        shrink_pretrained(3, tmp_path / "other", amount=0.5, progress=False)
+    assert left_beside(tmp_path) == ["large", "small"]
     assert left_beside(tmp_path / "small") == ["mine"]
 
 

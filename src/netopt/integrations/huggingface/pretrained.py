@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from netopt.batches import Batch, Inputs
-from netopt.errors import ArgumentTypeError, InvalidArgumentError, VerificationError
+from netopt.batches import Batch, Inputs, device_of, move
+from netopt.errors import ArgumentTypeError, CheckpointError, InvalidArgumentError, VerificationError
 from netopt.importance import Importance, lookup
 from netopt.integrations.huggingface.inputs import inputs_of
 from netopt.integrations.huggingface.source import Source, import_transformers, model_class, open_source
@@ -95,6 +95,8 @@ def shrink_pretrained(
         32
     """
     import_transformers()
+    if not isinstance(source, (str, os.PathLike, nn.Module)):
+        raise ArgumentTypeError(f"source must be a folder or a model of transformers, not {type(source).__name__}.")
     if importance is None:
         importance = "magnitude" if data is None else "saliency"
     arguments = {
@@ -112,6 +114,8 @@ def shrink_pretrained(
     }
     job = _Job(arguments, example_inputs, dtype)
     goal = Path(target)
+    if not isinstance(source, nn.Module) and goal.resolve().is_relative_to(Path(source).resolve()):
+        raise CheckpointError(f"{goal} lies in the source; choose a folder elsewhere")
     with appearing(goal) as folder, tqdm(total=3, desc="read", disable=not progress, leave=False) as bar:
         work = _from_model(source, job) if isinstance(source, nn.Module) else _from_folder(source, job)
         bar.update()
@@ -144,13 +148,19 @@ class _Job:
         found = lookup(importance, of="neurons")
         return found.of == "weights" and not found.needs
 
+    def inputs(self, model: nn.Module) -> Inputs:
+        """The example inputs, where the model is."""
+        if self.example_inputs is None:
+            return inputs_of(model)
+        return move(self.example_inputs, device_of(model) or "cpu")
+
     def prune(self, model: nn.Module, **changed: Any) -> PruningReport:
         """Prunes a model such that its configuration builds the smaller one.
 
         Raises:
             InvalidArgumentError: It cannot.
         """
-        inputs = inputs_of(model) if self.example_inputs is None else self.example_inputs
+        inputs = self.inputs(model)
         report = prune_neurons(model, inputs, scope="layer", **{**self.arguments, **changed})
         why = report.settings.get("config")
         if why is not None:
@@ -182,7 +192,7 @@ class _Streamed:
 
     def write(self, plan: Plan, folder: Path) -> list[str]:
         plan.renamed(self.names).apply_to_checkpoint(self.source.folder, folder)
-        return copy_others(self.source.folder, folder)
+        return copy_others(self.source.folder, folder, self.source.weights)
 
 
 @dataclass(frozen=True)
@@ -190,12 +200,12 @@ class _Loaded:
     """Work on a model in memory, which is pruned."""
 
     model: nn.Module
-    beside: Path | None
+    source: Source | None
     job: _Job
 
     @property
     def name(self) -> str:
-        return type(self.model).__name__ if self.beside is None else self.beside.resolve().name
+        return type(self.model).__name__ if self.source is None else self.source.folder.resolve().name
 
     def prune(self) -> PruningReport:
         return self.job.prune(self.model)
@@ -204,16 +214,16 @@ class _Loaded:
         del plan
         model: Any = self.model
         model.save_pretrained(folder)
-        return [] if self.beside is None else copy_others(self.beside, folder)
+        if self.source is None:
+            return []
+        return copy_others(self.source.folder, folder, self.source.weights)
 
 
-def _from_folder(source: Any, job: _Job) -> _Streamed | _Loaded:
-    if not isinstance(source, (str, os.PathLike)):
-        raise ArgumentTypeError(f"source must be a folder or a model of transformers, not {type(source).__name__}.")
+def _from_folder(source: str | os.PathLike[str], job: _Job) -> _Streamed | _Loaded:
     opened = open_source(Path(source))
     if job.reads_weights_alone and opened.names is not None:
         return _Streamed(opened, opened.names, job)
-    return _Loaded(opened.load(job.dtype), opened.folder, job)
+    return _Loaded(opened.load(job.dtype), opened, job)
 
 
 def _from_model(source: nn.Module, job: _Job) -> _Loaded:
@@ -256,7 +266,7 @@ def _describe(folder: Path, report: PruningReport, source: str, target: str, lef
     }
     (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     card = folder / CARD
-    before = card.read_text(encoding="utf-8").rstrip() if card.exists() else f"# {target}"
+    before = card.read_text(encoding="utf-8", errors="surrogateescape").rstrip() if card.exists() else f"# {target}"
     share = f"{report.params_after / report.params_before:.1%}".replace("%", " %")
     card.write_text(
         f"{before}\n\n## Pruned\n\n"
@@ -265,4 +275,5 @@ def _describe(folder: Path, report: PruningReport, source: str, target: str, lef
         f"It loads with `from_pretrained` and needs no other code. `{RECORD}` has the plan and what became of every "
         "layer; what is said above of quality was measured before.\n",
         encoding="utf-8",
+        errors="surrogateescape",
     )

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from netopt.errors import CheckpointError, InvalidArgumentError, MissingPackageError
 from netopt.integrations.huggingface.meta_build import build
-from netopt.plan.checkpoint import CONFIG, Stored, open_checkpoint
+from netopt.plan.checkpoint import CONFIG, INDEX, Stored, open_checkpoint
 
 __all__ = ["Source", "import_transformers", "open_source"]
 
@@ -43,6 +43,11 @@ class Source:
     skeleton: nn.Module
     stored: Stored
     names: Mapping[str, str] | None = field(repr=False)
+
+    @property
+    def weights(self) -> set[str]:
+        """The names of the files of the weights, and of their index."""
+        return {INDEX, *(str(shard.name) for shard in self.stored.shards)}
 
     def load(self, dtype: torch.dtype | None = None) -> nn.Module:
         """The model with its weights, in the type of the files unless another is given.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,9 +24,11 @@ def appearing(target: Path) -> Iterator[Path]:
     """
     if target.exists() or target.is_symlink():
         raise CheckpointError(f"{target} exists, and nothing is overwritten; choose another folder")
+    if not target.parent.is_dir():
+        raise CheckpointError(f"{target.parent} is no folder; make it first, or choose another place than {target}")
     path = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
     try:
-        path.mkdir(parents=True)
+        path.mkdir()
         yield path
         _sync(path)
         if target.exists():
@@ -41,19 +43,19 @@ def appearing(target: Path) -> Iterator[Path]:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def copy_others(source: Path, target: Path) -> list[str]:
-    """Copies all that ``target`` lacks, but for weights in other formats, whose names are returned."""
+def copy_others(source: Path, target: Path, weights: Collection[str]) -> list[str]:
+    """Copies all that ``target`` lacks, but for ``weights`` and those in other formats, whose names are returned."""
     left_out = []
     for file in sorted(source.rglob("*")):
         name = file.relative_to(source)
-        if not file.is_file():
+        if not file.is_file() or str(name) in weights:
             continue
         if is_dense(name):
             left_out.append(str(name))
         elif not (target / name).exists():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target / name)
-    return [name for name in left_out if not (target / name).exists()]
+    return left_out
 
 
 def _sync(folder: Path) -> None:
