@@ -17,6 +17,7 @@ SOURCES = sorted(ROOT.rglob("*.py"))
 
 # A module may import from rows below its own, and from its own package.
 LAYERS = (
+    {"__main__"},
     {"integrations"},
     {"training", "sensitivities"},
     {"prune", "distillation"},
@@ -30,6 +31,7 @@ LAYERS = (
     {"errors"},
 )
 OPTIONAL = {"matplotlib", "IPython", "transformers", "timm", "torchvision", "lightning_fabric", "accelerate", "sklearn"}
+OPTIONAL |= {"safetensors"}
 
 
 def row(package: str) -> int:

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     )
     from netopt.axes import find_axes
     from netopt.distillation import DistillationReport, distill
+    from netopt.integrations.huggingface.pretrained import shrink_pretrained
+    from netopt.integrations.pruned import load_pruned, save_pruned
     from netopt.masking import finish
     from netopt.plan import Plan
     from netopt.prune import (
@@ -60,6 +62,7 @@ __all__ = [
     "find_axes",
     "finish",
     "importance",
+    "load_pruned",
     "masking",
     "measure",
     "plan",
@@ -71,13 +74,17 @@ __all__ = [
     "repair",
     "report",
     "rewind",
+    "save_pruned",
     "sensitivity",
     "shrink",
+    "shrink_pretrained",
 ]
 
 _HOMES = {
     "axes": ("find_axes",),
     "distillation": ("DistillationReport", "distill"),
+    "integrations.huggingface.pretrained": ("shrink_pretrained",),
+    "integrations.pruned": ("load_pruned", "save_pruned"),
     "masking": ("finish",),
     "plan": ("Plan",),
     "prune": (

