@@ -9,12 +9,14 @@ from netopt.axes import find_axes
 from netopt.distillation import DistillationReport, distill
 from netopt.integrations import huggingface as _huggingface  # noqa: F401 - keeps configurations in step
 from netopt.plan import Plan
-from netopt.prune import plan_neurons, prune_neurons, prune_weights, shrink
+from netopt.plan.blocks import BlockPlan
+from netopt.prune import plan_blocks, plan_neurons, prune_blocks, prune_neurons, prune_weights, shrink
 from netopt.report import PruningReport
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BlockPlan",
     "DistillationReport",
     "Plan",
     "PruningReport",
@@ -24,7 +26,9 @@ __all__ = [
     "find_axes",
     "importance",
     "masking",
+    "plan_blocks",
     "plan_neurons",
+    "prune_blocks",
     "prune_neurons",
     "prune_weights",
     "shrink",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from netopt.prune.blocks import plan_blocks, prune_blocks
 from netopt.prune.neurons import plan_neurons, prune_neurons
 from netopt.prune.shrink import shrink
 from netopt.prune.weights import prune_weights
 
-__all__ = ["plan_neurons", "prune_neurons", "prune_weights", "shrink"]
+__all__ = ["plan_blocks", "plan_neurons", "prune_blocks", "prune_neurons", "prune_weights", "shrink"]
