@@ -329,6 +329,20 @@ def test_what_is_not_the_same_is_frozen(way: Callable[..., Any]) -> None:
         netopt.prune_blocks(model, x, 1, progress=False)
 
 
+def test_of_stacks_inside_one_another_the_inner_counts() -> None:
+    stages = nn.Sequential(*[nn.Sequential(Residual(), Residual(), Residual()) for _ in range(3)])
+    report = netopt.prune_blocks(stages, torch.randn(2, 8), 6, progress=False)
+    assert [cut.name for cut in report.plan.stacks] == ["0", "1", "2"]
+    assert [len(stage) for stage in stages] == [1, 1, 1]
+    assert report.frozen["the model"] == "each block holds blocks of its own"
+
+
+def test_a_block_with_an_output_of_its_own_stays() -> None:
+    model = hf.LlamaModel(hf.LlamaConfig(**GROUPED, num_hidden_layers=3)).eval()
+    with pytest.raises(NothingToPruneError, match="returns 4, not 5"):
+        netopt.prune_blocks(model, {**TEXT, "output_hidden_states": True}, 1, progress=False)
+
+
 def test_a_block_that_is_picked_by_its_index_freezes_those_before() -> None:
     model = Looped(_indexed)
     with pytest.raises(NothingToPruneError, match=r"index 4 is out of range \(test_prune_blocks.py:\d+\)"):

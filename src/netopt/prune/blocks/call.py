@@ -236,7 +236,7 @@ class _Call:
                 for block in stack.free:
                     if not wanted(block.name):
                         block.frozen = "is excluded"
-                    elif any(name.startswith(f"{block.name}.") for name in inner):
+                    elif any(f"{name}.".startswith(f"{block.name}.") for name in inner):
                         block.frozen = "holds blocks of its own"
                 following = Followers.of(self.view, stack) if stack.free else Followers(stack)
                 for block in stack.free:

@@ -192,7 +192,7 @@ def find_stacks(
         else:
             stacks.append(Stack(names, blocks))
     _prefer_adding(stacks, named)
-    return sorted(stacks, key=lambda stack: -stack.name.count(".")), others
+    return sorted(stacks, key=lambda stack: -len(stack.name.split(".")) if stack.name else 0), others
 
 
 def _zipped(lists: Mapping[str, nn.Module], records: dict[int, _Record]) -> list[tuple[str, ...]]:
@@ -287,7 +287,7 @@ def name_frozen(stacks: Sequence[Stack], frozen: dict[str, str]) -> dict[str, st
         if len(reasons) == 1 and None not in reasons:
             for block in stack.blocks:
                 short.pop(block.name, None)
-            short[stack.name] = f"each block {reasons.pop()}"
+            short[stack.name or "the model"] = f"each block {reasons.pop()}"
     return short
 
 

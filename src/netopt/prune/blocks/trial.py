@@ -71,7 +71,7 @@ class Trials:
                 if not isinstance(expected, str) and same(found, expected):
                     self.kinds[block.name], followers.chosen = kind, variant
                     return None
-                why = why or (expected if isinstance(expected, str) else None)
+                why = why or (expected if isinstance(expected, str) else _fewer(found, expected))
         where = f" ({block.line})" if block.line else ""
         return why or f"does more than change what it is given: without it the forward computes something else{where}"
 
@@ -111,6 +111,13 @@ def same(found: Sequence[Sequence[Tensor]], expected: Sequence[Sequence[Tensor]]
         for ours, theirs in zip(found, expected, strict=True)
         for one, other in zip(ours, theirs, strict=True)
     )
+
+
+def _fewer(found: Sequence[Sequence[Tensor]], expected: Sequence[Sequence[Tensor]]) -> str | None:
+    """Says so if outputs are missing."""
+    if len(found[0]) == len(expected[0]):
+        return None
+    return f"gives an output of its own: without it the forward returns {len(found[0])}, not {len(expected[0])}"
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
