@@ -539,7 +539,7 @@ BAD: list[tuple[dict[str, Any], type[NetoptError], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("settings", "error", "message"), BAD, ids=[f"{one[0]}" for one in BAD])
+@pytest.mark.parametrize(("settings", "error", "message"), BAD, ids=["-".join([*one[0], one[2]]) for one in BAD])
 def test_bad_input_is_told(settings: dict[str, Any], error: type[NetoptError], message: str) -> None:
     model, x = made("sequential")
     with unchanged(model), pytest.raises(error, match=message):
