@@ -31,9 +31,12 @@ if TYPE_CHECKING:
     from netopt.integrations.pruned import load_pruned, save_pruned
     from netopt.masking import finish
     from netopt.plan import Plan
+    from netopt.plan.blocks import BlockPlan
     from netopt.prune import (
         RepairReport,
+        plan_blocks,
         plan_neurons,
+        prune_blocks,
         prune_neurons,
         prune_weights,
         reconstruction_scores,
@@ -47,6 +50,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "BlockPlan",
     "DistillationReport",
     "GradualPruner",
     "Plan",
@@ -66,7 +70,9 @@ __all__ = [
     "masking",
     "measure",
     "plan",
+    "plan_blocks",
     "plan_neurons",
+    "prune_blocks",
     "prune_neurons",
     "prune_weights",
     "reconstruction",
@@ -87,9 +93,12 @@ _HOMES = {
     "integrations.pruned": ("load_pruned", "save_pruned"),
     "masking": ("finish",),
     "plan": ("Plan",),
+    "plan.blocks": ("BlockPlan",),
     "prune": (
         "RepairReport",
+        "plan_blocks",
         "plan_neurons",
+        "prune_blocks",
         "prune_neurons",
         "prune_weights",
         "reconstruction_scores",

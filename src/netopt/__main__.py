@@ -10,7 +10,7 @@ from typing import Any
 import netopt
 from netopt import importance
 from netopt.errors import NetoptError
-from netopt.integrations.huggingface import shrink_pretrained
+from netopt.integrations.huggingface.pretrained import shrink_pretrained
 from netopt.integrations.huggingface.inputs import TextBatches
 
 __all__ = ["main"]

@@ -310,7 +310,7 @@ class PruningReport:
         return "left out" if self.call == "prune_weights" else "frozen"
 
     def _unit(self) -> str:
-        return "entries" if self.call == "prune_weights" else "neurons"
+        return {"prune_weights": "entries", "prune_blocks": "blocks"}.get(self.call, "neurons")
 
     def _headline(self) -> str:
         total = sum(row.total for row in self.rows)
@@ -353,7 +353,7 @@ class PruningReport:
         return lines
 
     def _heads(self) -> list[str]:
-        heads = ["axis", self._unit(), "kept", "removed", "exact", "note"]
+        heads = ["stack" if self.call == "prune_blocks" else "axis", self._unit(), "kept", "removed", "exact", "note"]
         if self.call == "prune_weights":
             heads[0], heads[3] = "tensor", "zero" if any(row.size is not None for row in self.rows) else "removed"
         return [heads[index] for index in self._kept_columns()]

@@ -1,0 +1,86 @@
+"""Entries leave a list of modules, and their parameters the optimizers: order and identity of what stays are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from netopt.errors import InvalidArgumentError, OptimizerStateError
+
+__all__ = ["Dropped", "ListCut", "dropped_states"]
+
+
+class ListCut:
+    """A ``ModuleList`` or ``Sequential`` keeps some of its entries; numbered ones are numbered anew.
+
+    Args:
+        container: Whose entries go.
+        kept: Positions that stay, ascending.
+    """
+
+    def __init__(self, container: nn.Module, kept: Sequence[int]) -> None:
+        self._held = container._modules
+        self._before = dict(self._held)
+        names = list(self._before)
+        numbered = names == [str(place) for place in range(len(names))]
+        self._after = {str(new) if numbered else names[old]: self._before[names[old]] for new, old in enumerate(kept)}
+
+    def do(self) -> None:
+        """Takes the entries out."""
+        self._fill(self._after)
+
+    def undo(self) -> None:
+        """Puts them back."""
+        self._fill(self._before)
+
+    def _fill(self, entries: dict[str, nn.Module | None]) -> None:
+        self._held.clear()
+        self._held.update(entries)
+
+
+class Dropped:
+    """One optimizer forgets some parameters; doing and undoing may be called again."""
+
+    def __init__(self, optimizer: Optimizer, gone: set[int]) -> None:
+        self._optimizer, self._gone = optimizer, gone
+        self._groups = [(group, list(group["params"])) for group in optimizer.param_groups]
+        self._states = [(key, value) for key, value in optimizer.state.items() if id(key) in gone]
+
+    def do(self) -> None:
+        """Drops the parameters and their state."""
+        for group, members in self._groups:
+            group["params"] = [one for one in members if id(one) not in self._gone]
+        for key, _ in self._states:
+            self._optimizer.state.pop(key, None)
+
+    def undo(self) -> None:
+        """Takes them back."""
+        for group, members in self._groups:
+            group["params"] = members
+        for key, value in self._states:
+            self._optimizer.state[key] = value
+
+
+def dropped_states(optimizers: Iterable[Optimizer], gone: Sequence[Tensor]) -> Iterator[Dropped]:
+    """What every optimizer has to forget when these parameters go.
+
+    Raises:
+        InvalidArgumentError: An optimizer trains none of the parameters that go, though there are some.
+        OptimizerStateError: An optimizer keeps one vector for all parameters, of which no part can be taken.
+    """
+    ids = {id(parameter) for parameter in gone}
+    for optimizer in optimizers:
+        members: list[Any] = [one for group in optimizer.param_groups for one in group["params"]]
+        if ids and not any(id(one) in ids for one in members):
+            raise InvalidArgumentError(
+                f"the optimizer, a {type(optimizer).__name__}, trains none of the parameters that are removed; pass "
+                "the one that was built from this model's parameters()."
+            )
+        if "_numel_cache" in vars(optimizer):
+            raise OptimizerStateError(
+                f"{type(optimizer).__name__} keeps one vector for all parameters; build a new one after pruning."
+            )
+        yield Dropped(optimizer, ids)
