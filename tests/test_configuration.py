@@ -101,15 +101,15 @@ FOUND = {
     "llama": [
         ("model.embed_tokens", {"hidden_size": 24}),
         ("*gate_proj", {"intermediate_size": 40}),
-        ("*q_proj/0", {"num_attention_heads": 2, "num_key_value_heads": 1}),
+        ("kv_heads", {"num_attention_heads": 2, "num_key_value_heads": 1}),
     ],
     "mistral": [
         ("model.embed_tokens", {"hidden_size": 24}),
-        ("*q_proj/0", {"num_attention_heads": 2, "num_key_value_heads": 1}),
+        ("kv_heads", {"num_attention_heads": 2, "num_key_value_heads": 1}),
     ],
     "qwen2": [
         ("model.embed_tokens", {"hidden_size": 24, "head_dim": 12}),
-        ("*q_proj/0", {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 12}),
+        ("kv_heads", {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 12}),
     ],
     "qwen3": [("*gate_proj", {"intermediate_size": 40})],
     "gemma2": [("*gate_proj", {"intermediate_size": 40})],
@@ -125,7 +125,7 @@ FOUND = {
     "mixtral": [
         ("model.embed_tokens", {"hidden_size": 24, "head_dim": 12}),
         ("*gate_up_proj", {"intermediate_size": 40}),
-        ("*q_proj/0", {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 12}),
+        ("kv_heads", {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 12}),
     ],
     "qwen2_moe": [
         ("model.embed_tokens", {"hidden_size": 24, "head_dim": 12}),

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from netopt import measure
-from netopt.errors import ArgumentTypeError, InvalidArgumentError
+from netopt.errors import ArgumentTypeError, InvalidArgumentError, SelectorError
 from netopt.plan.build import make_plan
+from netopt.prune.candidates import choices, fits
 from netopt.prune.look import Found
 from netopt.selection import Amount, Limits, Scope, check_amount, check_scope, check_threshold, select, select_within
 
@@ -74,13 +75,27 @@ def choose(found: Found, scores: Mapping[str, Tensor], budget: Budget) -> dict[s
     """
     limits = Limits(budget.round_to, _feasible(found))
     if budget.amount is not None or budget.threshold is not None:
-        return select(scores, budget.amount, threshold=budget.threshold, scope=budget.scope, limits=limits)
+        return select(scores, _by_axis(found, budget.amount), threshold=budget.threshold, scope=budget.scope, limits=limits)
     share = budget.max_params if budget.max_params is not None else budget.max_macs
     assert share is not None, "exactly one of the four is given"
     cost_of = _parameters(found) if budget.max_params is not None else _macs(found)
     whole = cost_of({})
     costs = _unit_costs(found.sizes, cost_of, whole, limits) if budget.scope == "global" else None
     return select_within(scores, cost_of, int(share * whole), unit_costs=costs, limits=limits)
+
+
+def _by_axis(found: Found, amount: Amount | None) -> Amount | None:
+    """An amount by name, pattern or kind as one by axis; a name goes before what comes first of the others."""
+    if not isinstance(amount, Mapping):
+        return amount
+    by_axis = {name: one for name, one in amount.items() if name in found.sizes}
+    for key, one in amount.items():
+        fitting = [axis.name for axis in found.chosen if fits(axis, key)]
+        if not fitting:
+            raise SelectorError(f"amount names {key!r}, which fits no axis. {choices(found.axes)}")
+        for name in fitting:
+            by_axis.setdefault(name, one)
+    return by_axis
 
 
 def _feasible(found: Found) -> Callable[[Mapping[str, int]], dict[str, int]]:
