@@ -25,7 +25,7 @@ from netopt.axes.tracing.dims import DimTracer, Work
 from netopt.axes.tracing.implicit_sizes import bind_implicit_sizes
 from netopt.errors import UnknownNameError, nearest
 from netopt.model.calls import Call
-from netopt.symbolic import DimSize, Expression, leaves
+from netopt.symbolic import DimSize, Expression, Term, leaf, leaves, substitute
 
 
 class Member(NamedTuple):
@@ -366,6 +366,27 @@ class Axes(Sequence[Axis]):
                 if left is not None:
                     result.setdefault(name, {})[dim] = left
         return result
+
+    def size_terms(self) -> dict[str, tuple[Term, ...]]:
+        """The size of every dimension of every tensor as a term whose leaves are names of free axes."""
+        return {
+            tensor: tuple(substitute(self._counts.layout(layout), self._named) for layout in dims)
+            for tensor, dims in self._dims.items()
+        }
+
+    def attribute_terms(self) -> dict[tuple[str | int, ...], Term]:
+        """The integers of the model that follow from counts, by path, as terms whose leaves are names of free axes."""
+        bound = {place.path: term for place, term in self._counts.bound_attributes()}
+        return {
+            path: substitute(term, self._named)
+            for path, term in bound.items()
+            if all(isinstance(key, int) for key in leaves(term))
+        }
+
+    def _named(self, one: Expression) -> Term:
+        """An unknown of the solver under the name of its axis."""
+        assert isinstance(one.key, int)
+        return leaf(self._axes[one.key].name, one.value)
 
     def attribute_values(self, counts: Mapping[str, int]) -> list[Assignment]:
         """What the integers of the model become when axes have ``counts`` neurons; only those that change."""

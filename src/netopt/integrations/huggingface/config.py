@@ -23,12 +23,13 @@ from netopt.integrations.huggingface.symbolic_build import ShapeFormulas, Target
 from netopt.plan import Plan, shapes_of
 from netopt.surgery import read
 
-__all__ = ["follow"]
+__all__ = ["LOADS", "build_formulas", "follow", "takes_config", "unsaved_buffers", "validate"]
 
 _LEAST = (2, 17)
 """From where on numbers are enlarged, first and if that fails: what is small may count parts in other ways."""
 _CANNOT = "the configuration cannot express it"
 _ADVICE = "save with torch.save, or replay the plan on a fresh model"
+LOADS = "loads with from_pretrained"
 _UNKNOWN = "the configuration does not build this model, so it was left as it is"
 
 
@@ -44,10 +45,10 @@ def follow(model: nn.Module, plan: Plan) -> tuple[Plan, str | None]:
         ``None`` if it can, or if there is no configuration to keep.
     """
     config = getattr(model, "config", None)
-    if not plan.tensors or not hasattr(config, "to_dict") or not _takes_config(type(model)):
+    if not plan.tensors or not hasattr(config, "to_dict") or not takes_config(type(model)):
         return plan, None
     modules = dict(model.named_modules())
-    lost = next((name for name in _unsaved_buffers(modules) if name in plan.tensors), None)
+    lost = next((name for name in unsaved_buffers(modules) if name in plan.tensors), None)
     if lost is not None:
         return plan, f"{_CANNOT}: `{lost}` is computed from it, and has lost entries; {_ADVICE}"
     given = {path[2:]: value for path, value in plan.attributes if path[:2] == ("", "config")}
@@ -110,11 +111,7 @@ class _Rebuild:
 
     def _formulas(self) -> ShapeFormulas | None:
         """How the model is computed from its configuration."""
-        lengths = {len(part._modules) for part in self.modules.values() if "0" in part._modules}
-        counts = lengths | {length + 1 for length in lengths}  # one of them may be apart
-        targets = [Target(self.shapes, self.wanted, counts, least) for least in _LEAST]
-        derived = (derive_formulas(self.kind, self.config, self.optional, target) for target in targets)
-        return next((one for one in derived if one is not None), None)
+        return _derive(self.kind, self.config, self.modules, self.shapes, self.wanted, self.optional)
 
     @functools.cached_property
     def wanted(self) -> Shapes:
@@ -135,20 +132,8 @@ class _Rebuild:
 
     @functools.cached_property
     def optional(self) -> dict[ConfigPath, int]:
-        """Sizes that were left to a default, with the value they seem to have: that of modules, where all agree."""
-        held: dict[str, set[int]] = {}
-        for module in self.modules.values():
-            for name, value in vars(module).items():
-                if type(value) is int and is_size(name):
-                    held.setdefault(name, set()).add(value)
-        known = {name: next(iter(values)) for name, values in held.items() if len(values) == 1}
-        unset = [path for path, value in entries(self.config) if value is None]
-        most = max(size for shape in self.shapes.values() for size in shape) if unset else 0
-        return {path: known.get(path[-1], most) for path in unset} | {
-            (name,): value
-            for name, value in known.items()
-            if name not in {path[-1] for path in unset} and getattr(self.config, name, None) is None
-        }
+        """Sizes that were left to a default, with the value they seem to have."""
+        return _optional(self.config, self.modules, self.shapes)
 
     def _broken(self, equation: SizeEquation, formulas: ShapeFormulas, values: Mapping[ConfigPath, Any]) -> str:
         if equation.dim is None:
@@ -163,7 +148,7 @@ class _Rebuild:
         """Why a configuration with these changes is wrong."""
         try:
             config = with_changes(self.trial, {**changes, **self.floats})
-            _validate(config)
+            validate(config)
         except Exception as error:  # a configuration may refuse a value, by any exception
             why = str(error).strip() or type(error).__name__
             return f"it is refused by its own validation, {why.splitlines()[-1].strip()!r}"
@@ -200,13 +185,57 @@ class _Rebuild:
         return None
 
 
-def _validate(config: Any) -> None:
+def build_formulas(model: nn.Module, wanted: Shapes) -> ShapeFormulas | None:
+    """How the sizes of a model follow from its configuration; None where some that is to change is not explained.
+
+    Args:
+        model: With a configuration.
+        wanted: Shapes to be.
+    """
+    modules, shapes = dict(model.named_modules()), shapes_of(model)
+    config: Any = model.config
+    return _derive(type(model), config, modules, shapes, wanted, _optional(config, modules, shapes))
+
+
+def _derive(
+    kind: type[nn.Module],
+    config: Any,
+    modules: Mapping[str, nn.Module],
+    shapes: Shapes,
+    wanted: Shapes,
+    optional: Mapping[ConfigPath, int],
+) -> ShapeFormulas | None:
+    lengths = {len(part._modules) for part in modules.values() if "0" in part._modules}
+    counts = lengths | {length + 1 for length in lengths}  # one of them may be apart
+    targets = [Target(shapes, wanted, counts, least) for least in _LEAST]
+    derived = (derive_formulas(kind, config, optional, target) for target in targets)
+    return next((one for one in derived if one is not None), None)
+
+
+def _optional(config: Any, modules: Mapping[str, nn.Module], shapes: Shapes) -> dict[ConfigPath, int]:
+    """Sizes that were left to a default, with the value they seem to have: that of modules, where all agree."""
+    held: dict[str, set[int]] = {}
+    for module in modules.values():
+        for name, value in vars(module).items():
+            if type(value) is int and is_size(name):
+                held.setdefault(name, set()).add(value)
+    known = {name: next(iter(values)) for name, values in held.items() if len(values) == 1}
+    unset = [path for path, value in entries(config) if value is None]
+    most = max(size for shape in shapes.values() for size in shape) if unset else 0
+    return {path: known.get(path[-1], most) for path in unset} | {
+        (name,): value
+        for name, value in known.items()
+        if name not in {path[-1] for path in unset} and getattr(config, name, None) is None
+    }
+
+
+def validate(config: Any) -> None:
     """Runs the checks that ``save_pretrained`` runs, those of sub-configurations too."""
     if hasattr(config, "validate"):
         config.validate()
     for value in vars(config).values():
         if hasattr(value, "to_dict") and hasattr(value, "validate"):
-            _validate(value)
+            validate(value)
 
 
 def _choices(module: nn.Module | None) -> dict[str, Any]:
@@ -216,7 +245,7 @@ def _choices(module: nn.Module | None) -> dict[str, Any]:
     return {"": None if module is None else type(module), **flags}
 
 
-def _unsaved_buffers(modules: Mapping[str, nn.Module]) -> Iterator[str]:
+def unsaved_buffers(modules: Mapping[str, nn.Module]) -> Iterator[str]:
     """Names of buffers that a saved model lacks."""
     for prefix, module in modules.items():
         for name in module._non_persistent_buffers_set:
@@ -236,7 +265,7 @@ def _floats(model: nn.Module, plan: Plan, config: Any) -> dict[ConfigPath, float
     }
 
 
-def _takes_config(kind: type) -> bool:
+def takes_config(kind: type) -> bool:
     """Whether a class is built from a configuration alone."""
     parameters = list(inspect.signature(kind.__init__).parameters.values())[1:]
     required = [one for one in parameters if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD]
