@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from netopt.batches import Inputs
+from netopt.axes import KINDS
 from netopt.errors import InvalidArgumentError, MissingPackageError
 from netopt.measure import Cost, Latency, latencies, latency
 
@@ -36,6 +37,7 @@ class Row:
         exact: Whether the smaller model computes what the masked one does; ``None`` where that is no question.
         note: Anything to add, such as why an axis is not exact or what a pattern made of the amount.
         size: Of a tensor, all entries, those that were zero before too.
+        kind: Of an axis, what its neurons are, such as ``"heads"``.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Row:
     exact: bool | None = None
     note: str = ""
     size: int | None = None
+    kind: str | None = None
 
     @property
     def total(self) -> int:
@@ -70,6 +73,7 @@ class PruningReport:
         plan: The plan that was carried out, for neurons; ``None`` for weights.
         frozen: Names of what could not be pruned, or is not unless it is named, with the reason; of weights, with
             their share of the parameters.
+        notes: What else is to be known, by what it is about: whether a configuration loads with ``from_pretrained``.
         settings: What was asked for, such as ``{"amount": 0.5, "importance": "saliency"}``.
         latency_before: Seconds of a forward call before, if measured; see :meth:`measure`.
         latency_after: Seconds of a forward call now, if measured.
@@ -105,6 +109,7 @@ class PruningReport:
     plan: Any = None
     frozen: Mapping[str, str] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
+    notes: Mapping[str, str] = field(default_factory=dict)
     latency_before: Latency | None = None
     latency_after: Latency | None = None
     subject: Any = field(default=None, repr=False, compare=False)
@@ -203,12 +208,14 @@ class PruningReport:
             "removed": self.removed,
             "rows": [dataclasses.asdict(row) for row in self.rows],
             "frozen": dict(self.frozen),
+            "notes": dict(self.notes),
             "plan": plan,
         }
 
     def table(self, rows: int | None = None) -> str:
         """Returns the report as text, with the first ``rows`` rows and reasons, by default all of them."""
         lines = [self._headline(), *_columns([["", "before", "after", ""], *self._totals()])]
+        lines += [line for line in (self.by_kind(), *self._notes()) if line]
         if self.rows:
             cells = [
                 self._heads(),
@@ -255,10 +262,22 @@ class PruningReport:
         frozen = _html_table([self._left(), "reason"], [list(item) for item in list(self.frozen.items())[:SHOWN]])
         more = "".join(f"<p>{line.strip()}</p>" for line in _rest(self.rows, SHOWN))
         kept_out = "".join(f"<p>{line.strip()}</p>" for line in _rest(self.frozen, SHOWN))
+        lines = "".join(f"<p>{html.escape(line)}</p>" for line in (self.by_kind(), *self._notes()) if line)
         return (
-            f"<p><b>{html.escape(self._headline())}</b></p>{totals}{rows}{more}"
+            f"<p><b>{html.escape(self._headline())}</b></p>{totals}{lines}{rows}{more}"
             f"{frozen if self.frozen else ''}{kept_out}"
         )
+
+    def by_kind(self) -> str:
+        """Returns what became of each kind of axis in one line, ``"width 768 -> 640, ffn 3072 -> 2048 in 12 layers"``."""
+        kinds: dict[str, list[Row]] = {}
+        for row in self.rows:
+            if row.kind is not None:
+                kinds.setdefault(row.kind, []).append(row)
+        return ", ".join(_kind(name, kinds[name]) for name in sorted(kinds, key=_place))
+
+    def _notes(self) -> list[str]:
+        return [f"{name}: {text}" for name, text in self.notes.items()]
 
     def _left(self) -> str:
         return "left out" if self.call == "prune_weights" else "frozen"
@@ -329,6 +348,21 @@ def _shown(row: Row) -> list[str]:
     exact = {True: "yes", False: "no", None: ""}[row.exact]
     removed = f"{row.removed * 100:.1f} %"
     return [row.name, f"{row.total:,}", f"{row.after:,}", removed, exact, row.note]
+
+
+def _kind(name: str, rows: Sequence[Row]) -> str:
+    """``"ffn 3072 -> 2048 in 12 layers"``, with the range where layers differ."""
+    before, after = (_span([getattr(row, which) for row in rows]) for which in ("before", "after"))
+    return f"{name} {before} -> {after}" + (f" in {len(rows)} layers" if len(rows) > 1 else "")
+
+
+def _span(counts: Sequence[int]) -> str:
+    low, high = min(counts), max(counts)
+    return f"{low}" if low == high else f"{low} to {high}"
+
+
+def _place(kind: str) -> int:
+    return KINDS.index(kind) if kind in KINDS else len(KINDS)
 
 
 def _ratio(new: float, old: float) -> str:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,11 +13,27 @@ from torch import Tensor
 from netopt import measure
 from netopt.errors import ArgumentTypeError, InvalidArgumentError, SelectorError
 from netopt.plan.build import make_plan
+from netopt.plan.hooks import expressible
 from netopt.prune.candidates import choices, fits
+from netopt.prune.loadable import choose_alike, choose_within, positions
 from netopt.prune.look import Found
-from netopt.selection import Amount, Limits, Scope, check_amount, check_scope, check_threshold, select, select_within
+from netopt.selection import (
+    Amount,
+    Limits,
+    Scope,
+    best,
+    check_amount,
+    check_scope,
+    check_threshold,
+    removed,
+    select,
+    select_within,
+)
 
 __all__ = ["Budget", "choose"]
+
+
+Cost: TypeAlias = Callable[[Mapping[str, Tensor]], int]
 
 
 @dataclass(frozen=True)
@@ -30,6 +46,7 @@ class Budget:
     max_macs: float | None
     scope: Scope
     round_to: int
+    loadable: bool = False
 
     def check(self) -> None:
         """Checks everything before any work is done.
@@ -46,6 +63,11 @@ class Budget:
             check_amount(self.amount)
         if self.threshold is not None:
             check_threshold(self.threshold)
+        if self.loadable and self.threshold is not None:
+            raise InvalidArgumentError(
+                "loadable=True ties the counts of axes, which a threshold decides one by one; give amount, max_params "
+                "or max_macs."
+            )
         check_scope(self.scope)
         Limits(self.round_to)
         for name in ("max_params", "max_macs"):
@@ -63,7 +85,8 @@ class Budget:
 
     def settings(self) -> dict[str, Any]:
         """The request, for the report."""
-        return {**self._given(), "scope": self.scope, "round_to": self.round_to}
+        loadable = {"loadable": True} if self.loadable else {}
+        return {**self._given(), "scope": self.scope, "round_to": self.round_to, **loadable}
 
 
 def choose(found: Found, scores: Mapping[str, Tensor], budget: Budget) -> dict[str, Tensor]:
@@ -73,15 +96,42 @@ def choose(found: Found, scores: Mapping[str, Tensor], budget: Budget) -> dict[s
         InvalidArgumentError: An axis that may not shrink would have to, because the model computes with its size.
         NothingToPruneError: The budget cannot be met.
     """
+    if budget.loadable:
+        return best(scores, {**found.sizes, **_loadable(found, scores, budget)})
     limits = Limits(budget.round_to, _feasible(found))
     if budget.amount is not None or budget.threshold is not None:
         return select(scores, _by_axis(found, budget.amount), threshold=budget.threshold, scope=budget.scope, limits=limits)
-    share = budget.max_params if budget.max_params is not None else budget.max_macs
-    assert share is not None, "exactly one of the four is given"
-    cost_of = _parameters(found) if budget.max_params is not None else _macs(found)
+    cost_of, share = _cost(found, budget)
     whole = cost_of({})
     costs = _unit_costs(found.sizes, cost_of, whole, limits) if budget.scope == "global" else None
     return select_within(scores, cost_of, int(share * whole), unit_costs=costs, limits=limits)
+
+
+def _loadable(found: Found, scores: Mapping[str, Tensor], budget: Budget) -> dict[str, int]:
+    """The counts of axes that the model's configuration can say, within the budget."""
+    sizes, amount = found.sizes, _by_axis(found, budget.amount)
+    groups = [_rounded(one, budget.round_to) for one in expressible(found.held.model, found.axes, sizes)]
+    if isinstance(amount, Mapping):
+        return choose_alike(groups, {name: size - removed(amount[name], size) for name, size in sizes.items() if name in amount})
+    if amount is not None and budget.scope == "layer":
+        return choose_alike(groups, {name: size - removed(amount, size) for name, size in sizes.items()})
+    cost, share = _cost(found, budget)
+    if amount is not None:
+        whole = sum(sizes.values())
+        return choose_within(scores, groups, lambda counts: sum({**sizes, **counts}.values()), whole - removed(amount, whole))
+    return choose_within(scores, groups, lambda counts: cost(positions(counts)), int(share * cost({})))
+
+
+def _rounded(group: Sequence[Mapping[str, int]], step: int) -> list[Mapping[str, int]]:
+    """The choices in which every axis keeps all or a multiple of so many."""
+    return [one for one in group if all(n == group[0][name] or n % step == 0 for name, n in one.items())]
+
+
+def _cost(found: Found, budget: Budget) -> tuple[Cost, float]:
+    """What the budget counts, and the share of it that may stay; of an amount, the share of parameters is not used."""
+    if budget.max_macs is not None:
+        return _macs(found), budget.max_macs
+    return _parameters(found), budget.max_params or 1.0
 
 
 def _by_axis(found: Found, amount: Amount | None) -> Amount | None:
@@ -112,9 +162,6 @@ def _feasible(found: Found) -> Callable[[Mapping[str, int]], dict[str, int]]:
         return {name: possible[name] for name in sizes}
 
     return feasible
-
-
-Cost = Callable[[Mapping[str, Tensor]], int]
 
 
 def _parameters(found: Found) -> Cost:

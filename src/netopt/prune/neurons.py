@@ -21,7 +21,7 @@ from netopt.masking.undo import all_or_nothing
 from netopt.model.view import ModelView
 from netopt.plan import Plan
 from netopt.plan.build import make_plan
-from netopt.plan.hooks import complete
+from netopt.plan.hooks import Note, complete
 from netopt.prune.budget import Budget, choose
 from netopt.prune.candidates import AxisSelector
 from netopt.prune.exactness.dead_neurons import may_exist
@@ -54,6 +54,7 @@ def prune_neurons(
     exclude: AxisSelector = None,
     outputs: Outputs = None,
     round_to: int = 1,
+    loadable: bool = False,
     optimizer: Optimizer | Iterable[Optimizer] | None = None,
     repair: None = None,
     mode: Mode = "remove",
@@ -85,6 +86,8 @@ def prune_neurons(
         exclude: The same, whose neurons all stay.
         outputs: Which results must keep their shape; see :func:`netopt.find_axes`.
         round_to: Keep a multiple of this many neurons on every axis that has more.
+        loadable: Only counts that the model's configuration can say, so that ``from_pretrained`` loads what
+            ``save_pretrained`` saves: one width for all layers, whole heads. Which neurons go is free on every axis.
         optimizer: One or several, whose state (momenta, second moments) is narrowed along with the parameters.
         repair: Reserved.
         mode: ``"remove"``, or ``"mask"`` to put the same plan on as masks of ``torch.nn.utils.prune``.
@@ -112,7 +115,7 @@ def prune_neurons(
         >>> net[0].out_features, net[2].in_features
         (12, 12)
     """
-    budget = Budget(amount, threshold, max_params, max_macs, scope, round_to)
+    budget = Budget(amount, threshold, max_params, max_macs, scope, round_to, loadable)
     scoring = _Scoring(importance, data, loss_fn, progress)
     held = check_model(model, example_inputs)
     _check(budget, scoring, mode, repair)
@@ -143,6 +146,7 @@ def plan_neurons(
     exclude: AxisSelector = None,
     outputs: Outputs = None,
     round_to: int = 1,
+    loadable: bool = False,
     progress: bool = True,
 ) -> Plan:
     """Decides what :func:`prune_neurons` would remove, and does not do it.
@@ -163,7 +167,7 @@ def plan_neurons(
         >>> plan.predicted["params_before"], plan.predicted["params_after"], net[0].out_features
         (212, 160, 16)
     """
-    budget = Budget(amount, threshold, max_params, max_macs, scope, round_to)
+    budget = Budget(amount, threshold, max_params, max_macs, scope, round_to, loadable)
     scoring = _Scoring(importance, data, loss_fn, progress)
     held = check_model(model, example_inputs)
     _check(budget, scoring)
@@ -199,7 +203,7 @@ class _Decision:
         rescalings: Factors in the plan, by axis.
         folds: Constants in the plan, by axis.
         nonzero: Entries that are not zero now, by parameter.
-        hook_notes: What hooks could not add to the plan, by their names.
+        hook_notes: What hooks say of the plan, by their names.
     """
 
     found: Found
@@ -209,7 +213,7 @@ class _Decision:
     rescalings: Mapping[str, Rescaling]
     folds: Folds
     nonzero: Mapping[str, int]
-    hook_notes: Mapping[str, str]
+    hook_notes: Mapping[str, Note]
 
     def counts(self) -> dict[str, int]:
         """How many neurons each axis keeps."""
@@ -223,7 +227,8 @@ class _Decision:
             low, high = map(float, torch.aminmax(self.scores.scores[axis.name]))
             equal, reason = exact.get(axis.name, (True, None))
             notes = [f"scores {low:.2g} to {high:.2g}", *filter(None, (reason, self._constants(axis.name)))]
-            rows.append(Row(axis.name, axis.size, len(self.kept[axis.name]), equal, "; ".join(notes)))
+            kept = len(self.kept[axis.name])
+            rows.append(Row(axis.name, axis.size, kept, equal, "; ".join(notes), kind=axis.kind))
         return tuple(rows)
 
     def _constants(self, name: str) -> str | None:
@@ -286,7 +291,11 @@ def _decide(
     found = look(held, example_inputs, where)
     scores = _score(found, scoring, where)
     kept = choose(found, scores.scores, budget)
-    return _repair(found, scores, kept, fold=fold)
+    decision = _repair(found, scores, kept, fold=fold)
+    for name, note in decision.hook_notes.items():
+        if budget.loadable and not note.is_complete:
+            raise InvalidArgumentError(f"loadable=True: the {name} of this model {note.text}.")
+    return decision
 
 
 def _score(found: Found, scoring: _Scoring, where: Where) -> NeuronScores:
@@ -364,7 +373,7 @@ class _Report:
 
     def make(self, decision: _Decision) -> PruningReport:
         """The report, of the model as it is now."""
-        found, plan, settings = decision.found, decision.plan, {**self._settings, **decision.hook_notes}
+        found, plan, settings = decision.found, decision.plan, {**self._settings}
         if decision.scores.saliency is not None:
             settings["saliency"] = decision.scores.saliency.summary()
         if self._counted:
@@ -381,6 +390,7 @@ class _Report:
             plan=plan.with_prediction(_predicted(self._before, after)) if self._removes else plan,
             frozen=found.kept_out,
             settings=settings,
+            notes={name: note.text for name, note in decision.hook_notes.items()},
             subject=found.held.model,
         )
 

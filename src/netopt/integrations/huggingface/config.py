@@ -21,6 +21,7 @@ from netopt.integrations.huggingface.meta_build import ConfigPath, Shapes, build
 from netopt.integrations.huggingface.solve import SizeEquation, equations, out_of_proportion, solve
 from netopt.integrations.huggingface.symbolic_build import ShapeFormulas, Target, derive_formulas
 from netopt.plan import Plan, shapes_of
+from netopt.plan.hooks import Note
 from netopt.surgery import read
 
 __all__ = ["LOADS", "build_formulas", "follow", "takes_config", "unsaved_buffers", "validate"]
@@ -33,7 +34,7 @@ LOADS = "loads with from_pretrained"
 _UNKNOWN = "the configuration does not build this model, so it was left as it is"
 
 
-def follow(model: nn.Module, plan: Plan) -> tuple[Plan, str | None]:
+def follow(model: nn.Module, plan: Plan) -> tuple[Plan, Note | None]:
     """Adds to a plan what the model's configuration becomes, so that its constructor gives the smaller shapes.
 
     Args:
@@ -41,8 +42,8 @@ def follow(model: nn.Module, plan: Plan) -> tuple[Plan, str | None]:
         plan: What is going to be done.
 
     Returns:
-        The plan with new values of the configuration, and why it cannot express the smaller model; the reason is
-        ``None`` if it can, or if there is no configuration to keep.
+        The plan with new values of the configuration, and a note of whether it can express the smaller model, or why
+        not; ``None`` if there is no configuration to keep.
     """
     config = getattr(model, "config", None)
     if not plan.tensors or not hasattr(config, "to_dict") or not takes_config(type(model)):
@@ -50,15 +51,15 @@ def follow(model: nn.Module, plan: Plan) -> tuple[Plan, str | None]:
     modules = dict(model.named_modules())
     lost = next((name for name in unsaved_buffers(modules) if name in plan.tensors), None)
     if lost is not None:
-        return plan, f"{_CANNOT}: `{lost}` is computed from it, and has lost entries; {_ADVICE}"
+        return plan, Note(f"{_CANNOT}: `{lost}` is computed from it, and has lost entries; {_ADVICE}", False)
     given = {path[2:]: value for path, value in plan.attributes if path[:2] == ("", "config")}
     floats = _floats(model, plan, config)
     search = _Rebuild(type(model), plan, modules, config, with_changes(config, given), shapes_of(model), floats)
     found = search.changes()
     if isinstance(found, str):
-        return plan, found if found == _UNKNOWN else f"{_CANNOT}: {found}; {_ADVICE}"
+        return plan, Note(found if found == _UNKNOWN else f"{_CANNOT}: {found}; {_ADVICE}", False)
     more = tuple((("", "config", *path), value) for path, value in {**found, **floats}.items())
-    return dataclasses.replace(plan, attributes=(*plan.attributes, *more)), None
+    return dataclasses.replace(plan, attributes=(*plan.attributes, *more)), Note(LOADS, True)
 
 
 @dataclass(frozen=True, eq=False)
