@@ -13,9 +13,8 @@ from torch import Tensor
 from netopt import measure
 from netopt.errors import ArgumentTypeError, InvalidArgumentError, SelectorError
 from netopt.plan.build import make_plan
-from netopt.plan.hooks import expressible
 from netopt.prune.candidates import choices, fits
-from netopt.prune.loadable import choose_alike, choose_within, positions
+from netopt.prune.loadable import Choices, choose_alike, choose_within, positions
 from netopt.prune.look import Found
 from netopt.selection import (
     Amount,
@@ -89,15 +88,17 @@ class Budget:
         return {**self._given(), "scope": self.scope, "round_to": self.round_to, **loadable}
 
 
-def choose(found: Found, scores: Mapping[str, Tensor], budget: Budget) -> dict[str, Tensor]:
-    """The positions that stay, by axis.
+def choose(
+    found: Found, scores: Mapping[str, Tensor], budget: Budget, groups: Choices | None = None
+) -> dict[str, Tensor]:
+    """The positions that stay, by axis; with ``groups``, as many as one choice from each of them says.
 
     Raises:
         InvalidArgumentError: An axis that may not shrink would have to, because the model computes with its size.
         NothingToPruneError: The budget cannot be met.
     """
-    if budget.loadable:
-        return best(scores, {**found.sizes, **_loadable(found, scores, budget)})
+    if groups is not None:
+        return best(scores, {**found.sizes, **_from_groups(found, scores, budget, groups)})
     limits = Limits(budget.round_to, _feasible(found))
     if budget.amount is not None or budget.threshold is not None:
         return select(scores, _by_axis(found, budget.amount), threshold=budget.threshold, scope=budget.scope, limits=limits)
@@ -107,10 +108,10 @@ def choose(found: Found, scores: Mapping[str, Tensor], budget: Budget) -> dict[s
     return select_within(scores, cost_of, int(share * whole), unit_costs=costs, limits=limits)
 
 
-def _loadable(found: Found, scores: Mapping[str, Tensor], budget: Budget) -> dict[str, int]:
-    """The counts of axes that the model's configuration can say, within the budget."""
+def _from_groups(found: Found, scores: Mapping[str, Tensor], budget: Budget, groups: Choices) -> dict[str, int]:
+    """The counts of one choice of each group, within the budget."""
     sizes, amount = found.sizes, _by_axis(found, budget.amount)
-    groups = [_rounded(one, budget.round_to) for one in expressible(found.held.model, found.axes, sizes)]
+    groups = [_rounded(one, budget.round_to) for one in groups]
     if isinstance(amount, Mapping):
         return choose_alike(groups, {name: size - removed(amount[name], size) for name, size in sizes.items() if name in amount})
     if amount is not None and budget.scope == "layer":

@@ -14,14 +14,20 @@ from torch.optim import Optimizer
 from netopt import masking, measure, surgery
 from netopt.axes import Outputs
 from netopt.batches import Batch, Inputs
-from netopt.errors import ArgumentTypeError, InvalidArgumentError, NetoptError, UnknownNameError
+from netopt.errors import (
+    ArgumentTypeError,
+    InvalidArgumentError,
+    NetoptError,
+    NothingToPruneError,
+    UnknownNameError,
+)
 from netopt.importance import Importance, lookup
 from netopt.importance.neurons import NeuronScores, neuron_scores
 from netopt.masking.undo import all_or_nothing
 from netopt.model.view import ModelView
 from netopt.plan import Plan
 from netopt.plan.build import make_plan
-from netopt.plan.hooks import Note, complete
+from netopt.plan.hooks import Note, complete, expressible
 from netopt.prune.budget import Budget, choose
 from netopt.prune.candidates import AxisSelector
 from netopt.prune.exactness.dead_neurons import may_exist
@@ -290,12 +296,26 @@ def _decide(
     """Look, score, select, repair."""
     found = look(held, example_inputs, where)
     scores = _score(found, scoring, where)
-    kept = choose(found, scores.scores, budget)
-    decision = _repair(found, scores, kept, fold=fold)
-    for name, note in decision.hook_notes.items():
-        if budget.loadable and not note.is_complete:
-            raise InvalidArgumentError(f"loadable=True: the {name} of this model {note.text}.")
-    return decision
+    if budget.loadable:
+        return _decide_loadable(found, scores, budget, fold=fold)
+    return _repair(found, scores, choose(found, scores.scores, budget), fold=fold)
+
+
+def _decide_loadable(found: Found, scores: NeuronScores, budget: Budget, *, fold: bool) -> _Decision:
+    """Selects among counts that can be said; where the plan is refused all the same, without one group of axes."""
+    groups = expressible(found.held.model, found.axes, found.sizes)
+    refused: list[NetoptError] = []
+    for some in (groups, *([one for one in groups if one is not other] for other in groups)):
+        try:
+            decision = _repair(found, scores, choose(found, scores.scores, budget, some), fold=fold)
+        except NothingToPruneError as error:
+            refused.append(error)
+            continue
+        why = next((f"{name} {note.text}" for name, note in decision.hook_notes.items() if not note.is_complete), None)
+        if why is None:
+            return decision
+        refused.append(InvalidArgumentError(f"loadable=True: the {why}."))
+    raise refused[0]
 
 
 def _score(found: Found, scoring: _Scoring, where: Where) -> NeuronScores:

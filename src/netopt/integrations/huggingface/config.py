@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import functools
 import inspect
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,17 +20,19 @@ from torch import nn
 
 from netopt.integrations.huggingface.meta_build import ConfigPath, Shapes, build, entries, is_size, with_changes
 from netopt.integrations.huggingface.solve import SizeEquation, equations, out_of_proportion, solve
-from netopt.integrations.huggingface.symbolic_build import ShapeFormulas, Target, derive_formulas
+from netopt.integrations.huggingface.symbolic_build import ShapeFormulas, Target, derive_formulas, exact_value
 from netopt.plan import Plan, shapes_of
 from netopt.plan.hooks import Note
 from netopt.surgery import read
 
-__all__ = ["LOADS", "build_formulas", "follow", "takes_config", "unsaved_buffers", "validate"]
+__all__ = ["LOADS", "build_formulas", "follow", "kept_numbers", "takes_config", "unsaved_buffers", "validate"]
 
 _LEAST = (2, 17)
 """From where on numbers are enlarged, first and if that fails: what is small may count parts in other ways."""
 _CANNOT = "the configuration cannot express it"
 _ADVICE = "save with torch.save, or replay the plan on a fresh model"
+_POWERS = (-0.5, 0.5, -1.0)
+"""Of sizes, in which the scale of attention is written."""
 LOADS = "loads with from_pretrained"
 _UNKNOWN = "the configuration does not build this model, so it was left as it is"
 
@@ -94,6 +97,7 @@ class _Rebuild:
             return "how sizes come from it does not show in a larger model"
         known = {path: value for path, value in entries(self.trial) if path in formulas.dense and value is not None}
         system = equations(formulas, self.wanted, self.attributes)
+        system += kept_numbers(self.modules[""], formulas)
         solution = solve(system, {**formulas.dense, **known})
         why = out_of_proportion(formulas, self.wanted)
         if why is not None:
@@ -196,6 +200,34 @@ def build_formulas(model: nn.Module, wanted: Shapes) -> ShapeFormulas | None:
     modules, shapes = dict(model.named_modules()), shapes_of(model)
     config: Any = model.config
     return _derive(type(model), config, modules, shapes, wanted, _optional(config, modules, shapes))
+
+
+def kept_numbers(model: nn.Module, formulas: ShapeFormulas) -> list[SizeEquation]:
+    """What must keep its value, because a float is computed from it: the float itself, or a size it is a power of."""
+    others, found = dict(formulas.other.named_modules()), []
+    for prefix, module in model.named_modules():
+        other = vars(others[prefix]) if prefix in others else {}
+        for name, value in vars(module).items():
+            if type(value) is float and other.get(name, value) != value:
+                where, known = ".".join(filter(None, (prefix, name))), formulas.attributes.get((prefix, name))
+                of = _powers(value, vars(module), float(other[name]), other)
+                terms = [formulas.attribute(prefix, one) for one in of] if known is None else [known]
+                found += [SizeEquation(one, exact_value(one, formulas.dense), where) for one in terms if one is not None]
+    return found
+
+
+def _powers(value: float, held: Mapping[str, Any], other: float, others: Mapping[str, Any]) -> list[str]:
+    """The sizes a module holds of which a float is a power, in two models."""
+    sizes = [name for name, one in held.items() if type(one) is int and one > 1 and name in others]
+    return [
+        name
+        for name in sizes
+        if any(_near(value, held[name] ** power) and _near(other, int(others[name]) ** power) for power in _POWERS)
+    ]
+
+
+def _near(one: float, other: float) -> bool:
+    return math.isclose(one, other, rel_tol=1e-12)
 
 
 def _derive(

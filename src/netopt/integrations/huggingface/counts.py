@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from netopt.axes import Axes
-from netopt.integrations.huggingface.config import build_formulas, takes_config, unsaved_buffers, validate
+from netopt.integrations.huggingface.config import build_formulas, kept_numbers, takes_config, unsaved_buffers, validate
 from netopt.integrations.huggingface.meta_build import ConfigPath, with_changes
 from netopt.integrations.huggingface.solve import SizeEquation, solve
 from netopt.integrations.huggingface.symbolic_build import ShapeFormulas, exact_value
@@ -98,7 +98,7 @@ class _Sizes:
     """
 
     equations: list[tuple[Term, Term]]
-    kept: list[Expression]
+    kept: list[Term]
     sizes: dict[str, int]
 
     @classmethod
@@ -110,21 +110,14 @@ class _Sizes:
             for count, number in zip(terms.get(name, ()), dims, strict=False):
                 found.setdefault((count, number))
         for path, count in axes.attribute_terms().items():
-            number = formulas.attributes.get((str(path[0]), str(path[1]))) if len(path) == 2 else None
+            number = formulas.attribute(str(path[0]), str(path[1])) if len(path) == 2 else None
             if number is not None and exact_value(number, formulas.dense) == exact_value(count, {}):
                 found.setdefault((count, number))
-        modules = dict(model.named_modules())
-        kept = [
-            number
-            for (prefix, name), number in formulas.attributes.items()
-            if type(number.value) is float
-            and vars(modules.get(prefix, model)).get(name) == exact_value(number, formulas.dense)
-        ]
         fixed = {axis.name: axis.size for axis in axes if axis.name not in free}
         equations = [(_at(count, fixed), number) for count, number in found]
         return cls(
             [(count, number) for count, number in equations if leaves(count) or leaves(number)],
-            list(dict.fromkeys(kept)),
+            list(dict.fromkeys(one.term for one in kept_numbers(model, formulas))),
             {name: axes[name].size for name in free},
         )
 
@@ -160,7 +153,7 @@ class _Counting:
                 found.append(sorted(possible, key=lambda one: -sum(one.values())))
         return found or "none of its numbers can become smaller by itself"
 
-    def _connected(self) -> Iterator[tuple[list[ConfigPath], list[tuple[Term, Term]], list[Expression]]]:
+    def _connected(self) -> Iterator[tuple[list[ConfigPath], list[tuple[Term, Term]], list[Term]]]:
         """Numbers that change, with the equations and the kept numbers that connect them."""
         changing = {key for count, number in self._sizes.equations if leaves(count) for key in leaves(number)}
         linked = [
@@ -182,7 +175,7 @@ class _Counting:
                 )
 
     def _group(
-        self, paths: list[ConfigPath], equations: list[tuple[Term, Term]], kept: list[Expression]
+        self, paths: list[ConfigPath], equations: list[tuple[Term, Term]], kept: list[Term]
     ) -> _Group:
         tests: list[tuple[Term, Callable[[Any], bool]]] = [
             (number, self._size_test(count, exact_value(number, self._dense))) for count, number in equations
