@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from netopt.batches import Inputs
 from netopt.axes import KINDS
+from netopt.batches import Inputs
 from netopt.errors import InvalidArgumentError, MissingPackageError
 from netopt.measure import Cost, Latency, latencies, latency
 
@@ -269,7 +269,7 @@ class PruningReport:
         )
 
     def by_kind(self) -> str:
-        """Returns what became of each kind of axis in one line, ``"width 768 -> 640, ffn 3072 -> 2048 in 12 layers"``."""
+        """Returns what became of each kind of axis, ``"width 768 -> 640, ffn 3072 -> 2048 in 12 layers"``."""
         kinds: dict[str, list[Row]] = {}
         for row in self.rows:
             if row.kind is not None:

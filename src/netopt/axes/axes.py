@@ -224,11 +224,11 @@ class Axes(Sequence[Axis]):
         """A size used as a number makes its axes inexact."""
         for number, where in trace.constraints.numbers:
             why = SizeReason(f"has a size that the forward computes with, at {where}")
-            for leaf in leaves(number):
-                if isinstance(leaf, DimSize):
-                    mark_inexact(leaf.layout, why)
+            for one in leaves(number):
+                if isinstance(one, DimSize):
+                    mark_inexact(one.layout, why)
                 else:
-                    for key in self._counts.extents(leaf):
+                    for key in self._counts.extents(one):
                         _set(groups[int(str(key))].atoms, "inexact", why)
 
     def _name(self, groups: Sequence[_Group], kinds: Sequence[str | None]) -> list[str]:

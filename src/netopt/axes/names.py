@@ -19,7 +19,7 @@ def layer_of(tensor: str) -> str:
 
 
 def distinct(bases: Sequence[str], kinds: Sequence[str | None], attributes: Mapping[int, str]) -> list[str]:
-    """Names told apart, where a layer makes several axes, by an attribute that holds the count, else by their kind, else by number."""
+    """Names told apart, where a layer makes several axes: by the attribute of their count, their kind, or a number."""
     used: dict[str, int] = defaultdict(int)
     total, alike = Counter(bases), Counter(zip(bases, kinds, strict=True))
     names: list[str] = []

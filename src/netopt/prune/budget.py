@@ -29,7 +29,7 @@ from netopt.selection import (
     select_within,
 )
 
-__all__ = ["Budget", "choose"]
+__all__ = ["Budget", "choose", "without"]
 
 
 Cost: TypeAlias = Callable[[Mapping[str, Tensor]], int]
@@ -101,11 +101,44 @@ def choose(
         return best(scores, {**found.sizes, **_from_groups(found, scores, budget, groups)})
     limits = Limits(budget.round_to, _feasible(found))
     if budget.amount is not None or budget.threshold is not None:
-        return select(scores, _by_axis(found, budget.amount), threshold=budget.threshold, scope=budget.scope, limits=limits)
+        return select(
+            scores, _by_axis(found, budget.amount), threshold=budget.threshold, scope=budget.scope, limits=limits
+        )
     cost_of, share = _cost(found, budget)
     whole = cost_of({})
     costs = _unit_costs(found.sizes, cost_of, whole, limits) if budget.scope == "global" else None
     return select_within(scores, cost_of, int(share * whole), unit_costs=costs, limits=limits)
+
+
+def without(found: Found, remove: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+    """The positions that stay where these are removed, by the name of an axis or of the layer that makes it.
+
+    Raises:
+        UnknownNameError: There is no axis of a name.
+        InvalidArgumentError: A position does not exist, none would stay, the axis cannot shrink, or the counts left do
+            not fit the sizes of other axes.
+    """
+    kept: dict[str, Tensor] = {}
+    for name, removed_here in remove.items():
+        axis = found.axes[name]
+        wrong = [one for one in removed_here if not 0 <= one < axis.size]
+        stays = torch.tensor(sorted(set(range(axis.size)).difference(removed_here)), dtype=torch.int64)
+        why = found.kept_out.get(axis.name)
+        if why is not None or wrong or not len(stays):
+            why = (
+                f"it {why}" if why else f"{wrong[0]} is no position of its {axis.size}" if wrong else "none would stay"
+            )
+            raise InvalidArgumentError(f"neurons of axis `{axis.name}` cannot be removed: {why}.")
+        kept[axis.name] = stays
+    counts = {name: len(stays) for name, stays in kept.items()}
+    possible = found.axes.feasible(counts)
+    tied = [name for name, n in possible.items() if n != counts.get(name, found.axes[name].size)]
+    if tied:
+        nearest = ", ".join(f"{name}: {possible[name]}" for name in dict.fromkeys([*counts, *tied]))
+        raise InvalidArgumentError(
+            f"the model computes with sizes of these axes; the nearest possible counts are {nearest}."
+        )
+    return kept
 
 
 def _from_groups(found: Found, scores: Mapping[str, Tensor], budget: Budget, groups: Choices) -> dict[str, int]:
@@ -113,13 +146,17 @@ def _from_groups(found: Found, scores: Mapping[str, Tensor], budget: Budget, gro
     sizes, amount = found.sizes, _by_axis(found, budget.amount)
     groups = [_rounded(one, budget.round_to) for one in groups]
     if isinstance(amount, Mapping):
-        return choose_alike(groups, {name: size - removed(amount[name], size) for name, size in sizes.items() if name in amount})
+        return choose_alike(
+            groups, {name: size - removed(amount[name], size) for name, size in sizes.items() if name in amount}
+        )
     if amount is not None and budget.scope == "layer":
         return choose_alike(groups, {name: size - removed(amount, size) for name, size in sizes.items()})
     cost, share = _cost(found, budget)
     if amount is not None:
         whole = sum(sizes.values())
-        return choose_within(scores, groups, lambda counts: sum({**sizes, **counts}.values()), whole - removed(amount, whole))
+        return choose_within(
+            scores, groups, lambda counts: sum({**sizes, **counts}.values()), whole - removed(amount, whole)
+        )
     return choose_within(scores, groups, lambda counts: cost(positions(counts)), int(share * cost({})))
 
 

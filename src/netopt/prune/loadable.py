@@ -40,6 +40,7 @@ def choose_within(
     Raises:
         NothingToPruneError: No choices cost as little.
     """
+    groups = [group for group in groups if len(group) > 1]
     lost = _losses(scores)
     losses = [[sum(lost[name][count] for name, count in one.items()) for one in group] for group in groups]
     gone = [[sum(group[0].values()) - sum(one.values()) for one in group] for group in groups]
@@ -92,7 +93,9 @@ def _losses(scores: Mapping[str, Tensor]) -> dict[str, list[float]]:
     return found
 
 
-def _unit_costs(groups: Choices, gone: Sequence[Sequence[int]], cost: Callable[[Mapping[str, int]], int]) -> list[float]:
+def _unit_costs(
+    groups: Choices, gone: Sequence[Sequence[int]], cost: Callable[[Mapping[str, int]], int]
+) -> list[float]:
     """What a neuron of each group costs in the whole model: the saving of its middle choice, spread over what goes."""
     whole, units = cost({}), []
     for group, less in zip(groups, gone, strict=True):

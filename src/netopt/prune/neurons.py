@@ -28,7 +28,7 @@ from netopt.model.view import ModelView
 from netopt.plan import Plan
 from netopt.plan.build import make_plan
 from netopt.plan.hooks import Note, complete, expressible
-from netopt.prune.budget import Budget, choose
+from netopt.prune.budget import Budget, choose, without
 from netopt.prune.candidates import AxisSelector
 from netopt.prune.exactness.dead_neurons import may_exist
 from netopt.prune.exactness.folding import Folds, fold_removed, shifted
@@ -153,12 +153,14 @@ def plan_neurons(
     outputs: Outputs = None,
     round_to: int = 1,
     loadable: bool = False,
+    remove: Mapping[str, Sequence[int]] | None = None,
     progress: bool = True,
 ) -> Plan:
     """Decides what :func:`prune_neurons` would remove, and does not do it.
 
     The arguments are those of :func:`prune_neurons`. What the smaller model costs is found by carrying the plan out,
-    measuring, and putting everything back. Its outputs are not compared with the masked model's.
+    measuring, and putting everything back. Its outputs are not compared with the masked model's. Instead of an amount,
+    ``remove`` gives the positions that go, by the name of an axis or of the layer that makes it: ``{"conv1": [2, 6]}``.
 
     Returns:
         The plan, with parameters, MACs and bytes before and after in ``plan.predicted``.
@@ -176,9 +178,17 @@ def plan_neurons(
     budget = Budget(amount, threshold, max_params, max_macs, scope, round_to, loadable)
     scoring = _Scoring(importance, data, loss_fn, progress)
     held = check_model(model, example_inputs)
-    _check(budget, scoring)
+    if remove is None:
+        _check(budget, scoring)
+    elif (amount, threshold, max_params, max_macs, loadable) != (None, None, None, None, False):
+        raise InvalidArgumentError("remove says which neurons go; leave out amounts, budgets and loadable=True.")
     before = measure.cost(model, example_inputs)
-    plan = _decide(held, example_inputs, budget, scoring, Where(include, exclude, outputs)).plan
+    where = Where(include, exclude, outputs)
+    if remove is None:
+        plan = _decide(held, example_inputs, budget, scoring, where).plan
+    else:
+        found = look(held, example_inputs, where)
+        plan = _repair(found, NeuronScores({}), without(found, remove), fold=True).plan
     after = plan.prepare(model).dry_run(lambda: measure.cost(model, example_inputs))
     return plan.with_prediction(_predicted(before, after))
 

@@ -29,12 +29,12 @@ __all__ = ["LOADS", "build_formulas", "follow", "kept_numbers", "takes_config", 
 
 _LEAST = (2, 17)
 """From where on numbers are enlarged, first and if that fails: what is small may count parts in other ways."""
-_CANNOT = "the configuration cannot express it"
-_ADVICE = "save with torch.save, or replay the plan on a fresh model"
+_CANNOT = "does not load with from_pretrained, it cannot express this"
+_ADVICE = "prune with loadable=True, save with torch.save, or replay the plan on a fresh model"
 _POWERS = (-0.5, 0.5, -1.0)
 """Of sizes, in which the scale of attention is written."""
 LOADS = "loads with from_pretrained"
-_UNKNOWN = "the configuration does not build this model, so it was left as it is"
+_UNKNOWN = "does not load with from_pretrained: it does not build this model, so it was left as it is"
 
 
 def follow(model: nn.Module, plan: Plan) -> tuple[Plan, Note | None]:
@@ -212,7 +212,11 @@ def kept_numbers(model: nn.Module, formulas: ShapeFormulas) -> list[SizeEquation
                 where, known = ".".join(filter(None, (prefix, name))), formulas.attributes.get((prefix, name))
                 of = _powers(value, vars(module), float(other[name]), other)
                 terms = [formulas.attribute(prefix, one) for one in of] if known is None else [known]
-                found += [SizeEquation(one, exact_value(one, formulas.dense), where) for one in terms if one is not None]
+                found += [
+                    SizeEquation(one, float(exact_value(one, formulas.dense)), where)
+                    for one in terms
+                    if one is not None
+                ]
     return found
 
 

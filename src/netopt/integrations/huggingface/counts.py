@@ -23,14 +23,14 @@ from netopt.integrations.huggingface.meta_build import ConfigPath, with_changes
 from netopt.integrations.huggingface.solve import SizeEquation, solve
 from netopt.integrations.huggingface.symbolic_build import ShapeFormulas, exact_value
 from netopt.plan import shapes_of
-from netopt.symbolic import Expression, Term, leaves, substitute
+from netopt.symbolic import Term, leaves, substitute
 
 __all__ = ["possible_counts"]
 
 Values: TypeAlias = Mapping[ConfigPath, Any]
 _MOST_VALUES = 1024
 """Of one number; a larger one is tried in steps."""
-_MOST_CHOICES = 100_000
+_MOST_CHOICES = 20_000
 """Of numbers that are chosen together; with more, they are tried in larger steps."""
 _TRIED = 5
 """So many choices of two groups are validated together, to see whether the one depends on the other."""
@@ -174,9 +174,7 @@ class _Counting:
                     [one for one, keys in kept if keys & part],
                 )
 
-    def _group(
-        self, paths: list[ConfigPath], equations: list[tuple[Term, Term]], kept: list[Term]
-    ) -> _Group:
+    def _group(self, paths: list[ConfigPath], equations: list[tuple[Term, Term]], kept: list[Term]) -> _Group:
         tests: list[tuple[Term, Callable[[Any], bool]]] = [
             (number, self._size_test(count, exact_value(number, self._dense))) for count, number in equations
         ]
@@ -190,7 +188,8 @@ class _Counting:
             for depth in range(len(paths))
         ]
         ranges = self._ranges(paths, [number for _, number in equations])
-        return _Group(paths, equations, list(self._choices(paths, ranges, by_depth, {})))
+        choices = self._choices(paths, ranges, by_depth, {})
+        return _Group(paths, equations, [one for one in choices if self._counts(equations, one)])
 
     def _size_test(self, count: Term, present: Any) -> Callable[[Any], bool]:
         if not leaves(count):
@@ -203,7 +202,7 @@ class _Counting:
         for values in ranges:
             if len(values) > _MOST_VALUES:
                 values[:] = values[:: 2 ** math.ceil(math.log2(len(values) / _MOST_VALUES))]
-        while math.prod(map(len, ranges)) > _MOST_CHOICES * len(ranges):
+        while math.prod(map(len, ranges)) > _MOST_CHOICES:
             longest = max(ranges, key=len)
             longest[:] = longest[::2]
         return ranges
@@ -240,14 +239,16 @@ class _Counting:
         """The counts that follow from numbers, or None where none do."""
         memo: dict[int, Any] = {}
         now = {**self._dense, **values}
-        system = [SizeEquation(count, exact_value(number, now, memo), "") for count, number in equations if leaves(count)]
+        system = [
+            SizeEquation(count, exact_value(number, now, memo), "") for count, number in equations if leaves(count)
+        ]
         solution = solve(list({(one.term, one.wanted): one for one in system}.values()), self._sizes.sizes)  # pyright: ignore[reportArgumentType]
         counts = {str(name): count for name, count in solution.values.items()}
         fits = all(type(count) is int and 1 <= count <= self._sizes.sizes[name] for name, count in counts.items())
         return counts if solution.broken is None and fits else None
 
     def _validated(self, groups: list[_Group]) -> list[_Group]:
-        """The groups, with those put together that the configuration validates together, and what it refuses left out."""
+        """The groups, those put together that the configuration validates together, without what it refuses."""
         for one, other in itertools.combinations(groups, 2):
             if self._are_tied(one, other):
                 merged = _Group(
