@@ -172,9 +172,10 @@ def test_the_table_has_a_row_an_axis_and_its_state():
     assert repr(axes) == table
     lines = table.splitlines()
     assert len(lines) == len(axes) + 1
-    assert lines[0].split() == ["axis", "size", "members", "state"]
+    assert lines[0].split() == ["axis", "kind", "size", "members", "state"]
     for line, axis in zip(lines[1:], axes, strict=True):
-        name, size, members, state = line.split(maxsplit=3)
+        name, kind, size, members, state = line.split(maxsplit=4)
+        assert kind == (axis.kind or "-")
         assert (name, int(size), int(members)) == (axis.name, axis.size, len(axis.members))
         assert state.startswith("frozen: " if axis.frozen else "free")
         assert (axis.frozen or axis.inexact or "") in state
@@ -192,7 +193,7 @@ def test_the_table_of_a_notebook_is_escaped():
 def test_a_model_without_parameters_has_no_axes():
     axes = find_axes(nn.ReLU(), torch.randn(1, 2))
     assert len(axes) == 0
-    assert str(axes).split() == ["axis", "size", "members", "state"]
+    assert str(axes).split() == ["axis", "kind", "size", "members", "state"]
     assert axes.feasible({}) == {}
     assert axes.tensor_indices({}) == {}
 

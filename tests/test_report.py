@@ -104,6 +104,7 @@ def test_to_dict_is_json_and_complete():
     assert read["before"]["latency"] is None
     assert read["rows"][1] == {
         "name": "blocks.0.norm", "before": 32, "after": 8, "exact": False, "note": "LayerNorm over it", "size": None,
+        "kind": None,
     }  # fmt: skip
     assert read["settings"] == {"amount": 0.75, "importance": "saliency", "exclude": ["Linear"], "loss_fn": None}
     assert read["frozen"]["head"] == "is a model output"

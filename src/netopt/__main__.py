@@ -10,8 +10,8 @@ from typing import Any
 import netopt
 from netopt import importance
 from netopt.errors import NetoptError
-from netopt.integrations.huggingface.pretrained import shrink_pretrained
 from netopt.integrations.huggingface.inputs import TextBatches
+from netopt.integrations.huggingface.pretrained import shrink_pretrained
 
 __all__ = ["main"]
 

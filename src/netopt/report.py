@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from netopt.axes import KINDS
 from netopt.batches import Inputs
 from netopt.errors import InvalidArgumentError
 from netopt.figures import figure
@@ -43,6 +44,7 @@ class Row:
         exact: Whether the smaller model computes what the masked one does; ``None`` where that is no question.
         note: Anything to add, such as why an axis is not exact or what a pattern made of the amount.
         size: Of a tensor, all entries, those that were zero before too.
+        kind: Of an axis, what its neurons are, such as ``"heads"``.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Row:
     exact: bool | None = None
     note: str = ""
     size: int | None = None
+    kind: str | None = None
 
     @property
     def total(self) -> int:
@@ -77,6 +80,7 @@ class PruningReport:
         plan: The plan that was carried out, for neurons; ``None`` for weights.
         frozen: Names of what could not be pruned, or is not unless it is named, with the reason; of weights, with
             their share of the parameters.
+        notes: What else is to be known, by what it is about: whether a configuration loads with ``from_pretrained``.
         settings: What was asked for, such as ``{"amount": 0.5, "importance": "saliency"}``.
         latency_before: Seconds of a forward call before, if measured; see :meth:`measure`.
         latency_after: Seconds of a forward call now, if measured.
@@ -115,6 +119,7 @@ class PruningReport:
     plan: Plan | None = None
     frozen: Mapping[str, str] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
+    notes: Mapping[str, str] = field(default_factory=dict)
     latency_before: Latency | None = None
     latency_after: Latency | None = None
     repair: Any = None
@@ -216,6 +221,7 @@ class PruningReport:
             "removed": self.removed,
             "rows": [dataclasses.asdict(row) for row in self.rows],
             "frozen": dict(self.frozen),
+            "notes": dict(self.notes),
             "plan": plan,
             "repair": None if self.repair is None else self.repair.to_dict(),
         }
@@ -230,6 +236,7 @@ class PruningReport:
         """
         head = [line for text in (self._headline(), *self._hints()) for line in textwrap.wrap(text, WIDTH)]
         lines = [*head, *columns([["", "before", "after", ""], *self._totals()])]
+        lines += [line for text in (self.by_kind(), *self._notes()) if text for line in textwrap.wrap(text, WIDTH)]
         if self.rows:
             shown = self._groups(rows if grouped else None)
             cells = [self._heads(), *(self._cells(one) for one in shown[:rows])]
@@ -284,7 +291,8 @@ class PruningReport:
         more = "".join(f"<p>{line.strip()}</p>" for line in _rest(shown, SHOWN))
         frozen = html_table([self._left(), "reason"], named[:SHOWN], WORDS) if named else ""
         kept_out = "".join(f"<p>{line.strip()}</p>" for line in _rest(named, SHOWN))
-        hints = "".join(f"<p>{html.escape(hint)}</p>" for hint in self._hints())
+        texts = [*self._hints(), self.by_kind(), *self._notes()]
+        hints = "".join(f"<p>{html.escape(text)}</p>" for text in texts if text)
         return f"<p><b>{html.escape(self._headline())}</b></p>{hints}{totals}{rows}{more}{frozen}{kept_out}"
 
     def _groups(self, most: int | None) -> list[_Group]:
@@ -305,6 +313,17 @@ class PruningReport:
             )
             for (name, reason), names in found.items()
         ]
+
+    def by_kind(self) -> str:
+        """Returns what became of each kind of axis, ``"width 768 -> 640, ffn 3072 -> 2048 in 12 layers"``."""
+        kinds: dict[str, list[Row]] = {}
+        for row in self.rows:
+            if row.kind is not None:
+                kinds.setdefault(row.kind, []).append(row)
+        return ", ".join(_kind(name, kinds[name]) for name in sorted(kinds, key=_place))
+
+    def _notes(self) -> list[str]:
+        return [f"{name}: {text}" for name, text in self.notes.items()]
 
     def _left(self) -> str:
         return "left out" if self.call == "prune_weights" else "frozen"
@@ -417,6 +436,21 @@ def _draw(axes: Axes, drawn: Sequence[_Group]) -> None:
     axes.set_ylim(max(len(drawn), 1) - 0.4, -0.6)
     axes.set_xlim(0, 100)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _kind(name: str, rows: Sequence[Row]) -> str:
+    """``"ffn 3072 -> 2048 in 12 layers"``, with the range where layers differ."""
+    before, after = (_span([getattr(row, which) for row in rows]) for which in ("before", "after"))
+    return f"{name} {before} -> {after}" + (f" in {len(rows)} layers" if len(rows) > 1 else "")
+
+
+def _span(counts: Sequence[int]) -> str:
+    low, high = min(counts), max(counts)
+    return f"{low}" if low == high else f"{low} to {high}"
+
+
+def _place(kind: str) -> int:
+    return KINDS.index(kind) if kind in KINDS else len(KINDS)
 
 
 def _ratio(new: float, old: float) -> str:

@@ -31,10 +31,12 @@ __all__ = [
     "NORMALIZATIONS",
     "Amount",
     "Limits",
+    "best",
     "check_amount",
     "check_scope",
     "check_threshold",
     "normalized",
+    "removed",
     "select",
     "select_within",
 ]
@@ -307,9 +309,9 @@ def _counts(scores: Scores, amount: Amount, scope: Scope, normalization: str | N
     if isinstance(amount, Mapping):
         return _counts_by_name(sizes, amount)
     if scope == "layer":
-        return {name: max(1, size - _removed(amount, size)) for name, size in sizes.items()}
+        return {name: max(1, size - removed(amount, size)) for name, size in sizes.items()}
     total = sum(sizes.values())
-    wanted = _removed(amount, total)
+    wanted = removed(amount, total)
     removable = total - len(sizes)
     if isinstance(amount, int) and amount > removable:
         raise InvalidArgumentError(
@@ -327,14 +329,14 @@ def _counts_by_name(sizes: Mapping[str, int], amounts: Mapping[str, float | int]
         fitting = [key for key in amounts if key == name or fnmatchcase(name, key)]
         unused.difference_update(fitting)
         chosen = name if name in fitting else next(iter(fitting), None)
-        counts[name] = size if chosen is None else max(1, size - _removed(amounts[chosen], size))
+        counts[name] = size if chosen is None else max(1, size - removed(amounts[chosen], size))
     if unused:
         wrong = min(unused)
         raise SelectorError(f"amount names {wrong!r}, which fits no axis. {nearest(wrong, sizes)}".strip())
     return counts
 
 
-def _removed(amount: float, size: int) -> int:
+def removed(amount: float, size: int) -> int:
     """How many of ``size`` an amount removes, to the nearest; half a neuron is rounded up."""
     return math.floor(amount * size + 0.5) if isinstance(amount, float) else min(amount, size)
 

@@ -7,9 +7,11 @@ only: nothing here reads a weight's value or changes the model.
 
 from netopt.axes.axes import Assignment, Axes, Axis, Member, Tap
 from netopt.axes.find import Outputs, find_axes
+from netopt.axes.kinds import KINDS
 from netopt.axes.operation import Dim, Operation, known_operations, rule
 
 __all__ = [
+    "KINDS",
     "Assignment",
     "Axes",
     "Axis",

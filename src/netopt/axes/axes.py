@@ -17,13 +17,15 @@ import torch
 from torch import Tensor
 
 from netopt.axes.indices import indices, labels
+from netopt.axes.kinds import kinds_of
 from netopt.axes.layout import LAYOUTS, Atom, Layout, SizeReason, atoms, count, freeze, mark_inexact, resolve
+from netopt.axes.names import distinct, layer_of
 from netopt.axes.solver import CountSolver
 from netopt.axes.tracing.dims import DimTracer, Work
 from netopt.axes.tracing.implicit_sizes import bind_implicit_sizes
 from netopt.errors import UnknownNameError, nearest
 from netopt.model.calls import Call
-from netopt.symbolic import DimSize, Expression, leaves
+from netopt.symbolic import DimSize, Expression, Term, leaf, leaves, substitute
 
 
 class Member(NamedTuple):
@@ -80,6 +82,7 @@ class Axis:
         exact: Whether removing neurons computes the same function as masking them.
         inexact: Why it does not, or ``None``.
         frozen: Why no neuron can be removed, or ``None``.
+        kind: What its neurons are, such as ``"heads"`` or ``"width"``, or ``None`` where no operation tells.
     """
 
     name: str
@@ -87,6 +90,7 @@ class Axis:
     members: tuple[Member, ...]
     frozen: str | None = None
     inexact: str | None = None
+    kind: str | None = None
 
     @property
     def exact(self) -> bool:
@@ -144,7 +148,8 @@ class Axes(Sequence[Axis]):
         for index, why in self._counts.unshrinkable().items():
             _set(groups[int(str(index))].atoms, "frozen", why)
         self._mark_numbers(trace, groups)
-        names = self._name(groups)
+        kinds = kinds_of(trace, [group.atoms for group in groups])
+        names = self._name(groups, kinds)
         self._axes = tuple(
             Axis(
                 name,
@@ -152,8 +157,9 @@ class Axes(Sequence[Axis]):
                 tuple(group.members),
                 frozen=next((atom.frozen for atom in group.atoms if atom.frozen), None),
                 inexact=next((atom.inexact for atom in group.atoms if atom.inexact), None),
+                kind=kind,
             )
-            for name, group in zip(names, groups, strict=True)
+            for name, kind, group in zip(names, kinds, groups, strict=True)
         )
         self._groups = {axis.name: group for axis, group in zip(self._axes, groups, strict=True)}
         self._index = {axis.name: index for index, axis in enumerate(self._axes)}
@@ -218,18 +224,18 @@ class Axes(Sequence[Axis]):
         """A size used as a number makes its axes inexact."""
         for number, where in trace.constraints.numbers:
             why = SizeReason(f"has a size that the forward computes with, at {where}")
-            for leaf in leaves(number):
-                if isinstance(leaf, DimSize):
-                    mark_inexact(leaf.layout, why)
+            for one in leaves(number):
+                if isinstance(one, DimSize):
+                    mark_inexact(one.layout, why)
                 else:
-                    for key in self._counts.groups_of(leaf):
+                    for key in self._counts.groups_of(one):
                         _set(groups[int(str(key))].atoms, "inexact", why)
 
-    def _name(self, groups: Sequence[_Group]) -> list[str]:
+    def _name(self, groups: Sequence[_Group], kinds: Sequence[str | None]) -> list[str]:
         made: dict[Atom, str] = {}
         self._layers: dict[str, list[Atom]] = defaultdict(list)
         for tensor in self._tensors:
-            layer = _layer(tensor) if tensor in self._makes else ""
+            layer = layer_of(tensor) if tensor in self._makes else ""
             for layout in self._makes.get(tensor, ()):
                 for atom in atoms(layout):
                     made.setdefault(atom, layer)
@@ -237,12 +243,12 @@ class Axes(Sequence[Axis]):
         bases = []
         for group in groups:
             base = next((made[atom] for atom in group.atoms if atom in made), None)
-            bases.append(base if base is not None else f"{_layer(group.members[0].tensor)}.in")
+            bases.append(base if base is not None else f"{layer_of(group.members[0].tensor)}.in")
         attributes: dict[int, str] = {}
         for attribute, term in self._counts.bound_attributes():
             if isinstance(term, Expression) and term.operation is None and isinstance(term.key, int):
                 attributes.setdefault(term.key, str(attribute.path[-1]))
-        return _distinct(bases, attributes)
+        return distinct(bases, kinds, attributes)
 
     # Reading.
 
@@ -292,9 +298,10 @@ class Axes(Sequence[Axis]):
 
     def __str__(self) -> str:
         width = max((len(axis.name) for axis in self._axes), default=4)
-        rows = [f"{'axis':<{width}}  {'size':>6}  {'members':>7}  state"]
+        rows = [f"{'axis':<{width}}  {'kind':<9}  {'size':>6}  {'members':>7}  state"]
         rows.extend(
-            f"{axis.name:<{width}}  {axis.size:>6}  {len(axis.members):>7}  {_state(axis)}" for axis in self._axes
+            f"{axis.name:<{width}}  {axis.kind or '-':<9}  {axis.size:>6}  {len(axis.members):>7}  {_state(axis)}"
+            for axis in self._axes
         )
         return "\n".join(rows)
 
@@ -302,11 +309,11 @@ class Axes(Sequence[Axis]):
 
     def _repr_html_(self) -> str:
         cells = "".join(
-            f"<tr><td>{html.escape(axis.name)}</td><td>{axis.size}</td>"
+            f"<tr><td>{html.escape(axis.name)}</td><td>{axis.kind or ''}</td><td>{axis.size}</td>"
             f"<td>{html.escape(', '.join(map(str, axis.members)))}</td><td>{html.escape(_state(axis))}</td></tr>"
             for axis in self._axes
         )
-        return f"<table><tr><th>axis</th><th>size</th><th>members</th><th>state</th></tr>{cells}</table>"
+        return f"<table><tr><th>axis</th><th>kind</th><th>size</th><th>members</th><th>state</th></tr>{cells}</table>"
 
     # Planning.
 
@@ -359,6 +366,27 @@ class Axes(Sequence[Axis]):
                 if left is not None:
                     result.setdefault(name, {})[dim] = left
         return result
+
+    def size_terms(self) -> dict[str, tuple[Term, ...]]:
+        """The size of every dimension of every tensor as a term whose leaves are names of free axes."""
+        return {
+            tensor: tuple(substitute(self._counts.layout(layout), self._named) for layout in dims)
+            for tensor, dims in self._dims.items()
+        }
+
+    def attribute_terms(self) -> dict[tuple[str | int, ...], Term]:
+        """The integers of the model that follow from counts, by path, as terms whose leaves are names of free axes."""
+        bound = {place.path: term for place, term in self._counts.bound_attributes()}
+        return {
+            path: substitute(term, self._named)
+            for path, term in bound.items()
+            if all(isinstance(key, int) for key in leaves(term))
+        }
+
+    def _named(self, one: Expression) -> Term:
+        """An unknown of the solver under the name of its axis."""
+        assert isinstance(one.key, int)
+        return leaf(self._axes[one.key].name, one.value)
 
     def attribute_values(self, counts: Mapping[str, int]) -> list[Assignment]:
         """What the integers of the model become when axes have ``counts`` neurons; only those that change."""
@@ -461,34 +489,6 @@ def _set(atoms_: Iterable[Atom], attribute: str, why: str) -> None:
     for atom in atoms_:
         if getattr(atom, attribute) is None:
             setattr(atom, attribute, why)
-
-
-def _layer(tensor: str) -> str:
-    """The layer a tensor belongs to: its module, if it is that module's weight, else the tensor itself."""
-    module, _, last = tensor.rpartition(".")
-    if ".parametrizations." in f".{tensor}":
-        return f".{tensor}".partition(".parametrizations.")[0].lstrip(".") or last
-    if module and last.startswith(("weight", "bias")):
-        return module
-    return tensor
-
-
-def _distinct(bases: Sequence[str], attributes: Mapping[int, str]) -> list[str]:
-    """Unique names: where a layer makes several axes, by the attribute that holds the count, else by number."""
-    used: dict[str, int] = defaultdict(int)
-    total: dict[str, int] = defaultdict(int)
-    for base in bases:
-        total[base] += 1
-    names: list[str] = []
-    for index, base in enumerate(bases):
-        name = base
-        if total[base] > 1:
-            name = f"{base}/{attributes[index]}" if index in attributes else f"{base}/{used[base]}"
-            used[base] += 1
-            if name in names:
-                name = f"{name}/{used[base]}"
-        names.append(name)
-    return names
 
 
 def _state(axis: Axis) -> str:

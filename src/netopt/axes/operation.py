@@ -223,7 +223,11 @@ class Operation:
     def contract(self, tensor: Tensor, summed: Iterable[Dim], kept: Iterable[Dim]) -> None:
         """Notes which dimensions of a weight an operation sums over (reads) and which remain (makes)."""
         if self.is_weight(tensor):
-            self.trace.note_roles(tensor, summed, kept)
+            self.trace.note_roles(self.short, tensor, summed, kept)
+
+    def plays(self, role: str, dims: Iterable[Dim]) -> None:
+        """Notes the part that dimensions play in this operation, such as heads, which tells the kind of their axes."""
+        self.trace.roles[role].extend(dim.layout for dim in dims if dim.size > 1)
 
     def note_slice(self, tensor: Tensor, whole: Dim, part: Dim) -> None:
         """Notes that a part of a weight was read by its position; what no operation reads is not a neuron."""

@@ -3,21 +3,37 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from netopt import measure
-from netopt.errors import ArgumentTypeError, InvalidArgumentError
+from netopt.errors import ArgumentTypeError, InvalidArgumentError, SelectorError
 from netopt.importance.neurons import NeuronScores
 from netopt.plan.build import make_plan
+from netopt.prune.candidates import choices, fits
+from netopt.prune.loadable import Choices, choose_alike, choose_within, positions
 from netopt.prune.look import Found
-from netopt.selection import Amount, Limits, Scope, check_amount, check_scope, check_threshold, select, select_within
+from netopt.selection import (
+    Amount,
+    Limits,
+    Scope,
+    best,
+    check_amount,
+    check_scope,
+    check_threshold,
+    removed,
+    select,
+    select_within,
+)
 
-__all__ = ["Budget", "choose"]
+__all__ = ["Budget", "choose", "without"]
+
+
+Cost: TypeAlias = Callable[[Mapping[str, Tensor]], int]
 
 
 @dataclass(frozen=True)
@@ -30,6 +46,7 @@ class Budget:
     max_macs: float | None
     scope: Scope
     round_to: int
+    loadable: bool = False
 
     def check(self) -> None:
         """Checks everything before any work is done.
@@ -46,6 +63,11 @@ class Budget:
             check_amount(self.amount)
         if self.threshold is not None:
             check_threshold(self.threshold)
+        if self.loadable and self.threshold is not None:
+            raise InvalidArgumentError(
+                "loadable=True ties the counts of axes, which a threshold decides one by one; give amount, max_params "
+                "or max_macs."
+            )
         check_scope(self.scope)
         Limits(self.round_to)
         for name in ("max_params", "max_macs"):
@@ -63,35 +85,112 @@ class Budget:
 
     def settings(self) -> dict[str, Any]:
         """The request, for the report."""
-        return {**self._given(), "scope": self.scope, "round_to": self.round_to}
+        loadable = {"loadable": True} if self.loadable else {}
+        return {**self._given(), "scope": self.scope, "round_to": self.round_to, **loadable}
 
 
-def choose(found: Found, scored: NeuronScores, budget: Budget) -> dict[str, Tensor]:
-    """The positions that stay, by axis.
+def choose(found: Found, scored: NeuronScores, budget: Budget, groups: Choices | None = None) -> dict[str, Tensor]:
+    """The positions that stay, by axis; with ``groups``, as many as one choice from each of them says.
 
     Raises:
         InvalidArgumentError: An axis that may not shrink would have to, because the model computes with its size.
         NothingToPruneError: The budget cannot be met.
     """
-    limits = Limits(budget.round_to, _feasible(found))
     scores, normalization = scored.scores, "none" if scored.comparable else None
+    if groups is not None:
+        return best(scores, {**found.sizes, **_from_groups(found, scores, budget, groups)})
+    limits = Limits(budget.round_to, _feasible(found))
     if budget.amount is not None or budget.threshold is not None:
         return select(
             scores,
-            budget.amount,
+            _by_axis(found, budget.amount),
             threshold=budget.threshold,
             scope=budget.scope,
             limits=limits,
             normalization=normalization,
         )
-    share = budget.max_params if budget.max_params is not None else budget.max_macs
-    assert share is not None, "exactly one of the four is given"
-    cost_of = _parameters(found) if budget.max_params is not None else _macs(found)
+    cost_of, share = _cost(found, budget)
     whole = cost_of({})
     costs = _unit_costs(found.sizes, cost_of, whole, limits) if budget.scope == "global" else None
     return select_within(
         scores, cost_of, int(share * whole), unit_costs=costs, limits=limits, normalization=normalization
     )
+
+
+def without(found: Found, remove: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+    """The positions that stay where these are removed, by the name of an axis or of the layer that makes it.
+
+    Raises:
+        UnknownNameError: There is no axis of a name.
+        InvalidArgumentError: A position does not exist, none would stay, the axis cannot shrink, or the counts left do
+            not fit the sizes of other axes.
+    """
+    kept: dict[str, Tensor] = {}
+    for name, removed_here in remove.items():
+        axis = found.axes[name]
+        wrong = [one for one in removed_here if not 0 <= one < axis.size]
+        stays = torch.tensor(sorted(set(range(axis.size)).difference(removed_here)), dtype=torch.int64)
+        why = found.kept_out.get(axis.name)
+        if why is not None or wrong or not len(stays):
+            why = (
+                f"it {why}" if why else f"{wrong[0]} is no position of its {axis.size}" if wrong else "none would stay"
+            )
+            raise InvalidArgumentError(f"neurons of axis `{axis.name}` cannot be removed: {why}.")
+        kept[axis.name] = stays
+    counts = {name: len(stays) for name, stays in kept.items()}
+    possible = found.axes.feasible(counts)
+    tied = [name for name, n in possible.items() if n != counts.get(name, found.axes[name].size)]
+    if tied:
+        nearest = ", ".join(f"{name}: {possible[name]}" for name in dict.fromkeys([*counts, *tied]))
+        raise InvalidArgumentError(
+            f"the model computes with sizes of these axes; the nearest possible counts are {nearest}."
+        )
+    return kept
+
+
+def _from_groups(found: Found, scores: Mapping[str, Tensor], budget: Budget, groups: Choices) -> dict[str, int]:
+    """The counts of one choice of each group, within the budget."""
+    sizes, amount = found.sizes, _by_axis(found, budget.amount)
+    groups = [_rounded(one, budget.round_to) for one in groups]
+    if isinstance(amount, Mapping):
+        return choose_alike(
+            groups, {name: size - removed(amount[name], size) for name, size in sizes.items() if name in amount}
+        )
+    if amount is not None and budget.scope == "layer":
+        return choose_alike(groups, {name: size - removed(amount, size) for name, size in sizes.items()})
+    cost, share = _cost(found, budget)
+    if amount is not None:
+        whole = sum(sizes.values())
+        return choose_within(
+            scores, groups, lambda counts: sum({**sizes, **counts}.values()), whole - removed(amount, whole)
+        )
+    return choose_within(scores, groups, lambda counts: cost(positions(counts)), int(share * cost({})))
+
+
+def _rounded(group: Sequence[Mapping[str, int]], step: int) -> list[Mapping[str, int]]:
+    """The choices in which every axis keeps all or a multiple of so many."""
+    return [one for one in group if all(n == group[0][name] or n % step == 0 for name, n in one.items())]
+
+
+def _cost(found: Found, budget: Budget) -> tuple[Cost, float]:
+    """What the budget counts, and the share of it that may stay; of an amount, the share of parameters is not used."""
+    if budget.max_macs is not None:
+        return _macs(found), budget.max_macs
+    return _parameters(found), budget.max_params or 1.0
+
+
+def _by_axis(found: Found, amount: Amount | None) -> Amount | None:
+    """An amount by name, pattern or kind as one by axis; a name goes before what comes first of the others."""
+    if not isinstance(amount, Mapping):
+        return amount
+    by_axis = {name: one for name, one in amount.items() if name in found.sizes}
+    for key, one in amount.items():
+        fitting = [axis.name for axis in found.chosen if fits(axis, key)]
+        if not fitting:
+            raise SelectorError(f"amount names {key!r}, which fits no axis. {choices(found.axes)}")
+        for name in fitting:
+            by_axis.setdefault(name, one)
+    return by_axis
 
 
 def _feasible(found: Found) -> Callable[[Mapping[str, int]], dict[str, int]]:
@@ -108,9 +207,6 @@ def _feasible(found: Found) -> Callable[[Mapping[str, int]], dict[str, int]]:
         return {name: possible[name] for name in sizes}
 
     return feasible
-
-
-Cost = Callable[[Mapping[str, Tensor]], int]
 
 
 def _parameters(found: Found) -> Cost:

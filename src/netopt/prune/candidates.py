@@ -9,12 +9,12 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
-from netopt.axes import Axes, Axis
+from netopt.axes import KINDS, Axes, Axis
 from netopt.errors import NothingToPruneError, SelectorError
 from netopt.model.view import ModelView
 from netopt.selectors import Selector, matches
 
-__all__ = ["AxisSelector", "candidates", "explain", "names_of"]
+__all__ = ["AxisSelector", "candidates", "choices", "explain", "fits", "names_of"]
 
 AxisSelector: TypeAlias = Selector | Callable[[Axis], bool] | Sequence[Any]
 """A selector, or a predicate of an :class:`~netopt.axes.Axis`, or the name or pattern of axes, or several of these."""
@@ -26,7 +26,8 @@ def candidates(
     """The axes that may lose neurons, and why the others may not.
 
     A module's neurons are its outputs: naming it means the axes it makes, or scales and shifts (a normalisation), and
-    not those it reads.
+    not those it reads. A pattern means the axes whose names it fits, so those that are first made there: the residual
+    width, which every block adds to, is made by the embedding.
 
     Raises:
         SelectorError: An entry selects nothing.
@@ -99,16 +100,40 @@ def _resolve(view: ModelView, axes: Axes, selector: AxisSelector, what: str) -> 
         test = _of_axis(axes, entry)
         if test is not None:
             tests.append(test)
-        if test is None or (isinstance(entry, str) and _is_known(view.model, entry)):
+        if test is None or (isinstance(entry, str) and _is_layer(view.model, entry)):
             rest.append(entry)
-    named = matches(rest, view.model, what=what)
+    try:
+        named = matches(rest, view.model, what=what)
+    except SelectorError as error:
+        raise SelectorError(f"{error} {choices(axes)}") from error
     return lambda axis: any(test(axis) for test in tests) or any(named(name) for name in names[axis.name])
+
+
+def fits(axis: Axis, pattern: str) -> bool:
+    """Whether a name, a pattern or a kind means an axis: ``"h.0.mlp"``, ``"*.mlp*"``, ``"heads"``, ``"*/heads"``."""
+    if axis.name.startswith(f"{pattern}."):
+        return True
+    aliases = (axis.name, axis.kind or "", f"{axis.name.partition('/')[0]}/{axis.kind}")
+    return any(name == pattern or (_is_pattern(pattern) and fnmatchcase(name, pattern)) for name in aliases if name)
+
+
+def _is_pattern(entry: str) -> bool:
+    return any(sign in entry for sign in "*?[")
+
+
+def choices(axes: Axes, shown: int = 6) -> str:
+    """The axes of a model and their kinds, for the message of an error."""
+    kinds = [kind for kind in KINDS if any(axis.kind == kind for axis in axes.free)]
+    names = [axis.name for axis in axes.free]
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    of_kinds = f"; kinds: {', '.join(kinds)}" if kinds else ""
+    return f"Axes that can shrink: {', '.join(names[:shown])}{more}{of_kinds}."
 
 
 def _of_axis(axes: Axes, entry: Any) -> Callable[[Axis], bool] | None:
     """The entry as a question about an axis, if it is one."""
     if isinstance(entry, str):
-        fitting = {axis.name for axis in axes if axis.name == entry or fnmatchcase(axis.name, entry)}
+        fitting = {axis.name for axis in axes if fits(axis, entry)}
         return (lambda axis: axis.name in fitting) if fitting else None
     if callable(entry) and not isinstance(entry, (type, nn.Module)) and _arguments(entry) == 1:
         return lambda axis: bool(entry(axis))
@@ -122,9 +147,9 @@ def _arguments(function: Callable[..., Any]) -> int:
         return 0
 
 
-def _is_known(model: nn.Module, entry: str) -> bool:
-    try:
-        matches(entry, model)
-    except SelectorError:
-        return False
-    return True
+def _is_layer(model: nn.Module, entry: str) -> bool:
+    """Whether a name is that of one layer or tensor, not of a part of the model that holds several."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    if entry in modules:
+        return not any(modules[entry].children())
+    return entry in ModelView(model).tensors

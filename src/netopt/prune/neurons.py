@@ -15,15 +15,21 @@ from torch.optim import Optimizer
 from netopt import batches, masking, measure, surgery
 from netopt.axes import Outputs
 from netopt.batches import Data, Inputs
-from netopt.errors import ArgumentTypeError, InvalidArgumentError, NetoptError, UnknownNameError
+from netopt.errors import (
+    ArgumentTypeError,
+    InvalidArgumentError,
+    NetoptError,
+    NothingToPruneError,
+    UnknownNameError,
+)
 from netopt.importance import Importance, lookup
 from netopt.importance.neurons import NeuronScores, neuron_scores
 from netopt.masking.undo import all_or_nothing
 from netopt.model.view import ModelView
 from netopt.plan import Plan
 from netopt.plan.build import make_plan
-from netopt.plan.hooks import complete
-from netopt.prune.budget import Budget, choose
+from netopt.plan.hooks import Note, complete, expressible
+from netopt.prune.budget import Budget, choose, without
 from netopt.prune.candidates import AxisSelector
 from netopt.prune.exactness.dead_neurons import may_exist
 from netopt.prune.exactness.folding import Folds, fold_removed, shifted
@@ -56,6 +62,7 @@ def prune_neurons(
     exclude: AxisSelector = None,
     outputs: Outputs = None,
     round_to: int = 1,
+    loadable: bool = False,
     optimizer: Optimizer | Iterable[Optimizer] | None = None,
     repair: bool | None = None,
     mode: Mode = "remove",
@@ -87,6 +94,8 @@ def prune_neurons(
         exclude: The same, whose neurons all stay.
         outputs: Which results must keep their shape; see :func:`netopt.find_axes`.
         round_to: Keep a multiple of this many neurons on every axis that has more.
+        loadable: Only counts that the model's configuration can say, so that ``from_pretrained`` loads what
+            ``save_pretrained`` saves: one width for all layers, whole heads. Which neurons go is free on every axis.
         optimizer: One or several, whose state (momenta, second moments) is narrowed along with the parameters.
         repair: Refit what is left to what the model put out before, see :func:`netopt.repair`. By default it is, where
             ``data`` is given and neurons are removed; ``False`` leaves exactly what masking would. ``verify`` compares
@@ -116,7 +125,7 @@ def prune_neurons(
         >>> net[0].out_features, net[2].in_features
         (12, 12)
     """
-    budget = Budget(amount, threshold, max_params, max_macs, scope, round_to)
+    budget = Budget(amount, threshold, max_params, max_macs, scope, round_to, loadable)
     data = list(batches.iterate(data)) if isinstance(data, Iterator) else data  # for scores, and again for repair
     scoring = _Scoring(importance, data, loss_fn, progress)
     held = check_model(model, example_inputs)
@@ -149,12 +158,15 @@ def plan_neurons(
     exclude: AxisSelector = None,
     outputs: Outputs = None,
     round_to: int = 1,
+    loadable: bool = False,
+    remove: Mapping[str, Sequence[int]] | None = None,
     progress: bool = True,
 ) -> Plan:
     """Decides what :func:`prune_neurons` would remove, and does not do it.
 
     The arguments are those of :func:`prune_neurons`. What the smaller model costs is found by carrying the plan out,
-    measuring, and putting everything back. Its outputs are not compared with the masked model's.
+    measuring, and putting everything back. Its outputs are not compared with the masked model's. Instead of an amount,
+    ``remove`` gives the positions that go, by the name of an axis or of the layer that makes it: ``{"conv1": [2, 6]}``.
 
     Returns:
         The plan, with parameters, MACs and bytes before and after in ``plan.predicted``.
@@ -169,12 +181,20 @@ def plan_neurons(
         >>> plan.predicted["params_before"], plan.predicted["params_after"], net[0].out_features
         (212, 160, 16)
     """
-    budget = Budget(amount, threshold, max_params, max_macs, scope, round_to)
+    budget = Budget(amount, threshold, max_params, max_macs, scope, round_to, loadable)
     scoring = _Scoring(importance, data, loss_fn, progress)
     held = check_model(model, example_inputs)
-    _check(budget, scoring)
+    if remove is None:
+        _check(budget, scoring)
+    elif (amount, threshold, max_params, max_macs, loadable) != (None, None, None, None, False):
+        raise InvalidArgumentError("remove says which neurons go; leave out amounts, budgets and loadable=True.")
     before = measure.cost(held, example_inputs)
-    decision = _decide(held, example_inputs, budget, scoring, Where(include, exclude, outputs))
+    where = Where(include, exclude, outputs)
+    if remove is None:
+        decision = _decide(held, example_inputs, budget, scoring, where)
+    else:
+        found = look(held, example_inputs, where)
+        decision = _complete(found, NeuronScores({}), without(found, remove), fold=True)
     after = decision.plan.prepare(held).dry_run(lambda: measure.cost(held, example_inputs))
     return decision.plan.with_prediction(_predicted(before, after) | decision.output_change())
 
@@ -205,7 +225,7 @@ class _Decision:
         rescalings: Factors in the plan, by axis.
         folds: Constants in the plan, by axis.
         nonzero: Entries that are not zero now, by parameter.
-        hook_notes: What hooks could not add to the plan, by their names.
+        hook_notes: What hooks say of the plan, by their names.
     """
 
     found: Found
@@ -215,7 +235,7 @@ class _Decision:
     rescalings: Mapping[str, Rescaling]
     folds: Folds
     nonzero: Mapping[str, int]
-    hook_notes: Mapping[str, str]
+    hook_notes: Mapping[str, Note]
 
     def counts(self) -> dict[str, int]:
         """How many neurons each axis keeps."""
@@ -237,7 +257,8 @@ class _Decision:
             low, high = map(float, torch.aminmax(self.scores.scores[axis.name]))
             equal, reason = exact.get(axis.name, (True, None))
             notes = [f"scores {low:.2g} to {high:.2g}", *filter(None, (reason, self._constants(axis.name)))]
-            rows.append(Row(axis.name, axis.size, len(self.kept[axis.name]), equal, "; ".join(notes)))
+            kept = len(self.kept[axis.name])
+            rows.append(Row(axis.name, axis.size, kept, equal, "; ".join(notes), kind=axis.kind))
         return tuple(rows)
 
     def _constants(self, name: str) -> str | None:
@@ -299,8 +320,26 @@ def _decide(
     """Look, score, select, complete."""
     found = look(held, example_inputs, where)
     scores = _score(found, scoring, where)
-    kept = choose(found, scores, budget)
-    return _complete(found, scores, kept, fold=fold)
+    if budget.loadable:
+        return _decide_loadable(found, scores, budget, fold=fold)
+    return _complete(found, scores, choose(found, scores, budget), fold=fold)
+
+
+def _decide_loadable(found: Found, scores: NeuronScores, budget: Budget, *, fold: bool) -> _Decision:
+    """Selects among counts that can be said; where the plan is refused all the same, without one group of axes."""
+    groups = expressible(found.held.model, found.axes, found.sizes)
+    refused: list[NetoptError] = []
+    for some in (groups, *([one for one in groups if one is not other] for other in groups)):
+        try:
+            decision = _complete(found, scores, choose(found, scores, budget, some), fold=fold)
+        except NothingToPruneError as error:
+            refused.append(error)
+            continue
+        why = next((f"{name} {note.text}" for name, note in decision.hook_notes.items() if not note.is_complete), None)
+        if why is None:
+            return decision
+        refused.append(InvalidArgumentError(f"loadable=True: the {why}."))
+    raise refused[0]
 
 
 def _score(found: Found, scoring: _Scoring, where: Where) -> NeuronScores:
@@ -402,7 +441,7 @@ class _Report:
 
     def make(self, decision: _Decision, repair: RepairReport | None = None) -> PruningReport:
         """The report, of the model as it is now."""
-        found, plan, settings = decision.found, decision.plan, {**self._settings, **decision.hook_notes}
+        found, plan, settings = decision.found, decision.plan, {**self._settings}
         if decision.scores.saliency is not None:
             settings["saliency"] = decision.scores.saliency.summary()
         if self._counted:
@@ -422,6 +461,7 @@ class _Report:
             settings=settings,
             batch=measure.batch_size(found.forward.inputs),
             already=self._already,
+            notes={name: note.text for name, note in decision.hook_notes.items()},
             subject=found.held.model,
             repair=repair,
         )

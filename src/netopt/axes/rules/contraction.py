@@ -25,7 +25,19 @@ def product_of(op: Operation, left: Tensor, right: Tensor) -> Dims:
     columns = [b[-1]] if len(b) > 1 else []
     op.contract(left, [a[-1]], rows)
     op.contract(right, [inner], columns)
+    if batch:
+        _stacked(op, left, right, batch)
     return [*batch, *rows, *columns]
+
+
+def _stacked(op: Operation, left: Tensor, right: Tensor, batch: Dims) -> None:
+    """The parts dimensions play in products of stacked matrices: of activations, or of activations and experts."""
+    held = next((one for one in (left, right) if op.is_member(one)), None)
+    if held is not None:
+        op.plays("experts", op.dims(held)[:1])
+    elif left.shape[-2] > 1 and right.shape[-1] > 1:
+        op.plays("heads", batch)
+        op.plays("head_dim", [op.dims(left)[-1], op.dims(right)[-1]])
 
 
 @rule("aten::mm", "aten::bmm", "aten::mv", "aten::dot", "aten::vdot", "aten::_int_mm")
@@ -138,6 +150,7 @@ def grouped_mm(
     op.summed(a[-1], b[-2])
     if len(b) > 2:  # a stack of matrices
         op.freeze(b[0], "is a number of groups of rows")
+        op.plays("experts", b[:1])
     op.contract(right, [b[-2]], [b[-1]])
     return [*a[:-1], b[-1]]
 
@@ -207,6 +220,8 @@ def attention(op: Operation, query: Tensor, key: Tensor, value: Tensor, *args: A
         else:
             op.freeze([one, other], "is shared between heads inside attention")
             batch.append(Dim(one.layout))
+    op.plays("heads", q[:-2])
+    op.plays("head_dim", [q[-1], v[-1]])
     result = [*batch, Dim(q[-2].layout), v[-1]]
     return (result, *(None for _ in range(8)))
 

@@ -187,6 +187,8 @@ def add(op: Operation, left: Any, right: Any, *rest: Any, **kwargs: Any) -> Dims
     """A sum is zero where all terms are; a number added is zero nowhere."""
     tensors = [value for value in (left, right) if isinstance(value, Tensor)]
     numbers = [value for value in (left, right) if not isinstance(value, Tensor)]
+    if len(tensors) > 1 and not any(map(op.is_weight, tensors)):
+        op.plays("added", op.dims(tensors[0]))
     return pointwise(op, tensors, lambda zeros: all(zeros) and not any(numbers))
 
 

@@ -173,6 +173,8 @@ def ranked(op: Operation, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
     if not dims:
         return (dims, dims)
     op.freeze(dims[at], f"is ranked by {op.short}")
+    if op.short == "topk":
+        op.plays("experts", [dims[at]])
     answers = []
     for out in tree_leaves(op.out):
         if out.dim() == len(dims):

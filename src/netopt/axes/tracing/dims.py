@@ -124,6 +124,8 @@ class DimTracer(ThreadDispatchMode):
         groups: The layout of the groups of the last grouped operation.
         reads: Per member name, the layouts its uses sum over.
         makes: Per member name, the layouts its uses produce.
+        made_by: Per member name, the operations that use it as a weight.
+        roles: By the part they play in an operation, layouts.
         touched: Names of the members an operation has read.
         operations: How many operations ran.
         unknown: Names of the operations that had no rule.
@@ -151,6 +153,8 @@ class DimTracer(ThreadDispatchMode):
         self.groups: Layout | None = None
         self.reads: dict[str, list[Layout]] = defaultdict(list)
         self.makes: dict[str, list[Layout]] = defaultdict(list)
+        self.made_by: dict[str, set[str]] = defaultdict(set)
+        self.roles: dict[str, list[Layout]] = defaultdict(list)
         self.touched: set[str] = set()
         self.operations = 0
         self.unknown: set[str] = set()
@@ -264,12 +268,13 @@ class DimTracer(ThreadDispatchMode):
         readable = tensor.dim() == 1 and not tensor.is_meta and not isinstance(tensor, FakeTensor)
         return known.source if readable and tensor.dtype in _POSITIONS else None
 
-    def note_roles(self, tensor: Tensor, summed: Iterable[Dim], kept: Iterable[Dim]) -> None:
-        """Notes, for the member a weight is made of, what a contraction sums over and what it produces."""
+    def note_roles(self, operation: str, tensor: Tensor, summed: Iterable[Dim], kept: Iterable[Dim]) -> None:
+        """Notes, for the member a weight is made of, what an operation sums over and what it produces."""
         known = self._info(tensor)
         if known is not None and known.source is not None:
             self.reads[known.source].extend(dim.layout for dim in summed)
             self.makes[known.source].extend(dim.layout for dim in kept)
+            self.made_by[known.source].add(operation)
 
     def mark(self, tensor: Tensor, marks: Sequence[Mark]) -> None:
         """Notes what holds of layouts should ``tensor`` reach a result."""

@@ -1,9 +1,10 @@
 """Hugging Face models: their configurations are kept in step with the smaller model, and folders of them shrunk."""
 
 from netopt.integrations.huggingface.config import follow
+from netopt.integrations.huggingface.counts import possible_counts
 from netopt.integrations.huggingface.depth import cannot_build, counted
 from netopt.plan.blocks import register_depth_hook
 from netopt.plan.hooks import register_hook
 
-register_hook("config", follow)
+register_hook("configuration", follow, possible_counts)
 register_depth_hook("config", (counted, cannot_build))

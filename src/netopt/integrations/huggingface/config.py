@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import functools
 import inspect
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,20 +20,24 @@ from torch import nn
 
 from netopt.integrations.huggingface.meta_build import ConfigPath, Shapes, build, entries, is_size, with_changes
 from netopt.integrations.huggingface.solve import SizeEquation, equations, out_of_proportion, solve
-from netopt.integrations.huggingface.symbolic_build import ShapeFormulas, Target, derive_formulas
+from netopt.integrations.huggingface.symbolic_build import ShapeFormulas, Target, derive_formulas, exact_value
 from netopt.plan import Plan, shapes_of
+from netopt.plan.hooks import Note
 from netopt.surgery import read
 
-__all__ = ["follow"]
+__all__ = ["LOADS", "build_formulas", "follow", "kept_numbers", "takes_config", "unsaved_buffers", "validate"]
 
 _LEAST = (2, 17)
 """From where on numbers are enlarged, first and if that fails: what is small may count parts in other ways."""
-_CANNOT = "the configuration cannot express it"
-_ADVICE = "save with torch.save, or replay the plan on a fresh model"
-_UNKNOWN = "the configuration does not build this model, so it was left as it is"
+_CANNOT = "does not load with from_pretrained, it cannot express this"
+_ADVICE = "prune with loadable=True, save with torch.save, or replay the plan on a fresh model"
+_POWERS = (-0.5, 0.5, -1.0)
+"""Of sizes, in which the scale of attention is written."""
+LOADS = "loads with from_pretrained"
+_UNKNOWN = "does not load with from_pretrained: it does not build this model, so it was left as it is"
 
 
-def follow(model: nn.Module, plan: Plan) -> tuple[Plan, str | None]:
+def follow(model: nn.Module, plan: Plan) -> tuple[Plan, Note | None]:
     """Adds to a plan what the model's configuration becomes, so that its constructor gives the smaller shapes.
 
     Args:
@@ -40,24 +45,24 @@ def follow(model: nn.Module, plan: Plan) -> tuple[Plan, str | None]:
         plan: What is going to be done.
 
     Returns:
-        The plan with new values of the configuration, and why it cannot express the smaller model; the reason is
-        ``None`` if it can, or if there is no configuration to keep.
+        The plan with new values of the configuration, and a note of whether it can express the smaller model, or why
+        not; ``None`` if there is no configuration to keep.
     """
     config = getattr(model, "config", None)
-    if not plan.tensors or not hasattr(config, "to_dict") or not _takes_config(type(model)):
+    if not plan.tensors or not hasattr(config, "to_dict") or not takes_config(type(model)):
         return plan, None
     modules = dict(model.named_modules())
-    lost = next((name for name in _unsaved_buffers(modules) if name in plan.tensors), None)
+    lost = next((name for name in unsaved_buffers(modules) if name in plan.tensors), None)
     if lost is not None:
-        return plan, f"{_CANNOT}: `{lost}` is computed from it, and has lost entries; {_ADVICE}"
+        return plan, Note(f"{_CANNOT}: `{lost}` is computed from it, and has lost entries; {_ADVICE}", False)
     given = {path[2:]: value for path, value in plan.attributes if path[:2] == ("", "config")}
     floats = _floats(model, plan, config)
     search = _Rebuild(type(model), plan, modules, config, with_changes(config, given), shapes_of(model), floats)
     found = search.changes()
     if isinstance(found, str):
-        return plan, found if found == _UNKNOWN else f"{_CANNOT}: {found}; {_ADVICE}"
+        return plan, Note(found if found == _UNKNOWN else f"{_CANNOT}: {found}; {_ADVICE}", False)
     more = tuple((("", "config", *path), value) for path, value in {**found, **floats}.items())
-    return dataclasses.replace(plan, attributes=(*plan.attributes, *more)), None
+    return dataclasses.replace(plan, attributes=(*plan.attributes, *more)), Note(LOADS, True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +97,7 @@ class _Rebuild:
             return "how sizes come from it does not show in a larger model"
         known = {path: value for path, value in entries(self.trial) if path in formulas.dense and value is not None}
         system = equations(formulas, self.wanted, self.attributes)
+        system += kept_numbers(self.modules[""], formulas)
         solution = solve(system, {**formulas.dense, **known})
         why = out_of_proportion(formulas, self.wanted)
         if why is not None:
@@ -110,11 +116,7 @@ class _Rebuild:
 
     def _formulas(self) -> ShapeFormulas | None:
         """How the model is computed from its configuration."""
-        lengths = {len(part._modules) for part in self.modules.values() if "0" in part._modules}
-        counts = lengths | {length + 1 for length in lengths}  # one of them may be apart
-        targets = [Target(self.shapes, self.wanted, counts, least) for least in _LEAST]
-        derived = (derive_formulas(self.kind, self.config, self.optional, target) for target in targets)
-        return next((one for one in derived if one is not None), None)
+        return _derive(self.kind, self.config, self.modules, self.shapes, self.wanted, self.optional)
 
     @functools.cached_property
     def wanted(self) -> Shapes:
@@ -135,20 +137,8 @@ class _Rebuild:
 
     @functools.cached_property
     def optional(self) -> dict[ConfigPath, int]:
-        """Sizes that were left to a default, with the value they seem to have: that of modules, where all agree."""
-        held: dict[str, set[int]] = {}
-        for module in self.modules.values():
-            for name, value in vars(module).items():
-                if type(value) is int and is_size(name):
-                    held.setdefault(name, set()).add(value)
-        known = {name: next(iter(values)) for name, values in held.items() if len(values) == 1}
-        unset = [path for path, value in entries(self.config) if value is None]
-        most = max(size for shape in self.shapes.values() for size in shape) if unset else 0
-        return {path: known.get(path[-1], most) for path in unset} | {
-            (name,): value
-            for name, value in known.items()
-            if name not in {path[-1] for path in unset} and getattr(self.config, name, None) is None
-        }
+        """Sizes that were left to a default, with the value they seem to have."""
+        return _optional(self.config, self.modules, self.shapes)
 
     def _broken(self, equation: SizeEquation, formulas: ShapeFormulas, values: Mapping[ConfigPath, Any]) -> str:
         if equation.dim is None:
@@ -163,7 +153,7 @@ class _Rebuild:
         """Why a configuration with these changes is wrong."""
         try:
             config = with_changes(self.trial, {**changes, **self.floats})
-            _validate(config)
+            validate(config)
         except Exception as error:  # a configuration may refuse a value, by any exception
             why = str(error).strip() or type(error).__name__
             return f"it is refused by its own validation, {why.splitlines()[-1].strip()!r}"
@@ -200,13 +190,89 @@ class _Rebuild:
         return None
 
 
-def _validate(config: Any) -> None:
+def build_formulas(model: nn.Module, wanted: Shapes) -> ShapeFormulas | None:
+    """How the sizes of a model follow from its configuration; None where some that is to change is not explained.
+
+    Args:
+        model: With a configuration.
+        wanted: Shapes to be.
+    """
+    modules, shapes = dict(model.named_modules()), shapes_of(model)
+    config: Any = model.config
+    return _derive(type(model), config, modules, shapes, wanted, _optional(config, modules, shapes))
+
+
+def kept_numbers(model: nn.Module, formulas: ShapeFormulas) -> list[SizeEquation]:
+    """What must keep its value, because a float is computed from it: the float itself, or a size it is a power of."""
+    others, found = dict(formulas.other.named_modules()), []
+    for prefix, module in model.named_modules():
+        other = vars(others[prefix]) if prefix in others else {}
+        for name, value in vars(module).items():
+            if type(value) is float and other.get(name, value) != value:
+                where, known = ".".join(filter(None, (prefix, name))), formulas.attributes.get((prefix, name))
+                of = _powers(value, vars(module), float(other[name]), other)
+                terms = [formulas.attribute(prefix, one) for one in of] if known is None else [known]
+                found += [
+                    SizeEquation(one, float(exact_value(one, formulas.dense)), where)
+                    for one in terms
+                    if one is not None
+                ]
+    return found
+
+
+def _powers(value: float, held: Mapping[str, Any], other: float, others: Mapping[str, Any]) -> list[str]:
+    """The sizes a module holds of which a float is a power, in two models."""
+    sizes = [name for name, one in held.items() if type(one) is int and one > 1 and name in others]
+    return [
+        name
+        for name in sizes
+        if any(_near(value, held[name] ** power) and _near(other, int(others[name]) ** power) for power in _POWERS)
+    ]
+
+
+def _near(one: float, other: float) -> bool:
+    return math.isclose(one, other, rel_tol=1e-12)
+
+
+def _derive(
+    kind: type[nn.Module],
+    config: Any,
+    modules: Mapping[str, nn.Module],
+    shapes: Shapes,
+    wanted: Shapes,
+    optional: Mapping[ConfigPath, int],
+) -> ShapeFormulas | None:
+    lengths = {len(part._modules) for part in modules.values() if "0" in part._modules}
+    counts = lengths | {length + 1 for length in lengths}  # one of them may be apart
+    targets = [Target(shapes, wanted, counts, least) for least in _LEAST]
+    derived = (derive_formulas(kind, config, optional, target) for target in targets)
+    return next((one for one in derived if one is not None), None)
+
+
+def _optional(config: Any, modules: Mapping[str, nn.Module], shapes: Shapes) -> dict[ConfigPath, int]:
+    """Sizes that were left to a default, with the value they seem to have: that of modules, where all agree."""
+    held: dict[str, set[int]] = {}
+    for module in modules.values():
+        for name, value in vars(module).items():
+            if type(value) is int and is_size(name):
+                held.setdefault(name, set()).add(value)
+    known = {name: next(iter(values)) for name, values in held.items() if len(values) == 1}
+    unset = [path for path, value in entries(config) if value is None]
+    most = max(size for shape in shapes.values() for size in shape) if unset else 0
+    return {path: known.get(path[-1], most) for path in unset} | {
+        (name,): value
+        for name, value in known.items()
+        if name not in {path[-1] for path in unset} and getattr(config, name, None) is None
+    }
+
+
+def validate(config: Any) -> None:
     """Runs the checks that ``save_pretrained`` runs, those of sub-configurations too."""
     if hasattr(config, "validate"):
         config.validate()
     for value in vars(config).values():
         if hasattr(value, "to_dict") and hasattr(value, "validate"):
-            _validate(value)
+            validate(value)
 
 
 def _choices(module: nn.Module | None) -> dict[str, Any]:
@@ -216,7 +282,7 @@ def _choices(module: nn.Module | None) -> dict[str, Any]:
     return {"": None if module is None else type(module), **flags}
 
 
-def _unsaved_buffers(modules: Mapping[str, nn.Module]) -> Iterator[str]:
+def unsaved_buffers(modules: Mapping[str, nn.Module]) -> Iterator[str]:
     """Names of buffers that a saved model lacks."""
     for prefix, module in modules.items():
         for name in module._non_persistent_buffers_set:
@@ -236,7 +302,7 @@ def _floats(model: nn.Module, plan: Plan, config: Any) -> dict[ConfigPath, float
     }
 
 
-def _takes_config(kind: type) -> bool:
+def takes_config(kind: type) -> bool:
     """Whether a class is built from a configuration alone."""
     parameters = list(inspect.signature(kind.__init__).parameters.values())[1:]
     required = [one for one in parameters if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD]

@@ -123,8 +123,10 @@ def shrink_pretrained(
         report = work.prune()
         bar.update()
         bar.set_description("write")
-        left_out = work.write(report.plan, folder)
-        _check_written(folder, report)
+        plan = report.plan
+        assert plan is not None, "neurons were removed"
+        left_out = work.write(plan, folder)
+        _check_written(folder, plan)
         _describe(folder, report, work.name, goal.name, left_out)
     return report
 
@@ -161,14 +163,7 @@ class _Job:
             InvalidArgumentError: It cannot.
         """
         inputs = self.inputs(model)
-        report = prune_neurons(model, inputs, scope="layer", **{**self.arguments, **changed})
-        why = report.settings.get("config")
-        if why is not None:
-            raise InvalidArgumentError(
-                f"the smaller model could not be loaded: {why.split(';')[0]}; select one kind of neurons by include=, "
-                "such as those inside of the feed-forward layers."
-            )
-        return report
+        return prune_neurons(model, inputs, loadable=True, **{**self.arguments, **changed})
 
 
 @dataclass(frozen=True)
@@ -236,10 +231,10 @@ def _from_model(source: nn.Module, job: _Job) -> _Loaded:
     return _Loaded(model if job.dtype is None else model.to(job.dtype), None, job)
 
 
-def _check_written(folder: Path, report: PruningReport) -> None:
+def _check_written(folder: Path, plan: Plan) -> None:
     """Builds the model that the new configuration describes, and compares it with the plan and the files."""
     written = open_source(folder)
-    after, found = report.plan.shapes_after, shapes_of(written.skeleton)
+    after, found = plan.shapes_after, shapes_of(written.skeleton)
     wrong = next((name for name, shape in found.items() if after.get(name, shape) != shape), None)
     if wrong is not None:
         raise VerificationError(
@@ -262,7 +257,7 @@ def _describe(folder: Path, report: PruningReport, source: str, target: str, lef
         },
         "left_out": left_out,
         "report": shown,
-        "plan": report.plan.to_dict(),
+        "plan": report.to_dict()["plan"],
     }
     (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     card = folder / CARD

@@ -74,11 +74,13 @@ class ShapeFormulas:
         sizes: The dimensions of every tensor: expressions, and numbers that no configuration changes.
         dense: The numbers of the configuration as it is.
         other: The model that was built from other numbers.
+        converted: Expressions of whole numbers in that model that Python made plain, by value.
     """
 
     sizes: Mapping[str, tuple[Term, ...]]
     dense: Mapping[ConfigPath, Any]
     other: nn.Module
+    converted: Mapping[int, Expression]
 
     @functools.cached_property
     def attributes(self) -> dict[tuple[str, str], Expression]:
@@ -89,6 +91,15 @@ class ShapeFormulas:
             for name, value in vars(module).items()
             if type(value) in SYMBOLIC
         }
+
+    def attribute(self, prefix: str, name: str) -> Expression | None:
+        """The expression of one number that a module holds, if its value was recognised too."""
+        known = self.attributes.get((prefix, name))
+        if known is None:
+            holder = dict(self.other.named_modules()).get(prefix)
+            value = None if holder is None else vars(holder).get(name)
+            known = self.converted.get(value) if type(value) is int else None
+        return known
 
     @functools.cached_property
     def leaves(self) -> frozenset[ConfigPath]:
@@ -151,7 +162,7 @@ def derive_formulas(
         sizes[name] = tuple([one for one in proved if one is not None])
         if len(sizes[name]) < len(proved):
             return None
-    return ShapeFormulas(sizes, dense, watch.built)
+    return ShapeFormulas(sizes, dense, watch.built, numbers.converted)
 
 
 def _enlarged(dense: Mapping[ConfigPath, Any], target: Target) -> dict[ConfigPath, Any]:
@@ -224,7 +235,7 @@ class _BuildNumbers(Constraints):
 
     def __init__(self, most: int) -> None:
         super().__init__()
-        self._by_value: dict[int, Expression] = {}
+        self.converted: dict[int, Expression] = {}
         self._left = most
 
     def guard(self, compare: Callable[[Any, Any], Any], left: Any, right: Any, outcome: bool) -> None:
@@ -239,7 +250,7 @@ class _BuildNumbers(Constraints):
         value = operation(expression.value, *args, **kwargs)
         if type(value) is int and value > _EVERYWHERE and self.is_recording:
             same = type(expression.value) is int
-            self._by_value[value] = expression if same else Expression(operation, (expression,), value)
+            self.converted[value] = expression if same else Expression(operation, (expression,), value)
         return value
 
     def result(self, expression: Expression, make: Callable[[Expression, Constraints], Any]) -> Any:
@@ -252,12 +263,12 @@ class _BuildNumbers(Constraints):
     def term(self, number: Any) -> Term:
         """The expression of a number, which may be plain."""
         if type(number) is int:
-            return self._by_value.get(number, number)
+            return self.converted.get(number, number)
         return expression_of(number)
 
     def knows_some(self, numbers: Sequence[Any]) -> bool:
         """Whether some of these have expressions."""
-        return any(type(one) is SymbolicInt for one in numbers) or not self._by_value.keys().isdisjoint(numbers)
+        return any(type(one) is SymbolicInt for one in numbers) or not self.converted.keys().isdisjoint(numbers)
 
 
 def _build(

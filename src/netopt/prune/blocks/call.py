@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -213,7 +213,7 @@ class _Call:
     def decide(self, include: Selector, exclude: Selector, outputs: Outputs) -> _Decision:
         """Finds the blocks, tries each, scores them, and selects."""
         model = self.view.model
-        forward = Forward(model, self._inputs, Where(outputs=outputs).counted)
+        forward = Forward(self.view, self._inputs, Where(outputs=outputs).counted)
         wanted = chosen(model, include, exclude)
         stacks, frozen = find_stacks(forward, None if include is None else wanted)
         trials = Trials(self.view, forward)
@@ -307,7 +307,7 @@ class _Call:
             before=self.before,
             after=after,
             rows=tuple(_row(stack, decision) for stack in decision.stacks if stack.free),
-            plan=decision.plan.with_prediction(_predicted(self.before, after)),
+            plan=cast("Any", decision.plan.with_prediction(_predicted(self.before, after))),
             frozen=decision.frozen,
             settings=settings,
             subject=self.view.model,
