@@ -247,10 +247,8 @@ def split_concat(layout: Layout, size: int) -> tuple[Layout, Layout] | None:
         first, rest = Atom(size), Atom(layout.size - size)
         bind(layout, Concat((first, rest)))
         return first, rest
-    if isinstance(layout, Product):  # between two of its rows
-        head, tail = layout.parts[0], product(layout.parts[1:])
-        halves = None if size % tail.size else split_concat(head, size // tail.size)
-        return None if halves is None else (product((halves[0], tail)), product((halves[1], tail)))
+    if isinstance(layout, Product):
+        return _cut_product(layout, size)
     taken = 0
     for index, part in enumerate(layout.parts):
         if taken + part.size <= size:
@@ -263,6 +261,33 @@ def split_concat(layout: Layout, size: int) -> tuple[Layout, Layout] | None:
             return None
         return concat([*layout.parts[:index], halves[0]]), concat([halves[1], *layout.parts[index + 1 :]])
     return None
+
+
+def _cut_product(layout: Product, size: int) -> tuple[Layout, Layout] | None:
+    """Cuts a product between two of its rows, or inside one, where the row's own parts allow it."""
+    head, tail = layout.parts[0], product(layout.parts[1:])
+    whole, into = divmod(size, tail.size)
+    if into == 0:
+        halves = split_concat(head, whole)
+        return None if halves is None else (product((halves[0], tail)), product((halves[1], tail)))
+    before: list[Layout] = []
+    behind: list[Layout] = [head]
+    for position in [whole, 1] if whole else [1]:  # what lies before the row that is cut, then that row
+        if behind[-1].size == position:
+            before.append(behind.pop())
+            continue
+        halves = split_concat(behind.pop(), position)
+        if halves is None:
+            return None
+        before.append(halves[0])
+        behind.append(halves[1])
+    row = split_concat(tail, into)
+    if row is None:
+        return None
+    return (
+        concat([*(product((rows, tail)) for rows in before[:-1]), row[0]]),
+        concat([row[1], *(product((rows, tail)) for rows in behind)]),
+    )
 
 
 def shatter(layout: Layout) -> list[Layout]:
@@ -315,7 +340,11 @@ def unify(left: Layout, right: Layout, because: Callable[[], str] | None = None)
         return _unify_products(left, right, because)
     if isinstance(left, Concat) and isinstance(right, Concat):
         return _unify_concats(left, right, because)
-    return _conflict(left, right, because)  # one is a product, the other a concatenation
+    if isinstance(left, Concat):
+        left, right = right, left
+    assert isinstance(left, Product)
+    assert isinstance(right, Concat)
+    return _unify_product_with_concat(left, right, because)
 
 
 def _conflict(left: Layout, right: Layout, because: Callable[[], str] | None) -> bool:
@@ -375,3 +404,19 @@ def _next(parts: list[Layout]) -> Layout:
         parts.extend(reversed(found.parts))
         found = resolve(parts.pop())
     return found
+
+
+def _unify_product_with_concat(left: Product, right: Concat, because: Callable[[], str] | None) -> bool:
+    """A product equals a concatenation when every summand is a number of whole rows of it."""
+    for cut in range(1, len(left.parts)):
+        tail = product(left.parts[cut:])
+        if any(part.size % tail.size for part in right.parts):
+            continue
+        heads: list[Layout] = []
+        for part in right.parts:
+            rows = split_product(part, part.size // tail.size)
+            if rows is None or not unify(rows[1], tail, because):
+                return _conflict(left, right, because)
+            heads.append(rows[0])
+        return unify(product(left.parts[:cut]), concat(heads), because)
+    return _conflict(left, right, because)
