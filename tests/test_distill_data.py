@@ -301,7 +301,7 @@ WRONG = {
 BAD = {
     "teacher is student": (lambda s, t: distill(s, s, X), InvalidArgumentError, "the same model"),
     "shared parameter": (lambda s, t: distill(*SHARED, X), InvalidArgumentError, "'head.bias' and .* one tensor"),
-    "student no module": (lambda s, t: distill(len, t, X), ArgumentTypeError, "student must be a module"),
+    "student no module": (lambda s, t: distill(len, t, X), ArgumentTypeError, "student must be a torch.nn.Module"),
     "teacher no module": (lambda s, t: distill(s, "resnet", X), ArgumentTypeError, "a module or a list"),
     "no teacher": (lambda s, t: distill(s, [], X), InvalidArgumentError, "empty list"),
     "teacher weights": (lambda s, t: distill(s, [t], X, teacher_weights=[1, 2]), InvalidArgumentError, "1 weights"),

@@ -291,7 +291,7 @@ def test_a_target_that_exists_is_left_alone(tmp_path):
 def test_what_the_configuration_cannot_say_is_refused_before_anything_is_written(tmp_path):
     saved("bert", tmp_path / "large")
     include = "bert.encoder.layer.0.intermediate.dense"
-    with pytest.raises(InvalidArgumentError, match=r"could not be loaded: .*`bert.encoder.layer.0.intermediate"):
+    with pytest.raises(InvalidArgumentError, match=r"can say none of the counts of bert.encoder.layer.0.intermediate"):
         shrink_pretrained(tmp_path / "large", tmp_path / "small", amount=0.5, include=include, progress=False)
     assert left_beside(tmp_path) == ["large"]
 

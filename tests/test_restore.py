@@ -343,7 +343,7 @@ CALLS: dict[str, Any] = {
     "find_axes": lambda model: find_axes(model, X),
     "plan_neurons": lambda model: plan_neurons(model, X, 0.25, progress=False),
     "prune_neurons": lambda model: prune_neurons(model, X, 0.25, progress=False),
-    "prune_neurons by data": lambda model: prune_neurons(model, X, 0.25, data=DATA, progress=False),
+    "prune_neurons by data": lambda model: prune_neurons(model, X, 0.25, data=DATA, repair=False, progress=False),
     "prune_neurons to a budget": lambda model: prune_neurons(model, X, max_macs=0.8, progress=False),
     "prune_weights wanda": lambda model: prune_weights(model, 0.5, importance="wanda", data=DATA, progress=False),
     "prune_weights saliency": lambda model: prune_weights(model, 0.5, importance="saliency", data=DATA, progress=False),

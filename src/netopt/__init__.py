@@ -10,8 +10,6 @@ import importlib
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from netopt.integrations import huggingface as _huggingface  # noqa: F401 - keeps configurations in step
-
 if TYPE_CHECKING:
     from netopt import (
         axes,

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from netopt.errors import CheckpointError, InvalidArgumentError, PlanMismatchError
 from netopt.model.view import ModelView
 from netopt.plan.files import replace
+from netopt.plan.providers import load
 from netopt.plan.value import shapes_of
 from netopt.surgery import Operation, as_optimizers, read
 from netopt.surgery.attributes import Path, assignment
@@ -63,11 +64,13 @@ def register_depth_hook(name: str, hook: DepthHook) -> None:
 
 def counted_by_hooks(model: nn.Module, name: str) -> list[Counted]:
     """What all hooks find that counts the entries of the list of this name."""
+    load()
     return [one for find, _ in _HOOKS.values() for one in find(model, name)]
 
 
 def notes_of_hooks(model: nn.Module) -> dict[str, str]:
     """What cannot be expressed of a smaller model, by the names of hooks."""
+    load()
     return {name: note for name, (_, check) in _HOOKS.items() if (note := check(model)) is not None}
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from netopt.axes import Axes
 from netopt.errors import InvalidArgumentError
+from netopt.plan.providers import load
 from netopt.plan.value import Plan
 
 __all__ = ["CountsHook", "Note", "PlanHook", "complete", "expressible", "register_hook"]
@@ -56,6 +57,7 @@ def register_hook(name: str, hook: PlanHook, counts: CountsHook | None = None) -
 
 def complete(model: nn.Module, plan: Plan) -> tuple[Plan, dict[str, Note]]:
     """The plan as all hooks complete it, and their notes by name."""
+    load()
     notes: dict[str, Note] = {}
     for name, (hook, _) in _HOOKS.items():
         plan, note = hook(model, plan)
@@ -70,6 +72,7 @@ def expressible(model: nn.Module, axes: Axes, names: Collection[str]) -> list[li
     Raises:
         InvalidArgumentError: No hook knows the model, or one that does can express nothing.
     """
+    load()
     for name, (_, counts) in _HOOKS.items():
         found = None if counts is None else counts(model, axes, names)
         if isinstance(found, str):

@@ -161,7 +161,7 @@ def copy_of(model: nn.Module) -> nn.Module:
     """
     try:
         return copy.deepcopy(model)
-    except Exception as error:
+    except Exception as error:  # copying runs code of the user's, which may raise anything
         raise InvalidArgumentError(
             f"repair needs a copy of the model as it was, and copying it failed ({error}); pass repair=False, or a "
             "model that copy.deepcopy can copy."
