@@ -277,17 +277,17 @@ def test_a_part_of_a_traced_model_runs_in_another_thread_as_part_of_another():
 
 
 def test_threads_that_prune_models_of_their_own_end_as_one_after_the_other():
-    def pruned(seed):
-        model = block(seed=seed)
+    def pruned(model):
         netopt.prune_neurons(model, X, 0.5, importance="magnitude", progress=False)
         return model.state_dict()
 
-    expected = [pruned(seed) for seed in range(4)]
+    models = [block(seed=seed) for seed in range(4)]  # the random state, which builds them, is one for all threads
+    expected = [pruned(copy.deepcopy(model)) for model in models]
     found: dict[int, object] = {}
 
     def work(seed):
         try:
-            found[seed] = pruned(seed)
+            found[seed] = pruned(models[seed])
         except Exception as error:
             found[seed] = error
 

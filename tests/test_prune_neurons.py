@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+import linecache
 import math
 import sys
 from pathlib import Path
@@ -541,15 +542,25 @@ class Interrupter:
 
     def __init__(self, line: int) -> None:
         self.left = line
+        self.entered = set()
 
     def __call__(self, frame, event, arg):
         if not frame.f_code.co_filename.startswith(self.FILES):
             return None
-        if event == "line":
+        if event == "line" and not self.is_left(frame):
             self.left -= 1
             if self.left == -1:
                 raise KeyboardInterrupt
         return self
+
+    def is_left(self, frame):
+        """Whether a with block is being left: no signal is handled between its end and the call of ``__exit__``."""
+        if not linecache.getline(frame.f_code.co_filename, frame.f_lineno).lstrip().startswith("with "):
+            return False
+        place = (frame, frame.f_lineno)  # held, so that no other frame is taken for it
+        known = place in self.entered
+        self.entered.add(place)
+        return known
 
 
 @pytest.mark.slow

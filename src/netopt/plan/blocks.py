@@ -57,7 +57,7 @@ def register_depth_hook(name: str, hook: DepthHook) -> None:
     Raises:
         InvalidArgumentError: The name is taken.
     """
-    if name in _HOOKS:
+    if _HOOKS.get(name, hook) != hook:
         raise InvalidArgumentError(f"a depth hook {name!r} exists already; choose another name.")
     _HOOKS[name] = hook
 

@@ -50,7 +50,8 @@ def register_hook(name: str, hook: PlanHook, counts: CountsHook | None = None) -
     Raises:
         InvalidArgumentError: The name is taken.
     """
-    if name in _HOOKS:
+    # An interrupted import registers again what it has registered.
+    if _HOOKS.get(name, (hook, counts)) != (hook, counts):
         raise InvalidArgumentError(f"a plan hook {name!r} exists already; choose another name.")
     _HOOKS[name] = hook, counts
 
