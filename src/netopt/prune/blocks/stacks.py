@@ -7,10 +7,8 @@ lists that are gone through together, or of a list of lists, are one block.
 from __future__ import annotations
 
 import itertools
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +21,7 @@ from netopt.model.view import ModelView
 from netopt.prune.blocks.standins import Form, Forward, Forwards, Kind, Seen, arguments, form_of, identity, zeros
 from netopt.prune.verify import Forward as ModelForward
 from netopt.surgery import Operation
+from netopt.symbolic import calling_line
 
 __all__ = ["Block", "Stack", "find_stacks", "name_frozen"]
 
@@ -117,7 +116,7 @@ class _Recorder(ThreadDispatchMode):
 
         def wrap(own: Forward) -> Forward:
             def recorded(*args: Any, **kwargs: Any) -> Any:
-                record.line = record.line or _caller()
+                record.line = record.line or calling_line()
                 return self._run(record, own, args, kwargs)
 
             return recorded
@@ -308,14 +307,3 @@ def _homes(view: ModelView) -> dict[int, int]:
         for child in parent._modules.values():
             counts[id(child)] = counts.get(id(child), 0) + 1
     return counts
-
-
-def _caller() -> str:
-    """The line of the model's code that calls a block."""
-    frame = sys._getframe(2)
-    while frame is not None:
-        path = Path(frame.f_code.co_filename)
-        if not {"torch", "netopt"}.intersection(path.parts):
-            return f"{path.name}:{frame.f_lineno}"
-        frame = frame.f_back
-    return ""
