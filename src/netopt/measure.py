@@ -101,11 +101,11 @@ def cost(model: nn.Module | ModelView, inputs: Inputs | None = None) -> Cost:
     return cost_of(view, None if inputs is None else count_macs(view, inputs))
 
 
-def cost_of(held: ModelView, macs: int | None = None, nonzero: Mapping[str, int] | None = None) -> Cost:
+def cost_of(view: ModelView, macs: int | None = None, nonzero: Mapping[str, int] | None = None) -> Cost:
     """As :func:`cost`, of a model that is listed and whose operations, or entries by parameter, are counted already."""
-    nonzero = nonzero_of(held) if nonzero is None else nonzero
-    parameters = [held.parameters[name] for name in nonzero]
-    buffers = {id(buffer): buffer for buffer in held.buffers.values()}
+    nonzero = nonzero_of(view) if nonzero is None else nonzero
+    parameters = [view.parameters[name] for name in nonzero]
+    buffers = {id(buffer): buffer for buffer in view.buffers.values()}
     return Cost(
         params=sum([one.numel() for one in parameters]),
         nonzero=sum(nonzero.values()),
@@ -131,19 +131,19 @@ def nonzero_parameters(model: nn.Module) -> int:
     return sum(nonzero_of(ModelView(model)).values())
 
 
-def nonzero_of(held: ModelView, full: Collection[str] = ()) -> dict[str, int]:
+def nonzero_of(view: ModelView, full: Collection[str] = ()) -> dict[str, int]:
     """As :func:`nonzero_parameters`, of each parameter by itself, a shared one under the first of its names.
 
     Args:
-        held: What the model holds.
+        view: What the model holds.
         full: Names of parameters that are known to have no zero; they are not read.
     """
     counts: dict[str, int] = {}
-    for name, parameter in held.own_parameters.items():
+    for name, parameter in view.own_parameters.items():
         if parameter.is_meta or name in full:
             counts[name] = parameter.numel()
         else:
-            counts[name] = count_nonzero(parameter.detach(), held.mask_of(name))
+            counts[name] = count_nonzero(parameter.detach(), view.mask_of(name))
     return counts
 
 

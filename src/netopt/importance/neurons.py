@@ -152,13 +152,13 @@ def neuron_scores(
     chosen = lookup(importance, of="neurons")
     if data is None and chosen.of == "weights" and chosen.needs:
         raise missing_data(f"importance {chosen.name!r}", chosen.needs, loss_fn)
-    held = ModelView.of(model)
-    values, model = _values(held, {name for axis in sizes for name, _, _ in members[axis]}), held.model
+    view = ModelView.of(model)
+    values, model = _values(view, {name for axis in sizes for name, _, _ in members[axis]}), view.model
     if chosen.of == "weights" and not chosen.needs:
         return NeuronScores(_streamed(chosen, values, members, sizes, progress=progress))
     _check_finite(values)
     if chosen.of == "weights":
-        wanted = {name: place for name, place in places(held).items() if name in values and _floating(place.parameter)}
+        wanted = {name: place for name, place in places(view).items() if name in values and _floating(place.parameter)}
         elementwise = scores(model, data, chosen, loss_fn=loss_fn, wanted=wanted, progress=progress)
         reduced = {name: reduce(elementwise, members[name], size) for name, size in sizes.items()}
         return NeuronScores({name: _checked(one, name, sizes[name]) for name, one in reduced.items()})
@@ -173,11 +173,11 @@ def neuron_scores(
         seen = data if data is not None else _only(example_inputs)
         if "saliency" in chosen.needs:
             found = saliency(
-                held, read, sizes, seen, outputs=outputs, relative_error=chosen.relative_error, progress=progress
+                view, read, sizes, seen, outputs=outputs, relative_error=chosen.relative_error, progress=progress
             )
         if "activation" in chosen.needs:
-            active = activations(held, read, sizes, seen, progress=progress)
-    scales = _scales(held)
+            active = activations(view, read, sizes, seen, progress=progress)
+    scales = _scales(view)
     result = {}
     for name, size in sizes.items():
         own = [(tensor, values[_bare(tensor)], dim, at) for tensor, dim, at in members[name] if _bare(tensor) in values]
@@ -384,11 +384,11 @@ def _floating(tensor: Tensor) -> bool:
     return tensor.is_floating_point()
 
 
-def _values(held: ModelView, wanted: set[str]) -> dict[str, Tensor]:
+def _values(view: ModelView, wanted: set[str]) -> dict[str, Tensor]:
     """Values of the floating parameters named, zero where masked, by the name without masks."""
     bare, values = {_bare(name) for name in wanted}, {}
-    for name, parameter in held.parameters.items():
-        mask = held.mask_of(name)
+    for name, parameter in view.parameters.items():
+        mask = view.mask_of(name)
         known = _bare(name)  # that of a mask or of a spectral norm by hooks
         if known in bare and parameter.is_floating_point():
             values[known] = parameter.detach() if mask is None else effective(parameter.detach(), mask)
@@ -406,11 +406,11 @@ def _is_finite(tensor: Tensor) -> bool:
     return tensor.is_meta or bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 
-def _scales(held: ModelView) -> set[str]:
+def _scales(view: ModelView) -> set[str]:
     """Names of the weights that multiply what was normalised: one-dimensional, beside an ``eps``."""
     return {
         f"{prefix}.weight" if prefix else "weight"
-        for prefix, module in held.modules.items()
+        for prefix, module in view.modules.items()
         if hasattr(module, "eps")
         and isinstance(weight := module._parameters.get("weight"), Tensor)
         and weight.dim() == 1

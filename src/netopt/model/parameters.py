@@ -229,11 +229,11 @@ def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from module.named_buffers()
 
 
-def _computed(held: ModelView, owner: str, attribute: str) -> Computed | None:
+def _computed(view: ModelView, owner: str, attribute: str) -> Computed | None:
     """The weight that a layer computes from the parameter ``attribute`` of the module called ``owner``."""
-    module = held.modules[owner]
+    module = view.modules[owner]
     head, found, weight = owner.rpartition("parametrizations.")
-    layer = held.modules.get(head.rstrip("."))
+    layer = view.modules.get(head.rstrip("."))
     if found and "." not in weight and layer is not None and getattr(layer, "parametrizations", None) is not None:
         # Of a weight norm the first is the length of each row, the second its direction.
         length = module._parameters.get("original0") if attribute == "original1" else None
@@ -299,19 +299,19 @@ def places(model: nn.Module | ModelView) -> dict[str, Place]:
         >>> list(places(model))
         ['0.weight', '0.bias', '1.weight', '1.bias']
     """
-    held = ModelView.of(model)
+    view = ModelView.of(model)
     found: dict[int, Place] = {}
-    for full, parameter in held.parameters.items():
+    for full, parameter in view.parameters.items():
         owner, _, attribute = full.rpartition(".")
-        mask, name = held.mask_of(full), full
+        mask, name = view.mask_of(full), full
         if mask is not None:
             name, attribute = full.removesuffix("_orig"), attribute.removesuffix("_orig")
         place = found.get(id(parameter))
         if place is None:
-            computed = _computed(held, owner, attribute)
+            computed = _computed(view, owner, attribute)
             place = found[id(parameter)] = Place(name, cast("nn.Parameter", parameter), mask, computed=computed)
         place.names.append(name)
-        module = held.modules[owner]
+        module = view.modules[owner]
         if not any(one is module and other == attribute for one, other in place.owners):
             place.owners.append((module, attribute))
     return {place.name: place for place in found.values()}

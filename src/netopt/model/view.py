@@ -19,10 +19,10 @@ class ModelView:
         buffers: By dotted name.
 
     Example:
-        >>> held = ModelView(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3, affine=False)))
-        >>> list(held.modules), list(held.parameters)
+        >>> view = ModelView(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3, affine=False)))
+        >>> list(view.modules), list(view.parameters)
         (['', '0', '1'], ['0.weight', '0.bias'])
-        >>> list(held.buffers)
+        >>> list(view.buffers)
         ['1.running_mean', '1.running_var', '1.num_batches_tracked']
     """
 

@@ -141,7 +141,7 @@ class BlockPlan:
         Raises:
             PlanMismatchError: The model has other tensors, lists or numbers than the plan was made for.
         """
-        held = ModelView(model)
+        view = ModelView(model)
         if self.fingerprint and fingerprint_of(model) != self.fingerprint:
             raise PlanMismatchError(
                 "the plan was made for a model with other tensors or shapes; build the model from the configuration "
@@ -149,29 +149,29 @@ class BlockPlan:
             )
         changes: list[Any] = []
         for path, _ in self.attributes:
-            read(model, path, held.modules)
-        changes += [assignment(held.modules[path[0]], path, value) for path, value in self.attributes]
-        changes += [ListCut(self._list(held, name, cut), cut.kept) for cut in self.stacks for name in cut.lists]
-        changes += dropped_states(optimizers, self.gone(held))
-        return Operation(model, changes, held)
+            read(model, path, view.modules)
+        changes += [assignment(view.modules[path[0]], path, value) for path, value in self.attributes]
+        changes += [ListCut(self._list(view, name, cut), cut.kept) for cut in self.stacks for name in cut.lists]
+        changes += dropped_states(optimizers, self.gone(view))
+        return Operation(model, changes, view)
 
-    def gone(self, held: ModelView) -> list[Tensor]:
+    def gone(self, view: ModelView) -> list[Tensor]:
         """The parameters that are removed: those of removed blocks that nothing else holds."""
         removed = [
-            f"{name}.{list(self._list(held, name, cut)._modules)[place]}.".removeprefix(".")
+            f"{name}.{list(self._list(view, name, cut)._modules)[place]}.".removeprefix(".")
             for cut in self.stacks
             for name in cut.lists
             for place in cut.removed
         ]
-        stays = {id(one) for name, one in held.parameters.items() if not name.startswith(tuple(removed))}
-        return list({id(one): one for one in held.parameters.values() if id(one) not in stays}.values())
+        stays = {id(one) for name, one in view.parameters.items() if not name.startswith(tuple(removed))}
+        return list({id(one): one for one in view.parameters.values() if id(one) not in stays}.values())
 
-    def _list(self, held: ModelView, name: str, cut: StackCut) -> nn.Module:
-        container = held.modules.get(name)
+    def _list(self, view: ModelView, name: str, cut: StackCut) -> nn.Module:
+        container = view.modules.get(name)
         if container is None or len(container._modules) != cut.size:
             has = "lacks" if container is None else f"has {len(container._modules)} entries in"
             raise PlanMismatchError(
-                f"the plan cuts `{name}` of {cut.size} entries, and this {type(held.model).__name__} {has} it"
+                f"the plan cuts `{name}` of {cut.size} entries, and this {type(view.model).__name__} {has} it"
             )
         return container
 

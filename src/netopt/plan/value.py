@@ -156,18 +156,18 @@ class Plan:
         self, model: nn.Module | ModelView, optimizer: Optimizer | Iterable[Optimizer] | None = None
     ) -> surgery.Operation:
         """Everything :meth:`apply` needs, built and checked, with nothing changed yet."""
-        held = ModelView.of(model)
-        plan = self._fitted(held)
-        plan._check(held)
+        view = ModelView.of(model)
+        plan = self._fitted(view)
+        plan._check(view)
         return surgery.prepare(
-            held.model,
+            view.model,
             plan.tensors,
             attributes=plan.attributes,
             values=plan.values,
             shifts=plan.shifts,
             scales=plan.scales,
             optimizer=optimizer,
-            held=held,
+            view=view,
         )
 
     def apply_to_checkpoint(self, source: str | os.PathLike[str], target: str | os.PathLike[str]) -> FilePath:
@@ -202,13 +202,13 @@ class Plan:
         Raises:
             PlanMismatchError: They differ; the message names the first difference.
         """
-        held = ModelView(model)
-        self._fitted(held)._check(held)
+        view = ModelView(model)
+        self._fitted(view)._check(view)
 
-    def _check(self, held: ModelView) -> None:
+    def _check(self, view: ModelView) -> None:
         if not self.shapes:
             return
-        found, model = shapes_of(held, self.shapes), held.model
+        found, model = shapes_of(view, self.shapes), view.model
         if found == dict(self.shapes):
             return
         if found == self.shapes_after:
@@ -228,13 +228,13 @@ class Plan:
                 f"this {type(model).__name__} has `{extra}` {found[extra]}, which the model the plan was made for lacks"
             )
 
-    def _fitted(self, held: ModelView) -> Plan:
-        """The plan under the names of ``held``, where one of the two models is in wrappers that the other is not in."""
-        known = {*shapes_of(held), *held.buffers}
+    def _fitted(self, view: ModelView) -> Plan:
+        """The plan under the names of ``view``, where one of the two models is in wrappers that the other is not in."""
+        known = {*shapes_of(view), *view.buffers}
         if known.issuperset(self.tensors):
             return self
         rename = renaming({*self.tensors, *self.shapes}, known)
-        return self if rename is None else self._renamed(rename, innermost(held.modules))
+        return self if rename is None else self._renamed(rename, innermost(view.modules))
 
     def renamed(self, names: Mapping[str, str]) -> Plan:
         """The same plan for files in which tensors have other names, given by those of the model."""
@@ -442,14 +442,14 @@ class Plan:
 
 def shapes_of(model: nn.Module | ModelView, also: Iterable[str] = ()) -> dict[str, tuple[int, ...]]:
     """Shapes of the model's parameters by the names they have without masks, and of the buffers named in ``also``."""
-    held = ModelView.of(model)
+    view = ModelView.of(model)
     shapes = {}
-    for name, tensor in held.parameters.items():
-        masked = name.endswith("_orig") and _has_mask(held.model, name)
+    for name, tensor in view.parameters.items():
+        masked = name.endswith("_orig") and _has_mask(view.model, name)
         shapes[name.removesuffix("_orig") if masked else name] = tuple(tensor.shape)
     for name in also:
         if name not in shapes:
-            found = held.buffers[name] if name in held.buffers else surgery.find_tensor(held.model, name)
+            found = view.buffers[name] if name in view.buffers else surgery.find_tensor(view.model, name)
             if found is not None:
                 shapes[name] = tuple(found.shape)
     return shapes

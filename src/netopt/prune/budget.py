@@ -211,7 +211,7 @@ def _feasible(found: Found) -> Callable[[Mapping[str, int]], dict[str, int]]:
 
 def _parameters(found: Found) -> Cost:
     """Entries of all parameters once these positions stay, a shared one counted once."""
-    parameters = found.held.own_parameters
+    parameters = found.view.own_parameters
 
     def cost_of(kept: Mapping[str, Tensor]) -> int:
         tensors, total = found.axes.tensor_indices(kept), 0
@@ -233,8 +233,8 @@ def _macs(found: Found) -> Cost:
             return found.axes.macs({name: len(positions) for name, positions in kept.items()})
         if not kept:
             return found.macs
-        plan = make_plan(found.held, found.axes, kept)
-        return plan.prepare(found.held).dry_run(lambda: measure.count_macs(found.held, inputs))
+        plan = make_plan(found.view, found.axes, kept)
+        return plan.prepare(found.view).dry_run(lambda: measure.count_macs(found.view, inputs))
 
     return cost_of
 

@@ -43,14 +43,14 @@ class Found:
     """What was found in a model.
 
     Attributes:
-        held: What the model holds.
+        view: What the model holds.
         forward: How the model is run.
         axes: All of them.
         chosen: Those that may lose neurons.
         kept_out: Why the others may not, by name.
     """
 
-    held: ModelView
+    view: ModelView
     forward: Forward
     axes: Axes
     chosen: list[Axis]
@@ -59,7 +59,7 @@ class Found:
     @cached_property
     def macs(self) -> int:
         """Multiply-accumulate operations of one forward before anything is done, counted in a run."""
-        return measure.count_macs(self.held, self.forward.inputs)
+        return measure.count_macs(self.view, self.forward.inputs)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -67,7 +67,7 @@ class Found:
         return {axis.name: axis.size for axis in self.chosen}
 
 
-def look(held: ModelView, example_inputs: Inputs, where: Where) -> Found:
+def look(view: ModelView, example_inputs: Inputs, where: Where) -> Found:
     """Finds the axes of a model and which of them may lose neurons.
 
     Raises:
@@ -76,9 +76,9 @@ def look(held: ModelView, example_inputs: Inputs, where: Where) -> Found:
     # In inference mode some operations hide from a trace, and none has a gradient.
     with entered(torch.inference_mode(False)):
         inputs = recordable(example_inputs)
-        axes = axes_of(held, inputs, outputs=where.outputs)
-    chosen, kept_out = candidates(held, axes, where.include, where.exclude)
-    return Found(held, Forward(held, inputs, where.counted, axes.steady), axes, chosen, kept_out)
+        axes = axes_of(view, inputs, outputs=where.outputs)
+    chosen, kept_out = candidates(view, axes, where.include, where.exclude)
+    return Found(view, Forward(view, inputs, where.counted, axes.steady), axes, chosen, kept_out)
 
 
 def check_model(model: Any, example_inputs: Inputs) -> ModelView:
@@ -89,19 +89,19 @@ def check_model(model: Any, example_inputs: Inputs) -> ModelView:
         InvalidArgumentError: Some tensor of it or some input has no values yet, or is sparse, nested or of float8; or
             new tensors would have no values.
     """
-    held = checks.check_model(model)
-    for name, tensor in held.tensors.items():
+    view = checks.check_model(model)
+    for name, tensor in view.tensors.items():
         if (problem := checks.problem(tensor)) is not None:
             raise InvalidArgumentError(f"{name!r} {problem}.")
     for tensor in tree_leaves(example_inputs):
         if isinstance(tensor, Tensor) and (problem := checks.problem(tensor)) is not None:
             raise InvalidArgumentError(f"one of example_inputs {problem}.")
-    return held
+    return view
 
 
-def without_gradients(held: ModelView, error: RuntimeError) -> str | None:
+def without_gradients(view: ModelView, error: RuntimeError) -> str | None:
     """What about a model may have made a criterion fail that needs gradients, and what to do; None if nothing."""
-    inference = next((name for name, tensor in held.tensors.items() if tensor.is_inference()), None)
+    inference = next((name for name, tensor in view.tensors.items() if tensor.is_inference()), None)
     if inference is not None and "nference" in str(error):
         return (
             f"{inference!r} was made in inference mode and takes part in no gradient; make the model outside of "
@@ -109,7 +109,7 @@ def without_gradients(held: ModelView, error: RuntimeError) -> str | None:
         )
     if "use_reentrant" in str(error):
         return "its forward uses re-entrant checkpoints, which have no such gradients; say use_reentrant=False there"
-    compiled = next((name for name, module in held.modules.items() if _is_compiled(module)), None)
+    compiled = next((name for name, module in view.modules.items() if _is_compiled(module)), None)
     if compiled is not None:
         where = f"{compiled!r}" if compiled else "the model"
         return f"{where} is compiled; prune before compiling, or hand in what was compiled (`_orig_mod`)"

@@ -128,12 +128,12 @@ def prune_neurons(
     budget = Budget(amount, threshold, max_params, max_macs, scope, round_to, loadable)
     data = list(batches.iterate(data)) if isinstance(data, Iterator) else data  # for scores, and again for repair
     scoring = _Scoring(importance, data, loss_fn, progress)
-    held = check_model(model, example_inputs)
+    view = check_model(model, example_inputs)
     _check(budget, scoring, mode)
     dense = copy_for_repair(model, repair, data, mode)
     optimizers = surgery.as_optimizers(optimizer)
     # A mask can be taken off; what is folded into a bias could not.
-    decision = _decide(held, example_inputs, budget, scoring, Where(include, exclude, outputs), fold=mode == "remove")
+    decision = _decide(view, example_inputs, budget, scoring, Where(include, exclude, outputs), fold=mode == "remove")
     report = _Report(decision, budget, scoring, mode)
     if mode == "mask":
         with all_or_nothing(model):
@@ -183,19 +183,19 @@ def plan_neurons(
     """
     budget = Budget(amount, threshold, max_params, max_macs, scope, round_to, loadable)
     scoring = _Scoring(importance, data, loss_fn, progress)
-    held = check_model(model, example_inputs)
+    view = check_model(model, example_inputs)
     if remove is None:
         _check(budget, scoring)
     elif (amount, threshold, max_params, max_macs, loadable) != (None, None, None, None, False):
         raise InvalidArgumentError("remove says which neurons go; leave out amounts, budgets and loadable=True.")
-    before = measure.cost(held, example_inputs)
+    before = measure.cost(view, example_inputs)
     where = Where(include, exclude, outputs)
     if remove is None:
-        decision = _decide(held, example_inputs, budget, scoring, where)
+        decision = _decide(view, example_inputs, budget, scoring, where)
     else:
-        found = look(held, example_inputs, where)
+        found = look(view, example_inputs, where)
         decision = _complete(found, NeuronScores({}), without(found, remove), fold=True)
-    after = decision.plan.prepare(held).dry_run(lambda: measure.cost(held, example_inputs))
+    after = decision.plan.prepare(view).dry_run(lambda: measure.cost(view, example_inputs))
     return decision.plan.with_prediction(_predicted(before, after) | decision.output_change())
 
 
@@ -271,7 +271,7 @@ class _Decision:
     def part(self, names: Collection[str]) -> Plan:
         """The plan for some axes alone."""
         kept = {name: self.kept[name] for name in names}
-        plan = make_plan(self.found.held, self.found.axes, kept)
+        plan = make_plan(self.found.view, self.found.axes, kept)
         plan = rescaled(plan, {name: one for name, one in self.rescalings.items() if name in kept})
         return shifted(plan, self.folds.of([name for name in self.folds.shifts if name in kept]))
 
@@ -290,7 +290,7 @@ class _Decision:
             return None
         try:
             reference = reference_outputs(self.found.forward, self.computing(names))
-            self.part(names).prepare(self.found.held).dry_run(reference.check)
+            self.part(names).prepare(self.found.view).dry_run(reference.check)
         except DifferentOutputsError:
             return False
         except NetoptError:  # which the whole plan need not raise
@@ -315,10 +315,10 @@ class _Decision:
 
 
 def _decide(
-    held: ModelView, example_inputs: Inputs, budget: Budget, scoring: _Scoring, where: Where, *, fold: bool = True
+    view: ModelView, example_inputs: Inputs, budget: Budget, scoring: _Scoring, where: Where, *, fold: bool = True
 ) -> _Decision:
     """Look, score, select, complete."""
-    found = look(held, example_inputs, where)
+    found = look(view, example_inputs, where)
     scores = _score(found, scoring, where)
     if budget.loadable:
         return _decide_loadable(found, scores, budget, fold=fold)
@@ -327,7 +327,7 @@ def _decide(
 
 def _decide_loadable(found: Found, scores: NeuronScores, budget: Budget, *, fold: bool) -> _Decision:
     """Selects among counts that can be said; where the plan is refused all the same, without one group of axes."""
-    groups = expressible(found.held.model, found.axes, found.sizes)
+    groups = expressible(found.view.model, found.axes, found.sizes)
     refused: list[NetoptError] = []
     for some in (groups, *([one for one in groups if one is not other] for other in groups)):
         try:
@@ -348,7 +348,7 @@ def _score(found: Found, scoring: _Scoring, where: Where) -> NeuronScores:
 
     try:
         return neuron_scores(
-            found.held,
+            found.view,
             {axis.name: found.axes.members(axis) for axis in found.chosen},
             lambda name: found.axes.taps(found.axes[name]),
             found.sizes,
@@ -360,7 +360,7 @@ def _score(found: Found, scoring: _Scoring, where: Where) -> NeuronScores:
             progress=scoring.progress,
         )
     except RuntimeError as error:
-        why = without_gradients(found.held, error)
+        why = without_gradients(found.view, error)
         if why is None:
             raise
         raise InvalidArgumentError(f'importance "{scoring.name}" cannot be computed: {why}.') from error
@@ -368,12 +368,12 @@ def _score(found: Found, scoring: _Scoring, where: Where) -> NeuronScores:
 
 def _complete(found: Found, scores: NeuronScores, kept: dict[str, Tensor], *, fold: bool) -> _Decision:
     """The plan, with what makes removing the same as masking: factors for sizes, constants in biases."""
-    held, axes, model = found.held, found.axes, found.held.model
-    rescalings = find_rescalings(held, axes, kept, found.forward)
-    plan = rescaled(make_plan(held, axes, kept), rescalings)
+    view, axes, model = found.view, found.axes, found.view.model
+    rescalings = find_rescalings(view, axes, kept, found.forward)
+    plan = rescaled(make_plan(view, axes, kept), rescalings)
     plan, hook_notes = complete(model, plan)
-    nonzero = measure.nonzero_of(held)
-    folds = fold_removed(found.forward, axes, kept, plan) if fold and may_exist(held, plan, nonzero) else Folds()
+    nonzero = measure.nonzero_of(view)
+    folds = fold_removed(found.forward, axes, kept, plan) if fold and may_exist(view, plan, nonzero) else Folds()
     plan = shifted(plan, folds.of(list(folds.shifts)))
     return _Decision(found, scores, kept, plan, rescalings, folds, nonzero, hook_notes)
 
@@ -397,7 +397,7 @@ def _remove(
 ) -> PruningReport:
     """Change, check, repair, report; where the check finds other values, the axes at fault are marked."""
     plan, forward = decision.plan, decision.found.forward
-    operation = plan.prepare(decision.found.held, optimizers)
+    operation = plan.prepare(decision.found.view, optimizers)
     cut = [row.name for row in plan.axes]
     reference = None
     if verify:
@@ -425,19 +425,19 @@ class _Report:
     """What there was before, noted at once, and the report, made when everything is done."""
 
     def __init__(self, decision: _Decision, budget: Budget, scoring: _Scoring, mode: Mode) -> None:
-        held, plan = decision.found.held, decision.plan
+        view, plan = decision.found.view, decision.plan
         self._settings = budget.settings() | {"importance": scoring.name, "mode": mode}
         self._removes = mode == "remove"
         # A budget of operations is one of those counted in a run; elsewhere those of the traced forward are counted.
         self._counted = budget.max_macs is not None
         macs = decision.found.macs if self._counted else decision.found.axes.macs()
-        self._before = measure.cost_of(held, macs, decision.nonzero)
-        first = _FIRST_SEEN.setdefault(held.model, self._before.params) if self._removes else 0
+        self._before = measure.cost_of(view, macs, decision.nonzero)
+        first = _FIRST_SEEN.setdefault(view.model, self._before.params) if self._removes else 0
         self._already = max(1 - self._before.params / first, 0.0) if first else 0.0
         # A part of what has no zero has none, unless something is done to it besides.
         changed = not self._removes or plan.shifts or plan.scales or plan.values
         full = decision.nonzero.items() if not changed else ()
-        self._full = {name for name, count in full if count == held.parameters[name].numel()}
+        self._full = {name for name, count in full if count == view.parameters[name].numel()}
 
     def make(self, decision: _Decision, repair: RepairReport | None = None) -> PruningReport:
         """The report, of the model as it is now."""
@@ -445,10 +445,10 @@ class _Report:
         if decision.scores.saliency is not None:
             settings["saliency"] = decision.scores.saliency.summary()
         if self._counted:
-            left = measure.count_macs(found.held, found.forward.inputs)
+            left = measure.count_macs(found.view, found.forward.inputs)
         else:
             left = found.axes.macs(decision.counts() if self._removes else {})
-        now = found.held if self._removes else ModelView(found.held.model)
+        now = found.view if self._removes else ModelView(found.view.model)
         after = measure.cost_of(now, left, measure.nonzero_of(now, self._full if repair is None else ()))
         predicted = _predicted(self._before, after) | decision.output_change()
         return PruningReport(
@@ -462,7 +462,7 @@ class _Report:
             batch=measure.batch_size(found.forward.inputs),
             already=self._already,
             notes={name: note.text for name, note in decision.hook_notes.items()},
-            subject=found.held.model,
+            subject=found.view.model,
             repair=repair,
         )
 

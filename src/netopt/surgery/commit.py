@@ -40,9 +40,9 @@ class Change(Protocol):
 class Operation:
     """Changes that are ready and not yet done; see :func:`prepare`."""
 
-    def __init__(self, model: nn.Module, changes: Iterable[Change], held: ModelView | None = None) -> None:
+    def __init__(self, model: nn.Module, changes: Iterable[Change], view: ModelView | None = None) -> None:
         self.changes = tuple(changes)
-        self._held = ModelView(model) if held is None else held
+        self._view = ModelView(model) if view is None else view
         self._retired: list[RemovableHandle] = []
 
     def run(self, finish: Callable[[], Result]) -> Result:
@@ -58,7 +58,7 @@ class Operation:
         def work() -> Result:
             result = finish()
             exchanged = [change for change in self.changes if isinstance(change, Swap)]
-            FORMER.add(self._held, {id(change.tensor): change.new.shape for change in exchanged})
+            FORMER.add(self._view, {id(change.tensor): change.new.shape for change in exchanged})
             for change in exchanged:
                 handle = retire(change.new)
                 if handle is not None:
@@ -101,7 +101,7 @@ class Operation:
 
     def _flatten(self) -> None:
         """Recurrent modules keep their weights in one block on some devices."""
-        for module in self._held.modules.values():
+        for module in self._view.modules.values():
             flatten = getattr(type(module), "flatten_parameters", None)
             if flatten is not None and any(
                 parameter.is_cuda for parameter in module.parameters(recurse=False)
@@ -118,7 +118,7 @@ def prepare(
     shifts: Mapping[str, Tensor] | None = None,
     scales: Mapping[str, float | Tensor] | None = None,
     optimizer: Optimizer | Iterable[Optimizer] | None = None,
-    held: ModelView | None = None,
+    view: ModelView | None = None,
 ) -> Operation:
     """Builds every new tensor, attribute and optimizer state and checks them; changes nothing.
 
@@ -130,27 +130,27 @@ def prepare(
         shifts: What is added to narrowed tensors, by name.
         scales: Factors on narrowed tensors, by name, applied after the shifts.
         optimizer: Whose state follows; one, several or none.
-        held: What the model holds, if it is listed already.
+        view: What the model holds, if it is listed already.
 
     Raises:
         PlanMismatchError: A tensor or attribute is missing, or has another shape.
         OptimizerStateError: Some optimizer state cannot be narrowed.
     """
     optimizers = as_optimizers(optimizer)
-    held = ModelView(model) if held is None else held
+    view = ModelView(model) if view is None else view
     # Tensors born in inference mode could never be trained again.
     with entered(torch.inference_mode(False), torch.no_grad()):
-        named = held.tensors
+        named = view.tensors
         cuts, shapes = _collect(model, tensors, named)
         replacements = _replacements(cuts, values or {}, shifts or {}, scales or {}, model, named)
         assignments = list(attributes)
         for path, _ in assignments:
-            read(model, path, held.modules)
-        assignments += described(held.modules, named, shapes, dict(assignments))
+            read(model, path, view.modules)
+        assignments += described(view.modules, named, shapes, dict(assignments))
         changes: list[Change] = [*narrowed_states(optimizers, {id(tensor): (tensor, cut) for tensor, cut in cuts})]
         changes += [Swap(tensor, new) for tensor, new in replacements]
-        changes += [assignment(held.modules[path[0]], path, value) for path, value in assignments]
-    return Operation(model, changes, held)
+        changes += [assignment(view.modules[path[0]], path, value) for path, value in assignments]
+    return Operation(model, changes, view)
 
 
 def _collect(

@@ -83,15 +83,15 @@ class _Former:
         self._checked: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
         self._times = 0
 
-    def add(self, held: ModelView, shapes: Mapping[int, torch.Size]) -> None:
+    def add(self, view: ModelView, shapes: Mapping[int, torch.Size]) -> None:
         """Notes the shapes, by parameter's id, that parameters of a model had until now."""
         if not self._times:
             register_optimizer_step_pre_hook(self._refuse)
         self._times += 1
-        known = next((shapes for model, shapes in self._shapes if model() is held.model), {})
-        others = [one for one in self._shapes if (model := one[0]()) is not None and model is not held.model]
-        self._shapes = [*others, (weakref.ref(held.model), known)]
-        for name, parameter in held.parameters.items():
+        known = next((shapes for model, shapes in self._shapes if model() is view.model), {})
+        others = [one for one in self._shapes if (model := one[0]()) is not None and model is not view.model]
+        self._shapes = [*others, (weakref.ref(view.model), known)]
+        for name, parameter in view.parameters.items():
             before = shapes.get(id(parameter))
             if before is not None and before != parameter.shape:
                 known.setdefault(name, set()).add(before)
@@ -100,8 +100,8 @@ class _Former:
         """Looks, once after each surgery, whether a step would use memory of what is gone."""
         if self._checked.get(optimizer) == self._times:
             return
-        for held, known in self._shapes:
-            for name, parameter in () if (model := held()) is None else model.named_parameters():
+        for reference, known in self._shapes:
+            for name, parameter in () if (model := reference()) is None else model.named_parameters():
                 for key, value in optimizer.state.get(parameter, {}).items() if name in known else ():
                     if isinstance(value, Tensor) and value.shape != parameter.shape and value.shape in known[name]:
                         raise OptimizerStateError(

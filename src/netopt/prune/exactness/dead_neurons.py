@@ -27,18 +27,18 @@ from netopt.prune.verify import Forward, varied
 __all__ = ["ConstantOutputs", "constant_outputs", "find", "may_exist"]
 
 
-def may_exist(held: ModelView, plan: Plan, nonzero: Mapping[str, int]) -> bool:
+def may_exist(view: ModelView, plan: Plan, nonzero: Mapping[str, int]) -> bool:
     """Whether some neuron that ``plan`` removes may be dead: a whole slice of some weight is zero. Cheap.
 
     Args:
-        held: What the model holds.
+        view: What the model holds.
         plan: What is going to be removed.
         nonzero: How many entries of each parameter are not zero.
     """
-    if any(parameter.is_meta for parameter in held.parameters.values()):
+    if any(parameter.is_meta for parameter in view.parameters.values()):
         return False
     for name, cuts in plan.tensors.items():
-        weight = held.parameters.get(name)
+        weight = view.parameters.get(name)
         if weight is None or weight.dim() < 2:
             continue
         zeros = weight.numel() - nonzero.get(name, 0)
@@ -47,7 +47,7 @@ def may_exist(held: ModelView, plan: Plan, nonzero: Mapping[str, int]) -> bool:
                 continue  # too few for a whole slice
             goes = torch.ones(weight.shape[dim], dtype=torch.bool)
             goes[kept] = False
-            if bool(_zero(weight, held.mask_of(name), dim, goes).any()):
+            if bool(_zero(weight, view.mask_of(name), dim, goes).any()):
                 return True
     return False
 

@@ -49,26 +49,26 @@ class Rescaling:
     attributes: dict[tuple[Any, ...], float] = field(default_factory=dict)
 
 
-def find_rescalings(held: ModelView, axes: Axes, kept: Mapping[str, Tensor], forward: Forward) -> dict[str, Rescaling]:
+def find_rescalings(view: ModelView, axes: Axes, kept: Mapping[str, Tensor], forward: Forward) -> dict[str, Rescaling]:
     """What makes up for a size that scales, by axis; with it, removing from these axes is the same as masking.
 
     Args:
-        held: What the model holds in which the axes were found; it is given back as it was.
+        view: What the model holds in which the axes were found; it is given back as it was.
         axes: All of them.
         kept: Positions that stay, by axis name.
         forward: The model, and what it is compared on.
     """
     cut = [axes[name] for name, at in kept.items() if len(at) < axes[name].size and not axes[name].exact]
-    if not cut or any(tensor.is_meta for tensor in held.parameters.values()):
+    if not cut or any(tensor.is_meta for tensor in view.parameters.values()):
         return {}
-    norms = {axis.name: modules for axis in cut if (modules := _norms(held, axes, axis))}
+    norms = {axis.name: modules for axis in cut if (modules := _norms(view, axes, axis))}
     products = {axis.name: _products(axes, axis) for axis in cut if axis.scales and axis.name not in norms}
     try:
-        found = _of_queries(held, axes, kept, forward, products)
+        found = _of_queries(view, axes, kept, forward, products)
     except NetoptError:  # a part that has no gradient
         found = {}
-    found |= {name: _of_norms(held, axes, kept, name, modules) for name, modules in norms.items()}
-    trial = _Trial(held, axes, kept, forward, products, norms)
+    found |= {name: _of_norms(view, axes, kept, name, modules) for name, modules in norms.items()}
+    trial = _Trial(view, axes, kept, forward, products, norms)
     if not found or trial.holds(found):
         return found
     several = list(found.items())[:_TRIALS] if len(found) > 1 else []
@@ -95,7 +95,7 @@ def rescaled(plan: Plan, rescalings: Mapping[str, Rescaling]) -> Plan:
 class _Trial:
     """How rescalings are tried."""
 
-    held: ModelView
+    view: ModelView
     axes: Axes
     kept: Mapping[str, Tensor]
     forward: Forward
@@ -109,14 +109,14 @@ class _Trial:
         found = self.axes.feasible(counts)
         if any(found[axis.name] != counts.get(axis.name, axis.size) for axis in self.axes.free):
             return False
-        plan = rescaled(make_plan(self.held, self.axes, chosen), rescalings)
+        plan = rescaled(make_plan(self.view, self.axes, chosen), rescalings)
         calls = frozenset(call for name in rescalings for call in self.products.get(name, ()))
         norms = {module: self._places(module, plan) for name in rescalings for module in self.norms.get(name, ())}
         scaled = _ScaledForward(**{one.name: getattr(self.forward, one.name) for one in fields(self.forward)},
                                 calls=calls, norms=norms)  # fmt: skip
         try:
             reference = reference_outputs(scaled, plan.tensors)
-            return plan.prepare(self.held).dry_run(reference.matches)
+            return plan.prepare(self.view).dry_run(reference.matches)
         except NetoptError:
             return False
 
@@ -210,23 +210,23 @@ def _products(axes: Axes, axis: Axis) -> Products:
 
 
 def _of_queries(
-    held: ModelView,
+    view: ModelView,
     axes: Axes,
     kept: Mapping[str, Tensor],
     forward: Forward,
     products: Mapping[str, Products],
 ) -> dict[str, Rescaling]:
     """For one over the root of a size: the factor on the rows that make queries, which gradients tell from the rest."""
-    weights = {axis: _along(held, axes, axes[axis]) for axis, calls in products.items() if calls}
+    weights = {axis: _along(view, axes, axes[axis]) for axis, calls in products.items() if calls}
     if not weights:
         return {}
-    makers = _Makers(held, {axis: products[axis] for axis in weights}, weights)
-    with restored(held), torch.enable_grad(), torch.inference_mode(False), makers:
-        held.model.eval().requires_grad_(False)
+    makers = _Makers(view, {axis: products[axis] for axis in weights}, weights)
+    with restored(view), torch.enable_grad(), torch.inference_mode(False), makers:
+        view.model.eval().requires_grad_(False)
         for own in weights.values():
             for weight in own.values():
                 weight.requires_grad_(weight.is_floating_point())
-        batches.call(held.model, forward.inputs)
+        batches.call(view.model, forward.inputs)
     found = {}
     for axis, rows in makers.rows.items():
         factor = math.sqrt(len(kept[axis]) / axes[axis].size)
@@ -239,10 +239,10 @@ def _of_queries(
     return found
 
 
-def _along(held: ModelView, axes: Axes, axis: Axis) -> dict[str, Tensor]:
+def _along(view: ModelView, axes: Axes, axis: Axis) -> dict[str, Tensor]:
     """The parameters whose first dimension an axis lies along."""
     names = [name for name, dim, _ in axes.members(axis) if dim == 0]
-    return {name: held.parameters[name] for name in names if name in held.parameters}
+    return {name: view.parameters[name] for name in names if name in view.parameters}
 
 
 class _Makers(CallNames):
@@ -287,31 +287,31 @@ class _Makers(CallNames):
         return result
 
 
-def _norms(held: ModelView, axes: Axes, axis: Axis) -> list[str]:
+def _norms(view: ModelView, axes: Axes, axis: Axis) -> list[str]:
     """The modules with an epsilon and a weight all along the axis."""
     found = [
         name.rpartition(".")[0]
         for name, dim, positions in axes.members(axis)
         if name.rpartition(".")[2] == "weight"
-        and name in held.parameters
-        and held.parameters[name].dim() == 1
+        and name in view.parameters
+        and view.parameters[name].dim() == 1
         and dim == 0
         and bool((positions >= 0).all())
     ]
     return [
         name
         for name in found
-        if _eps(held.modules.get(name)) is not None and getattr(held.modules[name], "bias", None) is None
+        if _eps(view.modules.get(name)) is not None and getattr(view.modules[name], "bias", None) is None
     ]
 
 
 def _of_norms(
-    held: ModelView, axes: Axes, kept: Mapping[str, Tensor], axis: str, modules: Collection[str]
+    view: ModelView, axes: Axes, kept: Mapping[str, Tensor], axis: str, modules: Collection[str]
 ) -> Rescaling:
     """For a root of a mean of squares: the mean over ``n`` of ``N`` entries is larger by ``N / n``."""
     one, ratio = Rescaling(), axes[axis].size / len(kept[axis])
     for prefix in modules:
-        module, name = held.modules[prefix], _eps(held.modules[prefix])
+        module, name = view.modules[prefix], _eps(view.modules[prefix])
         assert name is not None, "modules without an epsilon were left out"
         one.scales[f"{prefix}.weight" if prefix else "weight"] = math.sqrt(ratio)
         value = getattr(module, name)
