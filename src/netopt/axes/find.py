@@ -28,6 +28,7 @@ from netopt.axes.tracing.attributes import symbolic_integers
 from netopt.axes.tracing.described_sizes import bind_described_sizes
 from netopt.axes.tracing.dims import DimTracer
 from netopt.axes.tracing.sizes import SizeTracer
+from netopt.axes.tracing.training_flag import TrainingFlag
 from netopt.axes.tracing.unrouted_experts import experts_substituted, unrouted
 from netopt.batches import Inputs
 from netopt.errors import ArgumentTypeError, ForwardError, InvalidArgumentError
@@ -90,13 +91,14 @@ def axes_of(view: ModelView, example_inputs: Inputs, outputs: Outputs = None) ->
             trace.inputs(leaf for leaf in tree_iter(batches.normalize(example_inputs)) if isinstance(leaf, Tensor))
             _freeze_scripted(view.parts, trace)
             run = partial(_run, view, attributes, trace, example_inputs, outputs)
-            tracer, results = _first(run, trace)
+            tracer, results = _first(run, trace, lent=_sets_flags_alone(view, attributes, trace))
             substitutes = unrouted(view.parts, tracer.reached, trace.touched)
             if substitutes:
                 with experts_substituted(substitutes, trace):
                     run(training=False, symbolic=tracer.symbolic)
-            with contextlib.suppress(ForwardError):  # a model may refuse to be trained on these inputs
-                run(training=True, symbolic=tracer.symbolic)
+            if tracer.flag is None or tracer.flag.whole:
+                with contextlib.suppress(ForwardError):  # a model may refuse to be trained on these inputs
+                    run(training=True, symbolic=tracer.symbolic)
         bind_described_sizes(view.parts, trace)
         trace.constraints.close()
         if not tracer.symbolic:
@@ -105,17 +107,30 @@ def axes_of(view: ModelView, example_inputs: Inputs, outputs: Outputs = None) ->
         return Axes(trace, tracer.readings, results)
 
 
-def _first(run: Callable[..., Traced], trace: DimTracer) -> Traced:
+def _sets_flags_alone(view: ModelView, attributes: Snapshot, trace: DimTracer) -> bool:
+    """Whether a change of mode changes the ``training`` of modules and nothing else."""
+    for training in (True, False):
+        with attributes.in_mode(view.model, writes=trace.writes, training=training) as changed:
+            if changed:
+                return False
+        if attributes.flags_alone:
+            return True
+    return True
+
+
+def _first(run: Callable[..., Traced], trace: DimTracer, *, lent: bool) -> Traced:
     """The forward in evaluation mode, whose work is counted."""
     trace.counting, symbolic = True, True
     try:
         while True:
             try:
-                return run(training=False, symbolic=symbolic)
-            except ForwardError as error:  # noqa: PERF203 - three tries at most
-                if not symbolic:
+                return run(training=False, symbolic=symbolic, lent=lent)
+            except ForwardError as error:  # noqa: PERF203 - four tries at most
+                if lent:
+                    lent = False  # code may set the mode, or look for it elsewhere
+                elif not symbolic:
                     raise
-                if trace.constraints.salt is not None and isinstance(error.__cause__, KeyError):
+                elif trace.constraints.salt is not None and isinstance(error.__cause__, KeyError):
                     # A dict that is no attribute of the model's is looked up by a size: plain hashes find it.
                     trace.constraints.salt = None
                 else:
@@ -134,11 +149,14 @@ def _run(
     *,
     training: bool,
     symbolic: bool,
+    lent: bool = False,
 ) -> Traced:
     """One traced forward: its tracer, and the layouts of the results that count."""
     tracer = SizeTracer(view, trace, symbolic=symbolic)
     with UndoLog() as log:
         log.enter_context(attributes.in_mode(view.model, writes=trace.writes, training=training))
+        if lent:
+            tracer.flag = TrainingFlag(view.parts, tracer)
         if symbolic:
             log.enter_context(symbolic_integers(view.parts, attributes, trace.constraints))
         with UndoLog() as modes:
