@@ -109,12 +109,13 @@ def axes_of(view: ModelView, example_inputs: Inputs, outputs: Outputs = None) ->
 
 def _sets_flags_alone(view: ModelView, attributes: Snapshot, trace: DimTracer) -> bool:
     """Whether a change of mode changes the ``training`` of modules and nothing else."""
-    for training in (True, False):
-        with attributes.in_mode(view.model, writes=trace.writes, training=training) as changed:
-            if changed:
-                return False
-        if attributes.flags_alone:
-            return True
+    try:
+        for training in (True, False):
+            with attributes.in_mode(view.model, writes=trace.writes, training=training) as changed:
+                if changed or attributes.flags_alone:
+                    return not changed
+    except ForwardError:  # it may refuse to be trained
+        return False
     return True
 
 

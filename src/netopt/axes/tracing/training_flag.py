@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from netopt import batches
 from netopt.axes.operation import Dim, Operation
 from netopt.model.attributes import Parts
+from netopt.model.visits import TABLES
 
 if TYPE_CHECKING:
     from netopt.axes.tracing.sizes import SizeTracer
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["TrainingFlag"]
 
 _NAME = "training"
-# Of torch's own layers the only ones whose operations do something else to zeros in training.
+# The only ones of torch's own layers whose operations do something else to zeros in training.
 _OTHERS = (nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
@@ -44,6 +45,7 @@ class TrainingFlag:
         self._thread = threading.get_ident()
         self._in_training = False
         self._readers = [False]  # of each forward in progress, whether it read the flag; first the model's own
+        self._known: set[int] = set()
         for index, (_, module) in enumerate(parts):
             self._lend(module, is_root=index == 0)
 
@@ -54,7 +56,10 @@ class TrainingFlag:
             return
         held["_modules"] = _Children(held["_modules"], self, module)
         del held[_NAME]
-        if not is_root and not _is_known(kind) and "forward" not in held:
+        own = "forward" in held
+        if _is_known(kind) and not own and not any(held[table] for table in TABLES):
+            self._known.add(id(module))
+        elif not is_root and not own:
             held["forward"] = _Forward(self, module.forward)
 
     def read(self, module: nn.Module) -> bool:
@@ -63,7 +68,7 @@ class TrainingFlag:
             return False
         if self._in_training:
             return True
-        if not (_is_known(type(module)) and self._tracer.visits.current.owner == id(module)):
+        if id(module) not in self._known or self._tracer.visits.current.owner != id(module):
             self._readers[-1] = True
         return False
 
