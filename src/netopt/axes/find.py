@@ -72,15 +72,16 @@ def find_axes(model: nn.Module, example_inputs: Inputs, *, outputs: Outputs = No
     """
     if not isinstance(model, nn.Module):
         raise ArgumentTypeError(f"model must be a torch.nn.Module, not {type(model).__name__}.")
-    return axes_of(ModelView(model), example_inputs, outputs)
-
-
-def axes_of(view: ModelView, example_inputs: Inputs, outputs: Outputs = None) -> Axes:
-    """As :func:`find_axes`, of a model that is listed already."""
-    check_values(view.model)
+    view = ModelView(model)
+    check_values(view)
     nested = next((name for name, tensor in view.tensors.items() if tensor.is_nested), None)
     if nested is not None:
         raise InvalidArgumentError(f"{nested!r} {problem(view.tensors[nested])}.")
+    return axes_of(view, example_inputs, outputs)
+
+
+def axes_of(view: ModelView, example_inputs: Inputs, outputs: Outputs = None) -> Axes:
+    """As :func:`find_axes`, of a model that is listed and checked already."""
     with InTurn([view]) as tracing:
         attributes = Snapshot(view)
         trace = tracing.enter_context(_closed(*attributes.tensors()))
@@ -109,11 +110,13 @@ def axes_of(view: ModelView, example_inputs: Inputs, outputs: Outputs = None) ->
 
 def _sets_flags_alone(view: ModelView, attributes: Snapshot, trace: DimTracer) -> bool:
     """Whether a change of mode changes the ``training`` of modules and nothing else."""
+    if attributes.modes_are_flags:
+        return True
     try:
         for training in (True, False):
             with attributes.in_mode(view.model, writes=trace.writes, training=training) as changed:
-                if changed or attributes.flags_alone:
-                    return not changed
+                if changed:
+                    return False
     except ForwardError:  # it may refuse to be trained
         return False
     return True
@@ -157,7 +160,7 @@ def _run(
     with UndoLog() as log:
         log.enter_context(attributes.in_mode(view.model, writes=trace.writes, training=training))
         if lent:
-            tracer.flag = TrainingFlag(view.parts, tracer)
+            tracer.flag = log.enter_context(TrainingFlag(view.parts, tracer))
         if symbolic:
             log.enter_context(symbolic_integers(view.parts, attributes, trace.constraints))
         with UndoLog() as modes:

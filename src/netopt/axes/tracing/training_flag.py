@@ -15,10 +15,13 @@ from torch import Tensor, nn
 
 from netopt import batches
 from netopt.axes.operation import Dim, Operation
+from netopt.errors import ForwardError
 from netopt.model.attributes import Parts
 from netopt.model.visits import TABLES
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from netopt.axes.tracing.sizes import SizeTracer
 
 __all__ = ["TrainingFlag"]
@@ -46,21 +49,34 @@ class TrainingFlag:
         self._in_training = False
         self._readers = [False]  # of each forward in progress, whether it read the flag; first the model's own
         self._known: set[int] = set()
-        for index, (_, module) in enumerate(parts):
-            self._lend(module, is_root=index == 0)
+        self._parts = parts
+        self._before: list[tuple[nn.Module, dict[str, Any]]] = []
+
+    def __enter__(self) -> Self:
+        """Lends the flags."""
+        for name, module in self._parts:
+            self._lend(module, is_root=not name)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Gives every module the attributes it had, in one step each."""
+        for module, attributes in self._before:
+            object.__setattr__(module, "__dict__", attributes)
 
     def _lend(self, module: nn.Module, *, is_root: bool) -> None:
-        held, kind = module.__dict__, type(module)
-        if kind.__getattr__ is not nn.Module.__getattr__ or _NAME not in held or hasattr(kind, _NAME):
+        before, kind = module.__dict__, type(module)
+        if kind.__getattr__ is not nn.Module.__getattr__ or _NAME not in before or hasattr(kind, _NAME):
             self.decides = True
             return
-        held["_modules"] = _Children(held["_modules"], self, module)
+        held = before | {"_modules": _Children(before["_modules"], self, module)}
         del held[_NAME]
         own = "forward" in held
         if _is_known(kind) and not own and not any(held[table] for table in TABLES):
             self._known.add(id(module))
         elif not is_root and not own:
-            held["forward"] = _Forward(self, module.forward)
+            held["forward"] = _Forward(self, module)
+        self._before.append((module, before))
+        object.__setattr__(module, "__dict__", held)
 
     def read(self, module: nn.Module) -> bool:
         """The flag of a module, and that it was read."""
@@ -72,9 +88,17 @@ class TrainingFlag:
             self._readers[-1] = True
         return False
 
-    def run(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Runs the forward of a module; once more in training if it read the flag."""
-        if threading.get_ident() != self._thread or self._in_training:
+    def run(self, owner: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Runs the forward of a module; once more in training if it read the flag.
+
+        Raises:
+            ForwardError: It is not the module that is being run, but a copy of it, or who calls the forward itself.
+        """
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
+        if self._tracer.visits.current.owner != owner:
+            raise ForwardError("a forward runs without its module, whose training flag cannot be lent.")
+        if self._in_training:
             return forward(*args, **kwargs)
         self._readers.append(False)
         try:
@@ -90,7 +114,7 @@ class TrainingFlag:
         try:
             with self._tracer.aside():
                 again = forward(*args, **kwargs)
-        except Exception:  # noqa: BLE001 - a forward may refuse to be trained on these inputs, by whatever it raises
+        except Exception:  # a forward may refuse to be trained on these inputs, by whatever it raises
             return
         finally:
             self._in_training = False
@@ -124,12 +148,13 @@ def _is_known(kind: type[nn.Module]) -> bool:
 class _Forward:
     """The forward of a module, told of when it runs."""
 
-    def __init__(self, flag: TrainingFlag, forward: Callable[..., Any]) -> None:
+    def __init__(self, flag: TrainingFlag, module: nn.Module) -> None:
         self._flag = flag
-        self.__wrapped__ = forward  # code may ask for its signature
+        self._owner = id(module)
+        self.__wrapped__ = module.forward  # code may ask for its signature
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._flag.run(self.__wrapped__, args, kwargs)
+        return self._flag.run(self._owner, self.__wrapped__, args, kwargs)
 
 
 class _Children(dict[str, Any]):
