@@ -28,7 +28,7 @@ from netopt.axes.tracing.attributes import symbolic_integers
 from netopt.axes.tracing.described_sizes import bind_described_sizes
 from netopt.axes.tracing.dims import DimTracer
 from netopt.axes.tracing.sizes import SizeTracer
-from netopt.axes.tracing.training_flag import TrainingFlag
+from netopt.axes.tracing.training_flag import TrainingFlag, lendable
 from netopt.axes.tracing.unrouted_experts import experts_substituted, unrouted
 from netopt.batches import Inputs
 from netopt.errors import ArgumentTypeError, ForwardError, InvalidArgumentError
@@ -109,7 +109,9 @@ def axes_of(view: ModelView, example_inputs: Inputs, outputs: Outputs = None) ->
 
 
 def _sets_flags_alone(view: ModelView, attributes: Snapshot, trace: DimTracer) -> bool:
-    """Whether a change of mode changes the ``training`` of modules and nothing else."""
+    """Whether a change of mode changes the ``training`` of modules and nothing else, and that can be lent."""
+    if not lendable(view.parts):
+        return False
     if attributes.modes_are_flags:
         return True
     try:
@@ -158,7 +160,8 @@ def _run(
     """One traced forward: its tracer, and the layouts of the results that count."""
     tracer = SizeTracer(view, trace, symbolic=symbolic)
     with UndoLog() as log:
-        log.enter_context(attributes.in_mode(view.model, writes=trace.writes, training=training))
+        mode = None if lent else training
+        log.enter_context(attributes.in_mode(view.model, writes=trace.writes, training=mode))
         if lent:
             tracer.flag = log.enter_context(TrainingFlag(view.parts, tracer))
         if symbolic:

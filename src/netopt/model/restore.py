@@ -196,25 +196,25 @@ class Snapshot:
         return not own and all(map(_changes_flags_alone, {type(module) for _, module in self._parts}))
 
     @contextmanager
-    def in_mode(self, model: nn.Module, *, training: bool, writes: CopyOnWrite | None = None) -> Iterator[bool]:
+    def in_mode(self, model: nn.Module, *, training: bool | None, writes: CopyOnWrite | None = None) -> Iterator[bool]:
         """Puts the model these modules are of in training or evaluation mode, and attributes back on leaving.
 
-        Gives whether this changed more than flags, as where a model's own ``train`` sets up something else. What is
-        written into parameters is undone by ``writes``.
+        With ``None`` the mode is left alone. Gives whether this changed more than flags, as where a model's own
+        ``train`` sets up something else. What is written into parameters is undone by ``writes``.
         """
         writes = CopyOnWrite(()) if writes is None else writes
         self._settled = False
         try:
             try:
-                if self.modes_are_flags:
+                if training is not None and self.modes_are_flags:
                     for _, module in self._parts:
                         module.__dict__["training"] = training
-                else:
+                elif training is not None:
                     _set_mode(model, self._parts, writes, training)
             except Exception as error:  # a model's own train may raise anything
                 name = "train" if training else "eval"
                 raise ForwardError(f"{name}() of {type(model).__name__} failed; see the chained exception.") from error
-            changed = not self.modes_are_flags and self._are_changed()
+            changed = training is not None and not self.modes_are_flags and self._are_changed()
             self.own = own_attributes(self._parts) if changed else self._own
             yield changed
         finally:

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from netopt import batches
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     from netopt.axes.tracing.sizes import SizeTracer
 
-__all__ = ["TrainingFlag"]
+__all__ = ["TrainingFlag", "lendable"]
 
 _NAME = "training"
 # The only ones of torch's own layers whose operations do something else to zeros in training.
@@ -64,14 +65,11 @@ class TrainingFlag:
             object.__setattr__(module, "__dict__", attributes)
 
     def _lend(self, module: nn.Module, *, is_root: bool) -> None:
-        before, kind = module.__dict__, type(module)
-        if kind.__getattr__ is not nn.Module.__getattr__ or _NAME not in before or hasattr(kind, _NAME):
-            self.decides = True
-            return
+        before = module.__dict__
         held = before | {"_modules": _Children(before["_modules"], self, module)}
         del held[_NAME]
         own = "forward" in held
-        if _is_known(kind) and not own and not any(held[table] for table in TABLES):
+        if _is_known(type(module)) and not own and not any(held[table] for table in TABLES):
             self._known.add(id(module))
         elif not is_root and not own:
             held["forward"] = _Forward(self, module)
@@ -119,11 +117,12 @@ class TrainingFlag:
         finally:
             self._in_training = False
         before, after = ([one for _, one in batches.tensors(value)] for value in (result, again))
-        if [one.shape for one in before] != [one.shape for one in after]:
-            self.decides = True
-            return
-        for one, other in zip(before, after, strict=True):
-            self._same(one, other)
+        with torch._C.DisableTorchFunction():  # else looking at a shape would be a call of the forward's
+            if [one.shape for one in before] != [one.shape for one in after]:
+                self.decides = True
+                return
+            for one, other in zip(before, after, strict=True):
+                self._same(one, other)
 
     def _same(self, one: Tensor, other: Tensor) -> None:
         trace = self._tracer.trace
@@ -138,6 +137,15 @@ class TrainingFlag:
     def whole(self) -> bool:
         """Whether the model has to be traced in training mode as a whole."""
         return self.decides or self._readers[0]
+
+
+def lendable(parts: Parts) -> bool:
+    """Whether each module looks its flag up as modules do."""
+    return all(
+        _NAME in module.__dict__ and kind.__getattr__ is nn.Module.__getattr__ and not hasattr(kind, _NAME)
+        for _, module in parts
+        for kind in [type(module)]
+    )
 
 
 def _is_known(kind: type[nn.Module]) -> bool:
