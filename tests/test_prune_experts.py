@@ -223,7 +223,63 @@ class Deep(nn.Module):
         return x
 
 
-OWN: list[Callable[[], nn.Module]] = [Loop, Einsum, Flat, Deep]
+class Balanced(Lowering):
+    """A bias for balance, scales and loads for each expert, gates that add up to one."""
+
+    def __init__(self, size: int = 6, width: int = 8) -> None:
+        super().__init__()
+        self.size = size
+        self.router = nn.Linear(width, size)
+        self.weight, self.scale = nn.Parameter(torch.randn(size, width, width)), nn.Parameter(torch.rand(size))
+        self.register_buffer("bias", torch.randn(size) / 9)
+        self.register_buffer("load", torch.zeros(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.router(x).sigmoid()
+        chosen = self.lower(scores + self.bias).topk(2).indices
+        self.load += torch.bincount(chosen.flatten(), minlength=self.size)
+        gates = scores.gather(1, chosen)
+        gates = gates / gates.sum(-1, keepdim=True) * self.scale[chosen]
+        return torch.einsum("tk,tkhg,th->tg", gates, self.weight[chosen], x)
+
+
+class Square(Lowering):
+    """All widths are the number of experts."""
+
+    def __init__(self, size: int = 8) -> None:
+        super().__init__()
+        self.norm, self.router, self.out = nn.LayerNorm(size), nn.Linear(size, size), nn.Linear(size, size)
+        self.count = self.width = size
+        self.up, self.down = nn.Parameter(torch.randn(size, size, size)), nn.Parameter(torch.randn(size, size, size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x.view(-1, self.width))
+        gates, chosen = self.lower(self.router(x)).topk(2)
+        weights = (functional.one_hot(chosen, self.count) * gates.softmax(-1)[..., None]).sum(1)
+        made = torch.stack([(x @ self.up[place]).relu() @ self.down[place] for place in range(self.count)], 1)
+        return self.out((weights[..., None] * made).sum(1) + x)
+
+
+class Zipped(Lowering):
+    """A list and a dictionary of modules gone through together."""
+
+    def __init__(self, size: int = 6, width: int = 8) -> None:
+        super().__init__()
+        self.router = nn.Linear(width, size)
+        self.up = nn.ModuleList([nn.Linear(width, 12) for _ in range(size)])
+        self.down = nn.ModuleDict({f"down{place}": nn.Linear(12, width) for place in range(size)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        gates, chosen = self.lower(self.router(x)).softmax(-1).topk(2)
+        made = torch.zeros_like(x)
+        for place, (up, down) in enumerate(zip(self.up, self.down.values(), strict=True)):
+            row, column = torch.where(chosen == place)
+            if row.numel():
+                made[row] += gates[row, column, None] * down(up(x[row]).relu())
+        return made
+
+
+OWN: list[Callable[[], nn.Module]] = [Loop, Einsum, Flat, Deep, Balanced, Square, Zipped]
 
 
 def inputs_of(model: nn.Module, rows: int = 40) -> Tensor:
@@ -391,6 +447,37 @@ def test_broken_plans_are_refused(change: Any) -> None:
     data = json.loads(json.dumps(plan.to_dict()))
     with pytest.raises(InvalidArgumentError):
         netopt.ExpertPlan.from_dict({**data, **change})
+
+
+def test_plan_on_the_meta_device_and_in_inference_mode() -> None:
+    model = own(Einsum)
+    x, empty = inputs_of(model), copy.deepcopy(model).to("meta")
+    with torch.inference_mode():
+        plan = netopt.plan_experts(model, x, amount=2, progress=False)
+    assert plan == netopt.plan_experts(model, x, amount=2, progress=False)
+    plan.apply(empty)
+    assert empty.get_parameter("up").shape == (4, 8, 12)
+    with pytest.raises(InvalidArgumentError, match="meta"):
+        netopt.prune_experts(empty, x, amount=1, progress=False)
+
+
+def test_a_table_of_experts_freezes_its_mixture() -> None:
+    class Tabled(Loop):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("table", torch.arange(6).flip(0))
+
+        def forward(self, x: Tensor) -> Tensor:
+            gates, chosen = self.router(x).softmax(-1).topk(2)
+            made = torch.zeros_like(x)
+            for place, expert in enumerate(self.experts):
+                made = made + (gates * (self.table[chosen] == place)).sum(-1, keepdim=True) * expert(x)
+            return made
+
+    model = own(Tabled)
+    x = inputs_of(model)
+    with unchanged(model), pytest.raises(NothingToPruneError, match="something else"):
+        netopt.prune_experts(model, x, amount=1, progress=False)
 
 
 def test_groups_of_experts_stay_equal_in_size() -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, TypeAlias, cast
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 from tqdm import tqdm
@@ -15,6 +16,7 @@ from netopt import batches, measure
 from netopt.axes import Outputs
 from netopt.batches import Batch, Inputs
 from netopt.errors import ArgumentTypeError, InvalidArgumentError, NothingToPruneError
+from netopt.model.signals import entered
 from netopt.plan.blocks import notes_of_hooks
 from netopt.plan.experts import ExpertPlan
 from netopt.prune.blocks.call import check_real, predicted
@@ -85,7 +87,6 @@ def prune_experts(
         https://arxiv.org/abs/2510.13999
 
     Example:
-        >>> import torch
         >>> class Mixture(nn.Module):
         ...     def __init__(self):
         ...         super().__init__()
@@ -185,6 +186,11 @@ class _Call:
 
     def decide(self, include: Selector, exclude: Selector, outputs: Outputs) -> _Decision:
         """Finds the mixtures, tries each, scores their experts, and selects."""
+        # In inference mode products hide from a trace.
+        with entered(torch.inference_mode(False)):
+            return self._decide(include, exclude, outputs)
+
+    def _decide(self, include: Selector, exclude: Selector, outputs: Outputs) -> _Decision:
         wanted = chosen(self.view.model, include, exclude)
         forward = Forward(self.view, self._inputs, Where(outputs=outputs).counted)
         mixtures = find_mixtures(forward, self.view)

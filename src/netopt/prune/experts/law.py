@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 
+import torch
 from torch import Tensor
 
 from netopt.batches import Inputs
 from netopt.errors import ForwardError, NetoptError, VerificationError
+from netopt.model.signals import entered
 from netopt.model.view import ModelView
 from netopt.plan.blocks import fingerprint_of
 from netopt.plan.experts import ExpertCut, ExpertPlan, counted_by_hooks
@@ -69,7 +71,8 @@ class Law:
 
     def expected(self, removed: Removed) -> list[list[Tensor]]:
         """What the smaller model has to return."""
-        return [self._forward.run(inputs, Watch(self._view, removed=removed)) for inputs in self._inputs]
+        with entered(torch.inference_mode(False)):
+            return [self._forward.run(inputs, Watch(self._view, removed=removed)) for inputs in self._inputs]
 
     def check(self, expected: list[list[Tensor]]) -> None:
         """Compares the model as it is now with what it has to return.
