@@ -97,6 +97,7 @@ def axes_of(view: ModelView, example_inputs: Inputs, outputs: Outputs = None) ->
                     run(training=False, symbolic=tracer.symbolic)
             with contextlib.suppress(ForwardError):  # a model may refuse to be trained on these inputs
                 run(training=True, symbolic=tracer.symbolic)
+        view.written = trace.writes.written
         bind_described_sizes(view.parts, trace)
         trace.constraints.close()
         if not tracer.symbolic:

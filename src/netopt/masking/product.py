@@ -22,6 +22,7 @@ from netopt.errors import MaskError
 from netopt.model.dispatch import ThreadDispatchMode
 from netopt.model.parameters import effective
 from netopt.model.restore import version_of
+from netopt.model.writes import WriteWatch
 
 __all__ = ["MaskedWeight", "product"]
 
@@ -256,7 +257,8 @@ def is_traced() -> bool:
 def _users_modes() -> bool:
     """Whether all modes that see operations are a user's, under which tensors are what they are otherwise."""
     return not any(
-        isinstance(mode, ThreadDispatchMode) or getattr(mode, "_mode_key", None) is not None
+        (isinstance(mode, ThreadDispatchMode) and not isinstance(mode, WriteWatch))
+        or getattr(mode, "_mode_key", None) is not None
         for mode in _get_current_dispatch_mode_stack()
     )
 
