@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from netopt.errors import MaskError
+from netopt.masking.guarded import Computed, guarded_product
 from netopt.model.dispatch import ThreadDispatchMode
 from netopt.model.parameters import effective
 from netopt.model.restore import version_of
@@ -75,23 +76,12 @@ class _Source:
         self.state = _state(weight, self.mask)
 
 
-class MaskedWeight(Tensor):
+class MaskedWeight(Computed, Tensor):  # type: ignore[override]
     """A product of weight and mask, or a view of one; a write to it reaches the weight, below the mask."""
 
     _plain: Tensor
     _source: _Source
     _guard: Any
-
-    @property
-    def _is_param(self) -> bool:  # type: ignore[override]
-        return False
-
-    @_is_param.setter
-    def _is_param(self, _: bool) -> None:  # type: ignore[override]
-        raise MaskError(
-            "a masked weight is computed, and a parameter made of it would share its memory; make one of a copy, "
-            "nn.Parameter(module.weight.detach().clone())."
-        )
 
     @classmethod
     def of(cls, plain: Tensor, source: _Source) -> MaskedWeight:
@@ -229,10 +219,10 @@ def product(module: nn.Module, name: str, watched: bool = True) -> Tensor:
         if name in parameters:
             return parameters[name]  # type: ignore[return-value]
         weight, mask = getattr(module, f"{name}_orig"), getattr(module, f"{name}_mask")
-    if is_traced() or type(weight) is not nn.Parameter:
+    if is_traced() or (torch._C._len_torch_dispatch_stack() and not _users_modes()):
         return effective(weight, mask)
-    if torch._C._len_torch_dispatch_stack() and not _users_modes():
-        return effective(weight, mask)  # of another kind, or seen by a trace
+    if type(weight) is not nn.Parameter:
+        return guarded_product(weight, mask)
     products = module.__dict__.setdefault(PRODUCTS, {})
     known = products.get(name)
     if torch.is_grad_enabled() and weight.requires_grad:
