@@ -156,7 +156,8 @@ def distill(
         >>> report.stopped, report.steps, report.loss < 1e-3
         ('finished', 160, True)
     """
-    with UndoLog() as stack:
+
+    def train(stack: UndoLog) -> DistillationReport:
         interruption = stack.enter_context(Interruption())
         setup = _Setup(
             student,
@@ -176,6 +177,8 @@ def distill(
         report = loop.run(chain(first, drawn), states, interruption)
         setup.finish(report)
         return report
+
+    return UndoLog().run(train)
 
 
 class _Setup:

@@ -24,7 +24,9 @@ from netopt.errors import (
 )
 from netopt.importance import Importance, lookup
 from netopt.importance.neurons import NeuronScores, neuron_scores
+from netopt.masking.lifecycle import masks_of_indices
 from netopt.masking.undo import all_or_nothing
+from netopt.model.signals import UndoLog
 from netopt.model.view import ModelView
 from netopt.plan import Plan
 from netopt.plan.build import make_plan
@@ -136,9 +138,12 @@ def prune_neurons(
     decision = _decide(view, example_inputs, budget, scoring, Where(include, exclude, outputs), fold=mode == "remove")
     report = _Report(decision, budget, scoring, mode)
     if mode == "mask":
-        with all_or_nothing(model):
-            masking.put(model, _parameter_masks(model, decision.plan))
+
+        def mask(_: UndoLog) -> PruningReport:
+            masking.put(model, masks_of_indices(model, decision.plan.tensors))
             return report.make(decision)
+
+        return all_or_nothing(model).run(mask)
     return _remove(decision, optimizers, report, _Calibration(dense, data, progress), verify=verify)
 
 
@@ -411,9 +416,9 @@ def _remove(
     """Change, check, repair, report."""
 
     def finish(done: _Decision) -> PruningReport:
-        model, plan = done.found.view.model, done.plan
-        with repaired(model, plan, calibration.dense, calibration.data, calibration.progress) as outcome:
-            return report.make(done, outcome)
+        model, dense, data = done.found.view.model, calibration.dense, calibration.data
+        outcome = None if dense is None else repaired(model, done.plan, dense, data, calibration.progress)
+        return report.make(done, outcome)
 
     operation = decision.plan.prepare(decision.found.view, optimizers)
     return proved(decision, operation.run, finish, verify=verify)
@@ -467,20 +472,6 @@ class _Report:
             subject=found.view.model,
             repair=repair,
         )
-
-
-def _parameter_masks(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
-    """The plan as masks of parameters: ``True`` where an entry stays."""
-    masks = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if name in plan.tensors and parameter.is_floating_point():
-            mask = torch.ones(parameter.shape, dtype=torch.bool)
-            for dim, kept in plan.tensors[name].items():
-                stays = torch.zeros(mask.shape[dim], dtype=torch.bool)
-                stays[kept] = True
-                mask &= stays.view([-1 if index == dim else 1 for index in range(mask.dim())])
-            masks[name.removesuffix("_orig")] = mask
-    return masks
 
 
 def _check(budget: Budget, scoring: _Scoring, mode: str = "remove") -> None:

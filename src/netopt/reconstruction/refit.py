@@ -9,8 +9,7 @@ recurrent one, a shared layer) has no single such moment: it is folded before, f
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +24,7 @@ from netopt.importance.inputs import Matrix
 from netopt.model.kernels import Unfused
 from netopt.model.parameters import Place, places
 from netopt.model.restore import restored
+from netopt.model.signals import UndoLog, entered
 from netopt.model.writes import CopyOnWrite, write
 from netopt.progress import bar
 from netopt.reconstruction.lockstep import Forward, Lockstep
@@ -57,13 +57,13 @@ class Refit:
     note: str = ""
 
 
-@contextmanager
 def refitted(
-    model: nn.Module, dense: nn.Module, tensors: Cuts, held: Sequence[Batch], *, progress: bool = False
-) -> Iterator[list[Refit]]:
-    """Refits the weights of ``model``; if what is done inside fails, they are put back.
+    log: UndoLog, model: nn.Module, dense: nn.Module, tensors: Cuts, held: Sequence[Batch], *, progress: bool = False
+) -> list[Refit]:
+    """Refits the weights of ``model``.
 
     Args:
+        log: Puts them back if its block fails.
         model: The smaller model; run in eval mode.
         dense: The model it was made from, with parameters of its own; given back as it was.
         tensors: The indices ``model`` keeps of the tensors of ``dense``.
@@ -71,13 +71,10 @@ def refitted(
         progress: Whether to show a progress bar.
     """
     fitting = _Fitting(model, dense, tensors, held)
-    try:
-        with torch.inference_mode(False), torch.no_grad():
-            fitting.run(progress)
-        yield fitting.done
-    except BaseException:
-        fitting.undo()
-        raise
+    log.callback(fitting.undo, on=BaseException)
+    with entered(torch.inference_mode(False), torch.no_grad()):
+        fitting.run(progress)
+    return fitting.done
 
 
 def change_when_refitted(
@@ -102,11 +99,10 @@ def change_when_refitted(
     """
     fitting = _Fitting(model, dense, tensors, held)
     fitting.uses, fitting.fitted = uses, max(len(held) - 1, 1)
-    try:
-        with torch.inference_mode(False), torch.no_grad():
-            results = fitting.run(False, whole=False)
-    finally:
-        fitting.undo()
+    with UndoLog() as log:
+        log.callback(fitting.undo)
+        log.enter_context(torch.inference_mode(False), torch.no_grad())
+        results = fitting.run(False, whole=False)
     uses.update(fitting.uses)
     last = len(held) - 1
     pairs = zip(outputs(results[last, False]), outputs(results[last, True]), strict=True)
