@@ -98,10 +98,12 @@ def ignore(*_: object) -> None:
 
 @pytest.fixture(scope="module")
 def sender():
-    before = signal.getsignal(signal.SIGINT)
+    before, hook = signal.getsignal(signal.SIGINT), sys.unraisablehook
+    sys.unraisablehook = ignore  # pytest's own is interrupted too, and fails
     one = Sender()
     yield one
     one.close()
+    sys.unraisablehook = hook
     signal.signal(signal.SIGINT, before)
 
 
