@@ -202,14 +202,21 @@ class GradualPruner:
         if missing:
             raise InvalidArgumentError(f"the state of a GradualPruner lacks {', '.join(map(repr, missing))}.")
         plan = None if state["plan"] is None else Plan.from_dict(state["plan"])
+        total = state["total"]
+        try:
+            steps = int(state["steps"])
+            history = [(int(step), float(amount)) for step, amount in state["history"]]
+            masks = dict(state["masks"])
+        except (TypeError, ValueError, OverflowError) as error:
+            raise InvalidArgumentError(f"the state of a GradualPruner is broken: {error}.") from error
+        if steps < 0 or not (total is None or (type(total) is int and total > 0)):
+            raise InvalidArgumentError(f"the state of a GradualPruner is broken: {steps} steps, of {total!r} neurons.")
 
         def load(_: UndoLog) -> None:
             if plan is not None and plan.tensors:
                 plan.apply(self.model, self._optimizer)
-            masking.put(self.model, state["masks"])
-            self.plan, self._total = plan, state["total"]
-            self.steps = int(state["steps"])
-            self.history = [(int(step), float(amount)) for step, amount in state["history"]]
+            masking.put(self.model, masks)
+            self.plan, self._total, self.steps, self.history = plan, total, steps, history
 
         self._whole().run(load)
 
