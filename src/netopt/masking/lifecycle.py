@@ -73,16 +73,24 @@ def adopt(model: nn.Module, masks: dict[str, Tensor]) -> None:
 
 
 def masks_of_indices(model: nn.Module, kept: Mapping[str, Mapping[int, Tensor]]) -> dict[str, Tensor]:
-    """Masks that keep what has a kept index along every dimension that is given, for floating-point parameters."""
+    """Masks that keep what has a kept index along every dimension that is given, for floating-point parameters.
+
+    Where the norm of a whole row is taken, and would be zero, the row stays: its length, a parameter too, is masked.
+    """
     found = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if name in kept and parameter.is_floating_point():
-            mask = torch.ones(parameter.shape, dtype=torch.bool)
-            for dim, indices in kept[name].items():
-                stays = torch.zeros(mask.shape[dim], dtype=torch.bool)
-                stays[indices] = True
-                mask &= stays.view([-1 if index == dim else 1 for index in range(mask.dim())])
-            found[name.removesuffix("_orig")] = mask
+    for name, place in places(model).items():
+        stored = next((one for one in (*place.names, *[f"{one}_orig" for one in place.names]) if one in kept), None)
+        if stored is None or not place.parameter.is_floating_point():
+            continue
+        mask = torch.ones(place.parameter.shape, dtype=torch.bool)
+        for dim, indices in kept[stored].items():
+            stays = torch.zeros(mask.shape[dim], dtype=torch.bool)
+            stays[indices] = True
+            fewer = mask & stays.view([-1 if index == dim else 1 for index in range(mask.dim())])
+            left = fewer if place.mask is None else fewer & place.mask.bool().cpu()
+            if place.computed is None or not place.computed.is_lost(left):
+                mask = fewer
+        found[name] = mask
     return found
 
 

@@ -203,6 +203,16 @@ class _Kept:
         return self.seen is None or self.seen.tobytes() == self.sample
 
 
+class _Products(dict[str, _Kept]):
+    """Those of one module; a copy of the module computes its own, whatever way it is copied."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Products:
+        return _Products()
+
+    def __reduce__(self) -> Any:
+        return _Products, ()
+
+
 def product(module: nn.Module, name: str, watched: bool = True) -> Tensor:
     """The masked tensor ``name`` of ``module``: the one computed before, while nothing changed.
 
@@ -223,7 +233,7 @@ def product(module: nn.Module, name: str, watched: bool = True) -> Tensor:
         return effective(weight, mask)
     if type(weight) is not nn.Parameter:
         return guarded_product(weight, mask)
-    products = module.__dict__.setdefault(PRODUCTS, {})
+    products = module.__dict__.setdefault(PRODUCTS, _Products())
     known = products.get(name)
     if torch.is_grad_enabled() and weight.requires_grad:
         products.pop(name, None)
