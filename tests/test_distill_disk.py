@@ -111,3 +111,36 @@ def test_a_process_that_is_ended_leaves_no_file(number, tmp_path):
         process.send_signal(number)
         assert process.wait(60) == -number
     assert [one for one in tmp_path.rglob("*") if one.is_file()] == []
+
+
+OWNER = """
+import sys
+from netopt.distillation.files import SharedFolder
+folder = SharedFolder()
+(folder.path / "rows.bank").write_bytes(bytes(9))
+print(folder.path, flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends signals")
+def test_folders_of_killed_processes_go_when_the_next_is_made(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    command, environment = [sys.executable, "-c", OWNER], {**ENVIRONMENT, "TMPDIR": str(tmp_path)}
+    with (
+        subprocess.Popen(command, env=environment, **pipes) as killed,
+        subprocess.Popen(command, env=environment, **pipes) as alive,
+    ):
+        dead, kept = (Path(one.stdout.readline().strip()) for one in (killed, alive))
+        killed.kill()
+        killed.wait(60)
+        assert dead.exists()
+        own = files.SharedFolder()
+        assert not dead.exists()
+        assert {one.name for one in tmp_path.iterdir()} == {kept.name, own.path.name}
+        files.SharedFolder().remove()
+        assert own.path.exists(), "another of this process is not one that was left"
+        own.remove()
+        alive.communicate()
+    assert [one.name for one in tmp_path.iterdir()] == [kept.name]

@@ -25,15 +25,18 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._C._functorch import maybe_current_level  # pyright: ignore[reportMissingModuleSource]
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+import netopt
 from conftest import random_state, state_of, state_of_optimizer
 from netopt import importance, masking, measure
 from netopt.axes import find_axes
 from netopt.distillation import distill
 from netopt.plan import Plan
 from netopt.prune import plan_neurons, prune_neurons, prune_weights, shrink
+from netopt.training import GradualPruner
 
 # Ctrl-C inside a callback of the garbage collector, as tools of the tests install, can only be reported by Python.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -95,10 +98,12 @@ def ignore(*_: object) -> None:
 
 @pytest.fixture(scope="module")
 def sender():
-    before = signal.getsignal(signal.SIGINT)
+    before, hook = signal.getsignal(signal.SIGINT), sys.unraisablehook
+    sys.unraisablehook = ignore  # pytest's own is interrupted too, and fails
     one = Sender()
     yield one
     one.close()
+    sys.unraisablehook = hook
     signal.signal(signal.SIGINT, before)
 
 
@@ -144,10 +149,49 @@ def masked() -> tuple[nn.Module, torch.optim.Optimizer]:
     return model, optimizer
 
 
+def smaller() -> tuple[nn.Module, torch.optim.Optimizer]:
+    model, optimizer = model_in_use()
+    PLAN["plan"].apply(model)
+    return model, optimizer
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.inner = nn.BatchNorm1d(8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return x + self.inner(self.norm(x)).relu()
+
+
+def blocks() -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Sequential(*[Residual() for _ in range(3)]), nn.Linear(8, 3))
+    optimizer = torch.optim.Adam(model.parameters())
+    model(X).sum().backward()
+    optimizer.step()
+    return model, optimizer
+
+
+def pruned_gradually(steps: int, *, kind: str = "weights", **options: Any) -> Callable[[], tuple[Any, ...]]:
+    """A model in the middle of being pruned gradually, with its optimizer and the pruner."""
+
+    def make() -> tuple[nn.Module, torch.optim.Optimizer, GradualPruner]:
+        model, optimizer = model_in_use()
+        if kind == "neurons":
+            options.update(example_inputs=X, optimizer=optimizer)
+        pruner = GradualPruner(model, kind=kind, final=0.5, end=4, **options)
+        for _ in range(steps):
+            pruner.step()
+        return model, optimizer, pruner
+
+    return make
+
+
 PLAN: dict[str, Plan] = {}
 KEEP = {"first.weight": torch.eye(8, 4, dtype=torch.bool), "last.weight": torch.eye(3, 8, dtype=torch.bool)}
 # Called with plain arguments: behind ``**options`` an interruption comes between the return and what is done with it.
-CALLS: dict[str, Callable[[Any, Any], Any]] = {
+CALLS: dict[str, Callable[..., Any]] = {
     "find_axes": lambda model, _: find_axes(model, X),
     "plan_neurons": lambda model, _: plan_neurons(model, X, 0.5, progress=False),
     "prune_neurons": lambda model, optimizer: prune_neurons(model, X, 0.5, optimizer=optimizer, progress=False),
@@ -166,10 +210,52 @@ CALLS: dict[str, Callable[[Any, Any], Any]] = {
     "put": lambda model, _: masking.put(model, KEEP) or True,
     "bake": lambda model, _: masking.bake(model),
     "strip": lambda model, _: masking.strip(model),
+    "finish": lambda model, _: netopt.finish(model),
+    "rewind": lambda model, _: netopt.rewind(model, REWOUND) or True,
+    "sensitivity": lambda model, _: netopt.sensitivity(model, X, measured, progress=False),
+    "prune_neurons and repair": lambda model, optimizer: prune_neurons(
+        model, X, 0.5, optimizer=optimizer, data=[X, -X], progress=False
+    ),
+    "repair": lambda model, _: netopt.repair(model, PLAN["plan"], DENSE, [X, -X], progress=False),
+    "prune_blocks": lambda model, optimizer: netopt.prune_blocks(model, X, 1, optimizer=optimizer, progress=False),
+    "step of weights": lambda model, optimizer, pruner: pruner.step(),
+    "step with regrowth": lambda model, optimizer, pruner: pruner.step(),
+    "step of masked neurons": lambda model, optimizer, pruner: pruner.step(),
+    "step of removed neurons": lambda model, optimizer, pruner: pruner.step(),
+    "last step of neurons": lambda model, optimizer, pruner: pruner.step(),
+    "state of weights": lambda model, optimizer, pruner: pruner.load_state_dict(STATES["weights"]) or True,
+    "state of neurons": lambda model, optimizer, pruner: pruner.load_state_dict(STATES["neurons"]) or True,
 }
 torch.manual_seed(3)
 TEACHER = Net()
-MASKED = {"bake", "strip"}
+DENSE = model_in_use()[0]
+REWOUND = {name: one + 1 for name, one in DENSE.state_dict().items()}
+STATES = {kind: pruned_gradually(4, kind=kind)()[2].state_dict() for kind in ("weights", "neurons")}
+PLAN["plan"] = plan_neurons(DENSE, X, 0.5, progress=False)
+MAKE: dict[str, Callable[[], tuple[Any, ...]]] = {
+    **dict.fromkeys(("bake", "strip", "finish", "rewind"), masked),
+    "repair": smaller,
+    "prune_blocks": blocks,
+    "step of weights": pruned_gradually(2),
+    "step with regrowth": pruned_gradually(2, regrow=True),
+    "step of masked neurons": pruned_gradually(2, kind="neurons"),
+    "step of removed neurons": pruned_gradually(2, kind="neurons", physical=True),
+    "last step of neurons": pruned_gradually(3, kind="neurons"),
+    "state of weights": pruned_gradually(0),
+    "state of neurons": pruned_gradually(0, kind="neurons"),
+}
+
+
+def measured(model: nn.Module) -> float:
+    return float(model(X).sum())
+
+
+def state_of_all(model: nn.Module, optimizer: torch.optim.Optimizer, pruner: GradualPruner | None = None) -> Any:
+    """The state of what a call is given, apart from the model's."""
+    if pruner is None:
+        return state_of_optimizer(optimizer)
+    plan = None if pruner.plan is None else pruner.plan.to_dict()
+    return state_of_optimizer(optimizer), pruner.steps, [*pruner.history], pruner._total, str(plan)
 
 
 def process_state() -> dict[str, Any]:
@@ -178,7 +264,12 @@ def process_state() -> dict[str, Any]:
     return {
         **random_state(),
         "modes": (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype()),
-        "stacks": (len(_get_current_dispatch_mode_stack()), len(_get_current_function_mode_stack())),
+        "stacks": (len(_get_current_dispatch_mode_stack()), _get_current_function_mode_stack()),
+        "levels": (
+            maybe_current_level(),
+            torch._C._vmapmode_increment_nesting(),
+            torch._C._vmapmode_decrement_nesting(),
+        ),
         "kernels": (
             backends.mha.get_fastpath_enabled(),
             backends.cuda.flash_sdp_enabled(),
@@ -206,23 +297,21 @@ def weights_left_out(state: dict[str, Any]) -> dict[str, Any]:
 
 def interrupted(name: str, sender: Sender, tries: int, twice: bool) -> dict[str, int]:
     """Interrupts a call at random moments; counts what came of it."""
-    make = masked if name in MASKED else model_in_use
     call, rng = CALLS[name], random.Random(f"{name} {twice}")
-    pristine = make()
-    PLAN.setdefault("plan", plan_neurons(pristine[0], X, 0.5, progress=False))
-    copies = copy.deepcopy(pristine)
+    pristine = MAKE.get(name, model_in_use)()
+    held = copy.deepcopy(pristine)
     begin = time.perf_counter()
-    call(*copies)
+    call(*held)
     lasts = time.perf_counter() - begin
-    done = values(copies[0])
+    done, after_all = values(held[0]), state_of_all(*held)[1:] if len(held) > 2 else ()
     counts = {"raised": 0, "returned": 0}
-    model, optimizer = copy.deepcopy(pristine)
+    held = copy.deepcopy(pristine)
     for _ in range(tries):
         torch.manual_seed(7)
-        before = state_of(model), state_of_optimizer(optimizer), state_of(TEACHER), process_state()
+        before = state_of(held[0]), state_of_all(*held), state_of(TEACHER), process_state()
         pauses = [rng.uniform(0, 1.1 * lasts), *([rng.uniform(0, TWICE)] if twice else [])]
-        found = sender.attempt(lambda model=model, optimizer=optimizer: call(model, optimizer), pauses)
-        after = state_of(model), state_of_optimizer(optimizer), state_of(TEACHER), process_state()
+        found = sender.attempt(bound(call, held), pauses)
+        after = state_of(held[0]), state_of_all(*held), state_of(TEACHER), process_state()
         assert after[2] == before[2], "the teacher has changed"
         changed = [key for key, one in before[3].items() if after[3][key] != one]
         assert not changed, f"of the process have changed {changed}"
@@ -230,17 +319,27 @@ def interrupted(name: str, sender: Sender, tries: int, twice: bool) -> dict[str,
             counts["raised"] += 1
             differing = [key for key in before[0] | after[0] if before[0].get(key) != after[0].get(key)]
             assert not differing, f"the call raised, and the model has changed: {differing[:5]}"
-            assert after[1] == before[1], "the call raised, and the optimizer has changed"
+            assert after[1] == before[1], "the call raised, and the optimizer or the pruner has changed"
             continue
         counts["returned"] += 1
         if name == "distill":
             assert weights_left_out(after[0]) == weights_left_out(before[0])
         else:
-            assert values(model).keys() == done.keys()
-            assert all(torch.equal(one, done[key]) for key, one in values(model).items())
-        model, optimizer = copy.deepcopy(pristine)
+            assert values(held[0]).keys() == done.keys()
+            assert all(torch.equal(one, done[key]) for key, one in values(held[0]).items())
+            assert not after_all or after[1][1:] == after_all
+        held = copy.deepcopy(pristine)
     assert call(*copy.deepcopy(pristine)) is not None  # nothing is left that the next call stumbles over
     return counts
+
+
+def bound(call: Callable[..., Any], held: tuple[Any, ...]) -> Callable[[], Any]:
+    """The call with its arguments, written out: behind ``*held`` an interruption comes before what it returned."""
+    if len(held) == 2:
+        model, optimizer = held
+        return lambda: call(model, optimizer)
+    model, optimizer, pruner = held
+    return lambda: call(model, optimizer, pruner)
 
 
 def values(model: nn.Module) -> dict[str, torch.Tensor]:

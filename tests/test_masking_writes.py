@@ -16,8 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import unchanged
-from netopt import masking
+from netopt import importance, masking
 from netopt.errors import MaskError
+from netopt.prune import prune_weights
 
 
 def setting(values):
@@ -462,6 +463,23 @@ def test_a_call_that_fails_at_any_step_has_not_happened(monkeypatch, call, count
     stopping(monkeypatch, masking.lifecycle, "dress" if call.startswith("put") else "undress", count, after)
     with unchanged(model), pytest.raises(Stop):
         run()
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("mode", ["new", "masked before"])
+@pytest.mark.parametrize("name", importance.names("layers"))
+def test_weights_that_were_solved_come_back(monkeypatch, name, mode, count, after):
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+    if mode != "new":
+        masking.put(model, {"0.weight": torch.rand(8, 4) > 0.3})
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.randn(4, 4)).sum().backward()
+    optimizer.step()
+    stopping(monkeypatch, masking.lifecycle, "dress", count, after)
+    data = [torch.randn(32, 4)]
+    with unchanged(model, optimizer), pytest.raises(Stop):
+        prune_weights(model, 0.6, importance=name, data=data, progress=False)
 
 
 def test_values_that_were_loaded_come_back():

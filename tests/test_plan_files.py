@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch import nn
 
-from conftest import unchanged
+from conftest import state_of, unchanged
 from netopt.errors import CheckpointError, InvalidArgumentError, NetoptError, PlanMismatchError
 from netopt.plan import AxisCut, Plan, checkpoint, shapes_of
+from netopt.plan.blocks import BlockPlan
 from netopt.plan.checkpoint import open_checkpoint
-from netopt.prune import plan_neurons
+from netopt.prune import plan_blocks, plan_neurons
 
 safetensors = pytest.importorskip("safetensors.torch")
 
@@ -131,6 +132,32 @@ def test_a_broken_plan_is_refused_by_name_or_carried_out(tmp_path):
     assert 800 < refused < 1200
 
 
+def stack():
+    return nn.Sequential(*[nn.Linear(4, 4) for _ in range(4)])
+
+
+def test_a_broken_plan_of_blocks_is_refused_or_carried_out(tmp_path):
+    chance, path, refused = random.Random(0), tmp_path / "plan.json", 0
+    model, x = stack(), torch.randn(2, 4)
+    data = plan_blocks(model, x, 1, importance=lambda name, _: int(name), include=["1", "2"], progress=False).to_dict()
+    data["attributes"] = [[["1", "in_features"], 4]]
+    for attempt in range(1200):
+        text = json.dumps(data).encode()
+        path.write_bytes(json.dumps(mutated(data, chance)).encode() if attempt % 4 else broken(text, chance))
+        plan = attempted(BlockPlan.load, path)
+        if isinstance(plan, NetoptError):
+            refused += 1
+            assert str(path) in str(plan)
+            continue
+        model = stack()
+        before = state_of(model)
+        if attempted(plan.apply, model) is None:
+            assert model(x).shape == x.shape
+        else:
+            assert state_of(model) == before
+    assert 600 < refused < 1200
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -197,6 +224,11 @@ def test_a_small_file_makes_no_large_memory(change, tmp_path, monkeypatch):
         ["", "act", "__defaults__", 0],
         ["", "__class__", "x"],
         ["", "__dict__", "training"],
+        ["", "_modules"],
+        ["first", "_parameters"],
+        ["", "_forward_hooks"],
+        ["", "training"],
+        ["", "config", "inner"],
         ["", "forward"],
         ["", "config", "to_dict"],
         ["", "config", "__class__", "x"],

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+import random
 
 import pytest
 import torch
 from torch import nn
 
 import netopt
+from conftest import state_of, state_of_optimizer, unchanged
 from netopt import masking
-from netopt.errors import InvalidArgumentError, NothingToPruneError, UnknownNameError
+from netopt.errors import InvalidArgumentError, NetoptError, NothingToPruneError, UnknownNameError
 from netopt.training.schedules import SCHEDULES, fraction, resolve
 
 
@@ -218,3 +220,61 @@ def test_a_model_without_free_axes_or_scales_is_refused():
         netopt.Regularizer(nn.Linear(3, 2), torch.randn(1, 3))
     with pytest.raises(NothingToPruneError, match="scale"):
         netopt.Regularizer(mlp(), torch.randn(1, 8), kind="bn_l1")
+
+
+JUNK = (None, True, -1, 1 << 70, float("nan"), "", "x", "0-2", [], {}, [[]], [1, 2, 3], ["", "training"], {"a": {}})
+
+
+def entries(tree, path=()):
+    yield path
+    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ():
+        yield from entries(value, (*path, key))
+
+
+@pytest.mark.parametrize("physical", [False, True])
+def test_a_broken_state_is_refused_and_changes_nothing(physical):
+    def made():
+        model = mlp()
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        options = {"kind": "neurons", "importance": "l2", "example_inputs": torch.ones(1, 8), "optimizer": optimizer}
+        return model, optimizer, netopt.GradualPruner(model, final=0.5, end=6, every=2, physical=physical, **options)
+
+    before, chance, refused = made(), random.Random(0), 0
+    train(*before, 4)
+    whole = before[2].state_dict() | {"masks": dict(masking.masks(before[0]))}
+    for _ in range(150):
+        state = copy.deepcopy(whole)
+        *way, last = chance.choice([path for path in entries(state) if path])
+        holder = state
+        for step in way:
+            holder = holder[step]
+        holder[last] = copy.deepcopy(chance.choice(JUNK))
+        model, optimizer, pruner = made()
+        unpruned, counts = (state_of(model), state_of_optimizer(optimizer)), (pruner.steps, pruner.history, pruner.plan)
+        try:
+            pruner.load_state_dict(state)
+        except NetoptError:
+            refused += 1
+            assert (state_of(model), state_of_optimizer(optimizer)) == unpruned
+            assert (pruner.steps, pruner.history, pruner.plan) == counts
+    assert refused > 75
+
+
+def test_a_step_that_fails_at_its_end_has_not_happened(monkeypatch):
+    model = mlp()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    pruner = netopt.GradualPruner(
+        model, kind="neurons", final=0.5, end=2, importance="l2", example_inputs=torch.ones(1, 8), optimizer=optimizer
+    )
+    train(model, optimizer, pruner, 1)
+
+    def refuse(model):
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(masking, "bake", refuse)  # the last of three calls, when neurons are removed already
+    with unchanged(model, optimizer), pytest.raises(RuntimeError, match="no"):
+        pruner.step()
+    assert (pruner.steps, len(pruner.history), pruner.plan) == (1, 1, None)
+    monkeypatch.undo()
+    pruner.step()
+    assert model[0].out_features + model[2].out_features == 24

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
 __all__ = ["bar"]
@@ -28,8 +29,18 @@ def bar(
     """
     if not shown and over is not None:
         return over
-    with warnings.catch_warnings():
-        # In a notebook without widgets it is shown as text, which is no reason to warn.
-        warnings.simplefilter("ignore")
-        from tqdm.auto import tqdm
-    return tqdm(over, desc=name, total=total, unit=unit, disable=not shown, delay=1, leave=False, dynamic_ncols=True)
+    return _kind(shown)(
+        over, desc=name, total=total, unit=unit, disable=not shown, delay=1, leave=False, dynamic_ncols=True
+    )
+
+
+@cache
+def _kind(shown: bool) -> Any:
+    if not shown:
+        from tqdm import tqdm
+    else:
+        with warnings.catch_warnings():
+            # In a notebook without widgets it is shown as text, which is no reason to warn.
+            warnings.simplefilter("ignore")
+            from tqdm.auto import tqdm
+    return tqdm

@@ -19,6 +19,7 @@ from netopt.figures import figure
 from netopt.importance.neurons import neuron_scores
 from netopt.importance.scores import scores as weight_scores
 from netopt.model.restore import restored
+from netopt.model.view import ModelView
 from netopt.plan.build import make_plan
 from netopt.progress import bar
 from netopt.prune.candidates import candidates
@@ -180,7 +181,8 @@ def sensitivity(
     tried = sorted({float(amount) for amount in amounts})
     if not tried or not 0 < tried[0] <= tried[-1] < 1:
         raise InvalidArgumentError(f"amounts must be fractions in (0, 1), not {list(amounts)}.")
-    dense = _measured(model, metric)
+    view = ModelView(model)
+    dense = _measured(view, metric)
     chosen = {"importance": importance, "data": data, "loss_fn": loss_fn, "include": include, "exclude": exclude}
     trials = (_axes if over == "axes" else _tensors)(model, example_inputs, progress=progress, **chosen)
     curves: dict[str, dict[float, float]] = {name: {} for name in trials}
@@ -188,14 +190,14 @@ def sensitivity(
         for name, trial in trials.items():
             for amount in tried:
                 if floor is None or min(curves[name].values(), default=floor) >= floor:
-                    curves[name][amount] = trial(amount, lambda: _measured(model, metric))
+                    curves[name][amount] = trial(amount, lambda: _measured(view, metric))
                 shown.update()
     return SensitivityReport(dense, over, curves)
 
 
-def _measured(model: nn.Module, metric: Metric) -> float:
-    with restored(model), torch.no_grad():
-        value = metric(model)
+def _measured(view: ModelView, metric: Metric) -> float:
+    with restored(view), torch.no_grad():
+        value = metric(view.model)
     try:
         return float(value)
     except (TypeError, ValueError) as error:

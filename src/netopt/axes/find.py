@@ -100,6 +100,7 @@ def axes_of(view: ModelView, example_inputs: Inputs, outputs: Outputs = None) ->
             if tracer.flag is None or tracer.flag.whole:
                 with contextlib.suppress(ForwardError):  # a model may refuse to be trained on these inputs
                     run(training=True, symbolic=tracer.symbolic)
+        view.written = trace.writes.written
         bind_described_sizes(view.parts, trace)
         trace.constraints.close()
         if not tracer.symbolic:

@@ -39,8 +39,9 @@ from netopt.distillation.loss.teachers import Forward, Runner, as_teachers, shar
 from netopt.distillation.report import DistillationReport
 from netopt.distillation.settings import Data, Goal, Run, Schedule, pair
 from netopt.errors import InvalidArgumentError
-from netopt.model.restore import CopyOnWrite, random_state, restored
+from netopt.model.restore import random_state, restored
 from netopt.model.signals import UndoLog
+from netopt.model.writes import CopyOnWrite
 
 __all__ = ["distill"]
 
@@ -155,7 +156,8 @@ def distill(
         >>> report.stopped, report.steps, report.loss < 1e-3
         ('finished', 160, True)
     """
-    with UndoLog() as stack:
+
+    def train(stack: UndoLog) -> DistillationReport:
         interruption = stack.enter_context(Interruption())
         setup = _Setup(
             student,
@@ -175,6 +177,8 @@ def distill(
         report = loop.run(chain(first, drawn), states, interruption)
         setup.finish(report)
         return report
+
+    return UndoLog().run(train)
 
 
 class _Setup:
@@ -206,7 +210,7 @@ class _Setup:
         """Enters the contexts that give everything back, and puts the student into the modes it learns in."""
         own = self.schedule.optimizer if isinstance(self.schedule.optimizer, Optimizer) else None
         stack.callback(random_state())
-        stack.enter_context(restored(*self.teachers, rng=False))
+        stack.enter_context(restored(*self.teachers, rng=False, writes=False))
         trained = set(self.student.parameters())
         self.writes = CopyOnWrite(one for teacher in self.teachers for one in {*teacher.parameters()} - trained)
         stack.callback(self.writes.undo)
@@ -248,7 +252,7 @@ class _Setup:
 
     def _cache(self, kept: Cache, found: Source, stack: UndoLog) -> TeacherCache:
         """Returns the cache, which ``stack`` closes; processes on one machine share it, where samples have indices."""
-        first, about = self.machine.rank == 0, {}
+        about = {}
         folder = self.machine.shared_folder() if found.samples and kept.path is None else None
         if kept.path is not None:
             # Of a function no more than its name is known; that it finds the same is tried on the first batch.
@@ -258,7 +262,7 @@ class _Setup:
                 "output": str(getattr(picker, "__qualname__", picker)),
             }
         cache = TeacherCache(kept, found, self.objective, about=about, folder=folder)
-        stack.callback(cache.close, first)
+        stack.callback(cache.close)
         return cache
 
     def _validation(self, targets: Targets, how: Sampling) -> Validation | None:

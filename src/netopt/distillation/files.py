@@ -25,7 +25,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-__all__ = ["exclusive", "lock", "nameless", "reserve", "written"]
+__all__ = ["SharedFolder", "exclusive", "lock", "nameless", "reserve", "written"]
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 BUSY = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES}
@@ -127,6 +127,43 @@ def lock(file: Any, *, inherited: bool = True) -> bool:
     return True
 
 
+class SharedFolder:
+    """A temporary folder that processes share, and the one that made it removes.
+
+    Those of processes that were killed before they could are removed when the next one is made.
+
+    Args:
+        path: One that another process has made; by default a new one.
+
+    Attributes:
+        path: Where it is.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self._file: Any = None
+        if path is None:
+            _remove_left()
+            path = Path(tempfile.mkdtemp(prefix=_SHARED))
+            self._file = (path / _OWNED).open("a")
+            lock(self._file)  # which ends with the process, however that does
+        self.path = path
+
+    def remove(self) -> None:
+        """Removes it, if this process made it; what others have open stays theirs. Once more does nothing."""
+        if self._file is not None:
+            shutil.rmtree(self.path, ignore_errors=True)
+            self._file.close()
+            self._file = None
+
+
+def _remove_left() -> None:
+    for left in Path(tempfile.gettempdir()).glob(f"{_SHARED}*"):
+        with suppress(OSError), (left / _OWNED).open("r+") as file:
+            if lock(file):
+                shutil.rmtree(left, ignore_errors=True)
+
+
+_SHARED, _OWNED = "netopt-cache-", "owner.lock"
 _HELD: dict[str, object] = {}
 """What runs of this process have to themselves; locks that workers do not inherit do not keep threads apart."""
 

@@ -16,6 +16,7 @@ from netopt.masking.saving import dense, pairs
 from netopt.masking.table import MaskTable
 from netopt.masking.undo import all_or_nothing, note_values
 from netopt.model.parameters import places
+from netopt.model.signals import UndoLog
 
 __all__ = ["load_state_dict", "state_dict"]
 
@@ -78,12 +79,15 @@ def load_state_dict(
             mask = _from_zeros(value)
         if mask is not None:
             own[name] = mask.view(place.parameter.shape).to(place.parameter.device)
-    with all_or_nothing(model) as log:
+
+    def load(log: UndoLog) -> MaskTable:
         note_values(log, model.state_dict(keep_vars=True))
         strip(model)
         model.load_state_dict(plain, strict=False)
         adopt(model, dict(own))
-    return own
+        return own
+
+    return all_or_nothing(model).run(load)
 
 
 def _opened(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -9,6 +9,7 @@ from torch import nn
 from netopt.masking.lifecycle import bake
 from netopt.masking.table import MaskTable
 from netopt.model.parameters import places
+from netopt.model.signals import UndoLog
 
 __all__ = ["Finished", "finish"]
 
@@ -61,4 +62,4 @@ def finish(model: nn.Module) -> Finished:
         True
     """
     owners = {id(module) for place in places(model).values() if place.mask is not None for module, _ in place.owners}
-    return Finished(type(model).__name__, bake(model), len(owners))
+    return UndoLog(whole=True).run(lambda _: Finished(type(model).__name__, bake(model), len(owners)))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from netopt.errors import ArgumentTypeError, MaskError, ShapeMismatchError, UnknownNameError
 from netopt.masking.lifecycle import masks as masks_of
@@ -27,10 +28,13 @@ class Hold:
 
     def __init__(self, dropped: list[tuple[nn.Parameter, Tensor]], optimizer: Optimizer) -> None:
         self._dropped = dropped
-        with UndoLog() as log:
+
+        def begin(log: UndoLog) -> RemovableHandle:
             write_zeros(log, ((parameter, gone.to(parameter.device)) for parameter, gone in dropped))
             log.callback(self._forget, optimizer, on=BaseException)
-            self._handle = optimizer.register_step_post_hook(self._after_step)
+            return optimizer.register_step_post_hook(self._after_step)
+
+        self._handle = UndoLog().run(begin)
 
     @torch.no_grad()
     def zero(self) -> None:

@@ -17,9 +17,10 @@ from netopt.masking.table import MaskTable
 from netopt.masking.undo import all_or_nothing, write_zeros
 from netopt.model.checks import check_values
 from netopt.model.parameters import Place, places
+from netopt.model.signals import UndoLog
 from netopt.tables import html_table
 
-__all__ = ["Sparsity", "adopt", "bake", "masks", "put", "sparsity", "strip"]
+__all__ = ["Sparsity", "adopt", "bake", "masks", "masks_of_indices", "put", "sparsity", "strip"]
 
 
 def put(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
@@ -60,12 +61,37 @@ def put(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
 def adopt(model: nn.Module, masks: dict[str, Tensor]) -> None:
     """Puts masks that fit, and that nobody else holds; ``masks`` is used up. Users call :func:`put`."""
     known = places(model)
-    with all_or_nothing(model):
+
+    def dress_all(_: UndoLog) -> None:
         for name in list(masks):
             place, mask = known[name], masks.pop(name)
             for module, attribute in place.owners:
                 dress(module, attribute, mask)
         _save_dense(model)
+
+    all_or_nothing(model).run(dress_all)
+
+
+def masks_of_indices(model: nn.Module, kept: Mapping[str, Mapping[int, Tensor]]) -> dict[str, Tensor]:
+    """Masks that keep what has a kept index along every dimension that is given, for floating-point parameters.
+
+    Where the norm of a whole row is taken, and would be zero, the row stays: its length, a parameter too, is masked.
+    """
+    found = {}
+    for name, place in places(model).items():
+        stored = next((one for one in (*place.names, *[f"{one}_orig" for one in place.names]) if one in kept), None)
+        if stored is None or not place.parameter.is_floating_point():
+            continue
+        mask = torch.ones(place.parameter.shape, dtype=torch.bool)
+        for dim, indices in kept[stored].items():
+            stays = torch.zeros(mask.shape[dim], dtype=torch.bool)
+            stays[indices] = True
+            fewer = mask & stays.view([-1 if index == dim else 1 for index in range(mask.dim())])
+            left = fewer if place.mask is None else fewer & place.mask.bool().cpu()
+            if place.computed is None or not place.computed.is_lost(left):
+                mask = fewer
+        found[name] = mask
+    return found
 
 
 def masks(model: nn.Module) -> MaskTable:
@@ -106,13 +132,16 @@ def _take_off(model: nn.Module, zero: bool) -> MaskTable:
     masked = {name: place for name, place in places(model).items() if place.mask is not None}
     taken = masks(model)
     dropped = ((place.parameter, ~taken[name]) for name, place in masked.items() if zero)
-    with all_or_nothing(model) as log:
+
+    def undress_all(log: UndoLog) -> MaskTable:
         write_zeros(log, dropped)
         for place in masked.values():
             for module, attribute in place.owners:
                 undress(module, attribute)
         _save_dense(model)
-    return taken
+        return taken
+
+    return all_or_nothing(model).run(undress_all)
 
 
 def _save_dense(model: nn.Module) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from netopt.errors import MaskError
+from netopt.masking.guarded import guarded_product
 from netopt.masking.product import PRODUCTS, is_traced, product
 from netopt.masking.saving import SavesDense
 from netopt.model.parameters import effective
@@ -214,8 +215,10 @@ def _property(name: str) -> property:
 
 def _is_product(module: nn.Module, name: str, value: Any) -> bool:
     weight, mask = module._parameters.get(f"{name}_orig"), module._buffers.get(f"{name}_mask")
-    if type(weight) is not nn.Parameter or mask is None:
+    if weight is None or mask is None or type(weight) is Tensor:
         return True
+    if type(weight) is not nn.Parameter:
+        return type(value) is type(guarded_product(weight, mask))
     if not isinstance(value, Tensor) or value.shape != weight.shape:
         return False
     with torch.no_grad():

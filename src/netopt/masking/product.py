@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from netopt.errors import MaskError
+from netopt.masking.guarded import Computed, guarded_product
 from netopt.model.dispatch import ThreadDispatchMode
 from netopt.model.parameters import effective
 from netopt.model.restore import version_of
+from netopt.model.writes import WriteWatch
 
 __all__ = ["MaskedWeight", "product"]
 
@@ -74,23 +76,12 @@ class _Source:
         self.state = _state(weight, self.mask)
 
 
-class MaskedWeight(Tensor):
+class MaskedWeight(Computed, Tensor):  # type: ignore[override]
     """A product of weight and mask, or a view of one; a write to it reaches the weight, below the mask."""
 
     _plain: Tensor
     _source: _Source
     _guard: Any
-
-    @property
-    def _is_param(self) -> bool:  # type: ignore[override]
-        return False
-
-    @_is_param.setter
-    def _is_param(self, _: bool) -> None:  # type: ignore[override]
-        raise MaskError(
-            "a masked weight is computed, and a parameter made of it would share its memory; make one of a copy, "
-            "nn.Parameter(module.weight.detach().clone())."
-        )
 
     @classmethod
     def of(cls, plain: Tensor, source: _Source) -> MaskedWeight:
@@ -212,6 +203,16 @@ class _Kept:
         return self.seen is None or self.seen.tobytes() == self.sample
 
 
+class _Products(dict[str, _Kept]):
+    """Those of one module; a copy of the module computes its own, whatever way it is copied."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Products:
+        return _Products()
+
+    def __reduce__(self) -> Any:
+        return _Products, ()
+
+
 def product(module: nn.Module, name: str, watched: bool = True) -> Tensor:
     """The masked tensor ``name`` of ``module``: the one computed before, while nothing changed.
 
@@ -228,11 +229,11 @@ def product(module: nn.Module, name: str, watched: bool = True) -> Tensor:
         if name in parameters:
             return parameters[name]  # type: ignore[return-value]
         weight, mask = getattr(module, f"{name}_orig"), getattr(module, f"{name}_mask")
-    if is_traced() or type(weight) is not nn.Parameter:
+    if is_traced() or (torch._C._len_torch_dispatch_stack() and not _users_modes()):
         return effective(weight, mask)
-    if torch._C._len_torch_dispatch_stack() and not _users_modes():
-        return effective(weight, mask)  # of another kind, or seen by a trace
-    products = module.__dict__.setdefault(PRODUCTS, {})
+    if type(weight) is not nn.Parameter:
+        return guarded_product(weight, mask)
+    products = module.__dict__.setdefault(PRODUCTS, _Products())
     known = products.get(name)
     if torch.is_grad_enabled() and weight.requires_grad:
         products.pop(name, None)
@@ -256,7 +257,8 @@ def is_traced() -> bool:
 def _users_modes() -> bool:
     """Whether all modes that see operations are a user's, under which tensors are what they are otherwise."""
     return not any(
-        isinstance(mode, ThreadDispatchMode) or getattr(mode, "_mode_key", None) is not None
+        (isinstance(mode, ThreadDispatchMode) and not isinstance(mode, WriteWatch))
+        or getattr(mode, "_mode_key", None) is not None
         for mode in _get_current_dispatch_mode_stack()
     )
 

@@ -236,17 +236,22 @@ def _computed(view: ModelView, owner: str, attribute: str) -> Computed | None:
     layer = view.modules.get(head.rstrip("."))
     if found and "." not in weight and layer is not None and getattr(layer, "parametrizations", None) is not None:
         # Of a weight norm the first is the length of each row, the second its direction.
-        length = module._parameters.get("original0") if attribute == "original1" else None
+        length = _stored(module, "original0") if attribute == "original1" else None
         is_length = attribute != "original1" and any(name.startswith("original1") for name in module._parameters)
         return Computed(layer, "" if is_length else weight, module, attribute, length)
     base, _, kind = attribute.rpartition("_")
     names = {name.removesuffix("_orig") for name in module._parameters} | {*module._parameters}
     if kind in ("g", "v") and {f"{base}_g", f"{base}_v"} <= names:
-        length = module._parameters.get(f"{base}_g")
+        length = _stored(module, f"{base}_g")
         return Computed(module, base if kind == "v" else "", module, attribute, length if kind == "v" else None)
     if kind == "orig" and f"{base}_u" in module._buffers:
         return Computed(module, base, module, attribute)
     return None
+
+
+def _stored(module: nn.Module, name: str) -> Tensor | None:
+    """The parameter of this name, masked or not."""
+    return module._parameters.get(name, module._parameters.get(f"{name}_orig"))
 
 
 def effective(weight: Tensor, mask: Tensor) -> Tensor:

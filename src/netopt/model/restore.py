@@ -21,8 +21,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
-from torch.utils._pytree import tree_iter
 
 from netopt.errors import ForwardError
 from netopt.model.attributes import (
@@ -38,30 +36,29 @@ from netopt.model.attributes import (
     own_classes,
     refill,
 )
-from netopt.model.dispatch import ThreadDispatchMode
 from netopt.model.signals import UndoLog
 from netopt.model.turns import InTurn
 from netopt.model.view import ModelView
+from netopt.model.writes import CopyOnWrite, write
 
 __all__ = [
-    "CopyOnWrite",
     "Gradients",
     "Snapshot",
     "preserve_random_state",
     "random_state",
     "restored",
-    "storage_of",
     "version_of",
 ]
 
 _common = operator.itemgetter(*(name for name, value in COMMON.items() if isinstance(value, (dict, set))))
 
 
-def restored(*models: nn.Module | ModelView, rng: bool = True) -> UndoLog:
+def restored(*models: nn.Module | ModelView, rng: bool = True, writes: bool = True) -> UndoLog:
     """Restores models on leaving, by whatever way: all of a :class:`Snapshot` and, with ``rng``, random states.
 
     Gradients are set aside inside, so that nothing is added to them. The log can enter further contexts. A thread waits
-    while another looks at any of the modules.
+    while another looks at any of the modules. With ``writes``, values that are written into parameters are undone too:
+    of a view whose forward was not watched before, all; later those that were seen to be written to.
 
     Example:
         >>> model = nn.BatchNorm1d(2)
@@ -78,8 +75,23 @@ def restored(*models: nn.Module | ModelView, rng: bool = True) -> UndoLog:
         snapshot = Snapshot(*views)
         log.callback(snapshot.put_back)
         snapshot.gradients.set_aside()
+        for view in views if writes else ():
+            if view.written is None:
+                _watch(log, view)
 
     return InTurn(views, start)
+
+
+def _watch(log: UndoLog, view: ModelView) -> None:
+    """Undoes what is written into parameters meanwhile, and has the view know which these are."""
+    saved = CopyOnWrite(view.parameters.values())
+
+    def undo() -> None:
+        saved.undo()
+        view.written = saved.written
+
+    log.callback(undo)
+    log.enter_context(saved.saving())
 
 
 def preserve_random_state() -> UndoLog:
@@ -135,8 +147,8 @@ class Snapshot:
     Noted are the attributes of each module (flags, parameters, buffers, hooks, children); the entries of containers and
     the attributes of objects reached from them, in a few steps; those of the modules' classes that are no library's;
     the bits of buffers and of tensors kept elsewhere; the states of random generators; ``.grad`` and ``requires_grad``
-    of parameters. Not noted is what functions keep in closures, nor the values of parameters, which would double the
-    memory of every model: see :class:`CopyOnWrite`.
+    of parameters. Not noted is what functions keep in closures, nor the values of parameters other than those a forward
+    was seen to write to, which would double the memory of every model: see :class:`~netopt.model.writes.CopyOnWrite`.
 
     Args:
         models: Modules, or what they hold.
@@ -161,8 +173,8 @@ class Snapshot:
         self._walk(self._note_modules())
         weights = {id(one): one for view in views for one in view.parameters.values()}
         copied = {id(one): one for view in views for one in view.buffers.values()} | self._tensors
-        if parameters:
-            copied |= weights
+        for written in [weights] if parameters else [view.written for view in views if view.written]:
+            copied |= written
         self._values = _Values(copied.values() if values else ())
         self._memory = [*filter(None, map(_memory_of, (copied | weights).values()))]
         self.gradients = Gradients(weights.values())
@@ -335,56 +347,6 @@ class Gradients:
                 parameter.grad = grad
 
 
-class CopyOnWrite:
-    """Values of parameters, each copied before it is first written to.
-
-    A forward may write into a parameter, as a teacher's moving average does, and so may a model's own ``train``, as one
-    that merges what it has learned.
-
-    Args:
-        parameters: The ones to watch.
-    """
-
-    def __init__(self, parameters: Iterable[Tensor]) -> None:
-        self._parameters = list(parameters)
-        self._stored: dict[int, Tensor] | None = None
-        self._saved: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def save(self, tensors: Iterable[Tensor]) -> None:
-        """Copies the parameters that an operation may write to by being given these."""
-        if self._stored is None:
-            self._stored = {storage_of(parameter): parameter for parameter in self._parameters}
-        for tensor in tensors:
-            key = storage_of(tensor)
-            if key in self._stored and key not in self._saved:
-                self._saved[key] = (self._stored[key], self._stored[key].detach().clone())
-
-    def undo(self) -> None:
-        """Gives the parameters the values they had."""
-        with torch.no_grad():
-            for parameter, value in self._saved.values():
-                parameter.copy_(value)
-        self._saved.clear()
-
-    def saving(self) -> ThreadDispatchMode:
-        """A mode that copies before writes, for code that is not traced."""
-        return _SaveWrites(self)
-
-
-class _SaveWrites(ThreadDispatchMode):
-    def __init__(self, writes: CopyOnWrite) -> None:
-        super().__init__()
-        self._writes = writes
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if function._schema.is_mutable:
-            self._writes.save(one for one in tree_iter((args, kwargs)) if isinstance(one, Tensor))
-        return function(*args, **kwargs)
-
-
 class _Values:
     """The bits of some tensors, copied, to be put back where they have changed."""
 
@@ -408,7 +370,7 @@ class _Values:
                     _copy_back(tensor, value.view(tensor.shape))
         for tensor, version, value in self._noted:
             if version_of(tensor) != version:
-                _write(tensor, value)
+                write(tensor, value)
             elif _is_plain(tensor):
                 _copy_back(tensor, value)
 
@@ -444,23 +406,12 @@ def _copy_back(tensor: Tensor, value: Tensor) -> None:
     """Copies ``value`` where it differs: elsewhere it would disturb a graph of the user's that has saved the tensor."""
     # Batch norm writes its running statistics without counting a version, so values are compared.
     if not torch.equal(tensor, value):
-        _write(tensor, value)
-
-
-def _write(tensor: Tensor, value: Tensor) -> None:
-    if not (tensor.is_meta or isinstance(tensor, FakeTensor)):
-        with torch.inference_mode(tensor.is_inference()), torch.no_grad():
-            tensor.copy_(value)
+        write(tensor, value)
 
 
 def version_of(tensor: Tensor) -> int | None:
     """How often a tensor was written to, ``None`` where that is not counted."""
     return None if tensor.is_inference() else tensor._version
-
-
-def storage_of(tensor: Tensor) -> int:
-    """The identity of a tensor's memory."""
-    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)
 
 
 def _generator_state(value: Any) -> Callable[[], object] | None:

@@ -18,18 +18,21 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
-from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, TypeAlias
+from operator import methodcaller
+from types import FrameType, GeneratorType, TracebackType
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import torch
 from torch._C._functorch import (  # pyright: ignore[reportMissingModuleSource]
     _vmap_decrement_nesting,
     maybe_current_level,
 )
+from torch.overrides import _get_current_function_mode_stack
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+Result = TypeVar("Result")
 _Kinds: TypeAlias = "type[BaseException] | tuple[type[BaseException], ...]"
 _Step: TypeAlias = "tuple[Callable[..., object], _Kinds | None, bool]"
 
@@ -91,6 +94,16 @@ def users_handler(number: signal.Signals) -> Any:
     return handler
 
 
+class _Nested(threading.local):
+    """The logs of this thread that are entered, from the first that is for all inside it."""
+
+    def __init__(self) -> None:
+        self.logs: list[UndoLog] = []
+
+
+_nested = _Nested()
+
+
 class UndoLog(Handlers):
     """An :class:`~contextlib.ExitStack` whose steps are all taken, last first, by whatever way it is left.
 
@@ -100,6 +113,7 @@ class UndoLog(Handlers):
 
     Args:
         start: Called with the log when it is entered, with signals held back: what is to be recorded and changed first.
+        whole: Whether what logs inside have left done is undone too, if this one's block fails after them.
 
     Example:
         >>> values = [1, 2]
@@ -115,9 +129,9 @@ class UndoLog(Handlers):
         [2, 1]
     """
 
-    def __init__(self, start: Callable[[UndoLog], object] | None = None) -> None:
+    def __init__(self, start: Callable[[UndoLog], object] | None = None, *, whole: bool = False) -> None:
         super().__init__()
-        self._start = start
+        self._start, self._whole = start, whole
         self._steps: list[_Step] = []
         self._pending: list[int] = []
         self._holds = True
@@ -160,6 +174,7 @@ class UndoLog(Handlers):
         """
         self._holds = True
         failures = self._undo(error)
+        self._hand_over(error)
         try:
             self.remove()
             self._holds = False  # a handler set in front meanwhile still calls this one
@@ -174,11 +189,33 @@ class UndoLog(Handlers):
         if failures:
             raise failures[0]
 
+    def run(self, work: Callable[[UndoLog], Result]) -> Result:
+        """Does ``work`` inside, which has then either happened and returns, or has not.
+
+        Behind a ``with`` statement Python looks for signals once more, where what it leaves done stays.
+
+        Args:
+            work: Called with the log.
+
+        Returns:
+            What ``work`` returned.
+        """
+        try:
+            self.__enter__()
+            result = work(self)
+        except BaseException as error:
+            self.close(error)
+            raise
+        self.close()
+        return result
+
     def __enter__(self) -> Self:
         while True:
             self._holds = True
             try:
                 self.install()
+                if self._whole or _nested.logs:
+                    _nested.logs.append(self)
                 self.callback(_thread_state())
                 if self._start is not None:
                     self._start(self)
@@ -206,6 +243,7 @@ class UndoLog(Handlers):
     def _undo(self, error: BaseException | None) -> list[BaseException]:
         """Takes every step that this end of the block calls for, and keeps the others; what steps raised."""
         failures: list[BaseException] = []
+        _end_generators(error)
         place = len(self._steps) - 1
         while place >= 0:
             undo, kinds, is_context = self._steps[place]
@@ -222,10 +260,19 @@ class UndoLog(Handlers):
             place -= 1
         return failures
 
+    def _hand_over(self, error: BaseException | None) -> None:
+        """Hands the steps of what stays done to the log around this one, which may fail yet."""
+        logs = _nested.logs
+        if self in logs:
+            place = logs.index(self)
+            del logs[place:]
+            if error is None and place:
+                logs[place - 1]._steps += self._steps
+
     def _is_leaving(self, frame: FrameType | None) -> bool:
-        """Whether a signal came on the very way into ``__exit__``."""
+        """Whether a signal came on the very way into ``close``."""
         while frame is not None:
-            if frame.f_code is UndoLog.__exit__.__code__ and frame.f_locals.get("self") is self:
+            if frame.f_code.co_name in ("__exit__", "close") and frame.f_locals.get("self") is self:
                 return True
             frame = frame.f_back
         return False
@@ -248,25 +295,45 @@ def entered(*contexts: AbstractContextManager[Any]) -> UndoLog:
 
 
 def _thread_state() -> Callable[[], None]:
-    """Notes the modes of this thread; what is returned leaves those that an interruption left entered."""
-    grad, level = torch.is_grad_enabled(), maybe_current_level()
-    stacks = [
-        (size, pop, size())
-        for size, pop in (
-            (torch._C._len_torch_dispatch_stack, partial(torch._C._pop_torch_dispatch_stack, None)),
-            (torch._C._len_torch_function_stack, torch._C._pop_torch_function_stack),
-        )
-    ]
+    """Notes the modes of this thread; what is returned puts back those that an interruption left entered, or lost."""
+    grad, level, batched = torch.is_grad_enabled(), maybe_current_level(), _batched_level()
+    dispatch, functions = torch._C._len_torch_dispatch_stack(), _get_current_function_mode_stack()
 
     def put_back() -> None:
-        for size, pop, before in stacks:
-            while size() > before:
-                pop()
+        while torch._C._len_torch_dispatch_stack() > dispatch:
+            torch._C._pop_torch_dispatch_stack(None)
+        if _get_current_function_mode_stack() != functions:  # torch takes modes off while they handle a call
+            while torch._C._len_torch_function_stack():
+                torch._C._pop_torch_function_stack()
+            for mode in functions:
+                torch._C._push_on_torch_function_stack(mode)
         while (maybe_current_level() or 0) > (level or 0):
             _vmap_decrement_nesting()
+        while _batched_level() > batched:
+            torch._C._vmapmode_decrement_nesting()
         torch.set_grad_enabled(grad)
 
     return put_back
+
+
+def _batched_level() -> int:
+    """How deep batched gradients are nested; the only way to ask is one step up and down, here without one between."""
+    steps = torch._C._vmapmode_increment_nesting, torch._C._vmapmode_decrement_nesting
+    return list(map(methodcaller("__call__"), steps))[1]
+
+
+def _end_generators(error: BaseException | None) -> None:
+    """Ends contexts that an interruption on the way in or out left halfway, not only when the error is forgotten.
+
+    Torch puts a mode back that was off the stack for a call at the end of such a context.
+    """
+    trace = None if error is None else error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_globals.get("__name__") == "contextlib":
+            generator = getattr(trace.tb_frame.f_locals.get("self"), "gen", None)
+            if isinstance(generator, GeneratorType) and not generator.gi_running:
+                generator.close()
+        trace = trace.tb_next
 
 
 def _ends(error: BaseException | None) -> tuple[Any, Any, Any]:

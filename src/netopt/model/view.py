@@ -17,6 +17,7 @@ class ModelView:
         modules: By dotted name, the model itself under ``""``, parents before their children.
         parameters: By dotted name.
         buffers: By dotted name.
+        written: By identity, parameters that a forward was seen to write into; ``None`` before one was watched.
 
     Example:
         >>> view = ModelView(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3, affine=False)))
@@ -26,13 +27,14 @@ class ModelView:
         ['1.running_mean', '1.running_var', '1.num_batches_tracked']
     """
 
-    __slots__ = ("_parts", "buffers", "model", "modules", "parameters")
+    __slots__ = ("_parts", "buffers", "model", "modules", "parameters", "written")
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.modules: dict[str, nn.Module] = {}
         self.parameters: dict[str, Tensor] = {}
         self.buffers: dict[str, Tensor] = {}
+        self.written: dict[int, Tensor] | None = None
         self._visit("", model)
         self._parts: list[tuple[str, nn.Module]] | None = None
 

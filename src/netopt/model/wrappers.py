@@ -17,7 +17,7 @@ import torch._tensor
 import torch.functional
 import torch.nn.functional
 from torch._guards import TracingContext, tracing
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode
 
 __all__ = ["TorchCalls"]
 
@@ -111,7 +111,7 @@ class TorchCalls(TorchFunctionMode):
 
     def __exit__(self, *error: object) -> None:
         """Stops seeing calls."""
-        super().__exit__(*error)
+        self._take_off()
         self._eager.__exit__(None, None, None)
 
     def __torch_function__(
@@ -127,8 +127,14 @@ class TorchCalls(TorchFunctionMode):
         try:
             return wrapper(*args, **(kwargs or {}))
         finally:
-            TorchFunctionMode.__exit__(self, None, None, None)
+            self._take_off()
             self._method = before
+
+    def _take_off(self) -> None:
+        """Takes the mode off the stack, if an interruption has not left it off."""
+        if self in _get_current_function_mode_stack():
+            while _pop_mode() is not self:
+                pass
 
     def run_call(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs one call that reaches C++; it is not seen by this mode again.

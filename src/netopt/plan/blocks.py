@@ -204,7 +204,7 @@ class BlockPlan:
             attributes = tuple((_path(path), value) for path, value in data["attributes"])
             predicted = {str(name): int(value) for name, value in data["predicted"].items()}
             return cls(stacks, attributes, str(data["fingerprint"]), predicted)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             if isinstance(error, InvalidArgumentError):
                 raise
             raise InvalidArgumentError(f"no plan of blocks: {type(error).__name__} {error}.") from error
@@ -234,7 +234,10 @@ class BlockPlan:
             raise CheckpointError(f"{path} cannot be read: {error}") from error
         except (ValueError, RecursionError) as error:
             raise InvalidArgumentError(f"{path} holds no plan: it is not JSON ({error})") from error
-        return cls.from_dict(data)
+        try:
+            return cls.from_dict(data)
+        except InvalidArgumentError as error:
+            raise InvalidArgumentError(f"{path}: {error}") from error
 
     def __str__(self) -> str:
         return "\n".join(
@@ -260,6 +263,7 @@ def _stack(data: Mapping[str, Any]) -> StackCut:
 
 
 def _path(path: Sequence[Any]) -> Path:
-    if len(path) < 2 or not all(type(step) in (str, int) for step in path) or not isinstance(path[0], str):
+    steps = all(type(step) in (str, int) for step in path)
+    if len(path) < 2 or not steps or not all(isinstance(step, str) for step in path[:2]):
         raise InvalidArgumentError(f"{path!r} is no path to an attribute of a module.")
     return tuple(path)

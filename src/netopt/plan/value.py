@@ -404,10 +404,9 @@ class Plan:
 
     def _rows(self) -> list[tuple[str, str, str]]:
         if self.axes:
-            return [
-                (axis.name, f"{axis.size} -> {len(axis.kept)}", "" if axis.exact else f"inexact: {axis.reason}")
-                for axis in self.axes
-            ]
+            notes = [axis.reason or "" if axis.exact else f"inexact: {axis.reason}" for axis in self.axes]
+            counts = [f"{axis.size} -> {len(axis.kept)}" for axis in self.axes]
+            return list(zip([axis.name for axis in self.axes], counts, notes, strict=True))
         return [
             (
                 f"{name}[{dim}]",

@@ -24,7 +24,9 @@ from netopt.errors import (
 )
 from netopt.importance import Importance, lookup
 from netopt.importance.neurons import NeuronScores, neuron_scores
+from netopt.masking.lifecycle import masks_of_indices
 from netopt.masking.undo import all_or_nothing
+from netopt.model.signals import UndoLog
 from netopt.model.view import ModelView
 from netopt.plan import Plan
 from netopt.plan.build import make_plan
@@ -36,7 +38,7 @@ from netopt.prune.exactness.folding import Folds, fold_removed, shifted
 from netopt.prune.exactness.rescaling import Rescaling, find_rescalings, rescaled
 from netopt.prune.look import Found, Where, check_model, look, without_gradients
 from netopt.prune.repair import RepairReport, copy_for_repair, repaired
-from netopt.prune.verify import DifferentOutputsError, Tensors, differing, reference_outputs
+from netopt.prune.verify import DifferentOutputsError, Reference, Tensors, differing, proved, reference_outputs
 from netopt.report import PruningReport, Row
 from netopt.selection import Amount, Scope
 
@@ -136,9 +138,12 @@ def prune_neurons(
     decision = _decide(view, example_inputs, budget, scoring, Where(include, exclude, outputs), fold=mode == "remove")
     report = _Report(decision, budget, scoring, mode)
     if mode == "mask":
-        with all_or_nothing(model):
-            masking.put(model, _parameter_masks(model, decision.plan))
+
+        def mask(_: UndoLog) -> PruningReport:
+            masking.put(model, masks_of_indices(model, decision.plan.tensors))
             return report.make(decision)
+
+        return all_or_nothing(model).run(mask)
     return _remove(decision, optimizers, report, _Calibration(dense, data, progress), verify=verify)
 
 
@@ -160,12 +165,13 @@ def plan_neurons(
     round_to: int = 1,
     loadable: bool = False,
     remove: Mapping[str, Sequence[int]] | None = None,
+    verify: bool = True,
     progress: bool = True,
 ) -> Plan:
     """Decides what :func:`prune_neurons` would remove, and does not do it.
 
-    The arguments are those of :func:`prune_neurons`. What the smaller model costs is found by carrying the plan out,
-    measuring, and putting everything back. Its outputs are not compared with the masked model's. Instead of an amount,
+    The arguments are those of :func:`prune_neurons`. What the smaller model costs, and whether it computes what the
+    masked one does, is found by carrying the plan out, looking, and putting everything back. Instead of an amount,
     ``remove`` gives the positions that go, by the name of an axis or of the layer that makes it: ``{"conv1": [2, 6]}``.
 
     Returns:
@@ -174,6 +180,7 @@ def plan_neurons(
     Raises:
         NothingToPruneError: No axis may lose a neuron; the message lists the reasons.
         InvalidArgumentError: An argument is out of range, or not exactly one of the four amounts is given.
+        VerificationError: The smaller model would fail, or its outputs would have other shapes.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
@@ -195,8 +202,9 @@ def plan_neurons(
     else:
         found = look(view, example_inputs, where)
         decision = _complete(found, NeuronScores({}), without(found, remove), fold=True)
-    after = decision.plan.prepare(view).dry_run(lambda: measure.cost(view, example_inputs))
-    return decision.plan.with_prediction(_predicted(before, after) | decision.output_change())
+    carry_out = decision.plan.prepare(view).dry_run
+    done, after = proved(decision, carry_out, lambda done: (done, measure.cost(view, example_inputs)), verify=verify)
+    return done.plan.with_prediction(_predicted(before, after) | done.output_change())
 
 
 @dataclass(frozen=True)
@@ -300,10 +308,20 @@ class _Decision:
     def marked(self, names: Sequence[str]) -> _Decision:
         """The same, with those of some axes that are at fault for a difference marked as not exact."""
         at_fault, why = differing(names, self.agrees), "is not the same as masking, found by comparison"
-        rows = tuple(
-            dataclasses.replace(row, exact=False, reason=why) if row.name in at_fault else row for row in self.plan.axes
-        )
-        return dataclasses.replace(self, plan=dataclasses.replace(self.plan, axes=rows))
+        return self._noted(at_fault, exact=False, reason=why)
+
+    def uncompared(self) -> _Decision:
+        """The same, where no values were compared."""
+        return self._noted([row.name for row in self.plan.axes if row.exact], reason="by its rules; not compared")
+
+    def _noted(self, names: Collection[str], **notes: Any) -> _Decision:
+        rows = [dataclasses.replace(row, **notes) if row.name in names else row for row in self.plan.axes]
+        return dataclasses.replace(self, plan=dataclasses.replace(self.plan, axes=tuple(rows)))
+
+    def reference(self) -> Reference:
+        """What the outputs have to be once everything is done: where all is exact, those of the masked model."""
+        exact, cut = self.plan.exact, [row.name for row in self.plan.axes]
+        return reference_outputs(self.found.forward, self.computing(cut) if exact else None, equal=exact)
 
     def compared(self) -> _Decision:
         """The same, where some axes are not exact, with the others compared by themselves."""
@@ -395,26 +413,15 @@ def _remove(
     *,
     verify: bool,
 ) -> PruningReport:
-    """Change, check, repair, report; where the check finds other values, the axes at fault are marked."""
-    plan, forward = decision.plan, decision.found.forward
-    operation = plan.prepare(decision.found.view, optimizers)
-    cut = [row.name for row in plan.axes]
-    reference = None
-    if verify:
-        reference = reference_outputs(forward, decision.computing(cut) if plan.exact else None, equal=plan.exact)
+    """Change, check, repair, report."""
 
     def finish(done: _Decision) -> PruningReport:
-        if reference is not None:
-            reference.check(values=done.plan.exact)
-        with repaired(forward.model, plan, calibration.dense, calibration.data, calibration.progress) as outcome:
-            return report.make(done, outcome)
+        model, dense, data = done.found.view.model, calibration.dense, calibration.data
+        outcome = None if dense is None else repaired(model, done.plan, dense, data, calibration.progress)
+        return report.make(done, outcome)
 
-    compared = decision.compared() if verify else decision
-    try:
-        return operation.run(lambda: finish(compared))
-    except DifferentOutputsError:
-        marked = decision.marked(cut)
-    return operation.run(lambda: finish(marked))
+    operation = decision.plan.prepare(decision.found.view, optimizers)
+    return proved(decision, operation.run, finish, verify=verify)
 
 
 _FIRST_SEEN: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
@@ -467,20 +474,6 @@ class _Report:
         )
 
 
-def _parameter_masks(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
-    """The plan as masks of parameters: ``True`` where an entry stays."""
-    masks = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if name in plan.tensors and parameter.is_floating_point():
-            mask = torch.ones(parameter.shape, dtype=torch.bool)
-            for dim, kept in plan.tensors[name].items():
-                stays = torch.zeros(mask.shape[dim], dtype=torch.bool)
-                stays[kept] = True
-                mask &= stays.view([-1 if index == dim else 1 for index in range(mask.dim())])
-            masks[name.removesuffix("_orig")] = mask
-    return masks
-
-
 def _check(budget: Budget, scoring: _Scoring, mode: str = "remove") -> None:
     """Checks every argument that can be checked before the model is looked at."""
     budget.check()
@@ -494,7 +487,5 @@ def _check(budget: Budget, scoring: _Scoring, mode: str = "remove") -> None:
 
 
 def _predicted(before: measure.Cost, after: measure.Cost) -> dict[str, float]:
-    found: dict[str, float] = {}
-    for kind in ("params", "macs", "bytes"):
-        found[f"{kind}_before"], found[f"{kind}_after"] = getattr(before, kind), getattr(after, kind)
-    return found
+    costs = {"before": before, "after": after}
+    return {f"{kind}_{at}": getattr(one, kind) for kind in ("params", "macs", "bytes") for at, one in costs.items()}

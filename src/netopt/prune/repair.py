@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import nn
 from netopt import batches
 from netopt.batches import Batch, Data
 from netopt.errors import ArgumentTypeError, InvalidArgumentError, MissingDataError
+from netopt.model.signals import UndoLog
 from netopt.plan import Plan
 from netopt.reconstruction.refit import Refit, refitted
 
@@ -119,20 +119,16 @@ def repair(model: nn.Module, plan: Plan, dense: nn.Module, data: Data, *, progre
     if not isinstance(plan, Plan):
         raise ArgumentTypeError(f"plan must be a netopt.Plan, not {type(plan).__name__}.")
     _check_pair(model, plan, dense)
-    with refitted(model, dense, plan.tensors, calibration(data), progress=progress) as refits:
-        return RepairReport(tuple(refits))
+    return repaired(model, plan, dense, data, progress)
 
 
-@contextmanager
-def repaired(
-    model: nn.Module, plan: Plan, dense: nn.Module | None, data: Data | None, progress: bool
-) -> Iterator[RepairReport | None]:
-    """Repairs ``model``, and undoes that if what is done inside fails; without ``dense`` does nothing."""
-    if dense is None or data is None:
-        yield None
-        return
-    with refitted(model, dense, plan.tensors, calibration(data), progress=progress) as refits:
-        yield RepairReport(tuple(refits))
+def repaired(model: nn.Module, plan: Plan, dense: nn.Module, data: Data | None, progress: bool) -> RepairReport:
+    """As :func:`repair`, of what is known to fit."""
+    assert data is not None, "there is no copy to repair from without"
+    held = calibration(data)
+    return UndoLog().run(
+        lambda log: RepairReport(tuple(refitted(log, model, dense, plan.tensors, held, progress=progress)))
+    )
 
 
 def copy_for_repair(model: nn.Module, repair: bool | None, data: Data | None, mode: str) -> nn.Module | None:

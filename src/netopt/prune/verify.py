@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,20 +23,28 @@ from netopt.model.kernels import Unfused
 from netopt.model.restore import preserve_random_state, restored
 from netopt.model.signals import entered
 from netopt.model.view import ModelView
+from netopt.plan import Plan
 from netopt.surgery import Operation, Swap, find_tensor
 
 __all__ = [
+    "Decision",
     "DifferentOutputsError",
     "Forward",
     "Reference",
     "alike",
     "differing",
     "masked_tensors",
+    "proved",
     "reference_outputs",
     "varied",
     "zeroed",
 ]
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+Result = TypeVar("Result")
+Decided = TypeVar("Decided", bound="Decision")
 Counted = Callable[[Any], list[Tensor]]
 
 Tensors = Mapping[str, Mapping[int, Tensor]]
@@ -169,6 +177,11 @@ class Reference:
                     "size; everything was put back. Set verify=False if the difference is meant, and report it, please."
                 )
 
+    @property
+    def compares(self) -> bool:
+        """Whether there are values to compare."""
+        return bool(self.expected[0][1]) and all(map(_comparable, self.expected[0][1]))
+
     def matches(self) -> bool:
         """Whether the outputs are finite, of the shapes and of the values promised, to half of what is tolerated."""
         return all(alike(self.forward.run(inputs), expected) for inputs, expected in self.expected)
@@ -231,6 +244,62 @@ def reference_outputs(forward: Forward, kept: Tensors | None = None, *, equal: b
     if kept is None:
         return look()
     return Operation(forward.model, masked_tensors(forward.model, kept), forward.view).dry_run(look)
+
+
+class Decision(Protocol):
+    """A plan, and what can be found out about it."""
+
+    @property
+    def plan(self) -> Plan:
+        """What is done."""
+        ...
+
+    def reference(self) -> Reference:
+        """What the model's outputs have to be once the plan is carried out."""
+        ...
+
+    def compared(self) -> Self:
+        """The same, where some axes are not exact, with the others compared by themselves."""
+        ...
+
+    def marked(self, names: Sequence[str]) -> Self:
+        """The same, with those of some axes that are at fault for a difference marked as not exact."""
+        ...
+
+    def uncompared(self) -> Self:
+        """The same, where no values were compared."""
+        ...
+
+
+def proved(
+    decision: Decided,
+    carry_out: Callable[[Callable[[], Result]], Result],
+    finish: Callable[[Decided], Result],
+    *,
+    verify: bool,
+) -> Result:
+    """Carries out a plan, checks, finishes; where the check finds other values, with the axes at fault marked.
+
+    Args:
+        decision: With the plan.
+        carry_out: Calls what it is given while the plan is carried out.
+        finish: What comes after the check, given what is known by then.
+        verify: Whether to check at all.
+    """
+    if not verify:
+        return carry_out(lambda: finish(decision.uncompared()))
+    reference = decision.reference()
+
+    def check(done: Decided) -> Result:
+        reference.check(values=done.plan.exact)
+        return finish(done)
+
+    compared = decision.compared() if reference.compares else decision.uncompared()
+    try:
+        return carry_out(lambda: check(compared))
+    except DifferentOutputsError:
+        marked = decision.marked([row.name for row in decision.plan.axes])
+    return carry_out(lambda: check(marked))
 
 
 def differing(names: Sequence[str], agree: Callable[[Sequence[str]], bool | None]) -> list[str]:

@@ -21,6 +21,7 @@ from netopt.masking.undo import all_or_nothing
 from netopt.measure import Cost, count_parameters, size_bytes
 from netopt.model.checks import check_model
 from netopt.model.parameters import EMBEDDINGS, Place, places
+from netopt.model.signals import UndoLog
 from netopt.reconstruction import reconstruct
 from netopt.report import PruningReport, Row
 from netopt.selectors import Selector, chosen, matches
@@ -114,8 +115,10 @@ def prune_weights(
         raise NothingToPruneError(_nothing(model, known))
     nonzero = {name: place.nonzero for name, place in known.items()}
     before = _cost(model, nonzero)
-    masks: dict[str, Tensor] = {}
-    with all_or_nothing(model) as log:
+
+    def prune(log: UndoLog) -> PruningReport:
+        nonlocal wanted, passed
+        masks: dict[str, Tensor] = {}
         if solves:
             requests = _requests(wanted, amount, shape, scope, threshold)
             parts = [(list(group), request) for group, request in requests]
@@ -144,6 +147,8 @@ def prune_weights(
             settings=settings | {"pattern": str(shape)},
             subject=model,
         )
+
+    return all_or_nothing(model).run(prune)
 
 
 def _requests(

@@ -19,6 +19,7 @@ from netopt.model.kernels import Unfused
 from netopt.model.parameters import Place
 from netopt.model.restore import restored
 from netopt.model.signals import UndoLog
+from netopt.model.writes import CopyOnWrite
 from netopt.progress import bar
 from netopt.reconstruction.replay import Runner, container_of
 from netopt.reconstruction.solvers import Demand, Problem
@@ -66,8 +67,10 @@ def reconstruct(
     before = {name: place.parameter.detach().clone() for name, place in wanted.items()}
     masks: dict[str, Tensor] = {}
     log.callback(_write, wanted, before, on=BaseException)
-    with restored(model) as looking:
-        looking.enter_context(Unfused(attention=False))
+    with restored(model, writes=False) as looking:
+        solved = {id(place.parameter) for place in wanted.values()}
+        others = CopyOnWrite(one for one in model.parameters() if id(one) not in solved)
+        looking.enter_context(others.watching(), Unfused(attention=False))
         model.eval()
         container = container_of(model, wanted)
         order, chain = stages(model, held, wanted, container)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
+from queue import SimpleQueue  # whose waiting can be interrupted
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -20,7 +21,11 @@ from netopt.batches import Batch
 from netopt.importance.contractions import Contraction, ContractionWatch
 from netopt.model.kernels import Unfused
 from netopt.model.parameters import Place
+from netopt.model.signals import entered
 from netopt.model.wrappers import TorchCalls
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["Forward", "Lockstep"]
 
@@ -48,27 +53,32 @@ class Forward:
         self.again = False
         self.result: Any = None
         self._lockstep, self._model, self._watched, self._batch = lockstep, model, watched, batch
-        self._go = threading.Semaphore(0)
+        self._go = SimpleQueue[None]()
         # Modes that see torch's calls belong to one thread; a forward has its own.
         self._modes = [mode for mode in _get_current_function_mode_stack() if not isinstance(mode, TorchCalls)]
         self._thread = threading.Thread(target=self._run, name=f"netopt forward {index}", daemon=True)
+
+    def __enter__(self) -> Self:
+        """Starts its thread, which waits."""
         self._thread.start()
+        return self
 
     def advance(self) -> None:
         """Lets it run to the next weight, or to its end; raises what it raised."""
         self.at = None
-        self._go.release()
-        self._lockstep.back.acquire()
+        self._go.put(None)
+        self._lockstep.back.get()
         if self.error is not None:
             raise self.error
 
-    def end(self) -> None:
-        """Lets its thread come to an end; the lockstep has been cancelled."""
-        self._go.release()
+    def __exit__(self, *_: object) -> None:
+        """Cancels all forwards of the lockstep, and waits for the end of this one's thread."""
+        self._lockstep.cancelled = True
+        self._go.put(None)
         self._thread.join()
 
     def _run(self) -> None:
-        self._go.acquire()
+        self._go.get()
         try:
             if self._lockstep.cancelled:
                 return
@@ -84,7 +94,7 @@ class Forward:
         except BaseException as error:  # handed to the thread that waits
             self.error = error
         finally:
-            self._lockstep.back.release()
+            self._lockstep.back.put(None)
 
     def _stop(self, contraction: Contraction) -> bool:
         """Waits here if the weight is not settled; whether the contraction is to be run again then."""
@@ -92,8 +102,8 @@ class Forward:
         if name not in self._lockstep.open or contraction.is_sum != (name in self._lockstep.summed):
             return False
         self.at = contraction
-        self._lockstep.back.release()
-        self._go.acquire()
+        self._lockstep.back.put(None)
+        self._go.get()
         if self._lockstep.cancelled:
             raise _Cancelled
         return self.again
@@ -112,7 +122,7 @@ class Lockstep:
         self, order: Sequence[str], summed: Collection[str], settle: Callable[[str, list[Forward]], None]
     ) -> None:
         self.open, self.summed = set(order), frozenset(summed)
-        self.back = threading.Semaphore(0)
+        self.back = SimpleQueue[None]()
         self.cancelled = False
         self._rank = {name: place for place, name in enumerate(order)}
         self._settle = settle
@@ -128,19 +138,16 @@ class Lockstep:
         Raises:
             ForwardError: A forward failed.
         """
-        forwards: list[Forward] = []
-        try:
-            for index, batch in enumerate(held):
-                for dense, (model, watched) in models.items():
-                    forwards.append(Forward(self, model, watched, batch, index, dense))
+        forwards = [
+            Forward(self, model, watched, batch, index, dense)
+            for index, batch in enumerate(held)
+            for dense, (model, watched) in models.items()
+        ]
+        with entered(*forwards):
             for forward in forwards:
                 forward.advance()
             self._run(forwards)
             return {(one.index, one.dense): one.result for one in forwards}
-        finally:
-            self.cancelled = True
-            for forward in forwards:
-                forward.end()
 
     def _run(self, forwards: Sequence[Forward]) -> None:
         def waiting(forward: Forward) -> str | None:

@@ -9,8 +9,7 @@ recurrent one, a shared layer) has no single such moment: it is folded before, f
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +24,8 @@ from netopt.importance.inputs import Matrix
 from netopt.model.kernels import Unfused
 from netopt.model.parameters import Place, places
 from netopt.model.restore import restored
+from netopt.model.signals import UndoLog, entered
+from netopt.model.writes import CopyOnWrite, write
 from netopt.progress import bar
 from netopt.reconstruction.lockstep import Forward, Lockstep
 from netopt.reconstruction.regression import Sums, correction
@@ -56,13 +57,13 @@ class Refit:
     note: str = ""
 
 
-@contextmanager
 def refitted(
-    model: nn.Module, dense: nn.Module, tensors: Cuts, held: Sequence[Batch], *, progress: bool = False
-) -> Iterator[list[Refit]]:
-    """Refits the weights of ``model``; if what is done inside fails, they are put back.
+    log: UndoLog, model: nn.Module, dense: nn.Module, tensors: Cuts, held: Sequence[Batch], *, progress: bool = False
+) -> list[Refit]:
+    """Refits the weights of ``model``.
 
     Args:
+        log: Puts them back if its block fails.
         model: The smaller model; run in eval mode.
         dense: The model it was made from, with parameters of its own; given back as it was.
         tensors: The indices ``model`` keeps of the tensors of ``dense``.
@@ -70,13 +71,10 @@ def refitted(
         progress: Whether to show a progress bar.
     """
     fitting = _Fitting(model, dense, tensors, held)
-    try:
-        with torch.inference_mode(False), torch.no_grad():
-            fitting.run(progress)
-        yield fitting.done
-    except BaseException:
-        fitting.undo()
-        raise
+    log.callback(fitting.undo, on=BaseException)
+    with entered(torch.inference_mode(False), torch.no_grad()):
+        fitting.run(progress)
+    return fitting.done
 
 
 def change_when_refitted(
@@ -101,11 +99,10 @@ def change_when_refitted(
     """
     fitting = _Fitting(model, dense, tensors, held)
     fitting.uses, fitting.fitted = uses, max(len(held) - 1, 1)
-    try:
-        with torch.inference_mode(False), torch.no_grad():
-            results = fitting.run(False, whole=False)
-    finally:
-        fitting.undo()
+    with UndoLog() as log:
+        log.callback(fitting.undo)
+        log.enter_context(torch.inference_mode(False), torch.no_grad())
+        results = fitting.run(False, whole=False)
     uses.update(fitting.uses)
     last = len(held) - 1
     pairs = zip(outputs(results[last, False]), outputs(results[last, True]), strict=True)
@@ -124,11 +121,12 @@ class _Fitting:
 
     def run(self, progress: bool, *, whole: bool = True) -> dict[tuple[int, bool], Any]:
         """Refits everything there is, or what lost inputs; what each batch gave in either model at the end."""
-        with restored(self.model, self.dense) as log:
+        with restored(self.model, self.dense, writes=False) as log:
             log.enter_context(Unfused(attention=False))
             self.model.eval()
             self.dense.eval()
-            self.uses = self.uses or self._survey()
+            for tensor in self._look():
+                log.callback(write, tensor, tensor.detach().clone())
             able = [name for name in self.uses if self._obstacle(name) is None]
             self._fold([name for name in able if self.uses[name].count > 1 and name in self.tensors])
             once = [name for name in able if self.uses[name].count == 1 and (whole or self._loses_inputs(name))]
@@ -142,7 +140,7 @@ class _Fitting:
                 summed = [name for name in once if self.uses[name].is_summed]
                 results = Lockstep(once, summed, settle).run(models, self.held)
             new = [(tensor, tensor.clone()) for tensor, _ in self.before]
-        for tensor, value in new:  # what a forward changes of buffers was put back, and with it what is refitted
+        for tensor, value in new:  # what a forward changes was put back, and with it what is refitted
             tensor.copy_(value)
         known = {one.name for one in self.done}
         known |= {name for name, use in self.uses.items() if use.looked_up and not use.count}
@@ -164,6 +162,17 @@ class _Fitting:
         with torch.inference_mode(False), torch.no_grad():
             for tensor, value in reversed(self.before):
                 tensor.copy_(value)
+
+    def _look(self) -> list[Tensor]:
+        """Runs the larger model for its uses of weights; the parameters of both that a forward writes into."""
+        writes = CopyOnWrite(self.dense.parameters())
+        with writes.watching():
+            if self.uses:
+                batches.feed(self.dense, self.held[0])
+            else:
+                self.uses = self._survey()
+        names = {name for name, one in self.dense.named_parameters() if id(one) in writes.written}
+        return [*writes.written.values(), *(one for name, one in self.model.named_parameters() if name in names)]
 
     def _survey(self) -> dict[str, Use]:
         """How each weight is used, on as many batches as it takes to see them all."""

@@ -49,7 +49,7 @@ def read(model: nn.Module, path: Path, modules: Mapping[str, nn.Module] | None =
         found = step_into(holder, path[-1]) if not _may_be_given(holder, path[-1]) else None
     except (AttributeError, KeyError, IndexError, StopIteration, TypeError, ValueError) as error:
         raise PlanMismatchError(f"the plan sets `{show(path)}`, which this {type(model).__name__} lacks") from error
-    if callable(found) or isinstance(found, (Tensor, types.ModuleType)):
+    if callable(found) or isinstance(found, (Tensor, types.ModuleType, Mapping)):
         raise PlanMismatchError(
             f"the plan sets `{show(path)}`, which is no number of this {type(model).__name__} but a "
             f"{type(found).__name__}"

@@ -80,17 +80,20 @@ class Operation:
 
     def _done(self, work: Callable[[], Result], undone_on: type[BaseException] | None = None) -> Result:
         """Does all changes and what comes after; undoes them in the end, or only on an exception."""
-        log = UndoLog()
+        log = UndoLog(whole=undone_on is not None)
+
+        def change(log: UndoLog) -> Result:
+            log.callback(self._flatten, on=undone_on)
+            log.callback(self._revive, on=undone_on)
+            for change in self.changes:
+                log.callback(change.undo, on=undone_on)
+            for change in self.changes:
+                change.do()
+            self._flatten()
+            return work()
+
         try:
-            with log:
-                log.callback(self._flatten, on=undone_on)
-                log.callback(self._revive, on=undone_on)
-                for change in self.changes:
-                    log.callback(change.undo, on=undone_on)
-                for change in self.changes:
-                    change.do()
-                self._flatten()
-                return work()
+            return log.run(change)
         except BaseException as error:
             log.close(error)  # once more, which costs nothing: debuggers interrupt where signals do not
             raise

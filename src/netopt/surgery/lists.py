@@ -46,22 +46,24 @@ class Dropped:
 
     def __init__(self, optimizer: Optimizer, gone: set[int]) -> None:
         self._optimizer, self._gone = optimizer, gone
-        self._groups = [(group, list(group["params"])) for group in optimizer.param_groups]
-        self._states = [(key, value) for key, value in optimizer.state.items() if id(key) in gone]
+        self._groups = [(group, group["params"]) for group in optimizer.param_groups]
+        self._states = dict(optimizer.state)
 
     def do(self) -> None:
         """Drops the parameters and their state."""
         for group, members in self._groups:
             group["params"] = [one for one in members if id(one) not in self._gone]
-        for key, _ in self._states:
-            self._optimizer.state.pop(key, None)
+        for key in self._states:
+            if id(key) in self._gone:
+                self._optimizer.state.pop(key, None)
 
     def undo(self) -> None:
         """Takes them back."""
         for group, members in self._groups:
             group["params"] = members
-        for key, value in self._states:
-            self._optimizer.state[key] = value
+        if len(self._optimizer.state) < len(self._states):
+            self._optimizer.state.clear()
+            self._optimizer.state.update(self._states)  # in the order there was
 
 
 def dropped_states(optimizers: Iterable[Optimizer], gone: Sequence[Tensor]) -> Iterator[Dropped]:

@@ -20,6 +20,7 @@ from torch._subclasses import FakeTensor
 from torch.utils.hooks import RemovableHandle
 
 from netopt.errors import PlanMismatchError, SurgeryError
+from netopt.model.attributes import COMMON
 from netopt.model.signals import entered
 from netopt.model.view import ModelView
 
@@ -71,6 +72,8 @@ def may_step(holder: Any, step: Any) -> bool:
         return False
     if isinstance(holder, (type, types.ModuleType, Tensor)):
         return False
+    if isinstance(holder, nn.Module) and isinstance(step, str) and step in COMMON:
+        return False  # the tables and flags that every module has are no sizes
     return isinstance(holder, (nn.Module, functools.partial)) or not callable(holder)
 
 

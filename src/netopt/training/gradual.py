@@ -12,6 +12,7 @@ from netopt import masking
 from netopt.axes import find_axes
 from netopt.batches import Data, Inputs
 from netopt.errors import ArgumentTypeError, InvalidArgumentError, UnknownNameError
+from netopt.model.signals import UndoLog
 from netopt.plan import Plan
 from netopt.prune import prune_neurons, prune_weights, shrink
 from netopt.prune.candidates import candidates
@@ -125,26 +126,28 @@ class GradualPruner:
             The report of the pruning, or ``None`` where none was due.
         """
         step = self.steps + 1
-        is_due = self.begin <= step <= self.end and ((step - self.begin) % self.every == 0 or step == self.end)
-        if not is_due:
+        if not self.begin <= step <= self.end or ((step - self.begin) % self.every and step < self.end):
             self.steps = step
             return None
         progress = (step - self.begin) / (self.end - self.begin) if step < self.end else 1.0
         amount = self.final * fraction(self._schedule, progress)
-        report = self._weights(amount) if self.kind == "weights" else self._neurons(amount, last=step == self.end)
-        self.steps = step
-        self.history.append((step, amount))
-        return report
+
+        def prune(_: UndoLog) -> PruningReport | None:
+            report = self._weights(amount) if self.kind == "weights" else self._neurons(amount, last=step == self.end)
+            self.steps, self.history = step, [*self.history, (step, amount)]
+            return report
+
+        return self._whole().run(prune)
+
+    def _whole(self) -> UndoLog:
+        """Undoes what the calls inside have done, and gives counts and plan back, if all of it together fails."""
+        before = {name: getattr(self, name) for name in ("steps", "history", "plan", "_total")}
+        return UndoLog(lambda log: log.callback(vars(self).update, before, on=BaseException), whole=True)
 
     def _weights(self, amount: float) -> PruningReport:
-        if not self._regrow:
-            return prune_weights(self.model, amount, **self._options)
-        before = masking.strip(self.model)
-        try:
-            return prune_weights(self.model, amount, **self._options)
-        except BaseException:
-            masking.put(self.model, before)
-            raise
+        if self._regrow:
+            masking.strip(self.model)
+        return prune_weights(self.model, amount, **self._options)
 
     def _neurons(self, amount: float, *, last: bool) -> PruningReport | None:
         assert self._inputs is not None, "checked when made"
@@ -199,12 +202,23 @@ class GradualPruner:
         if missing:
             raise InvalidArgumentError(f"the state of a GradualPruner lacks {', '.join(map(repr, missing))}.")
         plan = None if state["plan"] is None else Plan.from_dict(state["plan"])
-        if plan is not None and plan.tensors:
-            plan.apply(self.model, self._optimizer)
-        masking.put(self.model, state["masks"])
-        self.plan, self._total = plan, state["total"]
-        self.steps = int(state["steps"])
-        self.history = [(int(step), float(amount)) for step, amount in state["history"]]
+        total = state["total"]
+        try:
+            steps = int(state["steps"])
+            history = [(int(step), float(amount)) for step, amount in state["history"]]
+            masks = dict(state["masks"])
+        except (TypeError, ValueError, OverflowError) as error:
+            raise InvalidArgumentError(f"the state of a GradualPruner is broken: {error}.") from error
+        if steps < 0 or not (total is None or (type(total) is int and total > 0)):
+            raise InvalidArgumentError(f"the state of a GradualPruner is broken: {steps} steps, of {total!r} neurons.")
+
+        def load(_: UndoLog) -> None:
+            if plan is not None and plan.tensors:
+                plan.apply(self.model, self._optimizer)
+            masking.put(self.model, masks)
+            self.plan, self._total, self.steps, self.history = plan, total, steps, history
+
+        self._whole().run(load)
 
     def plot(self) -> Figure:
         """Draws the schedule, and the fraction pruned at each step so far.

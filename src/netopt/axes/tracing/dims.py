@@ -21,7 +21,7 @@ from netopt.errors import TraceError
 from netopt.flops import formula
 from netopt.model.attributes import NUMBERS
 from netopt.model.dispatch import ThreadDispatchMode
-from netopt.model.restore import CopyOnWrite, storage_of
+from netopt.model.writes import CopyOnWrite, storage_of
 from netopt.symbolic import Constraints, calling_line
 
 _serial = itertools.count()

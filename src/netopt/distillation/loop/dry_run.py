@@ -18,7 +18,8 @@ from netopt.distillation.loss.targets import Targets
 from netopt.distillation.loss.teachers import Shared, local
 from netopt.errors import InvalidArgumentError, NonFiniteError
 from netopt.model.checks import FLOAT8, check_model
-from netopt.model.restore import CopyOnWrite, restored
+from netopt.model.restore import restored
+from netopt.model.writes import CopyOnWrite
 
 __all__ = ["Lesson", "check_finite", "check_student", "dry_run"]
 

@@ -7,7 +7,6 @@ it that the gradients are those of the whole step's sum over the whole step's co
 from __future__ import annotations
 
 import socket
-import tempfile
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from netopt import batches
+from netopt.distillation.files import SharedFolder
 from netopt.distillation.loss.objective import Sum
 from netopt.errors import ArgumentTypeError, ForwardError, InvalidArgumentError
 
@@ -115,7 +115,7 @@ class Engine:
     def wait(self) -> None:
         """Waits until all processes are here."""
 
-    def shared_folder(self) -> Path | None:
+    def shared_folder(self) -> SharedFolder | None:
         """Returns a new folder that all processes can use, or ``None`` if there is but one, or several machines."""
         return None
 
@@ -219,7 +219,7 @@ class Processes(Engine):
         if self.world > 1:
             dist.barrier()
 
-    def shared_folder(self) -> Path | None:
+    def shared_folder(self) -> SharedFolder | None:
         """Lets the first process make a folder, if all are on one machine; who made it removes it."""
         if self.world == 1:
             return None
@@ -227,9 +227,10 @@ class Processes(Engine):
         dist.all_gather_object(hosts, socket.gethostname())
         if len(set(hosts)) > 1:
             return None
-        made = [tempfile.mkdtemp(prefix="netopt-cache-") if self.rank == 0 else None]
+        own = SharedFolder() if self.rank == 0 else None
+        made = [None if own is None else str(own.path)]
         dist.broadcast_object_list(made, src=0)
-        return Path(str(made[0]))
+        return own or SharedFolder(Path(str(made[0])))
 
 
 class Accelerated(Processes):

@@ -194,7 +194,7 @@ class Loop:
         if self.targets.cache is not None and self.targets.cache.shared:
             # All processes have opened what they share by now, and no other step has begun.
             self.engine.wait()
-            self.targets.cache.detach(self.engine.rank == 0)
+            self.targets.cache.detach()
             self.engine.wait()
         self.state.step += 1
 

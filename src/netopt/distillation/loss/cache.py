@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from netopt.distillation.data.fingerprints import data_fingerprints, sample_fingerprints, signature
 from netopt.distillation.data.sources import Source
+from netopt.distillation.files import SharedFolder
 from netopt.distillation.loss.banks import Bank, Form, Home
 from netopt.distillation.loss.divergence import TopK, condense
 from netopt.distillation.loss.objective import Kept, Objective, Record
@@ -81,7 +81,7 @@ class TeacherCache:
         objective: At which temperature the probabilities that ``topk`` drops keep their sum, and whether the losses
             need no more than the largest logits and that sum.
         about: Identifies the teachers and their outputs; a file found in a folder must have the same.
-        folder: Where processes that share it keep everything; they remove it.
+        folder: Where processes that share it keep everything.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class TeacherCache:
         objective: Objective,
         *,
         about: Mapping[str, Any],
-        folder: Path | None = None,
+        folder: SharedFolder | None = None,
     ) -> None:
         self.settings, self.samples, self.fixed = settings, source.samples, source.fixed
         self.temperature, self.condensable = objective.temperature, objective.condensable
@@ -101,7 +101,7 @@ class TeacherCache:
         self._layouts: dict[tuple[Any, ...], _Layout] = {}
         self._full: tuple[Bank, _Layout] | None = None
         self.shared = folder
-        self._folder = Path(settings.path) if settings.path is not None else folder
+        self._folder = Path(settings.path) if settings.path is not None else folder and folder.path
         self._same_run = False
         self._prints: Tensor | None = None
         if settings.path is not None and self.fixed:
@@ -247,17 +247,16 @@ class TeacherCache:
         where = where if self.active else "nowhere"
         return {"cache hits": self.hits, "misses": self.misses, "bytes": held, "kept in": where}
 
-    def detach(self, owner: bool) -> None:
+    def detach(self) -> None:
         """Takes the files that processes share, and all have opened, out of their folder, so that none is left."""
         if self.shared is not None:
-            if owner:
-                shutil.rmtree(self.shared, ignore_errors=True)
+            self.shared.remove()
             self.shared = self._folder = None
 
-    def close(self, owner: bool) -> None:
-        """Removes what the caller did not ask to keep; a folder that processes share is its ``owner``'s to remove."""
+    def close(self) -> None:
+        """Removes what the caller did not ask to keep."""
         self._forget()
-        self.detach(owner)
+        self.detach()
 
     def _forget(self) -> None:
         self._full = None

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from netopt.model.dispatch import ThreadDispatchMode
-from netopt.model.restore import storage_of
 from netopt.model.view import ModelView
+from netopt.model.writes import storage_of
 from netopt.prune.blocks.standins import Form, Forward, Forwards, Kind, Seen, arguments, form_of, identity, zeros
 from netopt.prune.verify import Forward as ModelForward
 from netopt.surgery import Operation
