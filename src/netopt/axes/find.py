@@ -1,7 +1,8 @@
-"""Finds the axes of a model: borrow, trace in evaluation mode, trace in training mode, solve, restore.
+"""Finds the axes of a model: borrow, trace, solve, restore.
 
 What a trace needs of the model is borrowed: its mode, its gradients, and its integers, which are symbolic for the time
-being. Two forwards are traced, one in each mode, since a model may compute something else in training. Their equations
+being. One forward in evaluation mode is traced; each module that reads ``training`` runs in training as well, since it
+may compute something else there. Where that cannot be told module by module, a second forward is traced. Equations
 between dimensions, and between these and integers, are solved together. Everything borrowed is given back, whatever
 happens, and nothing outside the model is changed.
 """
@@ -46,9 +47,9 @@ Outputs: TypeAlias = "str | Sequence[str] | Callable[..., Any] | None"
 def find_axes(model: nn.Module, example_inputs: Inputs, *, outputs: Outputs = None) -> Axes:
     """Finds which neurons a model has, what is coupled to each, and what cannot be removed and why.
 
-    The forward is run on ``example_inputs`` in evaluation and in training mode, without gradients; parameters, buffers,
-    flags, attributes and random states are as before afterwards. A forward that fails in training mode is left out, as
-    batch norm fails there on a single sample. Fake and meta tensors work alike.
+    The forward is run on ``example_inputs`` in evaluation mode, without gradients, and modules that read ``training``
+    run in training mode as well; parameters, buffers, flags, attributes and random states are as before afterwards.
+    What fails in training mode is left out. Fake and meta tensors work alike.
 
     Args:
         model: Any module.
