@@ -87,7 +87,15 @@ def evaluation_only() -> None:
     """Traces the forward in evaluation mode alone."""
     from netopt.axes import find
 
+    find._sets_flags_alone = lambda *_: False
     find._run = untrained(find._run)
+
+
+def whole_modes() -> None:
+    """Traces the forward twice, once in each mode."""
+    from netopt.axes import find
+
+    find._sets_flags_alone = lambda *_: False
 
 
 def unsalted() -> None:
@@ -112,11 +120,12 @@ MECHANISMS: dict[str, Callable[[], None]] = {
     "guards": forget("guards"),
     "numbers": forget("numbers"),
     "training mode": evaluation_only,
+    "training flag": whole_modes,
     "salted hashes": unsalted,
     "implicit sizes": without(("axes.axes", "bind_implicit_sizes", nothing)),
     "unrouted experts": without(("axes.find", "unrouted", lambda *_: {})),
     "marks that reach a result": without(("axes.tracing.dims", "DimTracer.finalize", by_all_marks)),
-    "copy on write": without(("model.restore", "CopyOnWrite.save", nothing)),
+    "copy on write": without(("model.writes", "CopyOnWrite.save", nothing)),
     "unfused kernels": without(("axes.tracing.sizes", "unfused", lambda function: function)),
 }
 
