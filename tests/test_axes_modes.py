@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
+
 import pytest
 import torch
+from tests.zoo.handmade import HANDMADE
 from torch import nn
 
-from netopt.axes import find_axes
+from netopt.axes import find, find_axes
 
 
 class Chosen(nn.Module):
@@ -117,3 +121,118 @@ def test_a_model_that_refuses_to_be_trained_is_evaluated():
     model = WithATrainOfItsOwn(refuses=True).eval()
     assert find_axes(model, torch.randn(4, 5))["first"].frozen is None
     assert model.merged
+
+
+def told(model, inputs):
+    """All that is told of the axes of a model."""
+    return [
+        (one.name, one.size, one.frozen is None, one.exact or one.frozen is not None, *map(str, one.members))
+        for one in find_axes(model, inputs)
+    ]
+
+
+class Reader(nn.Module):
+    """Reads the flag of a part in some way, between two layers."""
+
+    def __init__(self, read, part=None):
+        super().__init__()
+        self.first, self.part, self.last = nn.Linear(5, 8), part or Chosen(), nn.Linear(8, 3)
+        self.read = read
+
+    def forward(self, x):
+        return self.last(self.read(self, self.first(x)))
+
+
+class Delegating(Chosen):
+    """Looks attributes up in its own way."""
+
+    def __getattr__(self, name):
+        return super().__getattr__(name)
+
+
+class Widening(Chosen):
+    """Returns something of another shape in training."""
+
+    def forward(self, x):
+        return x.mean(-1, keepdim=True).expand(-1, 8) if self.training else x[:, :8]
+
+
+class Growing(Chosen):
+    """Returns one more tensor in training."""
+
+    def forward(self, x):
+        return (x, self.extra) if self.training else (x,)
+
+
+def sets_the_mode(module, x):
+    module.part.eval()
+    return module.part(x)
+
+
+def scripted(module):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch means to do away with it
+        return torch.jit.script(module)
+
+
+def hooked(read):
+    part = nn.Linear(8, 8)
+    part.extra = nn.Parameter(torch.randn(8))
+    part.register_forward_hook(lambda module, args, result: result + module.extra if module.training else result)
+    return Reader(read, part)
+
+
+READERS = {
+    "in a part": lambda: Reader(lambda module, x: module.part(x)),
+    "by a parent": lambda: Reader(lambda module, x: x + module.part.extra if module.part.training else x),
+    "of a library's layer": lambda: Reader(
+        lambda module, x: x + module.last.weight[0] if module.part.training else x, nn.Dropout()
+    ),
+    "by the forward alone": lambda: Reader(lambda module, x: module.part.forward(x)),
+    "by a copy": lambda: Reader(lambda module, x: copy.copy(module.part)(x)),
+    "by a deep copy": lambda: Reader(lambda module, x: x + 0 * copy.deepcopy(module.part)(x)),
+    "as an entry": lambda: Reader(lambda module, x: x + module.part.extra if vars(module.part)["training"] else x),
+    "and sets it": lambda: Reader(sets_the_mode),
+    "by its own look-up": lambda: Reader(lambda module, x: module.part(x), Delegating()),
+    "by a hook": lambda: hooked(lambda module, x: module.part(x)),
+    "for other numbers": lambda: Reader(lambda module, x: module.part(x), nn.AlphaDropout()),
+    "for another shape": lambda: Reader(lambda module, x: module.part(x), Widening()),
+    "for more results": lambda: Reader(lambda module, x: module.part(x)[0], Growing()),
+    "by what is scripted": lambda: Reader(lambda module, x: module.part(x), scripted(nn.Dropout())),
+    "and keeps a count": lambda: Reader(
+        lambda module, x: (setattr(module, "seen", module.training), module.part(x))[1]
+    ),
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", READERS)
+def test_however_the_flag_is_read_both_modes_are_told(name, training, monkeypatch):
+    torch.manual_seed(0)
+    model, inputs = READERS[name]().train(training), torch.randn(4, 5)
+    attributes = [(vars(module), list(vars(module).items())) for module in model.modules()]
+    once = told(model, inputs)
+    assert all(
+        vars(module) is held and list(held.items()) == entries
+        for module, (held, entries) in zip(model.modules(), attributes, strict=True)
+    )
+    monkeypatch.setattr(find, "_sets_flags_alone", lambda *_: False)
+    assert told(model, inputs) == once
+
+
+@pytest.mark.parametrize("case", HANDMADE, ids=str)
+def test_one_trace_tells_what_two_tell(case, monkeypatch):
+    with warnings.catch_warnings():
+        if case.warns:
+            warnings.filterwarnings("ignore", message=f".*{case.warns}")
+        once = told(case.build(), case.inputs())
+        monkeypatch.setattr(find, "_sets_flags_alone", lambda *_: False)
+        assert told(case.build(), case.inputs()) == once
+
+
+def test_a_model_that_reads_no_flag_runs_once():
+    layers = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 3))
+    ran = []
+    layers[0].register_forward_pre_hook(lambda module, _: ran.append(type(module)))
+    find_axes(layers, torch.randn(4, 5))
+    assert ran == [nn.Linear]

@@ -30,11 +30,14 @@ if TYPE_CHECKING:
     from netopt.masking import finish
     from netopt.plan import Plan
     from netopt.plan.blocks import BlockPlan
+    from netopt.plan.experts import ExpertPlan
     from netopt.prune import (
         RepairReport,
         plan_blocks,
+        plan_experts,
         plan_neurons,
         prune_blocks,
+        prune_experts,
         prune_neurons,
         prune_weights,
         reconstruction_scores,
@@ -50,6 +53,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BlockPlan",
     "DistillationReport",
+    "ExpertPlan",
     "GradualPruner",
     "Plan",
     "PruningReport",
@@ -69,8 +73,10 @@ __all__ = [
     "measure",
     "plan",
     "plan_blocks",
+    "plan_experts",
     "plan_neurons",
     "prune_blocks",
+    "prune_experts",
     "prune_neurons",
     "prune_weights",
     "reconstruction",
@@ -92,11 +98,14 @@ _HOMES = {
     "masking": ("finish",),
     "plan": ("Plan",),
     "plan.blocks": ("BlockPlan",),
+    "plan.experts": ("ExpertPlan",),
     "prune": (
         "RepairReport",
         "plan_blocks",
+        "plan_experts",
         "plan_neurons",
         "prune_blocks",
+        "prune_experts",
         "prune_neurons",
         "prune_weights",
         "reconstruction_scores",

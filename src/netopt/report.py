@@ -329,7 +329,9 @@ class PruningReport:
         return "left out" if self.call == "prune_weights" else "frozen"
 
     def _unit(self) -> str:
-        return {"prune_weights": "entries", "prune_blocks": "blocks"}.get(self.call, "neurons")
+        return {"prune_weights": "entries", "prune_blocks": "blocks", "prune_experts": "experts"}.get(
+            self.call, "neurons"
+        )
 
     def _headline(self) -> str:
         total = sum(row.total for row in self.rows)
@@ -372,7 +374,8 @@ class PruningReport:
         return lines
 
     def _heads(self) -> list[str]:
-        heads = ["stack" if self.call == "prune_blocks" else "axis", self._unit(), "kept", "removed", "exact", "note"]
+        first = {"prune_blocks": "stack", "prune_experts": "mixture"}.get(self.call, "axis")
+        heads = [first, self._unit(), "kept", "removed", "exact", "note"]
         if self.call == "prune_weights":
             heads[0], heads[3] = "tensor", "zero" if any(row.size is not None for row in self.rows) else "removed"
         return [heads[index] for index in self._kept_columns()]

@@ -28,6 +28,7 @@ from netopt.axes.tracing.attributes import symbolic_integers
 from netopt.axes.tracing.described_sizes import bind_described_sizes
 from netopt.axes.tracing.dims import DimTracer
 from netopt.axes.tracing.sizes import SizeTracer
+from netopt.axes.tracing.training_flag import TrainingFlag, lendable
 from netopt.axes.tracing.unrouted_experts import experts_substituted, unrouted
 from netopt.batches import Inputs
 from netopt.errors import ArgumentTypeError, ForwardError, InvalidArgumentError
@@ -71,15 +72,16 @@ def find_axes(model: nn.Module, example_inputs: Inputs, *, outputs: Outputs = No
     """
     if not isinstance(model, nn.Module):
         raise ArgumentTypeError(f"model must be a torch.nn.Module, not {type(model).__name__}.")
-    return axes_of(ModelView(model), example_inputs, outputs)
-
-
-def axes_of(view: ModelView, example_inputs: Inputs, outputs: Outputs = None) -> Axes:
-    """As :func:`find_axes`, of a model that is listed already."""
-    check_values(view.model)
+    view = ModelView(model)
+    check_values(view)
     nested = next((name for name, tensor in view.tensors.items() if tensor.is_nested), None)
     if nested is not None:
         raise InvalidArgumentError(f"{nested!r} {problem(view.tensors[nested])}.")
+    return axes_of(view, example_inputs, outputs)
+
+
+def axes_of(view: ModelView, example_inputs: Inputs, outputs: Outputs = None) -> Axes:
+    """As :func:`find_axes`, of a model that is listed and checked already."""
     with InTurn([view]) as tracing:
         attributes = Snapshot(view)
         trace = tracing.enter_context(_closed(*attributes.tensors()))
@@ -90,13 +92,14 @@ def axes_of(view: ModelView, example_inputs: Inputs, outputs: Outputs = None) ->
             trace.inputs(leaf for leaf in tree_iter(batches.normalize(example_inputs)) if isinstance(leaf, Tensor))
             _freeze_scripted(view.parts, trace)
             run = partial(_run, view, attributes, trace, example_inputs, outputs)
-            tracer, results = _first(run, trace)
+            tracer, results = _first(run, trace, lent=_sets_flags_alone(view, attributes, trace))
             substitutes = unrouted(view.parts, tracer.reached, trace.touched)
             if substitutes:
                 with experts_substituted(substitutes, trace):
                     run(training=False, symbolic=tracer.symbolic)
-            with contextlib.suppress(ForwardError):  # a model may refuse to be trained on these inputs
-                run(training=True, symbolic=tracer.symbolic)
+            if tracer.flag is None or tracer.flag.whole:
+                with contextlib.suppress(ForwardError):  # a model may refuse to be trained on these inputs
+                    run(training=True, symbolic=tracer.symbolic)
         view.written = trace.writes.written
         bind_described_sizes(view.parts, trace)
         trace.constraints.close()
@@ -106,17 +109,35 @@ def axes_of(view: ModelView, example_inputs: Inputs, outputs: Outputs = None) ->
         return Axes(trace, tracer.readings, results)
 
 
-def _first(run: Callable[..., Traced], trace: DimTracer) -> Traced:
+def _sets_flags_alone(view: ModelView, attributes: Snapshot, trace: DimTracer) -> bool:
+    """Whether a change of mode changes the ``training`` of modules and nothing else, and that can be lent."""
+    if not lendable(view.parts):
+        return False
+    if attributes.modes_are_flags:
+        return True
+    try:
+        for training in (True, False):
+            with attributes.in_mode(view.model, writes=trace.writes, training=training) as changed:
+                if changed:
+                    return False
+    except ForwardError:  # it may refuse to be trained
+        return False
+    return True
+
+
+def _first(run: Callable[..., Traced], trace: DimTracer, *, lent: bool) -> Traced:
     """The forward in evaluation mode, whose work is counted."""
     trace.counting, symbolic = True, True
     try:
         while True:
             try:
-                return run(training=False, symbolic=symbolic)
-            except ForwardError as error:  # noqa: PERF203 - three tries at most
-                if not symbolic:
+                return run(training=False, symbolic=symbolic, lent=lent)
+            except ForwardError as error:  # noqa: PERF203 - four tries at most
+                if lent:
+                    lent = False  # code may set the mode, or look for it elsewhere
+                elif not symbolic:
                     raise
-                if trace.constraints.salt is not None and isinstance(error.__cause__, KeyError):
+                elif trace.constraints.salt is not None and isinstance(error.__cause__, KeyError):
                     # A dict that is no attribute of the model's is looked up by a size: plain hashes find it.
                     trace.constraints.salt = None
                 else:
@@ -135,11 +156,15 @@ def _run(
     *,
     training: bool,
     symbolic: bool,
+    lent: bool = False,
 ) -> Traced:
     """One traced forward: its tracer, and the layouts of the results that count."""
     tracer = SizeTracer(view, trace, symbolic=symbolic)
     with UndoLog() as log:
-        log.enter_context(attributes.in_mode(view.model, writes=trace.writes, training=training))
+        mode = None if lent else training
+        log.enter_context(attributes.in_mode(view.model, writes=trace.writes, training=mode))
+        if lent:
+            tracer.flag = log.enter_context(TrainingFlag(view.parts, tracer))
         if symbolic:
             log.enter_context(symbolic_integers(view.parts, attributes, trace.constraints))
         with UndoLog() as modes:

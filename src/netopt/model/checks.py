@@ -32,13 +32,14 @@ def check_model(model: object, what: str = "model") -> ModelView:
             'the default device is "meta", on which no index has a value; call this outside torch.device("meta"), '
             "or after torch.set_default_device(None). The model itself may be on it."
         )
-    check_values(model)
-    return ModelView(model)
+    view = ModelView(model)
+    check_values(view)
+    return view
 
 
-def check_values(model: nn.Module) -> None:
+def check_values(model: nn.Module | ModelView) -> None:
     """Raises an `InvalidArgumentError` if a parameter or buffer has no values yet."""
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+    for name, tensor in ModelView.of(model).tensors.items():
         if nn.parameter.is_lazy(tensor):
             raise InvalidArgumentError(f"{name!r} is not initialised yet; run the model once first.")
 

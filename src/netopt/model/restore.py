@@ -158,13 +158,11 @@ class Snapshot:
     Attributes:
         gradients: Of the parameters.
         own: Of each module, its attributes that not every module has, flags and texts left out.
-        flags_alone: Whether a change of mode changes flags and nothing else; known once one was made.
     """
 
     def __init__(self, *models: nn.Module | ModelView, values: bool = True, parameters: bool = False) -> None:
         views = [ModelView.of(model) for model in models]
         self._parts: Parts = [one for view in views for one in view.parts]
-        self.flags_alone = True
         self._kept: list[tuple[Any, Any]] = []
         self._empty: list[Any] = []
         self._named: list[tuple[str, Any]] = []
@@ -180,10 +178,12 @@ class Snapshot:
         self._values = _Values(copied.values() if values else ())
         self._memory = [*filter(None, map(_memory_of, (copied | weights).values()))]
         self.gradients = Gradients(weights.values())
+        self._settled = False
 
     def put_back(self) -> None:
         """Puts everything back."""
-        self.put_back_attributes()
+        if not self._settled:
+            self.put_back_attributes()
         for module, flag in self._scripted:
             module.training = flag
         for put_back in self._generators:
@@ -199,22 +199,34 @@ class Snapshot:
             refill(container, before)
         for give_back in self._memory:
             give_back()
+        self._settled = True
+
+    @property
+    def modes_are_flags(self) -> bool:
+        """Whether a change of mode sets the ``training`` of modules and nothing else, by their classes."""
+        own = any("train" in module.__dict__ or "eval" in module.__dict__ for _, module in self._parts)
+        return not own and all(map(_changes_flags_alone, {type(module) for _, module in self._parts}))
 
     @contextmanager
-    def in_mode(self, model: nn.Module, *, training: bool, writes: CopyOnWrite | None = None) -> Iterator[bool]:
+    def in_mode(self, model: nn.Module, *, training: bool | None, writes: CopyOnWrite | None = None) -> Iterator[bool]:
         """Puts the model these modules are of in training or evaluation mode, and attributes back on leaving.
 
-        Gives whether this changed more than flags, as where a model's own ``train`` sets up something else. What is
-        written into parameters is undone by ``writes``.
+        With ``None`` the mode is left alone. Gives whether this changed more than flags, as where a model's own
+        ``train`` sets up something else. What is written into parameters is undone by ``writes``.
         """
         writes = CopyOnWrite(()) if writes is None else writes
+        self._settled = False
         try:
             try:
-                self.flags_alone = _set_mode(model, self._parts, writes, training)
+                if training is not None and self.modes_are_flags:
+                    for _, module in self._parts:
+                        module.__dict__["training"] = training
+                elif training is not None:
+                    _set_mode(model, self._parts, writes, training)
             except Exception as error:  # a model's own train may raise anything
                 name = "train" if training else "eval"
                 raise ForwardError(f"{name}() of {type(model).__name__} failed; see the chained exception.") from error
-            changed = not self.flags_alone and self._are_changed()
+            changed = training is not None and not self.modes_are_flags and self._are_changed()
             self.own = own_attributes(self._parts) if changed else self._own
             yield changed
         finally:
@@ -416,19 +428,13 @@ def _generator_state(value: Any) -> Callable[[], object] | None:
     return None
 
 
-def _set_mode(model: nn.Module, parts: Parts, writes: CopyOnWrite, training: bool) -> bool:
-    """Sets the mode; returns whether flags alone were set, since nothing in the model does more in ``train``."""
-    own = any("train" in module.__dict__ or "eval" in module.__dict__ for _, module in parts)
-    if not own and all(map(_changes_flags_alone, {type(module) for _, module in parts})):
-        for _, module in parts:
-            module.__dict__["training"] = training
-        return True
+def _set_mode(model: nn.Module, parts: Parts, writes: CopyOnWrite, training: bool) -> None:
+    """Sets the mode by the model's own ``train`` or ``eval``."""
     with writes.saving():
         if training:
             model.train()
         elif any(module.training for _, module in parts):
             model.eval()
-    return False
 
 
 def _changes_flags_alone(kind: type[nn.Module]) -> bool:

@@ -27,7 +27,7 @@ class ModelView:
         ['1.running_mean', '1.running_var', '1.num_batches_tracked']
     """
 
-    __slots__ = ("buffers", "model", "modules", "parameters", "written")
+    __slots__ = ("_parts", "buffers", "model", "modules", "parameters", "written")
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -36,6 +36,7 @@ class ModelView:
         self.buffers: dict[str, Tensor] = {}
         self.written: dict[int, Tensor] | None = None
         self._visit("", model)
+        self._parts: list[tuple[str, nn.Module]] | None = None
 
     @classmethod
     def of(cls, model: nn.Module | ModelView) -> ModelView:
@@ -61,8 +62,10 @@ class ModelView:
     @property
     def parts(self) -> list[tuple[str, nn.Module]]:
         """The modules, each once, under its first name."""
-        first = {id(module): name for name, module in reversed(self.modules.items())}
-        return [(name, module) for name, module in self.modules.items() if first[id(module)] == name]
+        if self._parts is None:
+            first = {id(module): name for name, module in reversed(self.modules.items())}
+            self._parts = [(name, module) for name, module in self.modules.items() if first[id(module)] == name]
+        return self._parts
 
     @property
     def own_parameters(self) -> dict[str, Tensor]:

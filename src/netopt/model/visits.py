@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["Visit", "Visits"]
 
 _lock = threading.RLock()
-_TABLES = ("_forward_pre_hooks", "_forward_hooks", "_forward_hooks_always_called")
+TABLES = ("_forward_pre_hooks", "_forward_hooks", "_forward_hooks_always_called")
 
 
 class Visit(NamedTuple):
@@ -73,11 +73,11 @@ class Visits:
         with _lock:
             for _, module in self._parts:
                 held = vars(module)
-                if all(isinstance(held.get(name), dict) for name in _TABLES):
-                    before, after, always = (held[name] for name in _TABLES)
-                    held[_TABLES[0]] = _Table(before, [(self, self._begin), *before.items()])
-                    held[_TABLES[1]] = _Table(after, [*after.items(), (self, self._end)])
-                    held[_TABLES[2]] = _Table(always, [*always.items(), (self, True)])
+                if all(isinstance(held.get(name), dict) for name in TABLES):
+                    before, after, always = (held[name] for name in TABLES)
+                    held[TABLES[0]] = _Table(before, [(self, self._begin), *before.items()])
+                    held[TABLES[1]] = _Table(after, [*after.items(), (self, self._end)])
+                    held[TABLES[2]] = _Table(always, [*always.items(), (self, True)])
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -85,7 +85,7 @@ class Visits:
         self._thread = None
         with _lock:
             for _, module in self._parts:
-                for name in _TABLES:
+                for name in TABLES:
                     table = vars(module).get(name)
                     if isinstance(table, _Table):
                         vars(module)[name] = table.without(self)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from netopt.prune.allocation import reconstruction_scores
 from netopt.prune.blocks import plan_blocks, prune_blocks
+from netopt.prune.experts import plan_experts, prune_experts
 from netopt.prune.neurons import plan_neurons, prune_neurons
 from netopt.prune.repair import RepairReport, repair
 from netopt.prune.shrink import shrink
@@ -12,8 +13,10 @@ from netopt.prune.weights import prune_weights
 __all__ = [
     "RepairReport",
     "plan_blocks",
+    "plan_experts",
     "plan_neurons",
     "prune_blocks",
+    "prune_experts",
     "prune_neurons",
     "prune_weights",
     "reconstruction_scores",

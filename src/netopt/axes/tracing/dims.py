@@ -308,6 +308,13 @@ class DimTracer(ThreadDispatchMode):
         for name in self._read_as_values & self.pointers.keys():
             freeze(self.pointers[name], f"is numbered by {name}, whose entries are used in another way too")
 
+    def merge(self, tensor: Tensor, other: Tensor, dims: Dims) -> None:
+        """States that ``tensor`` may be what ``other`` is, with these dimensions."""
+        known, also = self._register(tensor), self._register(other)
+        known.dims = dims
+        known.data = known.data or also.data
+        known.parents = [*known.parents, also, *also.memory]
+
     def where(self) -> str:
         """The line of the user's code being run."""
         return calling_line()

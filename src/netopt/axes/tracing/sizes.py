@@ -8,7 +8,8 @@ It also records which calls contract over a dimension, where activations can be 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -19,6 +20,7 @@ from netopt.axes.operation import Dim
 from netopt.axes.tracing.calls import find_call_rule
 from netopt.axes.tracing.calls.registry import Operands
 from netopt.axes.tracing.dims import DimTracer
+from netopt.axes.tracing.training_flag import TrainingFlag
 from netopt.model.calls import Call, CallNames
 from netopt.model.kernels import unfused
 from netopt.model.view import ModelView
@@ -44,6 +46,7 @@ class SizeTracer(CallNames):
         self.trace = trace
         self.constraints = trace.constraints
         self.readings: list[Reading] = []
+        self.flag: TrainingFlag | None = None
 
     def run_call(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs one call, and turns its integers into equations with the layouts its operations made."""
@@ -78,6 +81,19 @@ class SizeTracer(CallNames):
         attribute(tensor, value)
         if is_data:
             self.trace.exchange(tensor, value)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Leaves no names, readings or costs of the calls inside."""
+        readings, counts, seen = self.readings, self.visits.counts, self.visits.current.seen
+        counting, named = self.trace.counting, seen.copy()
+        self.readings, self.visits.counts, self.trace.counting = [], counts.copy(), False
+        try:
+            yield
+        finally:
+            self.readings, self.visits.counts, self.trace.counting = readings, counts, counting
+            seen.clear()
+            seen.update(named)
 
     @property
     def reached(self) -> frozenset[str]:

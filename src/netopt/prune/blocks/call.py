@@ -27,7 +27,7 @@ from netopt.report import PruningReport, Row
 from netopt.selectors import Selector, chosen
 from netopt.surgery import as_optimizers
 
-__all__ = ["plan_blocks", "prune_blocks"]
+__all__ = ["check_real", "plan_blocks", "predicted", "prune_blocks"]
 
 
 def prune_blocks(
@@ -145,7 +145,7 @@ def plan_blocks(
     """
     call = _Call(model, example_inputs, _Budget(amount, max_params, max_macs), importance, data, progress)
     plan = call.decide(include, exclude, outputs).plan
-    return plan.with_prediction(_predicted(call.before, plan.prepare(model).dry_run(call.cost)))
+    return plan.with_prediction(predicted(call.before, plan.prepare(model).dry_run(call.cost)))
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ class _Call:
     ) -> None:
         budget.check()
         self.view = check_model(model, example_inputs)
-        _check_real(self.view)
+        check_real(self.view, "blocks")
         self._budget, self._importance, self._progress = budget, importance, progress
         self._name = check_importance(importance)
         self._inputs, self._data = example_inputs, data
@@ -307,7 +307,7 @@ class _Call:
             before=self.before,
             after=after,
             rows=tuple(_row(stack, decision) for stack in decision.stacks if stack.free),
-            plan=cast("Any", decision.plan.with_prediction(_predicted(self.before, after))),
+            plan=cast("Any", decision.plan.with_prediction(predicted(self.before, after))),
             frozen=decision.frozen,
             settings=settings,
             subject=self.view.model,
@@ -327,15 +327,15 @@ def _places(stacks: Sequence[Stack], removed: Sequence[Block]) -> dict[str, list
     return {stack.name: [block.place for block in removed if block in stack.blocks] for stack in stacks}
 
 
-def _check_real(view: ModelView) -> None:
-    """Blocks are judged by running them, eagerly and with values."""
+def check_real(view: ModelView, what: str) -> None:
+    """What is removed is judged by running it, eagerly and with values."""
     if any(tensor.is_meta for tensor in view.tensors.values()):
         raise InvalidArgumentError(
             "the model is on the meta device, where nothing can be compared; plan on a real one, and apply the plan."
         )
     for name, module in view.modules.items():
         if "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None:
-            raise InvalidArgumentError(f"{name or 'the model'!r} is compiled; remove blocks before compiling.")
+            raise InvalidArgumentError(f"{name or 'the model'!r} is compiled; remove {what} before compiling.")
     if any(isinstance(module, torch.jit.ScriptModule) for module in [view.model]):
         raise InvalidArgumentError("the model is scripted, and its lists cannot change; prune before scripting.")
 
@@ -350,7 +350,8 @@ def _nothing(frozen: Mapping[str, str]) -> str:
     return "\n".join(["no block of this model may be removed:", *lines])
 
 
-def _predicted(before: measure.Cost, after: measure.Cost) -> dict[str, int]:
+def predicted(before: measure.Cost, after: measure.Cost) -> dict[str, int]:
+    """What a plan says of the cost before and after."""
     found = {}
     for kind in ("params", "macs", "bytes"):
         found[f"{kind}_before"], found[f"{kind}_after"] = getattr(before, kind), getattr(after, kind)
