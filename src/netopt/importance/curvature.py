@@ -81,7 +81,8 @@ def reconstruction_scores(
     with restored(model, writes=False) as log:
         log.callback(writes.undo)
         log.enter_context(torch.inference_mode(False), Unfused(attention=False))
-        model.eval()
+        with writes.saving():
+            model.eval()
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         seen = _Pass(model, watched, loss_fn, outputs, writes)

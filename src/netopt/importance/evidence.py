@@ -108,7 +108,8 @@ def collect(
         with restored(model, writes=False) as log:
             seen = _Pass(model, wanted, frozenset(needs), loss_fn, sums)
             log.callback(seen.writes.undo)
-            log.enter_context(_ready(model, wanted, needs))
+            with seen.writes.saving():
+                log.enter_context(_ready(model, wanted, needs))
             count = seen.run(data, progress)
         if "input_norm" in needs:
             wanted = _read(wanted, seen.squares, wanted if named is None else named)
