@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -306,7 +307,9 @@ def test_a_model_without_memory_is_planned_from_its_checkpoint(tmp_path):
         empty = Tied()
     plan = plan_neurons(empty, x.to("meta"), 0.5, importance=stored(source), progress=False)
     expected = plan_neurons(model, x, 0.5, importance="magnitude", progress=False)
-    assert plan == expected
+    assert "not compared" in str(plan)
+    axes = tuple(dataclasses.replace(row, reason=None) for row in plan.axes)
+    assert dataclasses.replace(plan, axes=axes) == expected
     assert empty.hidden.out_features == 12
     with pytest.raises(InvalidArgumentError, match="'fisher' needs data"):
         stored(source, "fisher")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from netopt import masking
-from netopt.axes import find_axes
+from netopt.axes.find import axes_of
 from netopt.batches import Data, Inputs
 from netopt.errors import ArgumentTypeError, InvalidArgumentError, UnknownNameError
 from netopt.figures import figure
@@ -215,10 +215,11 @@ def _axes(
     exclude: Any,
     progress: bool,
 ) -> dict[str, Trial]:
-    axes = find_axes(model, inputs)
+    view = ModelView(model)
+    axes = axes_of(view, inputs)
     chosen, _ = candidates(model, axes, include, exclude)
     scores = neuron_scores(
-        model,
+        view,
         {axis.name: axes.members(axis) for axis in chosen},
         lambda name: axes.taps(axes[name]),
         {axis.name: axis.size for axis in chosen},

@@ -25,6 +25,7 @@ from netopt.importance.inputs import InputWatch, Matrix
 from netopt.model.kernels import Unfused
 from netopt.model.parameters import Place, places
 from netopt.model.restore import restored
+from netopt.model.writes import CopyOnWrite
 from netopt.progress import bar
 
 __all__ = ["padding", "reconstruction_scores", "squares"]
@@ -76,12 +77,15 @@ def reconstruction_scores(
         for name, place in places(model).items()
         if place.parameter.is_floating_point() and place.parameter.dim() > 1
     }
-    with restored(model) as log:
+    writes = CopyOnWrite(model.parameters())
+    with restored(model, writes=False) as log:
+        log.callback(writes.undo)
         log.enter_context(torch.inference_mode(False), Unfused(attention=False))
-        model.eval()
+        with writes.saving():
+            model.eval()
         for parameter in model.parameters():
             parameter.requires_grad_(False)
-        seen = _Pass(model, watched, loss_fn, outputs)
+        seen = _Pass(model, watched, loss_fn, outputs, writes)
         shown = bar(batches.iterate(data), "moments", shown=progress, total=batches.steps(data))
         for index, batch in enumerate(shown):
             seen.see(index, batch)
@@ -110,8 +114,10 @@ class _Pass:
         watched: Mapping[str, Place],
         loss_fn: Callable[[Any, Any], Tensor] | None,
         outputs: Callable[[Any], list[Tensor]],
+        writes: CopyOnWrite,
     ) -> None:
         self.model, self.watched, self.loss_fn, self.outputs = model, watched, loss_fn, outputs
+        self.writes = writes
         self.uses: dict[str, Use] = {}
         self.inputs: dict[str, _Inputs] = {}
         self.gradients: dict[str, Tensor] = {}
@@ -135,7 +141,7 @@ class _Pass:
             return False
 
         with _sources(self.model, inputs) as (given, sources), torch.enable_grad():
-            with ContractionWatch(self.watched, visit, uses.after):
+            with ContractionWatch(self.watched, visit, uses.after), self.writes.first_run():
                 result = batches.feed(self.model, given if isinstance(given, (Tensor, Mapping)) else (given, None))
             self.uses = uses.found | self.uses
             found = [one for one in self.outputs(result) if one.requires_grad]

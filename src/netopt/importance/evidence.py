@@ -20,6 +20,7 @@ from netopt.importance.inputs import InputWatch, Matrix, Reading
 from netopt.model.kernels import Unfused
 from netopt.model.parameters import Place, places
 from netopt.model.restore import restored
+from netopt.model.writes import CopyOnWrite
 from netopt.progress import bar
 
 __all__ = ["NEEDS", "Evidence", "collect", "missing_data", "samples"]
@@ -104,9 +105,11 @@ def collect(
                 f"{inference!r} was made in inference mode and takes part in no gradient; make the model outside of "
                 'torch.inference_mode(), or use importance="magnitude" or "wanda".'
             )
-        with restored(model) as log:
-            log.enter_context(_ready(model, wanted, needs))
+        with restored(model, writes=False) as log:
             seen = _Pass(model, wanted, frozenset(needs), loss_fn, sums)
+            log.callback(seen.writes.undo)
+            with seen.writes.saving():
+                log.enter_context(_ready(model, wanted, needs))
             count = seen.run(data, progress)
         if "input_norm" in needs:
             wanted = _read(wanted, seen.squares, wanted if named is None else named)
@@ -201,6 +204,7 @@ class _Pass:
         self.generator = torch.Generator().manual_seed(0)
         self.squares: dict[str, dict[Matrix, Tensor]] = {name: {} for name in wanted}
         self.alone: bool | None = None
+        self.writes = CopyOnWrite(model.parameters())
 
     def run(self, data: Data, progress: bool) -> int:
         """Returns the number of samples seen."""
@@ -221,7 +225,7 @@ class _Pass:
         """Whether the model takes one entry of a batch by itself; of the first batch this is tried."""
         if self.alone is None:
             try:
-                with torch.no_grad():
+                with torch.no_grad(), self.writes.first_run():
                     batches.feed(self.model, piece)
                 self.alone = True
             except ForwardError:
@@ -230,7 +234,7 @@ class _Pass:
 
     def _see(self, batch: Batch, size: int) -> None:
         watch = InputWatch(self.wanted, self._add_reading) if "input_norm" in self.needs else contextlib.nullcontext()
-        with watch:
+        with watch, self.writes.first_run():
             result = batches.feed(self.model, batch)
         if "output_grad_sq" in self.needs:
             self._differentiate_outputs(batches.primary(result), retain=bool(self.needs & OF_LOSS))

@@ -204,9 +204,9 @@ class UndoLog(Handlers):
             self.__enter__()
             result = work(self)
         except BaseException as error:
-            self.close(error)
+            self._closed(error)
             raise
-        self.close()
+        self._closed(None)
         return result
 
     def __enter__(self) -> Self:
@@ -230,8 +230,15 @@ class UndoLog(Handlers):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._closed(error)
+
+    def _closed(self, error: BaseException | None) -> None:
         self._holds = True
-        self.close(error)
+        try:
+            self.close(error)
+        except BaseException as failure:
+            self.close(failure)  # once more, which costs nothing: debuggers interrupt where signals do not
+            raise
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         """Holds a signal back, or lets it through."""
@@ -243,7 +250,10 @@ class UndoLog(Handlers):
     def _undo(self, error: BaseException | None) -> list[BaseException]:
         """Takes every step that this end of the block calls for, and keeps the others; what steps raised."""
         failures: list[BaseException] = []
-        _end_generators(error)
+        try:
+            _end_generators(error)
+        except BaseException as failure:  # a debugger's, or what the end of one raises
+            failures.append(failure)
         place = len(self._steps) - 1
         while place >= 0:
             undo, kinds, is_context = self._steps[place]
@@ -272,7 +282,7 @@ class UndoLog(Handlers):
     def _is_leaving(self, frame: FrameType | None) -> bool:
         """Whether a signal came on the very way into ``close``."""
         while frame is not None:
-            if frame.f_code.co_name in ("__exit__", "close") and frame.f_locals.get("self") is self:
+            if frame.f_code.co_name in ("__exit__", "_closed", "close") and frame.f_locals.get("self") is self:
                 return True
             frame = frame.f_back
         return False

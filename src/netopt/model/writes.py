@@ -8,6 +8,7 @@ of every model; so the first run of a model is watched, and those that it writes
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ class CopyOnWrite:
     def __init__(self, parameters: Iterable[Tensor]) -> None:
         self.written: dict[int, Tensor] = {}
         self._parameters = list(parameters)
+        self._runs = 0
         self._stored: dict[int, list[Tensor]] | None = None
         self._saved: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
@@ -57,6 +59,11 @@ class CopyOnWrite:
             for parameter, value in several:
                 write(parameter, value)
         self._saved.clear()
+
+    def first_run(self) -> AbstractContextManager[Any]:
+        """For each forward of several: the first is watched, and what it writes to is known from then on."""
+        runs, self._runs = self._runs, self._runs + 1
+        return nullcontext() if runs else self.saving()
 
     def watching(self) -> UndoLog:
         """Undoes on leaving what is written meanwhile, by code that is not traced."""
