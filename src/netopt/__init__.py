@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from netopt.integrations.huggingface.pretrained import shrink_pretrained
     from netopt.integrations.pruned import load_pruned, save_pruned
     from netopt.masking import finish
-    from netopt.plan import Plan
+    from netopt.plan import Plan, PlanSequence
     from netopt.plan.blocks import BlockPlan
     from netopt.plan.experts import ExpertPlan
     from netopt.prune import (
@@ -58,6 +58,7 @@ __all__ = [
     "ExpertPlan",
     "GradualPruner",
     "Plan",
+    "PlanSequence",
     "PruningReport",
     "Regularizer",
     "RepairReport",
@@ -100,7 +101,7 @@ _HOMES = {
     "integrations.huggingface.pretrained": ("shrink_pretrained",),
     "integrations.pruned": ("load_pruned", "save_pruned"),
     "masking": ("finish",),
-    "plan": ("Plan",),
+    "plan": ("Plan", "PlanSequence"),
     "plan.blocks": ("BlockPlan",),
     "plan.experts": ("ExpertPlan",),
     "prune": (

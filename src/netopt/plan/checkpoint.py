@@ -46,6 +46,8 @@ TYPES = {
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 CONFIG = "config.json"
+CONFIGS = {CONFIG: "config", "generation_config.json": "generation_config"}
+"""Files beside the weights, and what a model calls what they hold."""
 _WEIGHTS = (".safetensors", ".h5", ".msgpack", ".onnx", ".onnx_data", ".ot", ".gguf", ".ckpt", ".pt", ".pth")
 _ELSEWHERE = {".git", ".cache", "onnx", "openvino"}
 """Folders that hold the history, or the weights in another format."""
@@ -270,16 +272,26 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def rewrite(
-    plan: Decision, fingerprint: str, stored: Stored, source: str | os.PathLike[str], target: str | os.PathLike[str]
+    plan: Decision,
+    fingerprint: str,
+    stored: Stored,
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    names: Mapping[str, str | None] | None = None,
 ) -> Path:
-    """Writes ``stored``, read from ``source``, as ``plan`` leaves it; see :meth:`netopt.Plan.apply_to_checkpoint`."""
+    """Writes ``stored``, read from ``source``, as ``plan`` leaves it; see :meth:`netopt.Plan.apply_to_checkpoint`.
+
+    With ``names``, tensors get other names, and those without one are left out.
+    """
     goal = Path(target)
     if goal.resolve() == Path(source).resolve():
         raise CheckpointError(f"the target {goal} is the source; write to another place")
     _check(plan, stored)
-    _configured(plan, stored.folder)
+    for file in CONFIGS:
+        _configured(plan, stored.folder, file)
     try:
-        _write_all(plan, fingerprint, stored, goal)
+        _write_all(plan, fingerprint, stored, goal, names or {})
     except OSError as error:
         raise CheckpointError(
             f"{goal} could not be written: {error}; what was finished stays, and the same call goes on from there"
@@ -287,11 +299,11 @@ def rewrite(
     return goal
 
 
-def _write_all(plan: Decision, fingerprint: str, stored: Stored, goal: Path) -> None:
+def _write_all(plan: Decision, fingerprint: str, stored: Stored, goal: Path, names: Mapping[str, str | None]) -> None:
     """Writes every file of ``stored`` that is not there yet."""
     if stored.folder is None:
         goal.parent.mkdir(parents=True, exist_ok=True)
-        _write(plan, fingerprint, stored.shards[0], goal)
+        _write(plan, fingerprint, stored.shards[0], goal, names)
         return
     goal.mkdir(parents=True, exist_ok=True)
     total, weight_map = 0, {}
@@ -300,7 +312,9 @@ def _write_all(plan: Decision, fingerprint: str, stored: Stored, goal: Path) -> 
         target.parent.mkdir(parents=True, exist_ok=True)
         if not target.parent.resolve().is_relative_to(goal.resolve()):
             raise CheckpointError(f"{target.parent} is a link that leads out of {goal}; remove it")
-        entries = _write(plan, fingerprint, shard, target)
+        if all(names.get(name, name) is None for name in shard.entries):
+            continue
+        entries = _write(plan, fingerprint, shard, target, names)
         total += sum(entry.stop - entry.start for entry in entries.values())
         weight_map.update(dict.fromkeys(entries, str(shard.name)))
     _copy_rest(plan, stored.folder, goal)
@@ -347,10 +361,12 @@ def _shape_after(plan: Decision, name: str, entry: Entry) -> tuple[int, ...]:
     return tuple(len(cuts[dim]) if dim in cuts else size for dim, size in enumerate(entry.shape))
 
 
-def _planned(plan: Decision, shard: Shard) -> dict[str, Entry]:
-    """The entries the new file will have."""
+def _planned(plan: Decision, shard: Shard, names: Mapping[str, str | None]) -> dict[str, Entry]:
+    """The entries the new file will have, by the names they had."""
     entries, end = {}, 0
     for name, old in sorted(shard.entries.items(), key=lambda item: item[1].start):
+        if names.get(name, name) is None:
+            continue
         shape = _shape_after(plan, name, old)
         count = math.prod(old.shape)
         width = (old.stop - old.start) // count if count else 0
@@ -359,15 +375,18 @@ def _planned(plan: Decision, shard: Shard) -> dict[str, Entry]:
     return entries
 
 
-def _write(plan: Decision, fingerprint: str, shard: Shard, target: Path) -> dict[str, Entry]:
-    entries = _planned(plan, shard)
+def _write(
+    plan: Decision, fingerprint: str, shard: Shard, target: Path, names: Mapping[str, str | None]
+) -> dict[str, Entry]:
+    planned = _planned(plan, shard, names)
+    entries = {names.get(name) or name: entry for name, entry in planned.items()}
     # What is there is known by what it was made from: a source of equal names and sizes has another hash.
     metadata = {**shard.metadata, "netopt.plan": fingerprint, "netopt.source": checksum(shard.path)}
     if target.is_file() and not target.is_symlink() and _is_whole(target, entries, metadata):
         return entries
     with partial(target) as file:
         _write_header(file, entries, metadata)
-        for name in entries:
+        for name in planned:
             for part in _parts(plan, shard, name):
                 file.write(_bytes(part))
     return entries
@@ -458,11 +477,11 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 def _copy_rest(plan: Decision, source: Path, target: Path) -> None:
     """Configuration, tokenizer and whatever else lies beside the weights."""
-    config = _configured(plan, source)
     for file in source.iterdir():
         if not file.is_file() or is_dense(PurePath(file.name)):
             continue
-        if file.name == CONFIG and config is not None:
+        config = _configured(plan, source, file.name) if file.name in CONFIGS else None
+        if config is not None:
             replace(target / file.name, _text(config))
         else:
             with file.open("rb") as old, partial(target / file.name) as new:
@@ -476,12 +495,13 @@ def is_dense(name: PurePath) -> bool:
     return name.suffix in _WEIGHTS or name.name == INDEX or name.name.startswith(("pytorch_model", "tf_model"))
 
 
-def _configured(plan: Decision, folder: Path | None) -> dict[str, Any] | None:
-    """The configuration beside the weights as the plan leaves it, or None where it stays or there is none."""
-    changes = {path[2:]: value for path, value in plan.attributes if path[:2] == ("", "config") and len(path) > 2}
-    if folder is None or not changes or not (folder / CONFIG).is_file():
+def _configured(plan: Decision, folder: Path | None, file: str) -> dict[str, Any] | None:
+    """A configuration beside the weights as the plan leaves it, or None where it stays or there is none."""
+    start = "", CONFIGS[file]
+    changes = {path[2:]: value for path, value in plan.attributes if path[:2] == start and len(path) > 2}
+    if folder is None or not changes or not (folder / file).is_file():
         return None
-    config = _json(folder / CONFIG)
+    config = _json(folder / file)
     for path, value in changes.items():
         holder: Any = config
         try:
@@ -490,7 +510,7 @@ def _configured(plan: Decision, folder: Path | None) -> dict[str, Any] | None:
             holder[path[-1]] = value
         except (TypeError, IndexError, KeyError) as error:
             named = ".".join(map(str, path))
-            raise PlanMismatchError(f"the plan sets `{named}`, which {folder / CONFIG} has no place for") from error
+            raise PlanMismatchError(f"the plan sets `{named}`, which {folder / file} has no place for") from error
     return config
 
 
