@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Any, TypeAlias
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from netopt.errors import ArgumentTypeError, InvalidArgumentError, PlanMismatchError
 from netopt.plan.blocks import BlockPlan
-from netopt.plan.checkpoint import open_checkpoint, rewrite
+from netopt.plan.checkpoint import rewrite
 from netopt.plan.experts import ExpertPlan
 from netopt.plan.files import load_json, save_json
+from netopt.plan.shards import Stored, open_checkpoint
 from netopt.plan.value import Plan
+from netopt.plan.wrapped import renaming
 from netopt.surgery import as_optimizers
 
 __all__ = ["PlanSequence", "Step", "plan_from_dict"]

@@ -24,9 +24,10 @@ from netopt import surgery
 from netopt.errors import InvalidArgumentError, PlanMismatchError
 from netopt.model.view import ModelView
 from netopt.plan import schema
-from netopt.plan.checkpoint import open_checkpoint, rewrite
+from netopt.plan.checkpoint import rewrite
 from netopt.plan.codec import IndexCodec, pack
 from netopt.plan.files import load_json, save_json
+from netopt.plan.shards import open_checkpoint
 from netopt.plan.wrapped import innermost, renaming
 from netopt.surgery.attributes import Path, show
 

@@ -23,8 +23,8 @@ from netopt.integrations.huggingface.source import Source, import_transformers, 
 from netopt.integrations.huggingface.target import appearing, copy_others
 from netopt.plan import Plan, PlanSequence, shapes_of, stored
 from netopt.plan.blocks import BlockPlan
-from netopt.plan.checkpoint import open_checkpoint
 from netopt.plan.experts import ExpertPlan
+from netopt.plan.shards import open_checkpoint
 from netopt.prune import prune_neurons
 from netopt.prune.candidates import AxisSelector
 from netopt.report import PruningReport
