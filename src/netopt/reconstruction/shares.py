@@ -101,7 +101,7 @@ def _compete(request: Request) -> bool:
 
 
 def _by_cost(wanted: Mapping[str, Place], request: Request, costs: Mapping[str, OutputCosts]) -> dict[str, Share]:
-    """What one threshold on the costs removes of each; a weight whose costs are unknown gives its proportion."""
+    """Of each halfway between its proportion and what one threshold on the costs removes, where these are known."""
     sizes = [place.parameter.numel() for place in wanted.values()]
     total = request.count(sum(sizes), "the weights chosen")
     counts = dict(zip(wanted, in_proportion(total, sizes), strict=True))
@@ -113,7 +113,11 @@ def _by_cost(wanted: Mapping[str, Place], request: Request, costs: Mapping[str, 
         return Scores(costs[place.name].scores(place.value), alive=alive, name=place.name)
 
     kept = decide(known, score, Request(request.shape, "global", remove)) if known else {}
-    counts |= {name: mask.numel() - int(torch.count_nonzero(mask)) for name, mask in kept.items()}
+    told = [mask.numel() - int(torch.count_nonzero(mask)) for mask in kept.values()]
+    # Costs hold for small changes; halfway to equal shares generalises better than either.
+    counts |= zip(
+        known, in_proportion(remove, [one + counts[name] for name, one in zip(known, told, strict=True)]), strict=True
+    )
     return {name: Share(request, count, costs.get(name)) for name, count in counts.items()}
 
 
