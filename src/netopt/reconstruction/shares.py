@@ -101,7 +101,7 @@ def _compete(request: Request) -> bool:
 
 
 def _by_cost(wanted: Mapping[str, Place], request: Request, costs: Mapping[str, OutputCosts]) -> dict[str, Share]:
-    """Of each halfway between its proportion and what one threshold on the costs removes, where these are known."""
+    """Of each what one threshold on the costs removes, by a quarter its proportion; that alone where none are known."""
     sizes = [place.parameter.numel() for place in wanted.values()]
     total = request.count(sum(sizes), "the weights chosen")
     counts = dict(zip(wanted, in_proportion(total, sizes), strict=True))
@@ -114,10 +114,9 @@ def _by_cost(wanted: Mapping[str, Place], request: Request, costs: Mapping[str, 
 
     kept = decide(known, score, Request(request.shape, "global", remove)) if known else {}
     told = [mask.numel() - int(torch.count_nonzero(mask)) for mask in kept.values()]
-    # Costs hold for small changes; halfway to equal shares generalises better than either.
-    counts |= zip(
-        known, in_proportion(remove, [one + counts[name] for name, one in zip(known, told, strict=True)]), strict=True
-    )
+    # Costs are told by small changes: a quarter of equal shares in them generalises better than none, or a half.
+    mixed = [3 * one + counts[name] for name, one in zip(known, told, strict=True)]
+    counts |= zip(known, in_proportion(remove, mixed), strict=True)
     return {name: Share(request, count, costs.get(name)) for name, count in counts.items()}
 
 
