@@ -318,9 +318,10 @@ class Language(Case):
         tokens = torch.tensor(tokenizer(text)["input_ids"])
         windows = tokens[: len(tokens) // 256 * 256].view(-1, 256)
         chosen = windows[: len(windows) // 2]
-        chosen = chosen[torch.randperm(len(chosen), generator=torch.Generator().manual_seed(seed))[:64]]
-        self.calibration = [{"input_ids": part} for part in chosen.split(4)]
-        self.example, self.windows = {"input_ids": chosen[:1, :32]}, windows[len(windows) // 2 :][:32]
+        chosen = chosen[torch.randperm(len(chosen), generator=torch.Generator().manual_seed(seed))[:32]]
+        self.calibration = [{"input_ids": part, "labels": part} for part in chosen.split(2)]
+        self.example, self.windows = {"input_ids": chosen[:1, :128]}, windows[len(windows) // 2 :][:32]
+        self.loss_fn = lambda result, _: result.loss
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         losses = []
@@ -359,9 +360,7 @@ def amount(case: Case, budget: float) -> dict[str, Any]:
     if case.cost == "amount":
         return {"amount": budget}
     if case.cost == "blocks":
-        whole = sum(p.numel() for p in case.model.parameters())
-        blocks = sum(p.numel() for n, p in case.model.named_parameters() if ".layers." in n)
-        return {"max_params": 1 - (1 - budget) * blocks / whole}
+        return {"max_params": 1 - (1 - budget) * size_of_blocks(case.model) / sum(map(Tensor.numel, case.model.parameters()))}
     return {f"max_{case.cost}": budget}
 
 
@@ -408,8 +407,14 @@ def by_torch_pruning(case: Case, budget: float, kind: str) -> nn.Module:
 
 
 def cost_of(case: Case, model: nn.Module) -> float:
+    if case.cost == "blocks":
+        return size_of_blocks(model)
     cost = measure.cost(model, case.example)
-    return cost.params if case.cost in ("params", "blocks") else cost.macs
+    return cost.params if case.cost == "params" else cost.macs
+
+
+def size_of_blocks(model: nn.Module) -> int:
+    return sum(one.numel() for name, one in model.named_parameters() if ".layers." in name)
 
 
 METHODS = (

@@ -81,11 +81,11 @@ def reconstruction_scores(
         model.eval()
         for parameter in model.parameters():
             parameter.requires_grad_(False)
-        seen = _Pass(model, watched, loss_fn, outputs)
+        seen = _Pass(model, watched, members, sizes, loss_fn, outputs)
         shown = bar(batches.iterate(data), "moments", shown=progress, total=batches.steps(data))
         for index, batch in enumerate(shown):
             seen.see(index, batch)
-        if not seen.gradients:
+        if not seen.is_differentiable:
             raise MissingDataError("no output depends on the weights in a differentiable way; nothing can be scored.")
         axes = bar(sizes.items(), "elimination", shown=progress, unit="axis")
         return {name: seen.scores(members[name], size) for name, size in axes}, seen.square / seen.samples
@@ -102,22 +102,28 @@ class _Inputs:
 
 
 class _Pass:
-    """Moments of all weights, batch by batch."""
+    """Moments of the weights that read an axis, batch by batch, and gates of those that make one nothing reads."""
 
     def __init__(
         self,
         model: nn.Module,
         watched: Mapping[str, Place],
+        members: Mapping[str, Sequence[Member]],
+        sizes: Mapping[str, int],
         loss_fn: Callable[[Any, Any], Tensor] | None,
         outputs: Callable[[Any], list[Tensor]],
     ) -> None:
         self.model, self.watched, self.loss_fn, self.outputs = model, watched, loss_fn, outputs
+        self.members, self.sizes = members, sizes
+        self.readers: dict[tuple[str, Matrix], bool] = {}
         self.uses: dict[str, Use] = {}
         self.inputs: dict[str, _Inputs] = {}
         self.gradients: dict[str, Tensor] = {}
         self.gates: dict[str, Tensor] = {}
+        self.gated: set[str] | None = None
         self.samples = 0
         self.square = 0.0
+        self.is_differentiable = False
         self.generator = torch.Generator().manual_seed(0)
 
     def see(self, index: int, batch: Batch) -> None:
@@ -130,7 +136,8 @@ class _Pass:
         def visit(contraction: Contraction) -> bool:
             uses.see(contraction)
             if not contraction.reading.counts and not contraction.is_sum:
-                self._add_inputs(index, count, contraction)
+                if self._is_reader(contraction.reading.name, contraction.reading.matrix):
+                    self._add_inputs(index, count, contraction)
                 produced.setdefault(contraction.reading.name, []).append(_bare(contraction))
             return False
 
@@ -138,6 +145,8 @@ class _Pass:
             with ContractionWatch(self.watched, visit, uses.after):
                 result = batches.feed(self.model, given if isinstance(given, (Tensor, Mapping)) else (given, None))
             self.uses = uses.found | self.uses
+            if self.gated is None:
+                self.gated = self._gated_names()
             found = [one for one in self.outputs(result) if one.requires_grad]
             if not found:
                 return
@@ -150,7 +159,12 @@ class _Pass:
                 value = self._signed(found) if loss is None else loss
 
                 def add(name: str, gradient: Tensor) -> None:
-                    self._add_gradient(name, gradient, passes, count, produced)
+                    self.is_differentiable = True
+                    gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+                    if name in self.inputs:
+                        self._add_gradient(name, gradient, passes)
+                    if name in self.gated:
+                        self._add_gate(name, gradient, passes, count, produced.get(name, []))
 
                 with _GradientWatch(self.watched, add):
                     torch.autograd.grad(value, sources, retain_graph=turn < passes - 1, allow_unused=True)
@@ -196,25 +210,49 @@ class _Pass:
                 known.moment += found.moment
                 known.samples += found.samples
 
-    def _add_gradient(
-        self, name: str, gradient: Tensor, passes: int, count: int, produced: dict[str, list[Contraction]]
-    ) -> None:
+    def _add_gradient(self, name: str, gradient: Tensor, passes: int) -> None:
         """Adds a gradient at the outputs of a weight, ``(groups, rows, outputs)``."""
-        gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-        width = gradient.shape[-1]
-        moment = gradient.square().sum(1) if width > OUTPUTS_AT_MOST else gradient.mT @ gradient
+        wide = gradient.shape[-1] > OUTPUTS_AT_MOST
+        moment = (gradient.square().sum(1) if wide else gradient.mT @ gradient).double().cpu() / passes
         known = self.gradients.get(name)
-        moment = moment.double().cpu() / passes
         self.gradients[name] = moment if known is None or known.shape != moment.shape else known + moment
-        several = produced.get(name, [])
-        if len(several) != 1 or several[0].count != gradient.shape[1] or gradient.shape[1] % count:
+
+    def _add_gate(self, name: str, gradient: Tensor, passes: int, count: int, produced: Sequence[Contraction]) -> None:
+        if len(produced) != 1 or produced[0].count != gradient.shape[1] or gradient.shape[1] % count:
             return
-        values = several[0].outputs(torch.arange(gradient.shape[1], device=gradient.device))
+        values = produced[0].outputs(torch.arange(gradient.shape[1], device=gradient.device))
         change = (gradient * values).unflatten(1, (count, -1)).sum(2)
-        gate = torch.einsum("gni,gnj->gij", change, change) if width <= OUTPUTS_AT_MOST else change.square().sum(1)
-        known = self.gates.get(name)
-        gate = gate.double().cpu() / passes
+        wide = gradient.shape[-1] > OUTPUTS_AT_MOST
+        gate = change.square().sum(1) if wide else torch.einsum("gni,gnj->gij", change, change)
+        gate, known = gate.double().cpu() / passes, self.gates.get(name)
         self.gates[name] = gate if known is None or known.shape != gate.shape else known + gate
+
+    def _is_reader(self, name: str, matrix: Matrix) -> bool:
+        """Whether this matrix reads an axis that is scored."""
+        key = name, matrix
+        if key not in self.readers:
+            mine = [(one, self.sizes[axis]) for axis, found in self.members.items() for one in found if one[0] == name]
+            self.readers[key] = any(self._reads(one, matrix, size) for one, size in mine)
+        return self.readers[key]
+
+    def _reads(self, member: Member, matrix: Matrix, size: int) -> bool:
+        """Whether a matrix of this weight reads an axis along this dimension."""
+        owner = self._columns_owned(member, matrix)
+        return owner is not None and any(_columns(one, size) is not None for one in owner)
+
+    def _gated_names(self) -> set[str]:
+        """The weights that make an axis which no matrix reads."""
+
+        def reads(member: Member, size: int) -> bool:
+            use = self.uses.get(member[0])
+            return use is not None and any(self._reads(member, one, size) for one in use.matrices)
+
+        return {
+            name
+            for axis, found in self.members.items()
+            if not any(reads(one, self.sizes[axis]) for one in found)
+            for name, _, _ in found
+        }
 
     # From moments to scores.
 
@@ -230,14 +268,10 @@ class _Pass:
         if use is None or inputs is None or gradient is None or len(use.matrices) != 1:
             return
         matrix = use.matrices[0]
-        owners = self._owners(name, matrix, dim, positions)
-        if gradient.shape[:2] != matrix.size[:2] or not bool((owners == owners[:, :1]).all()):
+        owner = self._columns_owned(member, matrix)
+        if gradient.shape[:2] != matrix.size[:2] or owner is None:
             return
-        owner, groups = owners[:, 0].cpu(), matrix.size[0]
-        if groups > 1 and bool((owner == owner[:, :1]).all()):
-            return  # a channel by itself: what it makes of the axis is read elsewhere
-        taps = math.prod(matrix.size[2:-1]) if _is_wide(matrix) else 1
-        owner = owner.unflatten(1, (taps, -1))[:, 0]
+        groups, taps = matrix.size[0], math.prod(matrix.size[2:-1]) if _is_wide(matrix) else 1
         weight = matrix.rows(self._value(name)).double().cpu().unflatten(2, (taps, -1))
         for group in range(groups):
             columns = _columns(owner[group], size)
@@ -253,6 +287,17 @@ class _Pass:
     def _value(self, name: str) -> Tensor:
         parameter = self.watched[name].parameter.detach()
         return torch.empty_like(parameter).copy_(self.watched[name].value)
+
+    def _columns_owned(self, member: Member, matrix: Matrix) -> Tensor | None:
+        """The axis's position of each column, ``(groups, columns)``; ``None`` if the axis is not along the columns."""
+        owners = self._owners(member[0], matrix, member[1], member[2])
+        if not bool((owners == owners[:, :1]).all()):
+            return None
+        owner = owners[:, 0].cpu()
+        if matrix.size[0] > 1 and bool((owner == owner[:, :1]).all()):
+            return None  # a channel by itself: what it makes of the axis is read elsewhere
+        taps = math.prod(matrix.size[2:-1]) if _is_wide(matrix) else 1
+        return owner.unflatten(1, (taps, -1))[:, 0]
 
     def _owners(self, name: str, matrix: Matrix, dim: int, positions: Tensor) -> Tensor:
         """The axis's position of every entry of a matrix, -1 where it has none."""

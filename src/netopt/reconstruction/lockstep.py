@@ -104,7 +104,7 @@ class Forward:
         self.at = contraction
         self._lockstep.back.put(None)
         self._go.get()
-        if self._lockstep.cancelled:
+        if self._lockstep.cancelled or self._lockstep.is_done:
             raise _Cancelled
         return self.again
 
@@ -116,16 +116,27 @@ class Lockstep:
         order: The weights to stop at, in the order in which they are settled where several wait.
         summed: Those that wait when their outputs are added to something, and not before.
         settle: Called with a weight's name and the forwards that wait at it.
+        to_the_end: Whether forwards go on, and keep their results, when every weight is settled.
     """
 
     def __init__(
-        self, order: Sequence[str], summed: Collection[str], settle: Callable[[str, list[Forward]], None]
+        self,
+        order: Sequence[str],
+        summed: Collection[str],
+        settle: Callable[[str, list[Forward]], None],
+        *,
+        to_the_end: bool = True,
     ) -> None:
-        self.open, self.summed = set(order), frozenset(summed)
+        self.open, self.summed, self._to_the_end = set(order), frozenset(summed), to_the_end
         self.back = SimpleQueue[None]()
         self.cancelled = False
         self._rank = {name: place for place, name in enumerate(order)}
         self._settle = settle
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing is left to wait for."""
+        return not self.open and not self._to_the_end
 
     def run(
         self, models: Mapping[bool, tuple[nn.Module, Mapping[str, Place]]], held: Sequence[Batch]

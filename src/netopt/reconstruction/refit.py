@@ -138,7 +138,7 @@ class _Fitting:
 
                 models = {True: (self.dense, self.large), False: (self.model, self.small)}
                 summed = [name for name in once if self.uses[name].is_summed]
-                results = Lockstep(once, summed, settle).run(models, self.held)
+                results = Lockstep(once, summed, settle, to_the_end=not whole).run(models, self.held)
             new = [(tensor, tensor.clone()) for tensor, _ in self.before]
         for tensor, value in new:  # what a forward changes was put back, and with it what is refitted
             tensor.copy_(value)
