@@ -11,6 +11,7 @@ from torch import nn
 import netopt
 from netopt.errors import InvalidArgumentError, MissingDataError, NetoptError
 from netopt.reconstruction.regression import correction
+from test_restore import ByShape, HalfOnTheClass
 
 
 def mixed(size, count=3, rows=96):
@@ -326,6 +327,36 @@ def test_repair_takes_at_most_six_forwards_over_the_data(name):
         net.register_forward_pre_hook(lambda module, inputs: runs.append(len(inputs[0])))
     netopt.repair(model, plan, dense, data, progress=False)
     assert 2 * sum(map(len, data)) <= sum(runs) <= 6 * sum(map(len, data))
+
+
+def test_rows_that_are_normalised_next_count_alike_however_large():
+    class Stream(Residual):
+        def __init__(self):
+            super().__init__()
+            self.last = nn.LayerNorm(8)
+
+        def forward(self, x):
+            h = self.first(x)
+            return self.out(self.last(h + self.down(self.up(h).relu())))
+
+    torch.manual_seed(0)
+    dense = Stream().eval()
+    data = [torch.cat([torch.randn(300, 8), 300 * torch.randn(3, 8)]) for _ in range(3)]
+    model, bare = copy.deepcopy(dense), copy.deepcopy(dense)
+    options = {"importance": "magnitude", "include": "up", "data": data[:2], "progress": False}
+    netopt.prune_neurons(bare, data[0], 0.4, repair=False, **options)
+    netopt.prune_neurons(model, data[0], 0.4, **options)
+    small = [one[:300] for one in data[2:]]
+    assert error(model, dense, small) < 0.5 * error(bare, dense, small)
+
+
+@pytest.mark.parametrize("sizes", [(40, 24), (24, 40), (4, 40, 24, 4)], ids=str)
+@pytest.mark.parametrize("kind", [ByShape, HalfOnTheClass], ids=lambda kind: kind.__name__)
+def test_batches_in_flight_do_not_see_what_a_model_keeps_of_one_another(kind, sizes):
+    torch.manual_seed(0)
+    model, data = kind(), [torch.randn(size, 4) for size in sizes]
+    report = netopt.prune_neurons(model, data[0], 0.25, importance="magnitude", data=data, progress=False)
+    assert report.repair.removed.keys() == {"last.weight"}
 
 
 def test_padding_does_not_count():

@@ -6,6 +6,7 @@ each batch. A forward has a thread of its own that sleeps at every weight not se
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
@@ -13,7 +14,7 @@ from queue import SimpleQueue  # whose waiting can be interrupted
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
 
 from netopt import batches
@@ -27,7 +28,7 @@ from netopt.model.wrappers import TorchCalls
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["Forward", "Lockstep"]
+__all__ = ["Forward", "Lockstep", "twin"]
 
 
 class _Cancelled(BaseException):
@@ -88,7 +89,7 @@ class Forward:
                 stack.enter_context(Unfused(attention=False))
                 stack.enter_context(torch.no_grad())
                 stack.enter_context(ContractionWatch(self._watched, self._stop))
-                self.result = batches.feed(self._model, self._batch)
+                self.result = batches.feed(twin(self._model), self._batch)
         except _Cancelled:
             pass
         except BaseException as error:  # handed to the thread that waits
@@ -107,6 +108,13 @@ class Forward:
         if self._lockstep.cancelled or self._lockstep.is_done:
             raise _Cancelled
         return self.again
+
+
+def twin(model: nn.Module) -> nn.Module:
+    """The model with the same tensors in modules that no other forward keeps anything in meanwhile."""
+    held = [*model.parameters(), *model.buffers()]
+    held += [one for module in model.modules() for one in vars(module).values() if isinstance(one, Tensor)]
+    return copy.deepcopy(model, {id(one): one for one in held})
 
 
 class Lockstep:
