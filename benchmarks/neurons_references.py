@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-
 from weights_references import _arguments
 
 Calls = list[tuple[tuple[Any, ...], dict[str, Any]]]
@@ -104,8 +103,7 @@ def flap(model: Any, data: Sequence[Any], share: float, *, heads: bool = True) -
     for block in blocks:
         for part in parts(block)[0 if heads else 1 :]:
             count, total, squares = 0, 0, 0
-            for x in inputs_of(part.reader, block, calls):
-                x = x.double()
+            for x in map(Tensor.double, inputs_of(part.reader, block, calls)):
                 count, total, squares = count + len(x), total + x.sum(0), squares + x.square().sum(0)
             mean = total / count
             metric = (squares / count - mean.square()) * part.reader.weight.double().square().sum(0)
@@ -158,7 +156,10 @@ def surgery(part: Part, inputs: Iterator[Tensor], gone: int, dampening: float = 
     inverse, weight = torch.cholesky_inverse(torch.linalg.cholesky(hessian)), part.reader.weight.double()
     alive = torch.arange(part.units)
     while gone:
-        own, columns = inverse.unflatten(0, (-1, part.each)).unflatten(2, (-1, part.each)), weight.unflatten(1, (-1, part.each))
+        own, columns = (
+            inverse.unflatten(0, (-1, part.each)).unflatten(2, (-1, part.each)),
+            weight.unflatten(1, (-1, part.each)),
+        )
         places = torch.arange(len(alive))
         corner = own[places, :, places]
         errors = (columns.permute(1, 0, 2) @ torch.linalg.inv(corner) * columns.permute(1, 0, 2)).sum((1, 2))
@@ -255,7 +256,7 @@ REFERENCES: dict[str, Callable[[Any, Sequence[Any], float], None]] = {
 
 
 def pruned(model: Any, data: Sequence[Any], name: str, share: float) -> tuple[nn.Module, float]:
-    """A copy with that share of its blocks' parameters removed by the method of that name, and the share that is left."""
+    """A copy with that share of its blocks' parameters removed by the method named, and the share that is left."""
     small = copy.deepcopy(model)
     REFERENCES[name](small, data, share)
     if name != "slicegpt":

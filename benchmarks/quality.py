@@ -360,7 +360,10 @@ def amount(case: Case, budget: float) -> dict[str, Any]:
     if case.cost == "amount":
         return {"amount": budget}
     if case.cost == "blocks":
-        return {"max_params": 1 - (1 - budget) * size_of_blocks(case.model) / sum(map(Tensor.numel, case.model.parameters()))}
+        return {
+            "max_params": 1
+            - (1 - budget) * size_of_blocks(case.model) / sum(map(Tensor.numel, case.model.parameters()))
+        }
     return {f"max_{case.cost}": budget}
 
 

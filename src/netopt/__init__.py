@@ -32,7 +32,9 @@ if TYPE_CHECKING:
     from netopt.plan.blocks import BlockPlan
     from netopt.plan.experts import ExpertPlan
     from netopt.prune import (
+        BalanceReport,
         RepairReport,
+        balance_heads,
         plan_blocks,
         plan_experts,
         plan_neurons,
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "BalanceReport",
     "BlockPlan",
     "DistillationReport",
     "ExpertPlan",
@@ -61,6 +64,7 @@ __all__ = [
     "RepairReport",
     "SensitivityReport",
     "axes",
+    "balance_heads",
     "calibration",
     "distill",
     "distillation",
@@ -100,7 +104,9 @@ _HOMES = {
     "plan.blocks": ("BlockPlan",),
     "plan.experts": ("ExpertPlan",),
     "prune": (
+        "BalanceReport",
         "RepairReport",
+        "balance_heads",
         "plan_blocks",
         "plan_experts",
         "plan_neurons",

@@ -145,8 +145,7 @@ class _Pass:
             with ContractionWatch(self.watched, visit, uses.after):
                 result = batches.feed(self.model, given if isinstance(given, (Tensor, Mapping)) else (given, None))
             self.uses = uses.found | self.uses
-            if self.gated is None:
-                self.gated = self._gated_names()
+            gated = self.gated = self._gated_names() if self.gated is None else self.gated
             found = [one for one in self.outputs(result) if one.requires_grad]
             if not found:
                 return
@@ -163,7 +162,7 @@ class _Pass:
                     gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
                     if name in self.inputs:
                         self._add_gradient(name, gradient, passes)
-                    if name in self.gated:
+                    if name in gated:
                         self._add_gate(name, gradient, passes, count, produced.get(name, []))
 
                 with _GradientWatch(self.watched, add):
@@ -263,7 +262,7 @@ class _Pass:
 
     def _consumers(self, member: Member, size: int) -> Iterator[Consumer]:
         """The matrices that read an axis along this dimension of a weight."""
-        name, dim, positions = member
+        name = member[0]
         use, inputs, gradient = self.uses.get(name), self.inputs.get(name), self.gradients.get(name)
         if use is None or inputs is None or gradient is None or len(use.matrices) != 1:
             return
