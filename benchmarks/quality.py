@@ -32,6 +32,7 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import neurons_references
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -62,6 +63,7 @@ class Case:
     calibration: list[Any]
     loss_fn: Callable[[Any, Any], Tensor] | None = None
     include: Any = None
+    exclude: Any = None
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         raise NotImplementedError
@@ -304,7 +306,9 @@ class Imagenet(Case):
 
 
 class Language(Case):
-    budgets, cost = (0.8, 0.7), "blocks"
+    """Blocks lose parameters; the width stays, so that all methods keep the same embeddings."""
+
+    budgets, cost, exclude = (0.8, 0.7), "blocks", "*/width"
 
     def __init__(self, seed: int) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -349,7 +353,8 @@ CASES: dict[str, type[Case]] = {
 
 def by_netopt(case: Case, budget: float, importance: Any, repair: bool) -> nn.Module:
     model = copy.deepcopy(case.model)
-    options: dict[str, Any] = {"importance": importance, "data": case.calibration, "include": case.include}
+    options: dict[str, Any] = {"importance": importance, "data": case.calibration}
+    options |= {"include": case.include, "exclude": case.exclude}
     if not isinstance(importance, dict):
         options["loss_fn"] = case.loss_fn
     netopt.prune_neurons(model, case.example, repair=repair, progress=False, **amount(case, budget), **options)
@@ -367,10 +372,19 @@ def amount(case: Case, budget: float) -> dict[str, Any]:
     return {f"max_{case.cost}": budget}
 
 
+def balanced(case: Case) -> Case:
+    """The same case with its heads in another basis."""
+    other = copy.copy(case)
+    other.model = copy.deepcopy(case.model)
+    netopt.balance_heads(other.model, case.example, case.calibration)
+    return other
+
+
 def scores_of(case: Case, kind: str, known: dict[str, Any]) -> ComparableScores:
     """Scores by reconstruction, computed once for all budgets."""
     if kind not in known:
-        options: dict[str, Any] = {"include": case.include, "progress": False, "measured": "measured" in kind}
+        options: dict[str, Any] = {"include": case.include, "exclude": case.exclude}
+        options |= {"progress": False, "measured": "measured" in kind}
         if "loss" in kind:
             options["loss_fn"] = case.loss_fn
         known[kind] = reconstruction_scores(case.model, case.example, case.calibration, **options)
@@ -429,14 +443,23 @@ METHODS = (
     "reconstruction+repair",
     "reconstruction/loss+repair",
     "reconstruction/measured+repair",
+    "balanced reconstruction/measured+repair",
     "torch-pruning magnitude",
     "torch-pruning taylor",
 )
 
 
+LANGUAGE_METHODS = ("reconstruction/loss+repair", *neurons_references.REFERENCES)
+
+
 def pruned(case: Case, method: str, budget: float, known: dict[str, Any]) -> nn.Module:
     if method.startswith("torch-pruning"):
         return by_torch_pruning(case, budget, method.split()[1])
+    if method.startswith("balanced "):
+        if "balanced" not in known:
+            known["balanced"] = balanced(case), {}
+        case, known = known["balanced"]
+        method = method.removeprefix("balanced ")
     name, _, repair = method.partition("+")
     if name.startswith("reconstruction"):
         return by_netopt(case, budget, scores_of(case, name, known), bool(repair))
@@ -456,11 +479,16 @@ def run(name: str, methods: list[str], budgets: list[float] | None, seeds: int) 
             for budget in budgets or case.budgets:
                 start, row = time.process_time(), {"seed": seed, "method": method, "budget": budget}
                 try:
-                    model = pruned(case, method, budget, known)
-                    row["seconds"] = time.process_time() - start
-                    row["left"] = cost_of(case, model) / cost_of(case, case.model)
-                    old, new = measure.latencies([case.model, model], case.example, 10)
-                    row |= {**case.evaluate(model), "latency": new.median / old.median}
+                    if method in neurons_references.REFERENCES:
+                        inputs = [{"input_ids": batch["input_ids"]} for batch in case.calibration]
+                        model, left = neurons_references.pruned(case.model, inputs, method, 1 - budget)
+                    else:
+                        model = pruned(case, method, budget, known)
+                        left = cost_of(case, model) / cost_of(case, case.model)
+                    row |= {"seconds": time.process_time() - start, "left": left, **case.evaluate(model)}
+                    if method != "slicegpt":  # whose layers are not cut, only made to compute the same
+                        old, new = measure.latencies([case.model, model], case.example, 10)
+                        row["latency"] = new.median / old.median
                 except Exception as error:  # a row of the table
                     row["error"] = f"{type(error).__name__}: {str(error)[:120]}"
                 rows.append(row)
@@ -500,7 +528,7 @@ def declare() -> list[torch.library.Library]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="+", choices=CASES)
-    parser.add_argument("--methods", nargs="*", default=METHODS)
+    parser.add_argument("--methods", nargs="*", help="by default all; for language, peers of language models")
     parser.add_argument("--budgets", nargs="*", type=float)
     parser.add_argument("--seeds", type=int, default=1, help="choices of calibration data")
     parser.add_argument("--packages", action="append", default=[], help="a folder with the packages of models and data")
@@ -510,7 +538,8 @@ def main() -> None:
     torch.set_num_threads(1)
     kept = declare()
     for name in asked.what:
-        run(name, asked.methods, asked.budgets, asked.seeds)
+        methods = LANGUAGE_METHODS if name == "language" else METHODS
+        run(name, asked.methods or list(methods), asked.budgets, asked.seeds)
     del kept
 
 
