@@ -1,6 +1,7 @@
 """What is left works: every kind of layer refitted after neurons are removed; nothing else of the model changes."""
 
 import copy
+import gc
 import itertools
 import threading
 
@@ -10,7 +11,7 @@ from torch import nn
 
 import netopt
 from netopt.errors import InvalidArgumentError, MissingDataError, NetoptError
-from netopt.reconstruction.regression import correction
+from netopt.reconstruction.regression import Sums, correction
 from test_restore import ByShape, HalfOnTheClass
 
 
@@ -357,6 +358,42 @@ def test_scores_and_repair_take_at_most_twenty_five_forwards_over_the_data(name)
     model.register_forward_pre_hook(lambda module, inputs: runs.append(len(inputs[0])))
     netopt.prune_neurons(model, data[0][:2], 0.4, importance="reconstruction", data=data, progress=False)
     assert sum(runs) <= 25 * sum(map(len, data))
+
+
+def test_moments_of_one_weight_are_in_memory_at_a_time(monkeypatch):
+    alive = []
+
+    def count(*args, **kwargs):
+        alive.append(sum(type(one) is Sums for one in gc.get_objects()))
+        return correction(*args, **kwargs)
+
+    monkeypatch.setattr("netopt.reconstruction.refit.correction", count)
+    torch.manual_seed(0)
+    model = nn.Sequential(*(part for _ in range(6) for part in (nn.Linear(16, 16), nn.ReLU())), nn.Linear(16, 3))
+    data = mixed((16,))
+    netopt.prune_neurons(model, data[0], 0.4, importance="magnitude", data=data, progress=False)
+    assert len(alive) == 7
+    assert max(alive) <= 3
+
+
+def test_forwards_end_with_the_last_weight():
+    class Tail(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = built("linear")[0]
+
+        def forward(self, x):
+            return self.body(x).softmax(-1)
+
+    model, data = Tail(), built("linear")[1]
+    dense = copy.deepcopy(model)
+    plan = netopt.plan_neurons(model, data[0], 0.4, importance="magnitude", progress=False)
+    plan.apply(model)
+    ends = []
+    for net in (model, dense):
+        net.register_forward_hook(lambda *_: ends.append(1))
+    assert netopt.repair(model, plan, dense, data, progress=False).removed
+    assert len(ends) <= 1  # that of the look at how weights are used
 
 
 def in_a_process(rank, path):
