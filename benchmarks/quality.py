@@ -372,14 +372,6 @@ def amount(case: Case, budget: float) -> dict[str, Any]:
     return {f"max_{case.cost}": budget}
 
 
-def balanced(case: Case) -> Case:
-    """The same case with its heads in another basis."""
-    other = copy.copy(case)
-    other.model = copy.deepcopy(case.model)
-    netopt.balance_heads(other.model, case.example, case.calibration)
-    return other
-
-
 def scores_of(case: Case, kind: str, known: dict[str, Any]) -> ComparableScores:
     """Scores by reconstruction, computed once for all budgets."""
     if kind not in known:
@@ -443,7 +435,6 @@ METHODS = (
     "reconstruction+repair",
     "reconstruction/loss+repair",
     "reconstruction/measured+repair",
-    "balanced reconstruction/measured+repair",
     "torch-pruning magnitude",
     "torch-pruning taylor",
 )
@@ -455,11 +446,6 @@ LANGUAGE_METHODS = ("reconstruction/loss+repair", *neurons_references.REFERENCES
 def pruned(case: Case, method: str, budget: float, known: dict[str, Any]) -> nn.Module:
     if method.startswith("torch-pruning"):
         return by_torch_pruning(case, budget, method.split()[1])
-    if method.startswith("balanced "):
-        if "balanced" not in known:
-            known["balanced"] = balanced(case), {}
-        case, known = known["balanced"]
-        method = method.removeprefix("balanced ")
     name, _, repair = method.partition("+")
     if name.startswith("reconstruction"):
         return by_netopt(case, budget, scores_of(case, name, known), bool(repair))

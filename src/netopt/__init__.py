@@ -32,9 +32,7 @@ if TYPE_CHECKING:
     from netopt.plan.blocks import BlockPlan
     from netopt.plan.experts import ExpertPlan
     from netopt.prune import (
-        BalanceReport,
         RepairReport,
-        balance_heads,
         plan_blocks,
         plan_experts,
         plan_neurons,
@@ -53,7 +51,6 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "BalanceReport",
     "BlockPlan",
     "DistillationReport",
     "ExpertPlan",
@@ -64,7 +61,6 @@ __all__ = [
     "RepairReport",
     "SensitivityReport",
     "axes",
-    "balance_heads",
     "calibration",
     "distill",
     "distillation",
@@ -104,9 +100,7 @@ _HOMES = {
     "plan.blocks": ("BlockPlan",),
     "plan.experts": ("ExpertPlan",),
     "prune": (
-        "BalanceReport",
         "RepairReport",
-        "balance_heads",
         "plan_blocks",
         "plan_experts",
         "plan_neurons",

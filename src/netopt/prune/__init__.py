@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from netopt.prune.allocation import reconstruction_scores
-from netopt.prune.balance import BalanceReport, balance_heads
 from netopt.prune.blocks import plan_blocks, prune_blocks
 from netopt.prune.experts import plan_experts, prune_experts
 from netopt.prune.neurons import plan_neurons, prune_neurons
@@ -12,9 +11,7 @@ from netopt.prune.shrink import shrink
 from netopt.prune.weights import prune_weights
 
 __all__ = [
-    "BalanceReport",
     "RepairReport",
-    "balance_heads",
     "plan_blocks",
     "plan_experts",
     "plan_neurons",
