@@ -220,7 +220,9 @@ class _Pass:
         if len(produced) != 1 or produced[0].count != gradient.shape[1] or gradient.shape[1] % count:
             return
         values = produced[0].outputs(torch.arange(gradient.shape[1], device=gradient.device))
-        change = (gradient * values).unflatten(1, (count, -1)).sum(2)
+        change = gradient * values
+        if self.loss_fn is None:  # whose gradients would cancel between the positions of a sample
+            change = change.unflatten(1, (count, -1)).sum(2)
         wide = gradient.shape[-1] > OUTPUTS_AT_MOST
         gate = change.square().sum(1) if wide else torch.einsum("gni,gnj->gij", change, change)
         gate, known = gate.double().cpu() / passes, self.gates.get(name)
@@ -305,25 +307,34 @@ class _Pass:
         spread = positions.to(parameter.device).view(shape).expand(parameter.shape)
         return matrix.rows(torch.empty_like(parameter, dtype=torch.int64).copy_(spread))
 
+    def _gate(self, member: Member, size: int) -> Tensor | None:
+        """The part of the weight that makes an axis along this dimension, times the number of samples."""
+        name, dim, positions = member
+        gate, use = self.gates.get(name), self.uses.get(name)
+        if gate is None or use is None or len(use.matrices) != 1:
+            return None
+        owners = self._owners(name, use.matrices[0], dim, positions).cpu()
+        if gate.shape[:2] != owners.shape[:2] or not bool((owners == owners[:, :, :1]).all()):
+            return None
+        total = torch.zeros(size, dtype=torch.float64)
+        for group, owner in enumerate(owners[:, :, 0]):
+            here = torch.nonzero(owner >= 0).flatten()
+            if gate.dim() == 2:
+                total.index_add_(0, owner[here], gate[group][here])
+                continue
+            spread = torch.zeros(size, len(owner), dtype=torch.float64)
+            spread[owner[here], here] = 1
+            total += ((spread @ gate[group]) * spread).sum(1)
+        return total
+
     def _gated(self, members: Sequence[Member], size: int) -> Tensor:
-        """Of an axis that no matrix reads: the squared change of the outputs, to first order, when a neuron is zero."""
-        for name, dim, positions in members:
-            gate, use = self.gates.get(name), self.uses.get(name)
-            if gate is None or use is None or len(use.matrices) != 1:
-                continue
-            owners = self._owners(name, use.matrices[0], dim, positions).cpu()
-            if gate.shape[:2] != owners.shape[:2] or not bool((owners == owners[:, :, :1]).all()):
-                continue
-            total = torch.zeros(size, dtype=torch.float64)
-            for group, owner in enumerate(owners[:, :, 0]):
-                here = torch.nonzero(owner >= 0).flatten()
-                if gate.dim() == 2:
-                    total.index_add_(0, owner[here], gate[group][here])
-                    continue
-                spread = torch.zeros(size, len(owner), dtype=torch.float64)
-                spread[owner[here], here] = 1
-                total += ((spread @ gate[group]) * spread).sum(1)
-            return total / self.samples
+        """Of an axis that no matrix reads: the squared change of the outputs, to first order, when a neuron is zero.
+
+        Queries and keys each show all of what their product changes.
+        """
+        found = [gate for member in members if (gate := self._gate(member, size)) is not None]
+        if found:
+            return torch.stack(found).sum(0) / min(len(found), 2) / self.samples
         # Nothing is known of it but its weights.
         total = torch.zeros(size, dtype=torch.float64)
         for name, dim, positions in members:
