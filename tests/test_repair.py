@@ -419,3 +419,28 @@ def test_a_plan_of_blocks_needs_the_model_it_made():
         netopt.repair(nn.Sequential(nn.Linear(8, 4), *[nn.Linear(4, 4) for _ in range(4)]), plan, dense, data)
     with pytest.raises(MissingDataError, match="repair=True needs data"):
         netopt.prune_blocks(dense, data[0], 1, repair=True, progress=False)
+
+
+def test_what_stands_behind_removed_experts_is_refitted():
+    class Sparse(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.router = nn.Linear(8, 6)
+            self.experts = nn.ModuleList([nn.Linear(8, 8) for _ in range(6)])
+            self.head = nn.Linear(8, 3)
+
+        def forward(self, x):
+            gates, chosen = self.router(x).softmax(-1).topk(2)
+            made = x
+            for place, expert in enumerate(self.experts):
+                made = made + (gates * (chosen == place)).sum(-1, keepdim=True) * expert(x)
+            return self.head(made)
+
+    torch.manual_seed(0)
+    dense, data = Sparse().eval(), mixed((8,), 5)
+    model = copy.deepcopy(dense)
+    report = netopt.prune_experts(model, data[0], 3, data=data[:3], progress=False)
+    before = error(model, dense, data[3:])
+    repaired = netopt.repair(model, report.plan, dense, data[:3], progress=False)
+    assert "head.weight" in repaired.removed
+    assert error(model, dense, data[3:]) < before
