@@ -83,6 +83,23 @@ def test_all_that_fed_the_branch_alone_goes_with_it() -> None:
     assert model.train()(x).isfinite().all()
 
 
+def test_what_feeds_two_branches_stays() -> None:
+    class Parallel(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.first, self.second = nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            normed = self.norm(x)
+            return x + self.first(normed) + self.second(normed)
+
+    model, x = stacked(Parallel), torch.randn(4, 8)
+    dense = copy.deepcopy(model)
+    report = netopt.prune_blocks(model, x, 2, kind="branches", include="*.first", progress=False)
+    assert [len(branch.parts) for branch in report.plan.branches] == [1, 1]
+    assert equal(run(model, x), run(without_branches(dense, report.plan), x))
+
+
 def test_a_plan_is_saved_and_replayed_and_optimizers_forget(tmp_path: Any) -> None:
     model, inputs = made("llama")
     fresh = copy.deepcopy(model)
@@ -131,7 +148,7 @@ def test_what_has_no_branch_of_its_own_is_refused(name: str, reason: str) -> Non
 def test_a_module_whose_parts_are_read_stays() -> None:
     class Reading(Layer):
         def forward(self, x: Tensor) -> Tensor:
-            x = x + self.mixer(self.norm1(x)) * self.norm1.eps
+            x = x + self.mixer(self.norm1(x)) * self.mixer.out_features
             return x + self.down(self.up(self.norm2(x)).relu())
 
     model, x = stacked(Reading), torch.randn(4, 8)

@@ -42,6 +42,12 @@ class BranchCut:
     name: str
     parts: tuple[Part, ...]
 
+    def ways(self) -> Iterator[BranchCut]:
+        """This cut; and that of its last part alone, where the others feed more than this branch."""
+        yield self
+        if len(self.parts) > 1 and self.parts[-1].name == self.name:
+            yield BranchCut(self.name, self.parts[-1:])
+
     def changes(self, view: ModelView) -> Iterator[PartCut]:
         """What takes it out of a model.
 

@@ -287,7 +287,7 @@ class _Call:
 
     def _try_branches(self, stacks: Sequence[Stack], trials: Trials, wanted: Callable[[str], bool]) -> None:
         """Freezes branches that may not go."""
-        free = [block for stack in stacks for block in stack.free]
+        free = [block for stack in stacks for block in stack.free if isinstance(block, Branch)]
         for branch in tqdm(free, desc="branches", disable=not self._progress, leave=False):
             excluded = None if wanted(branch.name) else "is excluded"
             branch.frozen = excluded or trials.settle_branch(branch)

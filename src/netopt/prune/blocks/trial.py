@@ -16,7 +16,7 @@ from netopt.batches import Inputs
 from netopt.errors import ForwardError, NetoptError, VerificationError
 from netopt.model.view import ModelView
 from netopt.plan.blocks import BlockPlan
-from netopt.prune.blocks.branches import make_branch_plan
+from netopt.prune.blocks.branches import Branch, make_branch_plan
 from netopt.prune.blocks.follow import Followers, make_block_plan
 from netopt.prune.blocks.stacks import Block
 from netopt.prune.blocks.standins import Kind
@@ -125,18 +125,21 @@ class Trials:
         where = f" ({block.line})" if block.line else ""
         return why or f"does more than change what it is given: without it the forward computes something else{where}"
 
-    def settle_branch(self, branch: Block) -> str | None:
-        """Tries to remove one branch; says why it cannot go."""
+    def settle_branch(self, branch: Branch) -> str | None:
+        """Tries to remove one branch; notes how it goes, or says why it cannot."""
         self.kinds[branch.name] = "zeros"
         expected = self._skipped(branch, "zeros")
         if isinstance(expected, str):
             return expected
-        found = self._outputs_of(make_branch_plan(self._view, [branch]), "cannot be cut out")
-        if isinstance(found, str):
-            return found
-        if same(found, expected):
-            return None
-        return f"does more than add to the stream: without it the forward computes something else ({branch.line})"
+        why = f"does more than add to the stream: without it the forward computes something else ({branch.line})"
+        for cut in branch.cut.ways():
+            branch.cut = cut
+            found = self._outputs_of(make_branch_plan(self._view, [branch]), "cannot be cut out")
+            if isinstance(found, str):
+                why = found
+            elif same(found, expected):
+                return None
+        return why
 
     def check(self, blocks: Sequence[Block], expected: list[list[Tensor]]) -> None:
         """Compares the model as it is now with what it has to return.
