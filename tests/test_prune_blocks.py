@@ -211,6 +211,15 @@ def _handing_on(own: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
+def without_branches(model: nn.Module, plan: netopt.BlockPlan) -> nn.Module:
+    """A copy in which what the branches of a plan add is zero."""
+    model = copy.deepcopy(model)
+    for branch in plan.branches:
+        last = model.get_submodule(next(part.name for part in branch.parts if part.zero))
+        last.register_forward_hook(lambda _m, _a, made: (0 * made[0], *made[1:]) if type(made) is tuple else 0 * made)
+    return model
+
+
 def equal(found: list[Tensor], expected: list[Tensor]) -> bool:
     return len(found) == len(expected) and all(map(torch.equal, found, expected))
 
@@ -574,6 +583,26 @@ def test_a_configuration_of_ones_own_follows() -> None:
     model = Model(SimpleNamespace(depth=4, heads=4))
     netopt.prune_blocks(model, torch.randn(2, 8), 1, progress=False)
     assert vars(model.config) == {"depth": 3, "heads": 4}
+
+
+def test_amounts_by_name_or_pattern_of_stacks() -> None:
+    model, inputs = made("whisper")
+    amount = {"model.encoder.*": 1, "*.decoder.layers": 0.5}
+    plan = netopt.plan_blocks(model, inputs, amount, progress=False)
+    assert {cut.name: len(cut.removed) for cut in plan.stacks} == {"model.encoder.layers": 1, "model.decoder.layers": 2}
+    alone = netopt.plan_blocks(model, inputs, {"model.decoder.layers": 3}, importance="loss", progress=False)
+    assert [(cut.name, len(cut.removed)) for cut in alone.stacks] == [("model.decoder.layers", 3)]
+    for wrong, message in (({"nowhere": 1}, "the stacks are model"), ({"*": 4}, "only 3 may"), ({}, "needs a number")):
+        with pytest.raises(InvalidArgumentError, match=message):
+            netopt.plan_blocks(model, inputs, wrong, progress=False)
+    with pytest.raises(ArgumentTypeError, match="must be a number"):
+        netopt.plan_blocks(model, inputs, {"*": "2"}, progress=False)  # pyright: ignore[reportArgumentType]
+
+
+def test_stages_lose_blocks_one_by_one() -> None:
+    model, inputs = made("convnext")
+    report = netopt.prune_blocks(model, inputs, {"*.stages.*.layers": 1}, progress=False)
+    assert [(row.before, row.after) for row in report.rows] == [(3, 2), (3, 2)]
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", '{"kind": "blocks", "format": 9}', "no"])

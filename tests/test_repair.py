@@ -453,3 +453,92 @@ def test_padding_does_not_count():
         with torch.no_grad():
             left.append(float((net(**data[0]) - dense(**data[0])).square().mean()))
     assert left[0] < left[1]
+
+
+class Deep(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x):
+        return x + self.down(self.up(x).relu())
+
+
+def deep():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 8), *[Deep() for _ in range(5)], nn.Linear(8, 3)).eval()
+
+
+@pytest.mark.parametrize("places", [[1], [3], [2, 4]])
+def test_removed_blocks_are_made_up_for_by_the_weights_behind(places):
+    dense, data = deep(), mixed((8,), 5)
+    model, scores = copy.deepcopy(dense), {str(place): float(place not in places) for place in range(1, 6)}
+    report = netopt.prune_blocks(model, data[0], len(places), importance=scores, progress=False)
+    before, kept = error(model, dense, data[3:]), copy.deepcopy(model)
+    repaired = netopt.repair(model, report.plan, dense, data[:3], progress=False)
+    assert error(model, dense, data[3:]) < 0.5 * before
+    assert repaired.removed
+    assert all(name.split(".")[0] > str(min(places)) for name in repaired.removed)
+    again = copy.deepcopy(dense)
+    whole = netopt.prune_blocks(
+        again, data[0], len(places), importance=scores, data=data[:3], repair=True, progress=False
+    )
+    assert whole.repair.removed == repaired.removed
+    assert all(map(torch.equal, again.parameters(), model.parameters()))
+    assert not all(map(torch.equal, again.parameters(), kept.parameters()))
+
+
+def test_removed_branches_are_made_up_for():
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.mixer = nn.LayerNorm(8), nn.Linear(8, 8)
+            self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+        def forward(self, x):
+            x = x + self.mixer(self.norm(x))
+            return x + self.down(self.up(x).relu())
+
+    torch.manual_seed(0)
+    dense, data = nn.Sequential(*[Layer() for _ in range(3)]).eval(), mixed((8,), 5)
+    model = copy.deepcopy(dense)
+    report = netopt.prune_blocks(model, data[0], 1, kind="branches", include="1.mixer", progress=False)
+    before = error(model, dense, data[3:])
+    netopt.repair(model, report.plan, dense, data[:3], progress=False)
+    assert error(model, dense, data[3:]) < 0.5 * before
+
+
+def test_a_plan_of_blocks_needs_the_model_it_made():
+    dense, data = deep(), mixed((8,), 3)
+    plan = netopt.plan_blocks(dense, data[0], 2, progress=False)
+    with pytest.raises(InvalidArgumentError, match="shares parameters"):
+        netopt.repair(dense, plan, dense, data, progress=False)
+    with pytest.raises(InvalidArgumentError, match="not what this plan makes"):
+        netopt.repair(nn.Sequential(nn.Linear(8, 4), *[nn.Linear(4, 4) for _ in range(4)]), plan, dense, data)
+    with pytest.raises(MissingDataError, match="repair=True needs data"):
+        netopt.prune_blocks(dense, data[0], 1, repair=True, progress=False)
+
+
+def test_what_stands_behind_removed_experts_is_refitted():
+    class Sparse(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.router = nn.Linear(8, 6)
+            self.experts = nn.ModuleList([nn.Linear(8, 8) for _ in range(6)])
+            self.head = nn.Linear(8, 3)
+
+        def forward(self, x):
+            gates, chosen = self.router(x).softmax(-1).topk(2)
+            made = x
+            for place, expert in enumerate(self.experts):
+                made = made + (gates * (chosen == place)).sum(-1, keepdim=True) * expert(x)
+            return self.head(made)
+
+    torch.manual_seed(0)
+    dense, data = Sparse().eval(), mixed((8,), 5)
+    model = copy.deepcopy(dense)
+    report = netopt.prune_experts(model, data[0], 3, data=data[:3], progress=False)
+    before = error(model, dense, data[3:])
+    repaired = netopt.repair(model, report.plan, dense, data[:3], progress=False)
+    assert "head.weight" in repaired.removed
+    assert error(model, dense, data[3:]) < before

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from netopt.errors import InvalidArgumentError, PlanMismatchError
 from netopt.model.view import ModelView
+from netopt.plan.branches import BranchCut
 from netopt.plan.files import load_json, save_json
 from netopt.plan.providers import load
 from netopt.plan.value import shapes_of
@@ -107,6 +108,7 @@ class BlockPlan:
         attributes: New values of numbers and lists that count or number blocks, by path, as before the surgery.
         fingerprint: Of names and shapes of the tensors of the model it was made for.
         predicted: Parameters, MACs and bytes before and after, where they were measured.
+        branches: Parts of blocks that go, where these were asked for.
 
     Example:
         >>> plan = BlockPlan((StackCut(("blocks",), 4, (0, 1, 3)),))
@@ -120,6 +122,7 @@ class BlockPlan:
     attributes: tuple[tuple[Path, Any], ...] = ()
     fingerprint: str = ""
     predicted: Mapping[str, int] = field(default_factory=dict, compare=False)
+    branches: tuple[BranchCut, ...] = ()
 
     def apply(self, model: nn.Module, optimizer: Optimizer | Iterable[Optimizer] | None = None) -> None:
         """Removes the blocks from ``model``, in place; all of it is done or nothing.
@@ -151,6 +154,7 @@ class BlockPlan:
             read(model, path, view.modules)
         changes += [assignment(view.modules[path[0]], path, value) for path, value in self.attributes]
         changes += [ListCut(self._list(view, name, cut), cut.kept) for cut in self.stacks for name in cut.lists]
+        changes += [change for branch in self.branches for change in branch.changes(view)]
         changes += dropped_states(optimizers, self.gone(view))
         return Operation(model, changes, view)
 
@@ -162,6 +166,7 @@ class BlockPlan:
             for name in cut.lists
             for place in cut.removed
         ]
+        removed += [f"{part.name}." for branch in self.branches for part in branch.parts]
         stays = {id(one) for name, one in view.parameters.items() if not name.startswith(tuple(removed))}
         return list({id(one): one for one in view.parameters.values() if id(one) not in stays}.values())
 
@@ -187,6 +192,7 @@ class BlockPlan:
             "attributes": [[list(path), value] for path, value in self.attributes],
             "fingerprint": self.fingerprint,
             "predicted": dict(self.predicted),
+            **({"branches": [one.to_dict() for one in self.branches]} if self.branches else {}),
         }
 
     @classmethod
@@ -202,7 +208,8 @@ class BlockPlan:
             stacks = tuple(_stack(one) for one in data["stacks"])
             attributes = tuple((path_of(path), value) for path, value in data["attributes"])
             predicted = {str(name): int(value) for name, value in data["predicted"].items()}
-            return cls(stacks, attributes, str(data["fingerprint"]), predicted)
+            branches = tuple(map(BranchCut.from_dict, data.get("branches", ())))
+            return cls(stacks, attributes, str(data["fingerprint"]), predicted, branches)
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             if isinstance(error, InvalidArgumentError):
                 raise
@@ -227,10 +234,11 @@ class BlockPlan:
         return load_json(path, cls.from_dict)
 
     def __str__(self) -> str:
-        return "\n".join(
+        lines = [
             f"{cut.name or 'the model'} {cut.size} -> {len(cut.kept)} (without {', '.join(map(str, cut.removed))})"
             for cut in self.stacks
-        )
+        ]
+        return "\n".join([*lines, *(f"without {branch.name}" for branch in self.branches)])
 
 
 def fingerprint_of(model: nn.Module) -> str:

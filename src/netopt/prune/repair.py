@@ -5,20 +5,26 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
-from torch import nn
+from torch import Tensor, nn
 
 from netopt import batches
 from netopt.batches import Batch, Data
 from netopt.errors import ArgumentTypeError, InvalidArgumentError, MissingDataError
 from netopt.model.signals import UndoLog
+from netopt.model.view import ModelView
 from netopt.plan import Plan
-from netopt.reconstruction.refit import Refit, refitted
+from netopt.plan.blocks import BlockPlan
+from netopt.plan.experts import ExpertPlan
+from netopt.reconstruction.refit import Refit, former_name, refitted
+from netopt.surgery.lists import former_prefixes
 
 __all__ = ["RepairReport", "repair"]
+
+AnyPlan: TypeAlias = "Plan | BlockPlan | ExpertPlan"
 
 SAMPLES, BATCHES = 1024, 64
 """So many calibration samples, in at most so many batches, are used."""
@@ -71,7 +77,7 @@ class RepairReport:
         return f"<repair: {len(self.removed)} of {len(self.refits)} weights refitted>"
 
 
-def repair(model: nn.Module, plan: Plan, dense: nn.Module, data: Data, *, progress: bool = True) -> RepairReport:
+def repair(model: nn.Module, plan: AnyPlan, dense: nn.Module, data: Data, *, progress: bool = True) -> RepairReport:
     r"""Refits the weights of a pruned ``model``, in place, to what ``dense`` puts out; no training, no labels.
 
     In the order of the forward each weight that a matrix product or convolution reads (linear, fused, grouped,
@@ -83,7 +89,7 @@ def repair(model: nn.Module, plan: Plan, dense: nn.Module, data: Data, *, progre
 
     Args:
         model: Pruned; its mode, gradients and buffers but for those refitted are given back as they were.
-        plan: What was kept of ``dense``.
+        plan: What was kept of ``dense``: neurons, blocks or experts.
         dense: The model as it was before, on the same device; it shares no parameters with ``model``.
         data: Calibration batches, at least some hundred samples better; up to 1024 samples are used, labels are not.
         progress: Whether to show a progress bar.
@@ -116,19 +122,39 @@ def repair(model: nn.Module, plan: Plan, dense: nn.Module, data: Data, *, progre
     for name, module in (("model", model), ("dense", dense)):
         if not isinstance(module, nn.Module):
             raise ArgumentTypeError(f"{name} must be a torch.nn.Module, not {type(module).__name__}.")
-    if not isinstance(plan, Plan):
-        raise ArgumentTypeError(f"plan must be a netopt.Plan, not {type(plan).__name__}.")
+    if not isinstance(plan, (Plan, BlockPlan, ExpertPlan)):
+        raise ArgumentTypeError(f"plan must be a netopt.Plan, BlockPlan or ExpertPlan, not {type(plan).__name__}.")
     _check_pair(model, plan, dense)
     return repaired(model, plan, dense, data, progress)
 
 
-def repaired(model: nn.Module, plan: Plan, dense: nn.Module, data: Data | None, progress: bool) -> RepairReport:
+def repaired(model: nn.Module, plan: AnyPlan, dense: nn.Module, data: Data | None, progress: bool) -> RepairReport:
     """As :func:`repair`, of what is known to fit."""
     assert data is not None, "there is no copy to repair from without"
-    held = calibration(data)
+    held, (tensors, former) = calibration(data), _kept(plan, dense)
     return UndoLog().run(
-        lambda log: RepairReport(tuple(refitted(log, model, dense, plan.tensors, held, progress=progress)))
+        lambda log: RepairReport(tuple(refitted(log, model, dense, tensors, held, former, progress=progress)))
     )
+
+
+def _kept(plan: AnyPlan, dense: nn.Module) -> tuple[Mapping[str, Mapping[int, Tensor]], Mapping[str, str]]:
+    """What a plan keeps of each tensor, by its name in ``dense``; and the former prefixes of entries of cut lists."""
+    if isinstance(plan, Plan):
+        return plan.tensors, {}
+    former: dict[str, str] = {}
+    if isinstance(plan, BlockPlan):
+        for stack in plan.stacks:
+            for name in stack.lists:
+                former |= former_prefixes(dense.get_submodule(name), name, stack.kept)
+        return {}, former
+    tensors: dict[str, dict[int, Tensor]] = {}
+    for mixture in plan.mixtures:
+        for name, dim in mixture.tensors:
+            length = ModelView(dense).tensors[name].shape[dim]
+            tensors.setdefault(name, {})[dim] = mixture.indices(length)
+        for name in mixture.lists:
+            former |= former_prefixes(dense.get_submodule(name), name, mixture.kept)
+    return tensors, former
 
 
 def copy_for_repair(model: nn.Module, repair: bool | None, data: Data | None, mode: str) -> nn.Module | None:
@@ -187,17 +213,25 @@ def samples_of(batch: Batch) -> int:
     return max(sizes, default=1)
 
 
-def _check_pair(model: nn.Module, plan: Plan, dense: nn.Module) -> None:
-    plan.check(dense)
+def _check_pair(model: nn.Module, plan: AnyPlan, dense: nn.Module) -> None:
+    if isinstance(plan, Plan):
+        plan.check(dense)
+    else:
+        plan.prepare(dense)
     own = {id(one) for one in model.parameters()}
     if any(id(one) in own for one in dense.parameters()):
         raise InvalidArgumentError("dense shares parameters with model; pass a copy made before pruning.")
-    small, large = dict(model.named_parameters()), dict(dense.named_parameters())
-    for name, cuts in plan.tensors.items():
-        if name in small and name in large:
-            for dim, kept in cuts.items():
-                if small[name].shape[dim] != len(kept):
-                    raise InvalidArgumentError(
-                        f"`{name}` has {small[name].shape[dim]} entries along dimension {dim}, and the plan keeps "
-                        f"{len(kept)}: model is not what this plan makes of dense."
-                    )
+    tensors, former = _kept(plan, dense)
+    small = {former_name(name, former): one for name, one in model.named_parameters()}
+    for name, one in dense.named_parameters():
+        shape = list(one.shape)
+        for dim, kept in tensors.get(name, {}).items():
+            shape[dim] = len(kept)
+        if name in small and list(small[name].shape) != shape:
+            raise InvalidArgumentError(
+                f"`{name}` has shape {tuple(small[name].shape)}, and the plan makes it {tuple(shape)}: model is not "
+                "what this plan makes of dense."
+            )
+    if not isinstance(plan, Plan) and small.keys() - dict(dense.named_parameters()).keys():
+        name = min(small.keys() - dict(dense.named_parameters()).keys())
+        raise InvalidArgumentError(f"dense has no `{name}`: model is not what this plan makes of dense.")

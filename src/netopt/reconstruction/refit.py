@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from netopt.progress import bar
 from netopt.reconstruction.lockstep import Forward, Lockstep, twin
 from netopt.reconstruction.regression import Sums, correction
 
-__all__ = ["Refit", "change_when_refitted", "refitted"]
+__all__ = ["Refit", "change_when_refitted", "former_name", "refitted"]
 
 ROWS_PER_COLUMN, ROWS_AT_LEAST = 16, 4000
 """How many rows of a contraction are looked at over all data: so many for each column, and so many more."""
@@ -61,7 +62,14 @@ class Refit:
 
 
 def refitted(
-    log: UndoLog, model: nn.Module, dense: nn.Module, tensors: Cuts, held: Sequence[Batch], *, progress: bool = False
+    log: UndoLog,
+    model: nn.Module,
+    dense: nn.Module,
+    tensors: Cuts,
+    held: Sequence[Batch],
+    former: Mapping[str, str] | None = None,
+    *,
+    progress: bool = False,
 ) -> list[Refit]:
     """Refits the weights of ``model``.
 
@@ -71,9 +79,10 @@ def refitted(
         dense: The model it was made from, with parameters of its own; given back as it was.
         tensors: The indices ``model`` keeps of the tensors of ``dense``.
         held: Calibration batches.
+        former: The prefixes of names in ``dense`` by those in ``model``, where entries of lists were numbered anew.
         progress: Whether to show a progress bar.
     """
-    fitting = _Fitting(model, dense, tensors, held)
+    fitting = _Fitting(model, dense, tensors, held, former or {})
     log.callback(fitting.undo, on=BaseException)
     with entered(torch.inference_mode(False), torch.no_grad()):
         fitting.run(progress)
@@ -113,11 +122,19 @@ def change_when_refitted(
 
 
 class _Fitting:
-    def __init__(self, model: nn.Module, dense: nn.Module, tensors: Cuts, held: Sequence[Batch]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        dense: nn.Module,
+        tensors: Cuts,
+        held: Sequence[Batch],
+        former: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         self.model, self.dense, self.tensors, self.held = model, dense, tensors, held
         self.fitted = len(held)
-        self.small, self.large = _weights(model), _weights(dense)
-        self.vectors = dict([*model.named_parameters(), *model.named_buffers()])
+        self.small, self.large = _weights(model, former), _weights(dense)
+        named = [*model.named_parameters(), *model.named_buffers()]
+        self.vectors = {former_name(name, former): one for name, one in named}
         self.uses: dict[str, Use] = {}
         self.done: list[Refit] = []
         self.before: list[tuple[Tensor, Tensor]] = []
@@ -175,7 +192,7 @@ class _Fitting:
             else:
                 self.uses = self._survey()
         names = {name for name, one in self.dense.named_parameters() if id(one) in writes.written}
-        return [*writes.written.values(), *(one for name, one in self.model.named_parameters() if name in names)]
+        return [*writes.written.values(), *(one for name, one in self.vectors.items() if name in names)]
 
     def _survey(self) -> dict[str, Use]:
         """How each weight is used, on as many batches as it takes to see them all."""
@@ -352,10 +369,16 @@ class _Fitting:
         )
 
 
-def _weights(model: nn.Module) -> dict[str, Place]:
-    """The floating parameters that can be matrices and are what the model computes with."""
+def former_name(name: str, former: Mapping[str, str]) -> str:
+    """The name that a tensor had before others left the lists it is in; see :func:`refitted`."""
+    prefix = next((prefix for prefix in former if name.startswith(prefix)), "")
+    return former.get(prefix, "") + name[len(prefix) :]
+
+
+def _weights(model: nn.Module, former: Mapping[str, str] = MappingProxyType({})) -> dict[str, Place]:
+    """The floating parameters that can be matrices and are what the model computes with, by the names they had."""
     return {
-        name: place
+        former_name(name, former): replace(place, name=former_name(name, former))
         for name, place in places(model).items()
         if place.mask is None and place.parameter.is_floating_point() and place.parameter.dim() > 1
     }

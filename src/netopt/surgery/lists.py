@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from netopt.errors import InvalidArgumentError, OptimizerStateError
 
-__all__ = ["Dropped", "ListCut", "dropped_states"]
+__all__ = ["Dropped", "ListCut", "dropped_states", "former_prefixes"]
 
 
 class ListCut:
@@ -24,9 +24,7 @@ class ListCut:
     def __init__(self, container: nn.Module, kept: Sequence[int]) -> None:
         self._held = container._modules
         self._before = dict(self._held)
-        names = list(self._before)
-        numbered = names == [str(place) for place in range(len(names))]
-        self._after = {str(new) if numbered else names[old]: self._before[names[old]] for new, old in enumerate(kept)}
+        self._after = {new: self._before[old] for new, old in _keys(container, kept)}
 
     def do(self) -> None:
         """Takes the entries out."""
@@ -39,6 +37,20 @@ class ListCut:
     def _fill(self, entries: dict[str, nn.Module | None]) -> None:
         self._held.clear()
         self._held.update(entries)
+
+
+def former_prefixes(container: nn.Module, name: str, kept: Sequence[int]) -> dict[str, str]:
+    """The prefixes that tensors of entries had before others left the list of this name, by those they have then."""
+    start = f"{name}." if name else ""
+    return {f"{start}{new}.": f"{start}{old}." for new, old in _keys(container, kept)}
+
+
+def _keys(container: nn.Module, kept: Sequence[int]) -> Iterator[tuple[str, str]]:
+    """New and old keys of the entries that stay; where they are numbers, they are numbered anew."""
+    names = list(container._modules)
+    numbered = names == [str(place) for place in range(len(names))]
+    for new, old in enumerate(kept):
+        yield str(new) if numbered else names[old], names[old]
 
 
 class Dropped:

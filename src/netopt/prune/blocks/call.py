@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from fnmatch import fnmatchcase
+from typing import Any, Literal, TypeAlias, cast
 
 import torch
 from torch import nn
@@ -14,14 +15,16 @@ from tqdm import tqdm
 from netopt import batches, measure
 from netopt.axes import Outputs
 from netopt.batches import Batch, Inputs
-from netopt.errors import ArgumentTypeError, InvalidArgumentError, NothingToPruneError
+from netopt.errors import ArgumentTypeError, InvalidArgumentError, NothingToPruneError, UnknownNameError
 from netopt.model.view import ModelView
 from netopt.plan.blocks import BlockPlan, notes_of_hooks
+from netopt.prune.blocks.branches import Branch, find_branches, make_branch_plan
 from netopt.prune.blocks.follow import Followers, make_block_plan
 from netopt.prune.blocks.scores import BlockImportance, check_importance, ranking
 from netopt.prune.blocks.stacks import Block, Stack, find_stacks, name_frozen
 from netopt.prune.blocks.trial import Trials
 from netopt.prune.look import Where, check_model
+from netopt.prune.repair import RepairReport, copy_for_repair, repaired
 from netopt.prune.verify import Forward
 from netopt.report import PruningReport, Row
 from netopt.selectors import Selector, chosen
@@ -29,12 +32,18 @@ from netopt.surgery import as_optimizers
 
 __all__ = ["check_real", "plan_blocks", "predicted", "prune_blocks"]
 
+Amount: TypeAlias = "float | Mapping[str, float]"
+
+Kind: TypeAlias = Literal["blocks", "branches"]
+"""Whether whole blocks go, or the attention or the feed-forward part alone."""
+
 
 def prune_blocks(
     model: nn.Module,
     example_inputs: Inputs,
-    amount: float | None = None,
+    amount: Amount | None = None,
     *,
+    kind: Kind = "blocks",
     max_params: float | None = None,
     max_macs: float | None = None,
     importance: BlockImportance = "influence",
@@ -43,6 +52,7 @@ def prune_blocks(
     exclude: Selector = None,
     outputs: Outputs = None,
     optimizer: Optimizer | Iterable[Optimizer] | None = None,
+    repair: bool = False,
     verify: bool = True,
     progress: bool = True,
 ) -> PruningReport:
@@ -56,7 +66,12 @@ def prune_blocks(
     Args:
         model: Any module; its forward is run, never parsed. Its train/eval mode is kept.
         example_inputs: A tensor, a tuple of positional or a dict of keyword inputs, of one forward call.
-        amount: Fraction of the blocks that may go, in :math:`[0, 1)`, rounded to the nearest count; or a count.
+        amount: Fraction of the blocks that may go, in :math:`[0, 1)`, rounded to the nearest count; or a count;
+            or either by name or pattern of stacks (``{"*.encoder.*": 2}``, of each that fits), of which the others stay
+            as they are.
+        kind: ``"blocks"``, or ``"branches"``: the attention or the feed-forward part alone of a layer that normalises
+            before it (its branch from the stream and back), replaced by modules that hold nothing and return zeros.
+            The smaller model then computes, bit for bit, what the model whose branches return zeros does.
         max_params: Instead of ``amount``: keep at most this fraction of the model's parameters, in :math:`(0, 1]`.
         max_macs: Instead of ``amount``: keep at most this fraction of its multiply-accumulate operations.
         importance: ``"influence"``, one minus the cosine of what enters and what leaves a block; ``"loss"``, the rise
@@ -68,6 +83,8 @@ def prune_blocks(
         exclude: The same, that all stay.
         outputs: Which results count; see :func:`netopt.find_axes`.
         optimizer: One or several, which forget the parameters that are removed and their state.
+        repair: Refit the weights that are left to what the model put out before, on ``data``, once the smaller model
+            has been compared; see :func:`netopt.repair`. It needs a copy of the model meanwhile.
         verify: Compare the smaller model with the one that skips all removed blocks together.
         progress: Whether to show a progress bar on long work.
 
@@ -77,6 +94,7 @@ def prune_blocks(
     Raises:
         NothingToPruneError: No block may go; the message lists the reasons.
         InvalidArgumentError: An argument is out of range, or not exactly one of the three amounts is given.
+        MissingDataError: ``repair=True`` without ``data``.
         OptimizerStateError: An optimizer cannot forget a part of its parameters.
         VerificationError: The smaller model computes something else; everything was put back.
 
@@ -92,7 +110,9 @@ def prune_blocks(
         (3, 4, 3)
     """
     optimizers = as_optimizers(optimizer)
-    call = _Call(model, example_inputs, _Budget(amount, max_params, max_macs), importance, data, progress)
+    data = list(batches.iterate(data)) if isinstance(data, Iterator) else data  # for scores, and again for repair
+    call = _Call(model, example_inputs, _Budget(amount, max_params, max_macs), importance, data, progress, kind)
+    dense = copy_for_repair(model, repair or False, data, "remove")
     decision = call.decide(include, exclude, outputs)
     operation = decision.plan.prepare(model, optimizers)
     expected = None
@@ -102,7 +122,8 @@ def prune_blocks(
     def finish() -> PruningReport:
         if expected is not None:
             decision.trials.check(decision.removed, expected)
-        return call.report(decision)
+        outcome = None if dense is None else repaired(model, decision.plan, dense, data, progress)
+        return call.report(decision, outcome)
 
     return operation.run(finish)
 
@@ -110,8 +131,9 @@ def prune_blocks(
 def plan_blocks(
     model: nn.Module,
     example_inputs: Inputs,
-    amount: float | None = None,
+    amount: Amount | None = None,
     *,
+    kind: Kind = "blocks",
     max_params: float | None = None,
     max_macs: float | None = None,
     importance: BlockImportance = "influence",
@@ -143,7 +165,7 @@ def plan_blocks(
         >>> len(net.layers)
         4
     """
-    call = _Call(model, example_inputs, _Budget(amount, max_params, max_macs), importance, data, progress)
+    call = _Call(model, example_inputs, _Budget(amount, max_params, max_macs), importance, data, progress, kind)
     plan = call.decide(include, exclude, outputs).plan
     return plan.with_prediction(predicted(call.before, plan.prepare(model).dry_run(call.cost)))
 
@@ -152,7 +174,7 @@ def plan_blocks(
 class _Budget:
     """How much is to be removed: exactly one is given."""
 
-    amount: float | int | None
+    amount: Amount | None
     max_params: float | None
     max_macs: float | None
 
@@ -162,6 +184,12 @@ class _Budget:
             got = " and ".join(given) if given else "none"
             raise InvalidArgumentError(f"give exactly one of amount, max_params and max_macs, not {got}.")
         ((name, value),) = given.items()
+        if isinstance(value, Mapping) and name == "amount":
+            for own in value.values():
+                _Budget(own, None, None).check()
+            if not value or any(isinstance(own, Mapping) for own in value.values()):
+                raise InvalidArgumentError("amount by name needs a number for each name or pattern of a stack.")
+            return
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ArgumentTypeError(f"{name} must be a number, not {value!r}.")
         if name != "amount" and not 0 < value <= 1:
@@ -197,13 +225,16 @@ class _Call:
         importance: BlockImportance,
         data: Iterable[Batch] | None,
         progress: bool,
+        kind: Kind,
     ) -> None:
         budget.check()
+        if kind not in ("blocks", "branches"):
+            raise UnknownNameError.of("kind of blocks", kind, ("blocks", "branches"))
         self.view = check_model(model, example_inputs)
         check_real(self.view, "blocks")
         self._budget, self._importance, self._progress = budget, importance, progress
         self._name = check_importance(importance)
-        self._inputs, self._data = example_inputs, data
+        self._inputs, self._data, self._kind = example_inputs, data, kind
         self.before = self.cost()
 
     def cost(self) -> measure.Cost:
@@ -215,15 +246,22 @@ class _Call:
         model = self.view.model
         forward = Forward(self.view, self._inputs, Where(outputs=outputs).counted)
         wanted = chosen(model, include, exclude)
-        stacks, frozen = find_stacks(forward, None if include is None else wanted)
-        trials = Trials(self.view, forward)
-        followers = self._tried(stacks, trials, wanted)
+        named = None if include is None or self._kind == "branches" else wanted
+        stacks, frozen = find_stacks(forward, named)
+        trials = Trials(self.view, forward, stepping=self._kind == "branches")
+        followers: list[Followers] = []
+        if self._kind == "branches":
+            stacks, without = find_branches(forward, stacks)
+            frozen |= without
+            self._try_branches(stacks, trials, wanted)
+        else:
+            followers = self._tried(stacks, trials, wanted)
         frozen |= {block.name: block.frozen for stack in stacks for block in stack.blocks if block.frozen}
         free = [block for stack in stacks for block in stack.free]
         if not free:
             raise NothingToPruneError(_nothing(frozen))
         removed, scores = self._selected(stacks, free, followers, trials)
-        plan = make_block_plan(self.view, followers, _places(stacks, removed))
+        plan = self._plan(stacks, followers, removed)
         return _Decision(stacks, removed, scores, name_frozen(stacks, frozen), plan, trials)
 
     def _tried(self, stacks: Sequence[Stack], trials: Trials, wanted: Callable[[str], bool]) -> list[Followers]:
@@ -247,22 +285,40 @@ class _Call:
                 followers.append(following)
         return followers
 
+    def _try_branches(self, stacks: Sequence[Stack], trials: Trials, wanted: Callable[[str], bool]) -> None:
+        """Freezes branches that may not go."""
+        free = [block for stack in stacks for block in stack.free if isinstance(block, Branch)]
+        for branch in tqdm(free, desc="branches", disable=not self._progress, leave=False):
+            excluded = None if wanted(branch.name) else "is excluded"
+            branch.frozen = excluded or trials.settle_branch(branch)
+
+    def _plan(self, stacks: Sequence[Stack], followers: Sequence[Followers], removed: Sequence[Block]) -> BlockPlan:
+        if self._kind == "branches":
+            return make_branch_plan(self.view, removed)
+        return make_block_plan(self.view, followers, _places(stacks, removed))
+
     def _selected(
         self, stacks: Sequence[Stack], free: Sequence[Block], followers: Sequence[Followers], trials: Trials
     ) -> tuple[list[Block], dict[str, float]]:
         """The blocks that go, and the scores that are known."""
-        left = {stack.name: stack.size for stack in stacks}
+        room = {stack.name: min(len(stack.free), stack.size - 1) for stack in stacks}
+        most = sum(room.values())
+        if isinstance(self._budget.amount, Mapping):
+            room = _counts(stacks, room, self._budget.amount)
         home = {block.name: stack.name for stack in stacks for block in stack.blocks}
         removed: list[Block] = []
         scores: dict[str, float] = {}
-        most = sum(min(len(stack.free), stack.size - 1) for stack in stacks)
-        enough = self._enough(stacks, len(free), most, followers)
-        for block, score in ranking(self.view.model, free, self._importance, self._batches, trials):
+        enough = self._enough(stacks, len(free), room, followers)
+
+        def may(block: Block) -> bool:
+            return room[home[block.name]] > 0
+
+        for block, score in ranking(self.view.model, free, self._importance, self._batches, trials, may):
             if enough(removed):
                 break
             scores[block.name] = score
-            if left[home[block.name]] > 1:
-                left[home[block.name]] -= 1
+            if may(block):
+                room[home[block.name]] -= 1
                 removed.append(block)
         if not enough(removed):
             raise NothingToPruneError(
@@ -272,9 +328,11 @@ class _Call:
         return removed, scores
 
     def _enough(
-        self, stacks: Sequence[Stack], count: int, most: int, followers: Sequence[Followers]
+        self, stacks: Sequence[Stack], count: int, room: Mapping[str, int], followers: Sequence[Followers]
     ) -> Callable[[Sequence[Block]], bool]:
-        amount, cost = self._budget.amount, self.before
+        amount, cost, most = self._budget.amount, self.before, sum(room.values())
+        if isinstance(amount, Mapping):
+            return lambda removed: len(removed) >= most
         if amount is not None:
             target = amount if isinstance(amount, int) else min(round(amount * count), most)
             if target > most:
@@ -282,7 +340,7 @@ class _Call:
             return lambda removed: len(removed) >= target
 
         def met(removed: Sequence[Block]) -> bool:
-            plan = make_block_plan(self.view, followers, _places(stacks, removed))
+            plan = self._plan(stacks, followers, removed)
             operation = plan.prepare(self.view.model)
             if self._budget.max_params is not None:
                 count_now = operation.dry_run(lambda: measure.count_parameters(self.view.model))
@@ -298,7 +356,7 @@ class _Call:
             return [(inputs, None)] if isinstance(inputs, tuple) else [inputs]
         return batches.iterate(self._data)
 
-    def report(self, decision: _Decision) -> PruningReport:
+    def report(self, decision: _Decision, repair: RepairReport | None = None) -> PruningReport:
         """The report, of the model as it is now."""
         after = self.cost()
         settings = {**self._budget.given(), "importance": self._name, **notes_of_hooks(self.view.model)}
@@ -310,17 +368,39 @@ class _Call:
             plan=cast("Any", decision.plan.with_prediction(predicted(self.before, after))),
             frozen=decision.frozen,
             settings=settings,
+            repair=repair,
             subject=self.view.model,
         )
 
 
 def _row(stack: Stack, decision: _Decision) -> Row:
-    gone = [block.place for block in decision.removed if block in stack.blocks]
+    gone = [_place(block) for block in decision.removed if block in stack.blocks]
     known = [decision.scores[block.name] for block in stack.blocks if block.name in decision.scores]
     note = f"without {', '.join(map(str, sorted(gone)))}" if gone else ""
     scores = f"scores {min(known):.2g} to {max(known):.2g}" if known else ""
     name, left = stack.name or "the model", stack.size - len(gone)
     return Row(name, stack.size, left, exact=True, note="; ".join(filter(None, (note, scores))))
+
+
+def _counts(stacks: Sequence[Stack], room: Mapping[str, int], amount: Mapping[str, float]) -> dict[str, int]:
+    """How many blocks go, by the stack's name; the first name or pattern that fits counts."""
+    found, used = dict.fromkeys(room, 0), set[str]()
+    for stack in stacks:
+        fits = [key for key in amount if key == stack.name or fnmatchcase(stack.name, key)]
+        used.update(fits if stack.free else ())
+        if fits and stack.free:
+            own, most = amount[fits[0]], room[stack.name]
+            if isinstance(own, int) and own > most:
+                raise InvalidArgumentError(f"{own} blocks are to go from `{stack.name}`, and only {most} may.")
+            found[stack.name] = own if isinstance(own, int) else min(round(own * len(stack.free)), most)
+    if set(amount) - used:
+        known = ", ".join(stack.name or "''" for stack in stacks if stack.free)
+        raise InvalidArgumentError(f"amount names {sorted(set(amount) - used)}, and the stacks are {known}.")
+    return found
+
+
+def _place(block: Block) -> int | str:
+    return block.name if isinstance(block, Branch) else block.place
 
 
 def _places(stacks: Sequence[Stack], removed: Sequence[Block]) -> dict[str, list[int]]:

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from netopt import batches
 from netopt.errors import ArgumentTypeError, NonFiniteError, UnknownNameError
 from netopt.model.restore import restored
+from netopt.prune.blocks.branches import Branch
 from netopt.prune.blocks.stacks import Block
 from netopt.prune.blocks.standins import Forward, Forwards, arguments
 from netopt.prune.blocks.trial import Trials
@@ -50,7 +51,12 @@ def check_importance(importance: Any) -> str:
 
 
 def ranking(
-    model: nn.Module, blocks: Sequence[Block], importance: BlockImportance, data: Batches, trials: Trials
+    model: nn.Module,
+    blocks: Sequence[Block],
+    importance: BlockImportance,
+    data: Batches,
+    trials: Trials,
+    may: Callable[[Block], bool],
 ) -> Iterator[tuple[Block, float]]:
     """The blocks with their scores, what is worth least first; each is meant to be removed before the next is asked.
 
@@ -60,9 +66,10 @@ def ranking(
         importance: The criterion.
         data: Batches, any number of times.
         trials: Which know what stands in for each block.
+        may: Whether a block may still go.
     """
     if importance == "loss":
-        yield from _greedy(model, blocks, data, trials)
+        yield from _greedy(model, blocks, data, trials, may)
         return
     if importance == "influence":
         scores = influences(model, blocks, data, trials)
@@ -102,6 +109,7 @@ def influences(model: nn.Module, blocks: Sequence[Block], data: Batches, trials:
             def run(*args: Any, **kwargs: Any) -> Any:
                 before = _first_float(arguments(args, kwargs).values()) if branches else None
                 before = None if before is None else before.detach().clone()
+                before = entered.get(block.name) if isinstance(block, Branch) else before
                 result = own(*args, **kwargs)
                 made, given = _first_float(tree_leaves(result)), entered.pop(block.name, None)
                 if made is not None and before is not None and made.shape == before.shape:
@@ -122,13 +130,15 @@ def influences(model: nn.Module, blocks: Sequence[Block], data: Batches, trials:
     return {name: _number(total / count if count else math.inf, name) for name, (total, count) in sums.items()}
 
 
-def _greedy(model: nn.Module, blocks: Sequence[Block], data: Batches, trials: Trials) -> Iterator[tuple[Block, float]]:
+def _greedy(
+    model: nn.Module, blocks: Sequence[Block], data: Batches, trials: Trials, may: Callable[[Block], bool]
+) -> Iterator[tuple[Block, float]]:
     """By the rise of the outputs' divergence when a block is skipped, found anew after each removal."""
     dense: list[Tensor] = []
     _run(model, data, lambda result: dense.append(_compared(result)))
     gone: list[Block] = []
     left, reached = list(blocks), 0.0
-    while left:
+    while left := [block for block in left if may(block)]:
         losses = [trials.skipping([*gone, block], lambda: _divergence(model, data, dense)) for block in left]
         best = min(range(len(left)), key=lambda place: losses[place])
         block = left.pop(best)

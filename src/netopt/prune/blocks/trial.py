@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from netopt.batches import Inputs
 from netopt.errors import ForwardError, NetoptError, VerificationError
 from netopt.model.view import ModelView
 from netopt.plan.blocks import BlockPlan
+from netopt.prune.blocks.branches import Branch, make_branch_plan
 from netopt.prune.blocks.follow import Followers, make_block_plan
 from netopt.prune.blocks.stacks import Block
 from netopt.prune.blocks.standins import Kind
@@ -31,15 +34,18 @@ class Trials:
     Args:
         view: Of the model.
         forward: How it is run: on the example inputs, and on a variation of them that it takes.
+        stepping: Whether a model that returns its state is run a step further with it.
 
     Attributes:
         kinds: What stands in for each block that was tried, by its name.
     """
 
-    def __init__(self, view: ModelView, forward: Forward) -> None:
+    def __init__(self, view: ModelView, forward: Forward, *, stepping: bool = False) -> None:
         self._view, self._forward = view, forward
         self.inputs: list[Inputs] = [forward.inputs]
         self.kinds: Kinds = {}
+        self._accepted = list(inspect.signature(forward.model.forward).parameters)
+        self._again: tuple[str, ...] = ()
         for inputs in forward.variations:
             try:
                 forward.run(inputs)
@@ -47,10 +53,54 @@ class Trials:
                 continue
             self.inputs.append(inputs)
             break
+        if stepping:
+            self._again = self._arguments_again()
 
     def outputs(self) -> list[list[Tensor]]:
-        """What the model returns as it is now."""
-        return [self._forward.run(inputs) for inputs in self.inputs]
+        """What the model returns as it is now, and in a further step."""
+        found: list[list[Tensor]] = []
+        for inputs in self.inputs:
+            outputs, result = self._with_result(inputs)
+            found.append(outputs)
+            if self._again:
+                found.append(self._forward.run(self._following(inputs, result, self._again)))
+        return found
+
+    def _with_result(self, inputs: Inputs) -> tuple[list[Tensor], Any]:
+        results: list[Any] = []
+
+        def count(result: Any) -> list[Tensor]:
+            results.append(result)
+            return self._forward.counted(result)
+
+        return replace(self._forward, counted=count).run(inputs), results[0]
+
+    def _arguments_again(self) -> tuple[str, ...]:
+        """The arguments that the model takes in a further step beside its state: the first, or all; or none of them."""
+        _, result = self._with_result(self.inputs[0])
+        names = tuple(self._named(self.inputs[0]))
+        for some in (names[:1], names) if self._state(self.inputs[0], result) else ():
+            try:
+                self._forward.run(self._following(self.inputs[0], result, some))
+            except ForwardError:
+                continue
+            return some
+        return ()
+
+    def _following(self, inputs: Inputs, result: Any, names: Sequence[str]) -> Inputs:
+        named = self._named(inputs)
+        return {name: named[name] for name in names} | self._state(inputs, result)
+
+    def _named(self, inputs: Inputs) -> Mapping[str, Any]:
+        if isinstance(inputs, Mapping):
+            return inputs
+        return dict(zip(self._accepted, inputs if isinstance(inputs, tuple) else [inputs], strict=False))
+
+    def _state(self, inputs: Inputs, result: Any) -> dict[str, Any]:
+        """What is returned under the name of an argument that is not given, as a cache is."""
+        returned = result if isinstance(result, Mapping) else {}
+        names = [name for name in self._accepted if name in returned and name not in self._named(inputs)]
+        return {name: returned[name] for name in names}
 
     def skipping(self, blocks: Sequence[Block], look: Callable[[], Any], kind: Kind | None = None) -> Any:
         """Looks at the model while it goes past some blocks."""
@@ -75,6 +125,22 @@ class Trials:
         where = f" ({block.line})" if block.line else ""
         return why or f"does more than change what it is given: without it the forward computes something else{where}"
 
+    def settle_branch(self, branch: Branch) -> str | None:
+        """Tries to remove one branch; notes how it goes, or says why it cannot."""
+        self.kinds[branch.name] = "zeros"
+        expected = self._skipped(branch, "zeros")
+        if isinstance(expected, str):
+            return expected
+        why = f"does more than add to the stream: without it the forward computes something else ({branch.line})"
+        for cut in branch.cut.ways():
+            branch.cut = cut
+            found = self._outputs_of(make_branch_plan(self._view, [branch]), "cannot be cut out")
+            if isinstance(found, str):
+                why = found
+            elif same(found, expected):
+                return None
+        return why
+
     def check(self, blocks: Sequence[Block], expected: list[list[Tensor]]) -> None:
         """Compares the model as it is now with what it has to return.
 
@@ -91,11 +157,11 @@ class Trials:
                 "identities in their place; all was put back. Exclude some of them, and report it, please."
             )
 
-    def _outputs_of(self, plan: BlockPlan) -> list[list[Tensor]] | str:
+    def _outputs_of(self, plan: BlockPlan, why: str = "cannot leave its list") -> list[list[Tensor]] | str:
         try:
             return plan.prepare(self._forward.model).dry_run(self.outputs)
         except NetoptError as error:
-            return f"cannot leave its list: {described(error)}"
+            return f"{why}: {described(error)}"
 
     def _skipped(self, block: Block, kind: Kind) -> list[list[Tensor]] | str:
         try:
