@@ -24,6 +24,7 @@ from netopt.importance.elimination import Consumer, eliminate, shrunk
 from netopt.importance.inputs import InputWatch, Matrix
 from netopt.model.kernels import Unfused
 from netopt.model.parameters import Place, places
+from netopt.model.ranks import add_up_all, add_up_numbers, is_shared
 from netopt.model.restore import restored
 from netopt.model.writes import CopyOnWrite
 from netopt.progress import bar
@@ -89,6 +90,7 @@ def reconstruction_scores(
         shown = bar(batches.iterate(data), "moments", shown=progress, total=batches.steps(data))
         for index, batch in enumerate(shown):
             seen.see(index, batch)
+        seen.add_up()
         if not seen.gradients:
             raise MissingDataError("no output depends on the weights in a differentiable way; nothing can be scored.")
         axes = bar(sizes.items(), "elimination", shown=progress, unit="axis")
@@ -160,6 +162,21 @@ class _Pass:
 
                 with _GradientWatch(self.watched, add):
                     torch.autograd.grad(value, sources, retain_graph=turn < passes - 1, allow_unused=True)
+
+    def add_up(self) -> None:
+        """Takes in what other processes have seen."""
+        if not is_shared():
+            return
+        self.gradients, self.gates = add_up_all(self.gradients), add_up_all(self.gates)
+        self.samples, self.square = round(add_up_numbers(self.samples)[0]), add_up_numbers(self.square)[0]
+        counts = {name: torch.tensor([one.count, one.samples]) for name, one in self.inputs.items()}
+        totals, moments = (
+            add_up_all({name: getattr(one, part) for name, one in self.inputs.items()}) for part in ("total", "moment")
+        )
+        self.inputs = {
+            name: _Inputs(int(count), totals[name], moments[name], int(samples))
+            for name, (count, samples) in add_up_all(counts).items()
+        }
 
     def _signed(self, found: Sequence[Tensor]) -> Tensor:
         """The outputs times random signs; those of padding count for nothing."""

@@ -26,6 +26,7 @@ from netopt.importance import Importance, lookup
 from netopt.importance.neurons import NeuronScores, neuron_scores
 from netopt.masking.lifecycle import masks_of_indices
 from netopt.masking.undo import all_or_nothing
+from netopt.model.ranks import check_alike, is_shared
 from netopt.model.signals import UndoLog
 from netopt.model.view import ModelView
 from netopt.plan import Plan
@@ -132,10 +133,15 @@ def prune_neurons(
     scoring = _Scoring(importance, data, loss_fn, progress)
     view = check_model(model, example_inputs)
     _check(budget, scoring, mode)
-    dense = copy_for_repair(model, repair, data, mode)
+    if is_shared() and repair:
+        raise InvalidArgumentError("repair=True fits to one process's data; prune in one process, or repair=False.")
+    dense = copy_for_repair(model, False if is_shared() else repair, data, mode)
     optimizers = surgery.as_optimizers(optimizer)
     # A mask can be taken off; what is folded into a bias could not.
     decision = _decide(view, example_inputs, budget, scoring, Where(include, exclude, outputs), fold=mode == "remove")
+    check_alike(
+        {f"{name} {dim}": kept for name, dims in decision.plan.tensors.items() for dim, kept in dims.items()}, "neurons"
+    )
     report = _Report(decision, budget, scoring, mode)
     if mode == "mask":
 
