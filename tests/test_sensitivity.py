@@ -88,7 +88,7 @@ def test_the_plot_has_curves_and_a_map(net, x):
 def test_wrong_arguments(net, x):
     with pytest.raises(InvalidArgumentError, match="fractions in"):
         netopt.sensitivity(net, x, float, amounts=(0.5, 1.0))
-    with pytest.raises(UnknownNameError, match="axes, kinds, blocks, tensors"):
+    with pytest.raises(UnknownNameError, match="axes, blocks, kinds, tensors"):
         netopt.sensitivity(net, x, lambda _: 1.0, over="layers")
     with pytest.raises(ArgumentTypeError, match="return a number"):
         netopt.sensitivity(net, x, lambda _: None)
