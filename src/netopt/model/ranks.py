@@ -67,14 +67,15 @@ def add_up_all(tensors: Mapping[Key, Tensor], device: torch.device | None = None
     return found
 
 
-def check_alike(tensors: Mapping[str, Tensor], what: str) -> None:
+def check_alike(tensors: Mapping[str, Tensor | Mapping[int, Tensor]], what: str) -> None:
     """Raises an `InvalidArgumentError`, in every process, unless all have decided the same."""
     if not is_shared():
         return
     digest = hashlib.sha256()
     for name, value in tensors.items():
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+        for key, one in (value if isinstance(value, Mapping) else {-1: value}).items():
+            digest.update(f"{name} {key}".encode())
+            digest.update(one.detach().cpu().contiguous().numpy().tobytes())
     if len(set(gathered(digest.hexdigest()))) > 1:
         raise InvalidArgumentError(
             f"the {dist.get_world_size()} processes would prune different {what}; give all of them the same weights, "
