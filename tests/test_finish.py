@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import io
 import warnings
@@ -163,6 +164,19 @@ def test_dynamic_quantization(case, how):
     smaller = torch.ao.quantization.quantize_dynamic(model, {nn.Linear, nn.LSTM}, dtype=torch.qint8)
     assert any(".dynamic." in type(module).__module__ for module in smaller.modules())
     agrees(smaller(inputs), expected, tolerance=0.05 * float(expected.abs().max()))
+
+
+@pytest.mark.slow
+@every
+def test_torchao(case, how):
+    """Weights of linear layers as int8, whose error on a layer of random weights is below a hundredth."""
+    quantization = pytest.importorskip("torchao.quantization")
+    model, inputs, expected = copy.deepcopy(made(case, how))
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    linear = [one.weight for one in model.modules() if isinstance(one, nn.Linear)]
+    assert linear
+    assert all(hasattr(weight, "qdata") for weight in linear)
+    agrees(model(inputs), expected, 0.05)
 
 
 @every

@@ -694,3 +694,20 @@ def test_what_is_not_zero_is_counted_before_and_after(zeros, mode, verify):
     report = prune_quietly(model, x, 0.5, importance="magnitude", mode=mode, verify=verify)
     assert (report.nonzero_before, report.nonzero_after) == (before, measure.nonzero_parameters(model))
     assert (report.params_after, report.bytes_after) == (measure.count_parameters(model), measure.size_bytes(model))
+
+
+@pytest.mark.parametrize("scope", ["global", "layer"])
+@pytest.mark.parametrize("amount", [0.5, {"*": 0.5}], ids=["number", "mapping"])
+def test_a_loop_over_amounts_of_the_original_ends_at_the_last(scope, amount):
+    x = torch.randn(4, 8)
+    loop = nn.Sequential(nn.Linear(8, 20), nn.ReLU(), nn.Linear(20, 10), nn.ReLU(), nn.Linear(10, 4))
+    at_once, options = copy.deepcopy(loop), {"importance": "l2", "scope": scope, "progress": False}
+    for share in (0.2, 0.4, 1.0):
+        part = {"*": 0.5 * share} if isinstance(amount, dict) else 0.5 * share
+        netopt.prune_neurons(loop, x, part, of="original", **options)
+    netopt.prune_neurons(at_once, x, amount, **options)
+    sizes = [[one.out_features for one in net if isinstance(one, nn.Linear)] for net in (loop, at_once)]
+    assert sum(sizes[0]) == sum(sizes[1])
+    assert scope == "global" or sizes[0] == sizes[1]
+    with pytest.raises(netopt.errors.InvalidArgumentError, match="original"):
+        netopt.prune_neurons(loop, x, max_params=0.5, of="original")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from netopt import masking
+from netopt import batches, masking
 from netopt.axes.find import axes_of
 from netopt.batches import Data, Inputs
-from netopt.errors import ArgumentTypeError, InvalidArgumentError, UnknownNameError
+from netopt.errors import ArgumentTypeError, InvalidArgumentError, MissingDataError, UnknownNameError
 from netopt.figures import figure
 from netopt.importance.neurons import neuron_scores
 from netopt.importance.scores import scores as weight_scores
@@ -23,15 +24,16 @@ from netopt.model.view import ModelView
 from netopt.plan.build import make_plan
 from netopt.progress import bar
 from netopt.prune.candidates import candidates
+from netopt.prune.repair import copy_of, repaired
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["SensitivityReport", "sensitivity"]
 
-OVER = ("axes", "tensors")
+OVER = ("axes", "kinds", "blocks", "tensors")
 Metric = Callable[[nn.Module], float]
-Trial = Callable[[float, Callable[[], float]], float]
+Trial = Callable[[float, Callable[[nn.Module], float]], float]
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class SensitivityReport:
 
     Attributes:
         dense: The metric of the model as it is.
-        over: What was pruned, ``"axes"`` or ``"tensors"``.
+        over: What was pruned: ``"axes"``, ``"kinds"``, ``"blocks"`` or ``"tensors"``.
         curves: By part, the metric at each amount tried, in ascending order; a curve ends early below the floor.
 
     Example:
@@ -138,6 +140,7 @@ def sensitivity(
     loss_fn: Callable[[Any, Any], Tensor] | None = None,
     include: Any = None,
     exclude: Any = None,
+    repair: bool = False,
     floor: float | None = None,
     progress: bool = True,
 ) -> SensitivityReport:
@@ -148,19 +151,24 @@ def sensitivity(
         example_inputs: Of one forward call.
         metric: Of the model, called without gradients; higher is better.
         amounts: Fractions of the part to prune, in ``(0, 1)``.
-        over: ``"axes"`` removes neurons of one axis at a time, ``"tensors"`` masks entries of one weight at a time.
+        over: ``"axes"`` removes neurons of one axis at a time; ``"kinds"`` the same share of every axis of one kind,
+            such as ``ffn``; ``"blocks"`` the same share of every axis of one numbered block; ``"tensors"`` masks
+            entries of one weight at a time.
         importance: As for :func:`netopt.prune_neurons` (default ``"saliency"``) or :func:`netopt.prune_weights`
             (default ``"magnitude"``); scores are computed once.
         data: Batches for criteria that need them.
         loss_fn: For criteria that need the loss.
         include: Restricts the parts.
         exclude: Parts left out.
+        repair: Refit what is left on ``data`` before measuring, see :func:`netopt.repair`; a copy of the model is
+            measured then.
         floor: Larger amounts of a part are not tried once the metric is below.
         progress: Whether to show a progress bar.
 
     Raises:
         ArgumentTypeError: ``model`` is no module, or ``metric`` no function that returns a number.
-        InvalidArgumentError: An amount is out of range.
+        InvalidArgumentError: An amount is out of range, or single weights are to be repaired.
+        MissingDataError: ``repair=True`` without ``data``.
         NothingToPruneError: There is no part to prune.
 
     References:
@@ -181,23 +189,30 @@ def sensitivity(
     tried = sorted({float(amount) for amount in amounts})
     if not tried or not 0 < tried[0] <= tried[-1] < 1:
         raise InvalidArgumentError(f"amounts must be fractions in (0, 1), not {list(amounts)}.")
-    view = ModelView(model)
-    dense = _measured(view, metric)
+    if repair and over == "tensors":
+        raise InvalidArgumentError("repair refits what is left after neurons are removed; leave it out of 'tensors'.")
+    if repair and data is None:
+        raise MissingDataError("repair=True needs data=, calibration batches of inputs.")
+    dense = _measured(model, metric)
+    data = list(batches.iterate(data)) if isinstance(data, Iterator) else data
     chosen = {"importance": importance, "data": data, "loss_fn": loss_fn, "include": include, "exclude": exclude}
-    trials = (_axes if over == "axes" else _tensors)(model, example_inputs, progress=progress, **chosen)
+    if over == "tensors":
+        trials = _tensors(model, progress=progress, **chosen)
+    else:
+        trials = _axes(model, example_inputs, over=over, repair=repair, progress=progress, **chosen)
     curves: dict[str, dict[float, float]] = {name: {} for name in trials}
     with bar(None, "sensitivity", total=len(trials) * len(tried), shown=progress, unit="trial") as shown:
         for name, trial in trials.items():
             for amount in tried:
                 if floor is None or min(curves[name].values(), default=floor) >= floor:
-                    curves[name][amount] = trial(amount, lambda: _measured(view, metric))
+                    curves[name][amount] = trial(amount, lambda smaller: _measured(smaller, metric))
                 shown.update()
     return SensitivityReport(dense, over, curves)
 
 
-def _measured(view: ModelView, metric: Metric) -> float:
-    with restored(view), torch.no_grad():
-        value = metric(view.model)
+def _measured(model: nn.Module, metric: Metric) -> float:
+    with restored(model), torch.no_grad():
+        value = metric(model)
     try:
         return float(value)
     except (TypeError, ValueError) as error:
@@ -208,11 +223,13 @@ def _axes(
     model: nn.Module,
     inputs: Inputs,
     *,
+    over: str,
     importance: Any,
     data: Any,
     loss_fn: Any,
     include: Any,
     exclude: Any,
+    repair: bool,
     progress: bool,
 ) -> dict[str, Trial]:
     view = ModelView(model)
@@ -230,25 +247,40 @@ def _axes(
         progress=progress,
     ).scores
 
-    def trial_of(name: str) -> Trial:
-        def trial(amount: float, measure: Callable[[], float]) -> float:
-            size = axes[name].size
-            counts = axes.feasible({name: max(1, size - round(amount * size))})
+    def trial_of(names: Sequence[str]) -> Trial:
+        def trial(amount: float, measure: Callable[[nn.Module], float]) -> float:
+            counts = {name: max(1, axes[name].size - round(amount * axes[name].size)) for name in names}
             kept = {
                 other: scores[other].topk(count).indices.sort().values
-                for other, count in counts.items()
+                for other, count in axes.feasible(counts).items()
                 if other in scores and count < axes[other].size
             }
-            return make_plan(model, axes, kept).prepare(model).dry_run(measure)
+            plan = make_plan(model, axes, kept)
+            if not repair:
+                return plan.prepare(model).dry_run(lambda: measure(model))
+            smaller = copy_of(model)
+            plan.apply(smaller)
+            repaired(smaller, plan, model, data, progress=False)
+            return measure(smaller)
 
         return trial
 
-    return {axis.name: trial_of(axis.name) for axis in chosen}
+    parts: dict[str, list[str]] = {}
+    for axis in chosen:
+        part = {"axes": axis.name, "kinds": axis.kind, "blocks": _block(axis.name)}[over]
+        if part is not None:
+            parts.setdefault(part, []).append(axis.name)
+    return {part: trial_of(names) for part, names in parts.items()}
+
+
+def _block(name: str) -> str:
+    """The pattern of the axes in the same numbered block, or the axis itself where it is in none."""
+    found = re.match(r"(.*?\.)?\d+(?=\.)", name)
+    return f"{found.group()}.*" if found else name
 
 
 def _tensors(
     model: nn.Module,
-    inputs: Inputs,
     *,
     importance: Any,
     data: Any,
@@ -257,7 +289,6 @@ def _tensors(
     exclude: Any,
     progress: bool,
 ) -> dict[str, Trial]:
-    del inputs
     found = weight_scores(
         model,
         data,
@@ -269,11 +300,11 @@ def _tensors(
     )
 
     def trial_of(name: str) -> Trial:
-        def trial(amount: float, measure: Callable[[], float]) -> float:
+        def trial(amount: float, measure: Callable[[nn.Module], float]) -> float:
             values = found[name].float()
             mask = masking.keep_best([masking.Scores(values, False, None, name)], round(amount * values.numel()))[0]
             with _masked(model, {name: mask}):
-                return measure()
+                return measure(model)
 
         return trial
 

@@ -24,6 +24,7 @@ from netopt.importance.batch_dimension import as_batch, begins_with, sample_coun
 from netopt.importance.evidence import _ready, gradients
 from netopt.model.calls import Call, CallNames
 from netopt.model.parameters import places
+from netopt.model.ranks import add_up_all, add_up_numbers, gathered
 from netopt.model.restore import restored
 from netopt.model.signals import UndoLog
 from netopt.model.view import ModelView
@@ -141,6 +142,7 @@ def saliency(
         )
         for batch in bar(batches.iterate(data), "saliency", shown=progress, total=batches.steps(data)):
             run.see(batch)
+        run.add_up()
         return run.finish()
 
 
@@ -170,6 +172,7 @@ def activations(
                 sums[name] += gather(over_others(tensor.abs(), dim), positions, sizes[name])
                 full = torch.full((len(positions),), float(size), dtype=torch.float64)
                 seen[name] += gather(full, positions, sizes[name])
+    sums, seen = add_up_all(sums), add_up_all(seen)
     return {name: total / seen[name].clamp(min=1) for name, total in sums.items()}
 
 
@@ -282,6 +285,13 @@ class _Differentiation:
         for start in range(0, count, self.at_once):
             stop = min(start + self.at_once, count)
             self._add(samples_of(inputs, start, stop, count) if count > self.at_once else inputs, stop - start)
+
+    def add_up(self) -> None:
+        """Takes in what other processes have seen."""
+        self.sums, self.variances = add_up_all(self.sums), add_up_all(self.variances)
+        samples, probes, reached = add_up_numbers(self.samples, self.probes, self.reached)
+        self.samples, self.probes, self.reached = round(samples), round(probes), reached > 0
+        self.read = set().union(*gathered(self.read))
 
     def finish(self) -> Saliency:
         """The averages."""

@@ -18,6 +18,7 @@ from netopt.importance.differentiation import Differentiation
 from netopt.importance.elimination import Consumer, eliminate, shrunk
 from netopt.importance.inputs import Matrix
 from netopt.model.parameters import places
+from netopt.model.ranks import add_up_all, add_up_numbers
 from netopt.progress import bar
 
 __all__ = ["reconstruction_scores"]
@@ -110,6 +111,19 @@ class _Moments(Differentiation):
             self._add_gradient(name, gradient)
         if name in self.gated:
             self._add_gate(name, gradient, self.produced.get(name, []))
+
+    def add_up(self) -> None:
+        super().add_up()
+        self.is_differentiable = bool(add_up_numbers(self.is_differentiable)[0])
+        self.gradients, self.gates = add_up_all(self.gradients), add_up_all(self.gates)
+        counts = {name: torch.tensor([one.count, one.samples]) for name, one in self.inputs.items()}
+        totals, moments = (
+            add_up_all({name: getattr(one, part) for name, one in self.inputs.items()}) for part in ("total", "moment")
+        )
+        self.inputs = {
+            name: _Inputs(int(count), totals[name], moments[name], int(samples))
+            for name, (count, samples) in add_up_all(counts).items()
+        }
 
     def _add_inputs(self, seen: Contraction) -> None:
         name, matrix = seen.reading.name, seen.reading.matrix

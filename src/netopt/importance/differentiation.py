@@ -22,6 +22,7 @@ from netopt.importance.evidence import gradients
 from netopt.importance.inputs import InputWatch
 from netopt.model.kernels import Unfused
 from netopt.model.parameters import Place
+from netopt.model.ranks import add_up_numbers, is_shared
 from netopt.model.restore import restored
 from netopt.model.writes import CopyOnWrite
 from netopt.progress import bar
@@ -77,6 +78,11 @@ class Differentiation(ABC):
     def see_gradient(self, name: str, gradient: Tensor) -> None:
         """A gradient has come to the outputs of a weight, ``(groups, rows, outputs)``."""
 
+    def add_up(self) -> None:
+        """Takes in what other processes have seen."""
+        samples, self.square = add_up_numbers(self.samples, self.square)
+        self.samples = round(samples)
+
     def run(self, data: Data, progress: bool) -> None:
         """Sees all batches.
 
@@ -94,6 +100,8 @@ class Differentiation(ABC):
             shown = bar(batches.iterate(data), "moments", shown=progress, total=batches.steps(data))
             for self.batch, batch in enumerate(shown):
                 self._see(batch)
+        if is_shared():
+            self.add_up()
         if not self.samples:
             raise MissingDataError("no output depends on the weights in a differentiable way; nothing can be scored.")
 

@@ -19,6 +19,7 @@ from netopt.errors import ForwardError, InvalidArgumentError, MissingDataError, 
 from netopt.importance.inputs import InputWatch, Matrix, Reading
 from netopt.model.kernels import Unfused
 from netopt.model.parameters import Place, places
+from netopt.model.ranks import add_up_all, add_up_numbers
 from netopt.model.restore import restored
 from netopt.model.writes import CopyOnWrite
 from netopt.progress import bar
@@ -110,7 +111,8 @@ def collect(
             log.callback(seen.writes.undo)
             with seen.writes.saving():
                 log.enter_context(_ready(model, wanted, needs))
-            count = seen.run(data, progress)
+            count = round(add_up_numbers(seen.run(data, progress))[0])
+        _over_processes([sums, seen.squares], seen.device)
         if "input_norm" in needs:
             wanted = _read(wanted, seen.squares, wanted if named is None else named)
         for name, place in wanted.items():
@@ -118,6 +120,14 @@ def collect(
                 sums[name]["input_norm"] = _norms(place, seen.squares[name])
             sums[name] = _finished(place, sums[name], frozenset(needs), count)
     return {name: Evidence(name, place.value, sums[name]) for name, place in wanted.items()}
+
+
+def _over_processes(tables: Sequence[Mapping[str, dict[Any, Tensor]]], device: torch.device | None) -> None:
+    """Adds up what all processes have seen, by name and key."""
+    for table in tables:
+        flat = {(name, key): value for name, row in table.items() for key, value in row.items()}
+        for (name, key), value in add_up_all(flat, device).items():
+            table[name][key] = value
 
 
 def missing_data(what: str, needs: Collection[str], loss_fn: Any) -> MissingDataError:

@@ -195,6 +195,8 @@ class _Edit:
         else:
             self._narrow(Plan({}, step.attributes))
             lists = [(name, cut.size, cut.kept) for cut in step.stacks for name in cut.lists]
+            gone = tuple(f"{part.name}." for branch in step.branches for part in branch.parts)
+            self._names = {one: old for one, old in self._names.items() if not one.startswith(gone)}
         for name, size, kept in lists:
             self._relist(name, size, kept)
 

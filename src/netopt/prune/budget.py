@@ -30,7 +30,7 @@ from netopt.selection import (
     select_within,
 )
 
-__all__ = ["Budget", "choose", "without"]
+__all__ = ["Budget", "by_axis", "choose", "without"]
 
 
 Cost: TypeAlias = Callable[[Mapping[str, Tensor]], int]
@@ -103,7 +103,7 @@ def choose(found: Found, scored: NeuronScores, budget: Budget, groups: Choices |
     if budget.amount is not None or budget.threshold is not None:
         return select(
             scores,
-            _by_axis(found, budget.amount),
+            by_axis(found, budget.amount),
             threshold=budget.threshold,
             scope=budget.scope,
             limits=limits,
@@ -150,7 +150,7 @@ def without(found: Found, remove: Mapping[str, Sequence[int]]) -> dict[str, Tens
 
 def _from_groups(found: Found, scores: Mapping[str, Tensor], budget: Budget, groups: Choices) -> dict[str, int]:
     """The counts of one choice of each group, within the budget."""
-    sizes, amount = found.sizes, _by_axis(found, budget.amount)
+    sizes, amount = found.sizes, by_axis(found, budget.amount)
     groups = [_rounded(one, budget.round_to) for one in groups]
     if isinstance(amount, Mapping):
         return choose_alike(
@@ -179,7 +179,7 @@ def _cost(found: Found, budget: Budget) -> tuple[Cost, float]:
     return _parameters(found), budget.max_params or 1.0
 
 
-def _by_axis(found: Found, amount: Amount | None) -> Amount | None:
+def by_axis(found: Found, amount: Amount | None) -> Amount | None:
     """An amount by name, pattern or kind as one by axis; a name goes before what comes first of the others."""
     if not isinstance(amount, Mapping):
         return amount

@@ -26,6 +26,7 @@ from netopt.importance import Importance, lookup
 from netopt.importance.neurons import NeuronScores, neuron_scores
 from netopt.masking.lifecycle import masks_of_indices
 from netopt.masking.undo import all_or_nothing
+from netopt.model.ranks import check_alike, is_shared
 from netopt.model.signals import UndoLog
 from netopt.model.view import ModelView
 from netopt.plan import Plan
@@ -37,6 +38,7 @@ from netopt.prune.exactness.dead_neurons import may_exist
 from netopt.prune.exactness.folding import Folds, fold_removed, shifted
 from netopt.prune.exactness.rescaling import Rescaling, find_rescalings, rescaled
 from netopt.prune.look import Found, Where, check_model, look, without_gradients
+from netopt.prune.original import as_of_now, check_of
 from netopt.prune.repair import RepairReport, copy_for_repair, repaired
 from netopt.prune.verify import DifferentOutputsError, Reference, Tensors, differing, proved, reference_outputs
 from netopt.report import PruningReport, Row
@@ -68,6 +70,7 @@ def prune_neurons(
     optimizer: Optimizer | Iterable[Optimizer] | None = None,
     repair: bool | None = None,
     mode: Mode = "remove",
+    of: Literal["now", "original"] = "now",
     verify: bool = True,
     progress: bool = True,
 ) -> PruningReport:
@@ -103,6 +106,7 @@ def prune_neurons(
             ``data`` is given and neurons are removed; ``False`` leaves exactly what masking would. ``verify`` compares
             before.
         mode: ``"remove"``, or ``"mask"`` to put the same plan on as masks of ``torch.nn.utils.prune``.
+        of: ``"original"`` takes ``amount`` of the model as the first call saw it: of 0.1, 0.2 and 0.3 in turn 0.3 goes.
         verify: Run the smaller model on the example inputs, compare the shapes of its outputs, and, where removing is
             the same as masking, their values with the masked model's, there and on a variation of the inputs. Axes
             found to differ are marked as not exact, and go all the same.
@@ -132,10 +136,15 @@ def prune_neurons(
     scoring = _Scoring(importance, data, loss_fn, progress)
     view = check_model(model, example_inputs)
     _check(budget, scoring, mode)
-    dense = copy_for_repair(model, repair, data, mode)
+    check_of(of, budget)
+    if is_shared() and repair:
+        raise InvalidArgumentError("repair=True fits to one process's data; prune in one process, or repair=False.")
+    dense = copy_for_repair(model, False if is_shared() else repair, data, mode)
     optimizers = surgery.as_optimizers(optimizer)
     # A mask can be taken off; what is folded into a bias could not.
-    decision = _decide(view, example_inputs, budget, scoring, Where(include, exclude, outputs), fold=mode == "remove")
+    where = Where(include, exclude, outputs)
+    decision = _decide(view, example_inputs, budget, scoring, where, fold=mode == "remove", of=of)
+    check_alike(decision.plan.tensors, "neurons")
     report = _Report(decision, budget, scoring, mode)
     if mode == "mask":
 
@@ -333,10 +342,18 @@ class _Decision:
 
 
 def _decide(
-    view: ModelView, example_inputs: Inputs, budget: Budget, scoring: _Scoring, where: Where, *, fold: bool = True
+    view: ModelView,
+    example_inputs: Inputs,
+    budget: Budget,
+    scoring: _Scoring,
+    where: Where,
+    *,
+    fold: bool = True,
+    of: str = "now",
 ) -> _Decision:
     """Look, score, select, complete."""
     found = look(view, example_inputs, where)
+    budget = as_of_now(found, budget, of)
     scores = _score(found, scoring, where)
     if budget.loadable:
         return _decide_loadable(found, scores, budget, fold=fold)

@@ -21,6 +21,7 @@ from netopt.masking.undo import all_or_nothing
 from netopt.measure import Cost, count_parameters, size_bytes
 from netopt.model.checks import check_model
 from netopt.model.parameters import EMBEDDINGS, Place, places
+from netopt.model.ranks import check_alike, is_shared
 from netopt.model.signals import UndoLog
 from netopt.reconstruction import reconstruct
 from netopt.report import PruningReport, Row
@@ -107,6 +108,11 @@ def prune_weights(
     known = places(model)
     wanted = _candidates(model, known, include, exclude)
     solves, passed = updates_layers(importance), {}
+    if solves and is_shared():
+        raise InvalidArgumentError(
+            f"importance={_name(importance)!r} fits the weights to one process's data; prune in one process, before "
+            "training in several."
+        )
     if solves:
         reason = "its layer normalises it, which a criterion of layers cannot make up for"
         passed = {name: reason for name, place in wanted.items() if place.computed is not None}
@@ -135,6 +141,7 @@ def prune_weights(
             for group, request in _requests(wanted, amount, shape, scope, threshold):
                 masks |= decide(group, score, request)
             _check_norms(wanted, masks)
+        check_alike(masks, "weights")
         adopt(model, masks)
         again = places(model)
         left = nonzero | {name: again[name].nonzero for name in wanted}

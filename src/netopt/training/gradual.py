@@ -154,8 +154,9 @@ class GradualPruner:
         if not self._physical:
             report = prune_neurons(self.model, self._inputs, amount, mode="mask", **self._options)
             if last:
-                report = self._removed(shrink(self.model, self._inputs, self._optimizer))
+                # Baked first, so that the plan has the names of the model as it was.
                 masking.bake(self.model)
+                report = self._removed(shrink(self.model, self._inputs, self._optimizer))
             return report
         if self._total is None:
             # Counted once, since a fraction is of the model as it is now.
