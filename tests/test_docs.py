@@ -11,7 +11,7 @@ import pytest
 from netopt import errors
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 
 
 def ids(path: Path) -> str:
@@ -34,7 +34,10 @@ def test_code_is_python(page):
 
 def test_every_page_is_in_the_index():
     index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
-    assert [page.name for page in PAGES if page.parent.name == "docs" and f"({page.name})" not in index] == ["index.md"]
+    site = (ROOT / "zensical.toml").read_text(encoding="utf-8")
+    pages = [page.relative_to(ROOT / "docs").as_posix() for page in PAGES if ROOT / "docs" in page.parents]
+    assert [page for page in pages if f"({page})" not in index] == ["index.md"]
+    assert [page for page in pages if f'"{page}"' not in site] == []
 
 
 def test_every_error_is_explained():
