@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import netopt
 from netopt import errors
 
 ROOT = Path(__file__).parent.parent
@@ -43,3 +44,12 @@ def test_every_page_is_in_the_index():
 def test_every_error_is_explained():
     page = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
     assert [name for name in errors.__all__ if name != "nearest" and f"`{name}`" not in page] == []
+
+
+def test_every_public_name_is_in_the_api():
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    modules = {path.stem for path in (ROOT / "src" / "netopt").iterdir()}
+    listed = {line.rpartition(".")[2] for line in page.splitlines() if line.startswith("::: ")}
+    # A function may share its name with the module it lies in.
+    names = {name for name in netopt.__all__ if name not in modules or callable(getattr(netopt, name))}
+    assert names - listed == set()
