@@ -32,6 +32,7 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import neurons_references
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -62,6 +63,7 @@ class Case:
     calibration: list[Any]
     loss_fn: Callable[[Any, Any], Tensor] | None = None
     include: Any = None
+    exclude: Any = None
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         raise NotImplementedError
@@ -304,7 +306,9 @@ class Imagenet(Case):
 
 
 class Language(Case):
-    budgets, cost = (0.8, 0.7), "blocks"
+    """Blocks lose parameters; the width stays, so that all methods keep the same embeddings."""
+
+    budgets, cost, exclude = (0.8, 0.7), "blocks", "*/width"
 
     def __init__(self, seed: int) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -318,9 +322,10 @@ class Language(Case):
         tokens = torch.tensor(tokenizer(text)["input_ids"])
         windows = tokens[: len(tokens) // 256 * 256].view(-1, 256)
         chosen = windows[: len(windows) // 2]
-        chosen = chosen[torch.randperm(len(chosen), generator=torch.Generator().manual_seed(seed))[:64]]
-        self.calibration = [{"input_ids": part} for part in chosen.split(4)]
-        self.example, self.windows = {"input_ids": chosen[:1, :32]}, windows[len(windows) // 2 :][:32]
+        chosen = chosen[torch.randperm(len(chosen), generator=torch.Generator().manual_seed(seed))[:32]]
+        self.calibration = [{"input_ids": part, "labels": part} for part in chosen.split(2)]
+        self.example, self.windows = {"input_ids": chosen[:1, :128]}, windows[len(windows) // 2 :][:32]
+        self.loss_fn = lambda result, _: result.loss
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         losses = []
@@ -348,7 +353,8 @@ CASES: dict[str, type[Case]] = {
 
 def by_netopt(case: Case, budget: float, importance: Any, repair: bool) -> nn.Module:
     model = copy.deepcopy(case.model)
-    options: dict[str, Any] = {"importance": importance, "data": case.calibration, "include": case.include}
+    options: dict[str, Any] = {"importance": importance, "data": case.calibration}
+    options |= {"include": case.include, "exclude": case.exclude}
     if not isinstance(importance, dict):
         options["loss_fn"] = case.loss_fn
     netopt.prune_neurons(model, case.example, repair=repair, progress=False, **amount(case, budget), **options)
@@ -359,16 +365,18 @@ def amount(case: Case, budget: float) -> dict[str, Any]:
     if case.cost == "amount":
         return {"amount": budget}
     if case.cost == "blocks":
-        whole = sum(p.numel() for p in case.model.parameters())
-        blocks = sum(p.numel() for n, p in case.model.named_parameters() if ".layers." in n)
-        return {"max_params": 1 - (1 - budget) * blocks / whole}
+        return {
+            "max_params": 1
+            - (1 - budget) * size_of_blocks(case.model) / sum(map(Tensor.numel, case.model.parameters()))
+        }
     return {f"max_{case.cost}": budget}
 
 
 def scores_of(case: Case, kind: str, known: dict[str, Any]) -> ComparableScores:
     """Scores by reconstruction, computed once for all budgets."""
     if kind not in known:
-        options: dict[str, Any] = {"include": case.include, "progress": False, "measured": "measured" in kind}
+        options: dict[str, Any] = {"include": case.include, "exclude": case.exclude}
+        options |= {"progress": False, "measured": "measured" in kind}
         if "loss" in kind:
             options["loss_fn"] = case.loss_fn
         known[kind] = reconstruction_scores(case.model, case.example, case.calibration, **options)
@@ -408,8 +416,14 @@ def by_torch_pruning(case: Case, budget: float, kind: str) -> nn.Module:
 
 
 def cost_of(case: Case, model: nn.Module) -> float:
+    if case.cost == "blocks":
+        return size_of_blocks(model)
     cost = measure.cost(model, case.example)
-    return cost.params if case.cost in ("params", "blocks") else cost.macs
+    return cost.params if case.cost == "params" else cost.macs
+
+
+def size_of_blocks(model: nn.Module) -> int:
+    return sum(one.numel() for name, one in model.named_parameters() if ".layers." in name)
 
 
 METHODS = (
@@ -424,6 +438,9 @@ METHODS = (
     "torch-pruning magnitude",
     "torch-pruning taylor",
 )
+
+
+LANGUAGE_METHODS = ("reconstruction/loss+repair", *neurons_references.REFERENCES)
 
 
 def pruned(case: Case, method: str, budget: float, known: dict[str, Any]) -> nn.Module:
@@ -448,11 +465,16 @@ def run(name: str, methods: list[str], budgets: list[float] | None, seeds: int) 
             for budget in budgets or case.budgets:
                 start, row = time.process_time(), {"seed": seed, "method": method, "budget": budget}
                 try:
-                    model = pruned(case, method, budget, known)
-                    row["seconds"] = time.process_time() - start
-                    row["left"] = cost_of(case, model) / cost_of(case, case.model)
-                    old, new = measure.latencies([case.model, model], case.example, 10)
-                    row |= {**case.evaluate(model), "latency": new.median / old.median}
+                    if method in neurons_references.REFERENCES:
+                        inputs = [{"input_ids": batch["input_ids"]} for batch in case.calibration]
+                        model, left = neurons_references.pruned(case.model, inputs, method, 1 - budget)
+                    else:
+                        model = pruned(case, method, budget, known)
+                        left = cost_of(case, model) / cost_of(case, case.model)
+                    row |= {"seconds": time.process_time() - start, "left": left, **case.evaluate(model)}
+                    if method != "slicegpt":  # whose layers are not cut, only made to compute the same
+                        old, new = measure.latencies([case.model, model], case.example, 10)
+                        row["latency"] = new.median / old.median
                 except Exception as error:  # a row of the table
                     row["error"] = f"{type(error).__name__}: {str(error)[:120]}"
                 rows.append(row)
@@ -492,7 +514,7 @@ def declare() -> list[torch.library.Library]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="+", choices=CASES)
-    parser.add_argument("--methods", nargs="*", default=METHODS)
+    parser.add_argument("--methods", nargs="*", help="by default all; for language, peers of language models")
     parser.add_argument("--budgets", nargs="*", type=float)
     parser.add_argument("--seeds", type=int, default=1, help="choices of calibration data")
     parser.add_argument("--packages", action="append", default=[], help="a folder with the packages of models and data")
@@ -502,7 +524,8 @@ def main() -> None:
     torch.set_num_threads(1)
     kept = declare()
     for name in asked.what:
-        run(name, asked.methods, asked.budgets, asked.seeds)
+        methods = LANGUAGE_METHODS if name == "language" else METHODS
+        run(name, asked.methods or list(methods), asked.budgets, asked.seeds)
     del kept
 
 

@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig, LlamaModel
 
 import netopt
 from netopt.errors import MissingDataError
@@ -186,3 +187,20 @@ def test_measured_scores_say_how_far_the_outputs_change(kind):
         seen = float((model(x) - dense(x)).square().sum()) / 256
     assert 0.4 * seen < predicted < 2.5 * seen
     assert report.plan.predicted["output_change"] == pytest.approx(predicted / scores.scale)
+
+
+@pytest.mark.parametrize("silent", [0, 1])
+def test_positions_that_several_layers_share_are_judged_by_all_of_them(silent):
+    """Rotated queries and keys lose the same positions in every layer; one whose heads go nowhere says nothing."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = LlamaModel(LlamaConfig(vocab_size=50, use_cache=False, **sizes)).eval()
+    inputs = {"input_ids": torch.randint(50, (6, 10))}
+    axis = next(one for one in netopt.find_axes(model, inputs).free if one.name.endswith("q_proj/head_dim"))
+    assert {member.tensor.split(".")[1] for member in axis.members} >= {"0", "1"}
+    model.layers[silent].self_attn.o_proj.weight.data.zero_()
+    scores = reconstruction_scores(model, inputs, [inputs], progress=False)[axis.name]
+    assert bool((scores > 1e-9 * scores.max()).all())
+    model.layers[1 - silent].self_attn.o_proj.weight.data.zero_()
+    none = reconstruction_scores(model, inputs, [inputs], progress=False)[axis.name]
+    assert none.max() < 1e-6 * scores.max()

@@ -1,6 +1,7 @@
 """What is left works: every kind of layer refitted after neurons are removed; nothing else of the model changes."""
 
 import copy
+import gc
 import itertools
 import threading
 
@@ -10,7 +11,8 @@ from torch import nn
 
 import netopt
 from netopt.errors import InvalidArgumentError, MissingDataError, NetoptError
-from netopt.reconstruction.regression import correction
+from netopt.reconstruction.regression import Sums, correction
+from test_restore import ByShape, HalfOnTheClass
 
 
 def mixed(size, count=3, rows=96):
@@ -326,6 +328,102 @@ def test_repair_takes_at_most_six_forwards_over_the_data(name):
         net.register_forward_pre_hook(lambda module, inputs: runs.append(len(inputs[0])))
     netopt.repair(model, plan, dense, data, progress=False)
     assert 2 * sum(map(len, data)) <= sum(runs) <= 6 * sum(map(len, data))
+
+
+def test_rows_that_are_normalised_next_count_alike_however_large():
+    class Stream(Residual):
+        def __init__(self):
+            super().__init__()
+            self.last = nn.LayerNorm(8)
+
+        def forward(self, x):
+            h = self.first(x)
+            return self.out(self.last(h + self.down(self.up(h).relu())))
+
+    torch.manual_seed(0)
+    dense = Stream().eval()
+    data = [torch.cat([torch.randn(300, 8), 300 * torch.randn(3, 8)]) for _ in range(3)]
+    model, bare = copy.deepcopy(dense), copy.deepcopy(dense)
+    options = {"importance": "magnitude", "include": "up", "data": data[:2], "progress": False}
+    netopt.prune_neurons(bare, data[0], 0.4, repair=False, **options)
+    netopt.prune_neurons(model, data[0], 0.4, **options)
+    small = [one[:300] for one in data[2:]]
+    assert error(model, dense, small) < 0.5 * error(bare, dense, small)
+
+
+@pytest.mark.parametrize("name", ["conv2d", "residual", "attention"])
+def test_scores_and_repair_take_at_most_twenty_five_forwards_over_the_data(name):
+    model, data = built(name)
+    runs = []
+    model.register_forward_pre_hook(lambda module, inputs: runs.append(len(inputs[0])))
+    netopt.prune_neurons(model, data[0][:2], 0.4, importance="reconstruction", data=data, progress=False)
+    assert sum(runs) <= 25 * sum(map(len, data))
+
+
+def test_moments_of_one_weight_are_in_memory_at_a_time(monkeypatch):
+    alive = []
+
+    def count(*args, **kwargs):
+        alive.append(sum(type(one) is Sums for one in gc.get_objects()))
+        return correction(*args, **kwargs)
+
+    monkeypatch.setattr("netopt.reconstruction.refit.correction", count)
+    torch.manual_seed(0)
+    model = nn.Sequential(*(part for _ in range(6) for part in (nn.Linear(16, 16), nn.ReLU())), nn.Linear(16, 3))
+    data = mixed((16,))
+    netopt.prune_neurons(model, data[0], 0.4, importance="magnitude", data=data, progress=False)
+    assert len(alive) == 7
+    assert max(alive) <= 3
+
+
+def test_forwards_end_with_the_last_weight():
+    class Tail(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = built("linear")[0]
+
+        def forward(self, x):
+            return self.body(x).softmax(-1)
+
+    model, data = Tail(), built("linear")[1]
+    dense = copy.deepcopy(model)
+    plan = netopt.plan_neurons(model, data[0], 0.4, importance="magnitude", progress=False)
+    plan.apply(model)
+    ends = []
+    for net in (model, dense):
+        net.register_forward_hook(lambda *_: ends.append(1))
+    assert netopt.repair(model, plan, dense, data, progress=False).removed
+    assert len(ends) <= 1  # that of the look at how weights are used
+
+
+def in_a_process(rank, path):
+    """Prunes and repairs in one of two processes that work together."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{path}/meet", rank=rank, world_size=2)
+    try:
+        model, data = built("residual")
+        netopt.prune_neurons(model, data[0], 0.4, importance="reconstruction", data=data, progress=False)
+        torch.save(model.state_dict(), f"{path}/{rank}.pt")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_two_processes_with_the_same_data_do_what_one_does(tmp_path):
+    torch.multiprocessing.spawn(in_a_process, (str(tmp_path),), nprocs=2)
+    model, data = built("residual")
+    netopt.prune_neurons(model, data[0], 0.4, importance="reconstruction", data=data, progress=False)
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        assert all(torch.equal(found[name], one) for name, one in model.state_dict().items())
+
+
+@pytest.mark.parametrize("sizes", [(40, 24), (24, 40), (4, 40, 24, 4)], ids=str)
+@pytest.mark.parametrize("kind", [ByShape, HalfOnTheClass], ids=lambda kind: kind.__name__)
+def test_batches_in_flight_do_not_see_what_a_model_keeps_of_one_another(kind, sizes):
+    torch.manual_seed(0)
+    model, data = kind(), [torch.randn(size, 4) for size in sizes]
+    report = netopt.prune_neurons(model, data[0], 0.25, importance="magnitude", data=data, progress=False)
+    assert report.repair.removed.keys() == {"last.weight"}
 
 
 def test_padding_does_not_count():

@@ -41,6 +41,8 @@ _MEAN = {
     aten.cudnn_batch_norm.default: 3,
 }
 _SUMS = (aten.add.Tensor, aten.add_.Tensor)
+_NORMALISATIONS = (aten.native_layer_norm.default, aten.pow.Tensor_Scalar, aten.square.default)
+"""What first reads the rows that are normalised: a root mean square is written out in squares."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,6 +182,7 @@ class Use:
         count: How often it is multiplied with inputs.
         looked_up: Whether rows of it are looked up.
         is_summed: Whether its outputs are added to something, as on a residual stream.
+        is_normalised: Whether that sum is then brought to one length in every row.
         matrices: As which matrices it is multiplied.
         offset: Where its outputs take a constant.
     """
@@ -187,6 +190,7 @@ class Use:
     count: int = 0
     looked_up: bool = False
     is_summed: bool = False
+    is_normalised: bool = False
     matrices: list[Matrix] = field(default_factory=list)
     offset: Offset | None = None
 
@@ -202,13 +206,15 @@ class Uses:
             if one.dim() == 1
         }
         self._latest: tuple[str, Tensor, int, int] | None = None
+        self._summed: str | None = None
+        self._sum: tuple[str, Tensor] | None = None
 
     def see(self, contraction: Contraction) -> bool:
         """Notes a contraction, which need not be run again."""
         name, matrix = contraction.reading.name, contraction.reading.matrix
         use = self.found.setdefault(name, Use())
         if contraction.is_sum:
-            use.is_summed = True
+            use.is_summed, self._summed = True, name
             return False
         if contraction.reading.counts:
             use.looked_up = True
@@ -227,7 +233,8 @@ class Uses:
         return False
 
     def after(self, func: Any, args: tuple[Any, ...], out: Any) -> None:
-        """Notes what is added to the outputs of the latest contraction, or taken away by a batch normalisation."""
+        """Notes what is added to the outputs of the latest contraction, and what normalises them."""
+        self._after_sum(func, args, out)
         if self._latest is None or not args or not isinstance(args[0], Tensor):
             return
         name, latest, version, width = self._latest
@@ -243,7 +250,14 @@ class Uses:
                 use.offset = Offset(found.name, found.start, found.stop, mean=True)
         elif func in _SUMS and isinstance(args[1], Tensor) and args[1].dim() == 1 and args[0].shape[-1] == width:
             self.found[name].offset = self.found[name].offset or self._offset(args[1], width)
-        del out
+
+    def _after_sum(self, func: Any, args: tuple[Any, ...], out: Any) -> None:
+        if self._summed is not None:
+            self._sum, self._summed = (self._summed, out), None
+        elif self._sum is not None and func in _NORMALISATIONS:
+            name, total = self._sum
+            if args[0].data_ptr() == total.data_ptr() and args[0].shape == total.shape:
+                self.found[name].is_normalised = True
 
     def _offset(self, vector: Tensor, width: int) -> Offset | None:
         known = self._vectors.get(vector.untyped_storage().data_ptr())

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from netopt.batches import Data
+from netopt.errors import MissingDataError
 from netopt.importance.contractions import Contraction
 from netopt.importance.differentiation import Differentiation
 from netopt.importance.elimination import Consumer, eliminate, shrunk
@@ -65,8 +66,10 @@ def reconstruction_scores(
         for name, place in places(model).items()
         if place.parameter.is_floating_point() and place.parameter.dim() > 1
     }
-    seen = _Moments(model, watched, loss_fn, outputs)
+    seen = _Moments(members, sizes, model, watched, loss_fn, outputs)
     seen.run(data, progress)
+    if not seen.is_differentiable:
+        raise MissingDataError("no output depends on the weights in a differentiable way; nothing can be scored.")
     axes = bar(sizes.items(), "elimination", shown=progress, unit="axis")
     return {name: seen.scores(members[name], size) for name, size in axes}, seen.square / seen.samples
 
@@ -82,15 +85,33 @@ class _Inputs:
 
 
 class _Moments(Differentiation):
-    """Moments of all weights, batch by batch."""
+    """Moments of the weights that read an axis, batch by batch, and gates of those that make one nothing reads."""
 
-    def __init__(self, *args: Any) -> None:
+    def __init__(self, members: Mapping[str, Sequence[Member]], sizes: Mapping[str, int], *args: Any) -> None:
         super().__init__(*args)
+        self.members, self.sizes = members, sizes
+        self.readers: dict[tuple[str, Matrix], bool] = {}
         self.inputs: dict[str, _Inputs] = {}
         self.gradients: dict[str, Tensor] = {}
         self.gates: dict[str, Tensor] = {}
+        self.gated: set[str] | None = None
+        self.is_differentiable = False
 
     def see_inputs(self, seen: Contraction) -> None:
+        if self._is_reader(seen.reading.name, seen.reading.matrix):
+            self._add_inputs(seen)
+
+    def see_gradient(self, name: str, gradient: Tensor) -> None:
+        self.is_differentiable = True
+        if self.gated is None:
+            self.gated = self._gated_names()
+        gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+        if name in self.inputs:
+            self._add_gradient(name, gradient)
+        if name in self.gated:
+            self._add_gate(name, gradient, self.produced.get(name, []))
+
+    def _add_inputs(self, seen: Contraction) -> None:
         name, matrix = seen.reading.name, seen.reading.matrix
         rows = torch.arange(seen.count, device=seen.output.device)
         if seen.reading.convolution is None and self.mask is not None and self.mask.numel() == len(rows):
@@ -120,23 +141,52 @@ class _Moments(Differentiation):
                 known.moment += found.moment
                 known.samples += found.samples
 
-    def see_gradient(self, name: str, gradient: Tensor) -> None:
-        count = self.count
-        gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-        width = gradient.shape[-1]
-        moment = gradient.square().sum(1) if width > OUTPUTS_AT_MOST else gradient.mT @ gradient
+    def _add_gradient(self, name: str, gradient: Tensor) -> None:
+        """Adds a gradient at the outputs of a weight, ``(groups, rows, outputs)``."""
+        wide = gradient.shape[-1] > OUTPUTS_AT_MOST
+        moment = (gradient.square().sum(1) if wide else gradient.mT @ gradient).double().cpu() / self.passes
         known = self.gradients.get(name)
-        moment = moment.double().cpu() / self.passes
         self.gradients[name] = moment if known is None or known.shape != moment.shape else known + moment
-        several = self.produced.get(name, [])
-        if len(several) != 1 or several[0].count != gradient.shape[1] or gradient.shape[1] % count:
+
+    def _add_gate(self, name: str, gradient: Tensor, produced: Sequence[Contraction]) -> None:
+        count = self.count
+        if len(produced) != 1 or produced[0].count != gradient.shape[1] or gradient.shape[1] % count:
             return
-        values = several[0].outputs(torch.arange(gradient.shape[1], device=gradient.device))
-        change = (gradient * values).unflatten(1, (count, -1)).sum(2)
-        gate = torch.einsum("gni,gnj->gij", change, change) if width <= OUTPUTS_AT_MOST else change.square().sum(1)
-        known = self.gates.get(name)
-        gate = gate.double().cpu() / self.passes
+        values = produced[0].outputs(torch.arange(gradient.shape[1], device=gradient.device))
+        change = gradient * values
+        if self.loss_fn is None:  # whose gradients would cancel between the positions of a sample
+            change = change.unflatten(1, (count, -1)).sum(2)
+        wide = gradient.shape[-1] > OUTPUTS_AT_MOST
+        gate = change.square().sum(1) if wide else torch.einsum("gni,gnj->gij", change, change)
+        gate, known = gate.double().cpu() / self.passes, self.gates.get(name)
         self.gates[name] = gate if known is None or known.shape != gate.shape else known + gate
+
+    def _is_reader(self, name: str, matrix: Matrix) -> bool:
+        """Whether this matrix reads an axis that is scored."""
+        key = name, matrix
+        if key not in self.readers:
+            mine = [(one, self.sizes[axis]) for axis, found in self.members.items() for one in found if one[0] == name]
+            self.readers[key] = any(self._reads(one, matrix, size) for one, size in mine)
+        return self.readers[key]
+
+    def _reads(self, member: Member, matrix: Matrix, size: int) -> bool:
+        """Whether a matrix of this weight reads an axis along this dimension."""
+        owner = self._columns_owned(member, matrix)
+        return owner is not None and any(_columns(one, size) is not None for one in owner)
+
+    def _gated_names(self) -> set[str]:
+        """The weights that make an axis which no matrix reads."""
+
+        def reads(member: Member, size: int) -> bool:
+            use = self.uses.get(member[0])
+            return use is not None and any(self._reads(member, one, size) for one in use.matrices)
+
+        return {
+            name
+            for axis, found in self.members.items()
+            if not any(reads(one, self.sizes[axis]) for one in found)
+            for name, _, _ in found
+        }
 
     # From moments to scores.
 
@@ -147,19 +197,15 @@ class _Moments(Differentiation):
 
     def _consumers(self, member: Member, size: int) -> Iterator[Consumer]:
         """The matrices that read an axis along this dimension of a weight."""
-        name, dim, positions = member
+        name = member[0]
         use, inputs, gradient = self.uses.get(name), self.inputs.get(name), self.gradients.get(name)
         if use is None or inputs is None or gradient is None or len(use.matrices) != 1:
             return
         matrix = use.matrices[0]
-        owners = self._owners(name, matrix, dim, positions)
-        if gradient.shape[:2] != matrix.size[:2] or not bool((owners == owners[:, :1]).all()):
+        owner = self._columns_owned(member, matrix)
+        if gradient.shape[:2] != matrix.size[:2] or owner is None:
             return
-        owner, groups = owners[:, 0].cpu(), matrix.size[0]
-        if groups > 1 and bool((owner == owner[:, :1]).all()):
-            return  # a channel by itself: what it makes of the axis is read elsewhere
-        taps = math.prod(matrix.size[2:-1]) if _is_wide(matrix) else 1
-        owner = owner.unflatten(1, (taps, -1))[:, 0]
+        groups, taps = matrix.size[0], math.prod(matrix.size[2:-1]) if _is_wide(matrix) else 1
         weight = matrix.rows(self._value(name)).double().cpu().unflatten(2, (taps, -1))
         for group in range(groups):
             columns = _columns(owner[group], size)
@@ -176,6 +222,17 @@ class _Moments(Differentiation):
         parameter = self.watched[name].parameter.detach()
         return torch.empty_like(parameter).copy_(self.watched[name].value)
 
+    def _columns_owned(self, member: Member, matrix: Matrix) -> Tensor | None:
+        """The axis's position of each column, ``(groups, columns)``; ``None`` if the axis is not along the columns."""
+        owners = self._owners(member[0], matrix, member[1], member[2])
+        if not bool((owners == owners[:, :1]).all()):
+            return None
+        owner = owners[:, 0].cpu()
+        if matrix.size[0] > 1 and bool((owner == owner[:, :1]).all()):
+            return None  # a channel by itself: what it makes of the axis is read elsewhere
+        taps = math.prod(matrix.size[2:-1]) if _is_wide(matrix) else 1
+        return owner.unflatten(1, (taps, -1))[:, 0]
+
     def _owners(self, name: str, matrix: Matrix, dim: int, positions: Tensor) -> Tensor:
         """The axis's position of every entry of a matrix, -1 where it has none."""
         parameter = self.watched[name].parameter.detach()
@@ -183,25 +240,34 @@ class _Moments(Differentiation):
         spread = positions.to(parameter.device).view(shape).expand(parameter.shape)
         return matrix.rows(torch.empty_like(parameter, dtype=torch.int64).copy_(spread))
 
+    def _gate(self, member: Member, size: int) -> Tensor | None:
+        """The part of the weight that makes an axis along this dimension, times the number of samples."""
+        name, dim, positions = member
+        gate, use = self.gates.get(name), self.uses.get(name)
+        if gate is None or use is None or len(use.matrices) != 1:
+            return None
+        owners = self._owners(name, use.matrices[0], dim, positions).cpu()
+        if gate.shape[:2] != owners.shape[:2] or not bool((owners == owners[:, :, :1]).all()):
+            return None
+        total = torch.zeros(size, dtype=torch.float64)
+        for group, owner in enumerate(owners[:, :, 0]):
+            here = torch.nonzero(owner >= 0).flatten()
+            if gate.dim() == 2:
+                total.index_add_(0, owner[here], gate[group][here])
+                continue
+            spread = torch.zeros(size, len(owner), dtype=torch.float64)
+            spread[owner[here], here] = 1
+            total += ((spread @ gate[group]) * spread).sum(1)
+        return total
+
     def _gated(self, members: Sequence[Member], size: int) -> Tensor:
-        """Of an axis that no matrix reads: the squared change of the outputs, to first order, when a neuron is zero."""
-        for name, dim, positions in members:
-            gate, use = self.gates.get(name), self.uses.get(name)
-            if gate is None or use is None or len(use.matrices) != 1:
-                continue
-            owners = self._owners(name, use.matrices[0], dim, positions).cpu()
-            if gate.shape[:2] != owners.shape[:2] or not bool((owners == owners[:, :, :1]).all()):
-                continue
-            total = torch.zeros(size, dtype=torch.float64)
-            for group, owner in enumerate(owners[:, :, 0]):
-                here = torch.nonzero(owner >= 0).flatten()
-                if gate.dim() == 2:
-                    total.index_add_(0, owner[here], gate[group][here])
-                    continue
-                spread = torch.zeros(size, len(owner), dtype=torch.float64)
-                spread[owner[here], here] = 1
-                total += ((spread @ gate[group]) * spread).sum(1)
-            return total / self.samples
+        """Of an axis that no matrix reads: the squared change of the outputs, to first order, when a neuron is zero.
+
+        Queries and keys each show all of what their product changes.
+        """
+        found = [gate for member in members if (gate := self._gate(member, size)) is not None]
+        if found:
+            return torch.stack(found).sum(0) / min(len(found), 2) / self.samples
         # Nothing is known of it but its weights.
         total = torch.zeros(size, dtype=torch.float64)
         for name, dim, positions in members:

@@ -6,6 +6,7 @@ each batch. A forward has a thread of its own that sleeps at every weight not se
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
@@ -13,7 +14,7 @@ from queue import SimpleQueue  # whose waiting can be interrupted
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
 
 from netopt import batches
@@ -27,7 +28,7 @@ from netopt.model.wrappers import TorchCalls
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["Forward", "Lockstep"]
+__all__ = ["Forward", "Lockstep", "twin"]
 
 
 class _Cancelled(BaseException):
@@ -88,7 +89,7 @@ class Forward:
                 stack.enter_context(Unfused(attention=False))
                 stack.enter_context(torch.no_grad())
                 stack.enter_context(ContractionWatch(self._watched, self._stop))
-                self.result = batches.feed(self._model, self._batch)
+                self.result = batches.feed(twin(self._model), self._batch)
         except _Cancelled:
             pass
         except BaseException as error:  # handed to the thread that waits
@@ -104,9 +105,16 @@ class Forward:
         self.at = contraction
         self._lockstep.back.put(None)
         self._go.get()
-        if self._lockstep.cancelled:
+        if self._lockstep.cancelled or self._lockstep.is_done:
             raise _Cancelled
         return self.again
+
+
+def twin(model: nn.Module) -> nn.Module:
+    """The model with the same tensors in modules that no other forward keeps anything in meanwhile."""
+    held = [*model.parameters(), *model.buffers()]
+    held += [one for module in model.modules() for one in vars(module).values() if isinstance(one, Tensor)]
+    return copy.deepcopy(model, {id(one): one for one in held})
 
 
 class Lockstep:
@@ -116,16 +124,27 @@ class Lockstep:
         order: The weights to stop at, in the order in which they are settled where several wait.
         summed: Those that wait when their outputs are added to something, and not before.
         settle: Called with a weight's name and the forwards that wait at it.
+        to_the_end: Whether forwards go on, and keep their results, when every weight is settled.
     """
 
     def __init__(
-        self, order: Sequence[str], summed: Collection[str], settle: Callable[[str, list[Forward]], None]
+        self,
+        order: Sequence[str],
+        summed: Collection[str],
+        settle: Callable[[str, list[Forward]], None],
+        *,
+        to_the_end: bool = True,
     ) -> None:
-        self.open, self.summed = set(order), frozenset(summed)
+        self.open, self.summed, self._to_the_end = set(order), frozenset(summed), to_the_end
         self.back = SimpleQueue[None]()
         self.cancelled = False
         self._rank = {name: place for place, name in enumerate(order)}
         self._settle = settle
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing is left to wait for."""
+        return not self.open and not self._to_the_end
 
     def run(
         self, models: Mapping[bool, tuple[nn.Module, Mapping[str, Place]]], held: Sequence[Batch]

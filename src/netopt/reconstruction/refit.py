@@ -27,7 +27,7 @@ from netopt.model.restore import restored
 from netopt.model.signals import UndoLog, entered
 from netopt.model.writes import CopyOnWrite, write
 from netopt.progress import bar
-from netopt.reconstruction.lockstep import Forward, Lockstep
+from netopt.reconstruction.lockstep import Forward, Lockstep, twin
 from netopt.reconstruction.regression import Sums, correction
 
 __all__ = ["Refit", "change_when_refitted", "refitted"]
@@ -36,6 +36,9 @@ ROWS_PER_COLUMN, ROWS_AT_LEAST = 16, 4000
 """How many rows of a contraction are looked at over all data: so many for each column, and so many more."""
 
 COLUMNS_AT_MOST = 1300
+
+LEAST = 1e-3
+"""Rows this much smaller than they are on average count for no more."""
 
 Cuts = Mapping[str, Mapping[int, Tensor]]
 
@@ -138,7 +141,7 @@ class _Fitting:
 
                 models = {True: (self.dense, self.large), False: (self.model, self.small)}
                 summed = [name for name in once if self.uses[name].is_summed]
-                results = Lockstep(once, summed, settle).run(models, self.held)
+                results = Lockstep(once, summed, settle, to_the_end=not whole).run(models, self.held)
             new = [(tensor, tensor.clone()) for tensor, _ in self.before]
         for tensor, value in new:  # what a forward changes was put back, and with it what is refitted
             tensor.copy_(value)
@@ -168,7 +171,7 @@ class _Fitting:
         writes = CopyOnWrite(self.dense.parameters())
         with writes.watching():
             if self.uses:
-                batches.feed(self.dense, self.held[0])
+                batches.feed(twin(self.dense), self.held[0])
             else:
                 self.uses = self._survey()
         names = {name for name, one in self.dense.named_parameters() if id(one) in writes.written}
@@ -180,7 +183,7 @@ class _Fitting:
         for batch in self.held:
             uses = Uses(self.dense)
             with ContractionWatch(self.large, uses.see, uses.after):
-                batches.feed(self.dense, batch)
+                batches.feed(twin(self.dense), batch)
             found = uses.found | found
             if found.keys() >= self.large.keys():
                 break
@@ -217,8 +220,9 @@ class _Fitting:
             inputs = _wide(small.inputs(rows))
             wanted = _wide(dense.outputs(rows)).mT.flatten(0, 1)[kept].mT
             lacking = wanted - _wide(small.outputs(rows))
+            counts = _counts(wanted, alike=self.uses[name].is_normalised)
             for half, part in self._halves(index, len(rows)):
-                sums = Sums.of(inputs[:, part], lacking[:, part], wanted[:, part])
+                sums = Sums.of(inputs[:, part], lacking[:, part], wanted[:, part], counts[part])
                 halves[half] = halves[half] + sums if half in halves else sums
         if matrix is None or len(halves) < 2:
             self.done.append(Refit(name, note="too few calibration data reach it"))
@@ -304,7 +308,7 @@ class _Fitting:
             return
         small = Uses(self.model)
         with ContractionWatch(self.small, small.see, small.after):
-            batches.feed(self.model, self.held[0])
+            batches.feed(twin(self.model), self.held[0])
         sums: dict[str, dict[int, Sums]] = {name: {} for name in names}
         watched = {name: self.large[name] for name in names}
         for index, batch in enumerate(self.held):
@@ -313,12 +317,13 @@ class _Fitting:
                 rows = torch.arange(seen.count, device=seen.output.device)
                 inputs, known = _wide(seen.inputs(rows)), sums[seen.reading.name]
                 for half, part in self._halves(index, len(rows)):
-                    found = Sums.of(inputs[:, part], inputs[:, part, :0], inputs[:, part, :0])
+                    x = inputs[:, part]
+                    found = Sums.of(x, x[..., :0], x[..., :0], x.new_ones(x.shape[1]))
                     known[half] = known[half] + found if half in known else found
                 return False
 
             with ContractionWatch(watched, lambda seen: not seen.is_sum and see(seen)):
-                batches.feed(self.dense, batch)
+                batches.feed(twin(self.dense), batch)
         for name in names:
             use = small.found.get(name)
             matrix = use.matrices[0] if use is not None and len(use.matrices) == 1 else None
@@ -354,6 +359,14 @@ def _weights(model: nn.Module) -> dict[str, Place]:
         for name, place in places(model).items()
         if place.mask is None and place.parameter.is_floating_point() and place.parameter.dim() > 1
     }
+
+
+def _counts(wanted: Tensor, *, alike: bool) -> Tensor:
+    """How much each row counts: where rows are normalised next, all are ``alike``, however large they are."""
+    squares_of_rows = wanted.square().sum((0, 2))
+    if not alike:
+        return torch.ones_like(squares_of_rows)
+    return squares_of_rows.mean() / (squares_of_rows + LEAST * squares_of_rows.mean() + 1e-30)
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ class Sums:
     """Sums over rows of one half of the data, float64.
 
     Attributes:
-        count: How many rows, of each group.
+        count: How many rows, of each group; each as often as it counts.
         inputs: ``(groups, columns)``.
         lacking: ``(groups, outputs)``.
         moment: Of the inputs with themselves, ``(groups, columns, columns)``.
@@ -36,7 +36,7 @@ class Sums:
         scale: Of what there should be, squared.
     """
 
-    count: int
+    count: float
     inputs: Tensor
     lacking: Tensor
     moment: Tensor
@@ -45,16 +45,20 @@ class Sums:
     scale: float
 
     @classmethod
-    def of(cls, inputs: Tensor, lacking: Tensor, wanted: Tensor) -> Sums:
-        """Sums over rows: ``(groups, rows, columns)`` of inputs, ``(groups, rows, outputs)`` of the others."""
+    def of(cls, inputs: Tensor, lacking: Tensor, wanted: Tensor, counts: Tensor) -> Sums:
+        """Sums over rows: ``(groups, rows, columns)`` of inputs, ``(groups, rows, outputs)`` of the others.
+
+        Each row stands for as many as ``counts`` says, ``(rows,)``.
+        """
+        weighed, lost = inputs * counts[:, None], lacking * counts[:, None]
         return cls(
-            inputs.shape[1],
-            inputs.double().sum(1),
-            lacking.double().sum(1),
-            (inputs.mT @ inputs).double(),
-            (lacking.mT @ inputs).double(),
-            float(lacking.double().square().sum()),
-            float(wanted.double().square().sum()),
+            float(counts.double().sum()),
+            weighed.double().sum(1),
+            lost.double().sum(1),
+            (weighed.mT @ inputs).double(),
+            (lacking.mT @ weighed).double(),
+            float((lost.double() * lacking).sum()),
+            float((wanted.double().square() * counts[:, None]).sum()),
         )
 
     def __add__(self, other: Sums) -> Sums:
@@ -94,7 +98,7 @@ def correction(halves: Sequence[Sums], *, with_offset: bool) -> Correction:
 
     Example:
         >>> x = torch.randn(1, 20000, 3)
-        >>> halves = [Sums.of(one, one @ torch.ones(1, 3, 2) + 1, one) for one in x.split(10000, 1)]
+        >>> halves = [Sums.of(one, one @ torch.ones(1, 3, 2) + 1, one, torch.ones(10000)) for one in x.split(10000, 1)]
         >>> found = correction(halves, with_offset=True)
         >>> found.removed > 0.999, bool((found.weight - 1).abs().max() < 0.01)
         (True, True)
