@@ -44,10 +44,10 @@ def texts(
         EmptyDataError: The text has fewer than ``length`` tokens.
 
     Example:
-        >>> batches = texts(
+        >>> (batch,) = texts(
         ...     lambda text: {"input_ids": list(text.encode())}, ["a line of text"] * 9, samples=4, length=8
         ... )
-        >>> batches[0]["input_ids"].shape
+        >>> batch["input_ids"].shape
         torch.Size([4, 8])
     """
     _check_positive(samples=samples, length=length, batch_size=batch_size)

@@ -68,8 +68,8 @@ def find_axes(model: nn.Module, example_inputs: Inputs, *, outputs: Outputs = No
     Example:
         >>> net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
         >>> axes = find_axes(net, torch.randn(1, 8))
-        >>> [(axis.name, axis.size, axis.frozen is None) for axis in axes]
-        [('0', 16, True), ('0.in', 8, False), ('2', 4, False)]
+        >>> {axis.name: axis.size for axis in axes if axis.frozen is None}
+        {'0': 16}
     """
     if not isinstance(model, nn.Module):
         raise ArgumentTypeError(f"model must be a torch.nn.Module, not {type(model).__name__}.")
