@@ -306,9 +306,9 @@ class Imagenet(Case):
 
 
 class Language(Case):
-    """Blocks lose parameters; the width stays, so that all methods keep the same embeddings."""
+    """Blocks lose heads and inner neurons, as with the peers; the width and the positions of heads stay."""
 
-    budgets, cost, exclude = (0.8, 0.7), "blocks", "*/width"
+    budgets, cost, exclude = (0.8, 0.7), "blocks", ("width", "head_dim")
 
     def __init__(self, seed: int) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
