@@ -31,7 +31,7 @@ LAYERS = (
     {"errors"},
 )
 OPTIONAL = {"matplotlib", "IPython", "transformers", "timm", "torchvision", "lightning_fabric", "accelerate", "sklearn"}
-OPTIONAL |= {"lightning", "safetensors"}
+OPTIONAL |= {"lightning", "safetensors", "tokenizers"}
 
 
 def row(package: str) -> int:

@@ -16,7 +16,7 @@ from torch import nn
 
 from netopt.errors import CheckpointError, InvalidArgumentError, PlanMismatchError
 from netopt.plan import Plan, checkpoint, stored
-from netopt.plan.checkpoint import open_checkpoint
+from netopt.plan.shards import open_checkpoint
 from netopt.prune import plan_neurons, prune_neurons
 from test_prune_neurons import built
 

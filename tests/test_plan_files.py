@@ -16,7 +16,7 @@ from conftest import state_of, unchanged
 from netopt.errors import CheckpointError, InvalidArgumentError, NetoptError, PlanMismatchError
 from netopt.plan import AxisCut, Plan, checkpoint, shapes_of
 from netopt.plan.blocks import BlockPlan
-from netopt.plan.checkpoint import open_checkpoint
+from netopt.plan.shards import open_checkpoint
 from netopt.prune import plan_blocks, plan_neurons
 
 safetensors = pytest.importorskip("safetensors.torch")

@@ -105,7 +105,7 @@ def test_what_is_loaded_and_what_is_streamed_are_the_same(name, tmp_path):
         second = shrink_pretrained(
             model, tmp_path / "2", amount=0.3, include=include, importance="magnitude", progress=False
         )
-    assert first.plan == second.plan
+    assert {**first.plan.to_dict(), "axes": ()} == {**second.plan.to_dict(), "axes": ()}
     one, other = (reloaded(model, tmp_path / folder) for folder in "12")
     assert torch.equal(result(one), result(other))
     assert one.config.to_diff_dict() == other.config.to_diff_dict()

@@ -31,8 +31,9 @@ def solve(solver, weight, moment, target, demand, **settings):
     """The solution of one matrix, or of several side by side."""
     function = lookup(solver, of="layers").function
     if weight.dim() == 3:
-        return function(Problem(weight, moment, target, demand), **settings)
-    return (one[0] for one in function(Problem(weight[None], moment[None], target[None], demand), **settings))
+        return function(Problem(weight, moment, target, demand, torch.ones_like(weight[..., :1])), **settings)
+    problem = Problem(weight[None], moment[None], target[None], demand, torch.ones_like(weight[None, :, :1]))
+    return (one[0] for one in function(problem, **settings))
 
 
 def without_dampening(solver):
@@ -567,8 +568,9 @@ def test_the_model_is_not_run_for_every_layer(monkeypatch):
         model.before.register_forward_hook(lambda *_, seen=seen: seen.append(1))
         prune_weights(model, 0.5, importance="admm", data=[torch.randn(4, 3, 5)], include="blocks", progress=False)
         counts[make] = len(seen)
-    # Once to find the order, three times to reach the first block; where no other follows from it, twice a layer.
-    assert counts == {Deep: 4, Remembering: 4 + 2 * 6}
+    # Once for the shares, once to find the order, three times to reach the first block; where no other follows from it,
+    # twice a layer.
+    assert counts == {Deep: 5, Remembering: 5 + 2 * 6}
 
 
 def test_stages_follow_the_forward():

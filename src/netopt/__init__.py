@@ -28,17 +28,19 @@ if TYPE_CHECKING:
     from netopt.integrations.huggingface.pretrained import shrink_pretrained
     from netopt.integrations.pruned import load_pruned, save_pruned
     from netopt.masking import finish
-    from netopt.plan import Plan
+    from netopt.plan import Plan, PlanSequence
     from netopt.plan.blocks import BlockPlan
     from netopt.plan.experts import ExpertPlan
     from netopt.prune import (
         RepairReport,
+        VocabularyReport,
         plan_blocks,
         plan_experts,
         plan_neurons,
         prune_blocks,
         prune_experts,
         prune_neurons,
+        prune_vocabulary,
         prune_weights,
         reconstruction_scores,
         repair,
@@ -56,10 +58,12 @@ __all__ = [
     "ExpertPlan",
     "GradualPruner",
     "Plan",
+    "PlanSequence",
     "PruningReport",
     "Regularizer",
     "RepairReport",
     "SensitivityReport",
+    "VocabularyReport",
     "axes",
     "calibration",
     "distill",
@@ -78,6 +82,7 @@ __all__ = [
     "prune_blocks",
     "prune_experts",
     "prune_neurons",
+    "prune_vocabulary",
     "prune_weights",
     "reconstruction",
     "reconstruction_scores",
@@ -96,17 +101,19 @@ _HOMES = {
     "integrations.huggingface.pretrained": ("shrink_pretrained",),
     "integrations.pruned": ("load_pruned", "save_pruned"),
     "masking": ("finish",),
-    "plan": ("Plan",),
+    "plan": ("Plan", "PlanSequence"),
     "plan.blocks": ("BlockPlan",),
     "plan.experts": ("ExpertPlan",),
     "prune": (
         "RepairReport",
+        "VocabularyReport",
         "plan_blocks",
         "plan_experts",
         "plan_neurons",
         "prune_blocks",
         "prune_experts",
         "prune_neurons",
+        "prune_vocabulary",
         "prune_weights",
         "reconstruction_scores",
         "repair",

@@ -12,7 +12,7 @@ from torch import nn
 from netopt.errors import CheckpointError, MissingPackageError, PlanMismatchError
 from netopt.integrations.huggingface.target import appearing
 from netopt.plan import Plan, shapes_of
-from netopt.plan.checkpoint import open_checkpoint
+from netopt.plan.shards import open_checkpoint
 
 __all__ = ["load_pruned", "save_pruned"]
 

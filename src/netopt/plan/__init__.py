@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from netopt.plan.sequence import PlanSequence
 from netopt.plan.stored import stored
 from netopt.plan.value import AxisCut, Plan, shapes_of
 
-__all__ = ["AxisCut", "Plan", "shapes_of", "stored"]
+__all__ = ["AxisCut", "Plan", "PlanSequence", "shapes_of", "stored"]

@@ -8,15 +8,14 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path as FilePath
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from netopt.errors import CheckpointError, InvalidArgumentError, PlanMismatchError
+from netopt.errors import InvalidArgumentError, PlanMismatchError
 from netopt.model.view import ModelView
-from netopt.plan.files import replace
+from netopt.plan.files import load_json, save_json
 from netopt.plan.providers import load
 from netopt.plan.value import shapes_of
 from netopt.surgery import Operation, as_optimizers, read
@@ -201,7 +200,7 @@ class BlockPlan:
             if data["kind"] != "blocks" or data["format"] != FORMAT:
                 raise InvalidArgumentError(f"no plan of blocks in format {FORMAT}, but {data['kind']!r}.")
             stacks = tuple(_stack(one) for one in data["stacks"])
-            attributes = tuple((_path(path), value) for path, value in data["attributes"])
+            attributes = tuple((path_of(path), value) for path, value in data["attributes"])
             predicted = {str(name): int(value) for name, value in data["predicted"].items()}
             return cls(stacks, attributes, str(data["fingerprint"]), predicted)
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
@@ -215,10 +214,7 @@ class BlockPlan:
         Raises:
             CheckpointError: The file cannot be written.
         """
-        try:
-            replace(FilePath(path), (json.dumps(self.to_dict(), separators=(",", ":")) + "\n").encode())
-        except OSError as error:
-            raise CheckpointError(f"{path} could not be written: {error}") from error
+        save_json(path, self.to_dict())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> BlockPlan:
@@ -228,16 +224,7 @@ class BlockPlan:
             CheckpointError: The file cannot be read.
             InvalidArgumentError: The file holds no plan of blocks.
         """
-        try:
-            data = json.loads(FilePath(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error}") from error
-        except (ValueError, RecursionError) as error:
-            raise InvalidArgumentError(f"{path} holds no plan: it is not JSON ({error})") from error
-        try:
-            return cls.from_dict(data)
-        except InvalidArgumentError as error:
-            raise InvalidArgumentError(f"{path}: {error}") from error
+        return load_json(path, cls.from_dict)
 
     def __str__(self) -> str:
         return "\n".join(
@@ -262,7 +249,12 @@ def _stack(data: Mapping[str, Any]) -> StackCut:
     return StackCut(lists, size, kept)
 
 
-def _path(path: Sequence[Any]) -> Path:
+def path_of(path: Sequence[Any]) -> Path:
+    """A path to an attribute, checked.
+
+    Raises:
+        InvalidArgumentError: It is none.
+    """
     steps = all(type(step) in (str, int) for step in path)
     if len(path) < 2 or not steps or not all(isinstance(step, str) for step in path[:2]):
         raise InvalidArgumentError(f"{path!r} is no path to an attribute of a module.")

@@ -14,8 +14,7 @@ import os
 import shutil
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path, PurePath, PurePosixPath
+from pathlib import Path, PurePath
 from typing import IO, Any, Protocol
 
 import numpy as np
@@ -23,37 +22,18 @@ import torch
 from torch import Tensor
 
 from netopt.errors import CheckpointError, PlanMismatchError
-from netopt.plan.files import checksum, inside, partial, replace
+from netopt.plan.files import checksum, partial, replace
+from netopt.plan.shards import BLOCK, INDEX, Entry, Shard, Stored, read_mapping, view_bytes
 from netopt.surgery.commit import broadcasts
 
-__all__ = ["Stored", "is_dense", "open_checkpoint", "rewrite"]
+__all__ = ["CONFIG", "is_dense", "rewrite"]
 
-TYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "C64": torch.complex64,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 CONFIG = "config.json"
+CONFIGS = {CONFIG: "config", "generation_config.json": "generation_config"}
+"""Files beside the weights, and what a model calls what they hold."""
 _WEIGHTS = (".safetensors", ".h5", ".msgpack", ".onnx", ".onnx_data", ".ot", ".gguf", ".ckpt", ".pt", ".pth")
 _ELSEWHERE = {".git", ".cache", "onnx", "openvino"}
 """Folders that hold the history, or the weights in another format."""
-LONGEST = 100_000_000
-LARGEST = 1 << 62
-"""Bytes of a header, and entries of a tensor, at most."""
-BLOCK = 1 << 18
-"""Bytes read at a time: what fits in a cache is judged and narrowed without being written to memory in between."""
 _PLAIN = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -76,210 +56,27 @@ class Decision(Protocol):
     def attributes(self) -> tuple[tuple[tuple[Any, ...], Any], ...]: ...
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One tensor of a file: its type, its shape and where its bytes lie behind the header."""
-
-    kind: str
-    shape: tuple[int, ...]
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One safetensors file, read as far as its header."""
-
-    path: Path
-    entries: Mapping[str, Entry]
-    metadata: Mapping[str, str]
-    offset: int
-    name: PurePosixPath
-    """Its place below the checkpoint's folder."""
-
-    @classmethod
-    def open(cls, path: Path, name: PurePosixPath | None = None) -> Shard:
-        """Reads the header and checks it, and that the bytes it promises are there.
-
-        Raises:
-            CheckpointError: The file is no safetensors file, or is truncated; the field is named.
-        """
-        try:
-            size = path.stat().st_size
-            with path.open("rb") as file:
-                start = file.read(8)
-                (length,) = struct.unpack("<Q", start) if len(start) == 8 else (0,)
-                if not 2 <= length <= min(size - 8, LONGEST):
-                    raise ValueError(f"a header of {length} bytes in a file of {size}")
-                header = json.loads(file.read(length).decode())
-            entries, metadata = _entries(header)
-        except (OSError, ValueError, RecursionError) as error:
-            raise CheckpointError(f"{path} cannot be read as a safetensors file: {error}") from error
-        end = max((entry.stop for entry in entries.values()), default=0)
-        if size != 8 + length + end:
-            raise CheckpointError(
-                f"{path} is truncated: it has {size} bytes and its header asks for {8 + length + end}"
-            )
-        for tensor, entry in entries.items():
-            dtype = TYPES.get(entry.kind)
-            if dtype is not None and entry.stop - entry.start != math.prod(entry.shape) * dtype.itemsize:
-                raise CheckpointError(
-                    f"{path} is broken: `{tensor}` {entry.shape} of {entry.kind} has {entry.stop - entry.start} bytes"
-                )
-        return cls(path, entries, metadata, 8 + length, name or PurePosixPath(path.name))
-
-    def dtype(self, name: str) -> torch.dtype:
-        """The type of the tensor called ``name``.
-
-        Raises:
-            CheckpointError: It is not known.
-        """
-        kind = self.entries[name].kind
-        if kind not in TYPES:
-            raise CheckpointError(f"`{name}` in {self.path} has the type {kind}, which is not known")
-        return TYPES[kind]
-
-    def read(self, name: str, start: int = 0, shape: tuple[int, ...] | None = None) -> Tensor:
-        """The tensor called ``name``, or a part of it that lies in one piece.
-
-        Args:
-            name: Of an entry.
-            start: How many numbers come before the part.
-            shape: Of the part; of the whole tensor by default.
-
-        Raises:
-            CheckpointError: The file cannot be read, or holds less than its header says.
-        """
-        entry, dtype = self.entries[name], self.dtype(name)
-        part = torch.empty(entry.shape if shape is None else shape, dtype=dtype)
-        wanted = memoryview(_bytes(part))
-        try:
-            with self.path.open("rb", buffering=0) as file:
-                file.seek(self.offset + entry.start + start * dtype.itemsize)
-                while wanted:
-                    count = file.readinto(wanted)
-                    if not count:
-                        raise CheckpointError(f"{self.path} is truncated: `{name}` ends too early")
-                    wanted = wanted[count:]
-        except OSError as error:
-            raise CheckpointError(f"{self.path} cannot be read: {error}") from error
-        return part
-
-    def blocks(self, name: str) -> Iterator[tuple[slice, Tensor]]:
-        """The tensor called ``name``, some rows at a time."""
-        shape = self.entries[name].shape
-        if not shape:
-            yield slice(None), self.read(name)
-            return
-        row = math.prod(shape[1:])
-        step = max(1, BLOCK // max(row * self.dtype(name).itemsize, 1))
-        for start in range(0, shape[0], step):
-            count = min(step, shape[0] - start)
-            yield slice(start, start + count), self.read(name, start * row, (count, *shape[1:]))
-
-
-def _entries(header: Any) -> tuple[dict[str, Entry], dict[str, str]]:
-    """The tensors of a header and its metadata; ValueError names the field that is broken."""
-    if not isinstance(header, dict):
-        raise ValueError("its header is no mapping")
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(one, str) for one in metadata.values()):
-        raise ValueError("`__metadata__` is no mapping of texts")
-    entries = {name: _entry(name, one) for name, one in header.items()}
-    end = 0
-    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
-        if entry.start != end:
-            raise ValueError(f"`{name}.data_offsets` begin at {entry.start}, and what is before them ends at {end}")
-        end = entry.stop
-    return entries, metadata
-
-
-def _entry(name: str, field: Any) -> Entry:
-    known = field if isinstance(field, dict) else {}
-    kind = known.get("dtype")
-    if not isinstance(kind, str):
-        raise ValueError(f"`{name}.dtype` is no text")
-    shape, offsets = (_sizes(known.get(key), f"{name}.{key}") for key in ("shape", "data_offsets"))
-    if math.prod(one for one in shape if one) > LARGEST:
-        raise ValueError(f"`{name}.shape` is larger than any tensor")
-    if len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise ValueError(f"`{name}.data_offsets` are no two places, one after the other")
-    return Entry(kind, tuple(shape), *offsets)
-
-
-def _sizes(value: Any, what: str) -> list[int]:
-    if not isinstance(value, list) or not all(type(one) is int and 0 <= one <= LARGEST for one in value):
-        raise ValueError(f"`{what}` is no list of sizes")
-    return value
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A checkpoint in one or several safetensors files."""
-
-    shards: tuple[Shard, ...]
-    folder: Path | None
-
-    @property
-    def places(self) -> dict[str, Shard]:
-        """The file each tensor is in."""
-        return {name: shard for shard in self.shards for name in shard.entries}
-
-
-def open_checkpoint(source: str | os.PathLike[str]) -> Stored:
-    """Reads the headers of a safetensors file, or of all in a folder (those its index lists, if it has one).
-
-    Raises:
-        CheckpointError: There is none, or one is missing, truncated or without a tensor that the index lists.
-    """
-    path = Path(source)
-    if path.is_file():
-        return Stored((Shard.open(path),), None)
-    listed = _listed(path / INDEX) if (path / INDEX).is_file() else {}
-    # What lies beside the one file of a model is another format of it, or an adapter.
-    whole = {PurePosixPath(SINGLE)} if (path / SINGLE).is_file() else set()
-    names = sorted({*listed.values()} or whole or {PurePosixPath(file.name) for file in path.glob("*.safetensors")})
-    if not names:
-        raise CheckpointError(f"{path} is no safetensors file, and no folder with one")
-    missing = next((name for name in names if not (path / name).is_file()), None)
-    if missing is not None:
-        raise CheckpointError(f"{path} lacks {missing}, which its index lists")
-    shards = {name: Shard.open(path / name, name) for name in names}
-    absent = next((name for name, file in listed.items() if name not in shards[file].entries), None)
-    if absent is not None:
-        raise CheckpointError(f"{path / listed[absent]} lacks `{absent}`, which the index lists there")
-    return Stored(tuple(shards.values()), path)
-
-
-def _listed(index: Path) -> dict[str, PurePosixPath]:
-    """The file of each tensor, as an index has it."""
-    found = _json(index).get("weight_map")
-    if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
-        raise CheckpointError(f"{index} is broken: `weight_map` is no mapping from tensors to files")
-    return {name: inside(file, index) for name, file in found.items()}
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path} is broken: it holds no mapping")
-    return found
-
-
 def rewrite(
-    plan: Decision, fingerprint: str, stored: Stored, source: str | os.PathLike[str], target: str | os.PathLike[str]
+    plan: Decision,
+    fingerprint: str,
+    stored: Stored,
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    names: Mapping[str, str | None] | None = None,
 ) -> Path:
-    """Writes ``stored``, read from ``source``, as ``plan`` leaves it; see :meth:`netopt.Plan.apply_to_checkpoint`."""
+    """Writes ``stored``, read from ``source``, as ``plan`` leaves it; see :meth:`netopt.Plan.apply_to_checkpoint`.
+
+    With ``names``, tensors get other names, and those without one are left out.
+    """
     goal = Path(target)
     if goal.resolve() == Path(source).resolve():
         raise CheckpointError(f"the target {goal} is the source; write to another place")
     _check(plan, stored)
-    _configured(plan, stored.folder)
+    for file in CONFIGS:
+        _configured(plan, stored.folder, file)
     try:
-        _write_all(plan, fingerprint, stored, goal)
+        _write_all(plan, fingerprint, stored, goal, names or {})
     except OSError as error:
         raise CheckpointError(
             f"{goal} could not be written: {error}; what was finished stays, and the same call goes on from there"
@@ -287,11 +84,11 @@ def rewrite(
     return goal
 
 
-def _write_all(plan: Decision, fingerprint: str, stored: Stored, goal: Path) -> None:
+def _write_all(plan: Decision, fingerprint: str, stored: Stored, goal: Path, names: Mapping[str, str | None]) -> None:
     """Writes every file of ``stored`` that is not there yet."""
     if stored.folder is None:
         goal.parent.mkdir(parents=True, exist_ok=True)
-        _write(plan, fingerprint, stored.shards[0], goal)
+        _write(plan, fingerprint, stored.shards[0], goal, names)
         return
     goal.mkdir(parents=True, exist_ok=True)
     total, weight_map = 0, {}
@@ -300,7 +97,9 @@ def _write_all(plan: Decision, fingerprint: str, stored: Stored, goal: Path) -> 
         target.parent.mkdir(parents=True, exist_ok=True)
         if not target.parent.resolve().is_relative_to(goal.resolve()):
             raise CheckpointError(f"{target.parent} is a link that leads out of {goal}; remove it")
-        entries = _write(plan, fingerprint, shard, target)
+        if all(names.get(name, name) is None for name in shard.entries):
+            continue
+        entries = _write(plan, fingerprint, shard, target, names)
         total += sum(entry.stop - entry.start for entry in entries.values())
         weight_map.update(dict.fromkeys(entries, str(shard.name)))
     _copy_rest(plan, stored.folder, goal)
@@ -347,10 +146,12 @@ def _shape_after(plan: Decision, name: str, entry: Entry) -> tuple[int, ...]:
     return tuple(len(cuts[dim]) if dim in cuts else size for dim, size in enumerate(entry.shape))
 
 
-def _planned(plan: Decision, shard: Shard) -> dict[str, Entry]:
-    """The entries the new file will have."""
+def _planned(plan: Decision, shard: Shard, names: Mapping[str, str | None]) -> dict[str, Entry]:
+    """The entries the new file will have, by the names they had."""
     entries, end = {}, 0
     for name, old in sorted(shard.entries.items(), key=lambda item: item[1].start):
+        if names.get(name, name) is None:
+            continue
         shape = _shape_after(plan, name, old)
         count = math.prod(old.shape)
         width = (old.stop - old.start) // count if count else 0
@@ -359,17 +160,20 @@ def _planned(plan: Decision, shard: Shard) -> dict[str, Entry]:
     return entries
 
 
-def _write(plan: Decision, fingerprint: str, shard: Shard, target: Path) -> dict[str, Entry]:
-    entries = _planned(plan, shard)
+def _write(
+    plan: Decision, fingerprint: str, shard: Shard, target: Path, names: Mapping[str, str | None]
+) -> dict[str, Entry]:
+    planned = _planned(plan, shard, names)
+    entries = {names.get(name) or name: entry for name, entry in planned.items()}
     # What is there is known by what it was made from: a source of equal names and sizes has another hash.
     metadata = {**shard.metadata, "netopt.plan": fingerprint, "netopt.source": checksum(shard.path)}
     if target.is_file() and not target.is_symlink() and _is_whole(target, entries, metadata):
         return entries
     with partial(target) as file:
         _write_header(file, entries, metadata)
-        for name in entries:
+        for name in planned:
             for part in _parts(plan, shard, name):
-                file.write(_bytes(part))
+                file.write(view_bytes(part))
     return entries
 
 
@@ -451,18 +255,13 @@ def _narrow(tensor: Tensor, cuts: Mapping[int, Tensor]) -> Tensor:
     return torch.from_numpy(numbers).view(tensor.dtype)
 
 
-def _bytes(tensor: Tensor) -> memoryview:
-    flat: Any = tensor.reshape(-1).view(torch.uint8).numpy()
-    return memoryview(flat)
-
-
 def _copy_rest(plan: Decision, source: Path, target: Path) -> None:
     """Configuration, tokenizer and whatever else lies beside the weights."""
-    config = _configured(plan, source)
     for file in source.iterdir():
         if not file.is_file() or is_dense(PurePath(file.name)):
             continue
-        if file.name == CONFIG and config is not None:
+        config = _configured(plan, source, file.name) if file.name in CONFIGS else None
+        if config is not None:
             replace(target / file.name, _text(config))
         else:
             with file.open("rb") as old, partial(target / file.name) as new:
@@ -476,12 +275,13 @@ def is_dense(name: PurePath) -> bool:
     return name.suffix in _WEIGHTS or name.name == INDEX or name.name.startswith(("pytorch_model", "tf_model"))
 
 
-def _configured(plan: Decision, folder: Path | None) -> dict[str, Any] | None:
-    """The configuration beside the weights as the plan leaves it, or None where it stays or there is none."""
-    changes = {path[2:]: value for path, value in plan.attributes if path[:2] == ("", "config") and len(path) > 2}
-    if folder is None or not changes or not (folder / CONFIG).is_file():
+def _configured(plan: Decision, folder: Path | None, file: str) -> dict[str, Any] | None:
+    """A configuration beside the weights as the plan leaves it, or None where it stays or there is none."""
+    start = "", CONFIGS[file]
+    changes = {path[2:]: value for path, value in plan.attributes if path[:2] == start and len(path) > 2}
+    if folder is None or not changes or not (folder / file).is_file():
         return None
-    config = _json(folder / CONFIG)
+    config = read_mapping(folder / file)
     for path, value in changes.items():
         holder: Any = config
         try:
@@ -490,7 +290,7 @@ def _configured(plan: Decision, folder: Path | None) -> dict[str, Any] | None:
             holder[path[-1]] = value
         except (TypeError, IndexError, KeyError) as error:
             named = ".".join(map(str, path))
-            raise PlanMismatchError(f"the plan sets `{named}`, which {folder / CONFIG} has no place for") from error
+            raise PlanMismatchError(f"the plan sets `{named}`, which {folder / file} has no place for") from error
     return config
 
 

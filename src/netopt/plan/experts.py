@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path as FilePath
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from netopt.errors import CheckpointError, InvalidArgumentError, PlanMismatchError
+from netopt.errors import InvalidArgumentError, PlanMismatchError
 from netopt.model.view import ModelView
-from netopt.plan.blocks import fingerprint_of
-from netopt.plan.files import replace
+from netopt.plan.blocks import fingerprint_of, path_of
+from netopt.plan.files import load_json, save_json
 from netopt.plan.providers import load
 from netopt.surgery import Operation, as_optimizers, prepare
 from netopt.surgery.attributes import Path
@@ -184,10 +182,10 @@ class ExpertPlan:
             if data["kind"] != "experts" or data["format"] != FORMAT:
                 raise InvalidArgumentError(f"no plan of experts in format {FORMAT}, but {data['kind']!r}.")
             mixtures = tuple(map(_cut, data["mixtures"]))
-            attributes = tuple((_path(path), value) for path, value in data["attributes"])
+            attributes = tuple((path_of(path), value) for path, value in data["attributes"])
             predicted = {str(name): int(value) for name, value in data["predicted"].items()}
             return cls(mixtures, attributes, str(data["fingerprint"]), predicted)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             if isinstance(error, InvalidArgumentError):
                 raise
             raise InvalidArgumentError(f"no plan of experts: {type(error).__name__} {error}.") from error
@@ -198,10 +196,7 @@ class ExpertPlan:
         Raises:
             CheckpointError: The file cannot be written.
         """
-        try:
-            replace(FilePath(path), (json.dumps(self.to_dict(), separators=(",", ":")) + "\n").encode())
-        except OSError as error:
-            raise CheckpointError(f"{path} could not be written: {error}") from error
+        save_json(path, self.to_dict())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ExpertPlan:
@@ -211,13 +206,7 @@ class ExpertPlan:
             CheckpointError: The file cannot be read.
             InvalidArgumentError: The file holds no plan of experts.
         """
-        try:
-            data = json.loads(FilePath(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error}") from error
-        except (ValueError, RecursionError) as error:
-            raise InvalidArgumentError(f"{path} holds no plan: it is not JSON ({error})") from error
-        return cls.from_dict(data)
+        return load_json(path, cls.from_dict)
 
     def __str__(self) -> str:
         return "\n".join(
@@ -254,9 +243,3 @@ def _cut(data: Mapping[str, Any]) -> ExpertCut:
     if not kept or list(kept) != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= size:
         raise InvalidArgumentError(f"experts that stay of {size} must be ascending and below it, not {kept!r}.")
     return ExpertCut(str(data["name"]), size, kept, tensors, lists)
-
-
-def _path(path: Sequence[Any]) -> Path:
-    if len(path) < 2 or not all(type(step) in (str, int) for step in path) or not isinstance(path[0], str):
-        raise InvalidArgumentError(f"{path!r} is no path to an attribute of a module.")
-    return tuple(path)

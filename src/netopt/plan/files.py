@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, Any, TypeVar
 
-from netopt.errors import CheckpointError
+from netopt.errors import CheckpointError, InvalidArgumentError
 
-__all__ = ["checksum", "inside", "partial", "replace"]
+__all__ = ["checksum", "inside", "load_json", "partial", "replace", "save_json"]
 
+Read = TypeVar("Read")
 BLOCK = 1 << 20
 
 
@@ -38,6 +40,37 @@ def replace(target: Path, content: bytes) -> None:
     """Writes ``content`` as the file ``target``, which is replaced whole or not at all."""
     with partial(target) as file:
         file.write(content)
+
+
+def save_json(path: str | os.PathLike[str], data: Any) -> None:
+    """Writes ``data`` as JSON; an existing file is replaced whole or not at all.
+
+    Raises:
+        CheckpointError: The file cannot be written.
+    """
+    try:
+        replace(Path(path), (json.dumps(data, separators=(",", ":")) + "\n").encode())
+    except OSError as error:
+        raise CheckpointError(f"{path} could not be written: {error}") from error
+
+
+def load_json(path: str | os.PathLike[str], read: Callable[[Any], Read]) -> Read:
+    """What ``read`` makes of the JSON of a file.
+
+    Raises:
+        CheckpointError: The file cannot be read.
+        InvalidArgumentError: It holds no plan; the message names the field that is broken.
+    """
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise InvalidArgumentError(f"{path} holds no plan: it is not JSON ({error})") from error
+    try:
+        return read(data)
+    except InvalidArgumentError as error:
+        raise InvalidArgumentError(f"{path} holds no plan: {error}") from error
 
 
 def inside(name: str, where: Path) -> PurePosixPath:

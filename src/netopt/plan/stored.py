@@ -13,7 +13,7 @@ from torch import Tensor
 from netopt.errors import InvalidArgumentError, PlanMismatchError
 from netopt.importance import Evidence, Importance, lookup
 from netopt.importance.registry import Criterion
-from netopt.plan.checkpoint import Shard, open_checkpoint
+from netopt.plan.shards import Shard, open_checkpoint
 
 __all__ = ["stored"]
 

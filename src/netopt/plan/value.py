@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from netopt import surgery
-from netopt.errors import CheckpointError, InvalidArgumentError, PlanMismatchError
+from netopt.errors import InvalidArgumentError, PlanMismatchError
 from netopt.model.view import ModelView
 from netopt.plan import schema
-from netopt.plan.checkpoint import open_checkpoint, rewrite
+from netopt.plan.checkpoint import rewrite
 from netopt.plan.codec import IndexCodec, pack
-from netopt.plan.files import replace
+from netopt.plan.files import load_json, save_json
+from netopt.plan.shards import open_checkpoint
 from netopt.plan.wrapped import innermost, renaming
 from netopt.surgery.attributes import Path, show
 
@@ -365,11 +366,7 @@ class Plan:
         Raises:
             CheckpointError: The file cannot be written.
         """
-        text = json.dumps(self.to_dict(), separators=(",", ":")) + "\n"
-        try:
-            replace(FilePath(path), text.encode())
-        except OSError as error:
-            raise CheckpointError(f"{path} could not be written: {error}") from error
+        save_json(path, self.to_dict())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
@@ -379,16 +376,7 @@ class Plan:
             CheckpointError: The file cannot be read.
             InvalidArgumentError: The file holds no plan; the message names the field that is broken.
         """
-        try:
-            data = json.loads(FilePath(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error}") from error
-        except (ValueError, RecursionError) as error:
-            raise InvalidArgumentError(f"{path} holds no plan: it is not JSON ({error})") from error
-        try:
-            return cls.from_dict(data)
-        except InvalidArgumentError as error:
-            raise InvalidArgumentError(f"{path} holds no plan: {error}") from error
+        return load_json(path, cls.from_dict)
 
     def __eq__(self, other: object) -> bool:
         return self.to_dict() == other.to_dict() if isinstance(other, Plan) else NotImplemented

@@ -62,8 +62,8 @@ def prune_weights(
         threshold: Instead of ``amount``: mask what scores below.
         importance: A criterion's name (:func:`netopt.importance.names`), a criterion, a function of evidence, or the
             scores, a tensor for each name. Criteria of ``"layers"`` decide layer after layer, on the inputs of the
-            model pruned so far, and each layer gives its share of ``amount``: ``"sparsegpt"`` and ``"admm"`` also
-            update what is kept, to make up for what is removed; ``"wanda_layerwise"`` does not.
+            model pruned so far: ``"sparsegpt"`` and ``"admm"`` also update what is kept, to make up for what is
+            removed; ``"wanda_layerwise"`` does not. How much each layer loses of a global amount is told by gradients.
         data: Batches, for a criterion that needs gradients or inputs; read once, in eval mode.
         loss_fn: Of the model's result and a batch's targets, for a criterion that needs the loss; by default the
             ``loss`` the model returns.
@@ -128,7 +128,9 @@ def prune_weights(
         if solves:
             requests = _requests(wanted, amount, shape, scope, threshold)
             parts = [(list(group), request) for group, request in requests]
-            masks = reconstruct(model, wanted, data, cast("Importance", importance), parts, log=log, progress=progress)
+            masks = reconstruct(
+                model, wanted, data, cast("Importance", importance), parts, log=log, loss_fn=loss_fn, progress=progress
+            )
         else:
             named = [name for name, place in wanted.items() if _is_named(place, include)]
             score, unread = _scorer(

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from netopt import batches
 from netopt.batches import Data
-from netopt.errors import InvalidArgumentError, MissingDataError, NonFiniteError, ShapeMismatchError
+from netopt.errors import MissingDataError, NonFiniteError, ShapeMismatchError
 from netopt.importance import Criterion, Importance, lookup
 from netopt.importance.inputs import Matrix
 from netopt.masking.decide import Request
@@ -22,7 +21,8 @@ from netopt.model.signals import UndoLog
 from netopt.model.writes import CopyOnWrite
 from netopt.progress import bar
 from netopt.reconstruction.replay import Runner, container_of
-from netopt.reconstruction.solvers import Demand, Problem
+from netopt.reconstruction.shares import LossOf, Share, in_proportion, shared_out
+from netopt.reconstruction.solvers import Problem
 from netopt.reconstruction.stages import by_block, moments, stages
 from netopt.reconstruction.target import Moments, regression_target
 
@@ -37,6 +37,7 @@ def reconstruct(
     requests: Sequence[tuple[Sequence[str], Request]],
     *,
     log: UndoLog,
+    loss_fn: LossOf | None = None,
     progress: bool = False,
 ) -> dict[str, Tensor]:
     """Decides masks and updates the weights below them, layer by layer.
@@ -46,8 +47,9 @@ def reconstruct(
         wanted: The weights.
         data: Calibration batches; inputs are kept, activations are not.
         importance: A criterion of layers, or its name; see :func:`netopt.importance.names`.
-        requests: For groups of names, how much and in what pattern. A global amount is shared out in proportion.
+        requests: For groups of names, how much and in what pattern.
         log: Puts the weights back if its block fails.
+        loss_fn: What a global amount is shared out by, instead of the change of all outputs.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -62,8 +64,8 @@ def reconstruct(
     solver = lookup(importance, of="layers")
     if data is None:
         raise MissingDataError(f"importance {solver.name!r} needs the layers' inputs; pass data=, a list of batches.")
-    shares = _shares(wanted, requests)
     held = list(batches.iterate(data))
+    shares = shared_out(model, wanted, requests, held, loss_fn=loss_fn, progress=progress)
     before = {name: place.parameter.detach().clone() for name, place in wanted.items()}
     masks: dict[str, Tensor] = {}
     log.callback(_write, wanted, before, on=BaseException)
@@ -112,13 +114,14 @@ def _solve(place: Place, parts: Sequence[tuple[Matrix, Moments]], share: Share, 
     weight = torch.empty_like(parameter).copy_(place.value)
     alive = None if place.mask is None else torch.empty_like(parameter, dtype=torch.bool).copy_(place.mask)
     mask = torch.ones_like(parameter, dtype=torch.bool)
-    counts = _in_proportion(share.count, [matrix.count for matrix, _ in parts])
+    counts = in_proportion(share.count, [matrix.count for matrix, _ in parts])
     for (matrix, moment), count in zip(parts, counts, strict=True):
         if not (torch.isfinite(moment.own).all() and torch.isfinite(moment.cross).all()):
             raise NonFiniteError(f"the inputs of {place.name!r} are not finite on this data; check data and weights.")
         rows = matrix.rows(weight).to(moment.own.dtype)
         demand = share.demand(matrix, count, place.name, None if alive is None else matrix.rows(alive))
-        solved, kept = solver(Problem(rows, moment.own.sum(0), regression_target(rows, moment), demand))
+        target = regression_target(rows, moment)
+        solved, kept = solver(Problem(rows, moment.own.sum(0), target, demand, share.outputs_of(rows)))
         if solved.shape != rows.shape or kept.shape != rows.shape:
             raise ShapeMismatchError(
                 f"importance {solver.name!r} was given {tuple(rows.shape)} entries of {place.name!r} and returned "
@@ -134,52 +137,3 @@ def _solve(place: Place, parts: Sequence[tuple[Matrix, Moments]], share: Share, 
         # Until the masks are put, zeros stand for them, so that later layers see pruned inputs.
         parameter.masked_fill_(~mask, 0)
     return mask.contiguous()
-
-
-@dataclass(frozen=True)
-class Share:
-    """What one weight is to lose.
-
-    Attributes:
-        request: The pattern, and what the amount is counted over.
-        count: How many entries in all, where that is not counted by rows.
-    """
-
-    request: Request
-    count: int = 0
-
-    def demand(self, matrix: Matrix, count: int, name: str, alive: Tensor | None) -> Demand:
-        """Returns which zeros are wanted in one matrix of the weight, which is to lose ``count`` entries."""
-        shape = self.request.shape
-        if shape.kind == "n:m":
-            return Demand(matrix.columns, group=(shape.first, shape.second), alive=alive)
-        if self.request.scope == "row":
-            remove = self.request.count(matrix.columns, f"a row of {name!r}")
-            return Demand(matrix.columns, remove, per_row=True, alive=alive)
-        return Demand(matrix.columns, count, alive=alive)
-
-
-def _shares(wanted: Mapping[str, Place], requests: Sequence[tuple[Sequence[str], Request]]) -> dict[str, Share]:
-    found: dict[str, Share] = {}
-    for names, request in requests:
-        if request.shape.kind == "block" or request.threshold is not None:
-            what = "a block pattern" if request.shape.kind == "block" else "a threshold"
-            raise InvalidArgumentError(f"layer-wise reconstruction takes no {what}; use 'unstructured' or 'n:m'.")
-        sizes = [wanted[name].parameter.numel() for name in names]
-        if request.shape.kind == "n:m" or request.scope == "row":
-            counts = [0] * len(names)
-        elif request.scope == "layer":
-            counts = [request.count(size, repr(name)) for name, size in zip(names, sizes, strict=True)]
-        else:
-            counts = _in_proportion(request.count(sum(sizes), "the weights chosen"), sizes)
-        found |= {name: Share(request, count) for name, count in zip(names, counts, strict=True)}
-    return found
-
-
-def _in_proportion(count: int, sizes: Sequence[int]) -> list[int]:
-    """Shares ``count`` out so that the shares add up to it."""
-    total, passed, shares = max(sum(sizes), 1), 0, []
-    for size in sizes:
-        shares.append(round(count * (passed + size) / total) - round(count * passed / total))
-        passed += size
-    return shares

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from netopt import batches
 from netopt.batches import Batch
 from netopt.importance.contractions import Contraction, ContractionWatch, Use, Uses
-from netopt.importance.curvature import padding, squares
+from netopt.importance.differentiation import padding, squares
 from netopt.importance.inputs import Matrix
 from netopt.model.kernels import Unfused
 from netopt.model.parameters import Place, places

@@ -80,12 +80,14 @@ class Problem(NamedTuple):
         target: :math:`T`, ``(groups, rows, columns)``; ``weight @ moment`` where the inputs have not changed, or where
             the unpruned outputs cannot be told from them.
         demand: Which zeros.
+        costs: How much a squared error of each output counts beside the others, ``(groups, rows, 1)``.
     """
 
     weight: Tensor
     moment: Tensor
     target: Tensor
     demand: Demand
+    costs: Tensor
 
 
 @criterion("wanda_layerwise", of="layers", needs=["moment"], paper="https://arxiv.org/abs/2306.11695")
@@ -106,7 +108,7 @@ def wanda_layerwise(problem: Problem) -> tuple[Tensor, Tensor]:
         https://arxiv.org/abs/2306.11695
     """
     lengths = _diagonal(problem.moment).clamp(min=0).sqrt()
-    kept = problem.demand.keep(problem.weight.abs() * lengths[:, None, :])
+    kept = problem.demand.keep(problem.weight.abs() * lengths[:, None, :] * problem.costs.sqrt())
     return problem.weight.masked_fill(~kept, 0), kept
 
 
@@ -127,7 +129,7 @@ def sparsegpt(problem: Problem, *, dampening: float = 0.1, block: int = BLOCK) -
         SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot (Frantar & Alistarh, 2023),
         https://arxiv.org/abs/2301.00774
     """
-    weight, moment, target, demand = problem
+    weight, moment, target, demand, costs = problem
     damp = dampening * _diagonal(moment).mean(-1)[..., None, None]
     lower = torch.linalg.cholesky(_dampened(moment, dampening))
     # One row an input from here on: what is worked on column by column then lies together in memory.
@@ -138,19 +140,19 @@ def sparsegpt(problem: Problem, *, dampening: float = 0.1, block: int = BLOCK) -
     for start in range(0, demand.columns, block):
         stop = min(start + block, demand.columns)
         inner = factor[:, start:stop, start:stop]
-        errors = _removed(columns[:, start:stop], inner, kept[:, start:stop], demand, start)
+        errors = _removed(columns[:, start:stop], inner, kept[:, start:stop], demand, start, costs)
         columns[:, stop:].baddbmm_(factor[:, start:stop, stop:].mT, errors, alpha=-1)
     return columns.masked_fill_(~kept, 0).mT, kept.mT
 
 
-def _removed(part: Tensor, inner: Tensor, kept: Tensor, demand: Demand, start: int) -> Tensor:
+def _removed(part: Tensor, inner: Tensor, kept: Tensor, demand: Demand, start: int, costs: Tensor) -> Tensor:
     """Removes entries of the columns from ``start``, makes up for it within them, and returns their errors.
 
     ``part``, ``kept``, and the errors are ``(groups, columns, rows)``; the first two are written to.
     """
     scale = _diagonal(inner)[..., None]
     if demand.group is None:
-        kept.copy_(demand.keep((part / scale).square_().mT, start).mT)
+        kept.copy_(demand.keep((part / scale).square_().mT * costs, start).mT)
     errors = torch.zeros_like(part)
     size, strip = part.shape[1], demand.whole_groups(STRIP)
     for first in range(0, size, strip):
@@ -189,7 +191,7 @@ def admm(problem: Problem, *, dampening: float = 0.1, rounds: int = 20, polish: 
         Fast and Effective Weight Update for Pruned Large Language Models (Boža, 2024),
         https://arxiv.org/abs/2401.02938
     """
-    weight, moment, target, demand = problem
+    weight, moment, target, demand, costs = problem
     norm = _diagonal(moment).sqrt()
     norm = torch.maximum(norm, 1e-8 * norm.amax(-1, keepdim=True) + 1e-30)
     moment = moment / norm[..., None, :] / norm[..., None]
@@ -203,7 +205,7 @@ def admm(problem: Problem, *, dampening: float = 0.1, rounds: int = 20, polish: 
     kept = torch.ones_like(dense, dtype=torch.bool)
     for step in range(rounds):
         summed = free + dual
-        kept = demand.keep(summed.abs(), part=1 - (1 - (step + 1) / rounds) ** 3)
+        kept = demand.keep(summed.abs() * costs.sqrt(), part=1 - (1 - (step + 1) / rounds) ** 3)
         sparse = summed.masked_fill(~kept, 0)
         dual = summed - sparse
         free = (target + penalty * (sparse - dual)) @ inverse

@@ -14,13 +14,17 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from netopt import measure
 from netopt.batches import Batch, Inputs, device_of, move
 from netopt.errors import ArgumentTypeError, CheckpointError, InvalidArgumentError, VerificationError
 from netopt.importance import Importance, lookup
 from netopt.integrations.huggingface.inputs import inputs_of
 from netopt.integrations.huggingface.source import Source, import_transformers, model_class, open_source
 from netopt.integrations.huggingface.target import appearing, copy_others
-from netopt.plan import Plan, shapes_of, stored
+from netopt.plan import Plan, PlanSequence, shapes_of, stored
+from netopt.plan.blocks import BlockPlan
+from netopt.plan.experts import ExpertPlan
+from netopt.plan.shards import open_checkpoint
 from netopt.prune import prune_neurons
 from netopt.prune.candidates import AxisSelector
 from netopt.report import PruningReport
@@ -46,6 +50,7 @@ def shrink_pretrained(
     exclude: AxisSelector = None,
     round_to: int = 1,
     repair: Any = None,
+    plan: Plan | BlockPlan | ExpertPlan | PlanSequence | None = None,
     example_inputs: Inputs | None = None,
     dtype: torch.dtype | None = None,
     progress: bool = True,
@@ -71,6 +76,7 @@ def shrink_pretrained(
         exclude: Whose neurons all stay.
         round_to: Keep a multiple of this many neurons on every axis that has more.
         repair: As in :func:`netopt.prune_neurons`; the model is loaded.
+        plan: What to remove, decided before, of any kind; the model is loaded, and nothing else is asked for.
         example_inputs: Of one forward call; by default made from the configuration.
         dtype: Of the weights written; by default that of the source.
         progress: Whether to show a progress bar.
@@ -97,6 +103,10 @@ def shrink_pretrained(
     import_transformers()
     if not isinstance(source, (str, os.PathLike, nn.Module)):
         raise ArgumentTypeError(f"source must be a folder or a model of transformers, not {type(source).__name__}.")
+    if plan is not None and not all(one is None for one in (amount, max_params, max_macs, importance, data, repair)):
+        raise InvalidArgumentError(
+            "plan= says what is removed; leave out amount, budgets, importance, data and repair."
+        )
     if importance is None:
         importance = "magnitude" if data is None else "saliency"
     arguments = {
@@ -112,7 +122,7 @@ def shrink_pretrained(
         "repair": repair,
         "progress": progress,
     }
-    job = _Job(arguments, example_inputs, dtype)
+    job = _Job(arguments, example_inputs, dtype, plan)
     goal = Path(target)
     if not isinstance(source, nn.Module) and goal.resolve().is_relative_to(Path(source).resolve()):
         raise CheckpointError(f"{goal} lies in the source; choose a folder elsewhere")
@@ -123,10 +133,9 @@ def shrink_pretrained(
         report = work.prune()
         bar.update()
         bar.set_description("write")
-        plan = report.plan
-        assert plan is not None, "neurons were removed"
-        left_out = work.write(plan, folder)
-        _check_written(folder, plan)
+        assert report.plan is not None, "something was removed"
+        left_out = work.write(report.plan, folder)
+        _check_written(folder)
         _describe(folder, report, work.name, goal.name, left_out)
     return report
 
@@ -138,12 +147,13 @@ class _Job:
     arguments: Mapping[str, Any]
     example_inputs: Inputs | None
     dtype: torch.dtype | None
+    plan: Any
 
     @property
     def reads_weights_alone(self) -> bool:
         """Whether the files are enough to decide, and to write."""
         importance = self.arguments["importance"]
-        if self.dtype is not None or self.arguments["data"] is not None or self.arguments["repair"] is not None:
+        if any(one is not None for one in (self.plan, self.dtype, self.arguments["data"], self.arguments["repair"])):
             return False
         if isinstance(importance, Mapping):
             return True
@@ -163,7 +173,18 @@ class _Job:
             InvalidArgumentError: It cannot.
         """
         inputs = self.inputs(model)
+        if self.plan is not None:
+            return self._carried_out(model, inputs)
         return prune_neurons(model, inputs, loadable=True, **{**self.arguments, **changed})
+
+    def _carried_out(self, model: nn.Module, inputs: Inputs) -> PruningReport:
+        before = measure.cost(model, inputs)
+        self.plan.apply(model)
+        after = measure.cost(model, inputs_of(model))
+        settings = {"plan": str(self.plan)}
+        return PruningReport(
+            call="shrink_pretrained", before=before, after=after, plan=self.plan, settings=settings, subject=model
+        )
 
 
 @dataclass(frozen=True)
@@ -231,16 +252,20 @@ def _from_model(source: nn.Module, job: _Job) -> _Loaded:
     return _Loaded(model if job.dtype is None else model.to(job.dtype), None, job)
 
 
-def _check_written(folder: Path, plan: Plan) -> None:
-    """Builds the model that the new configuration describes, and compares it with the plan and the files."""
+def _check_written(folder: Path) -> None:
+    """Builds the model that the new configuration describes, and compares it with the files."""
     written = open_source(folder)
-    after, found = plan.shapes_after, shapes_of(written.skeleton)
-    wrong = next((name for name, shape in found.items() if after.get(name, shape) != shape), None)
-    if wrong is not None:
-        raise VerificationError(
-            f"`{wrong}` is built with shape {found[wrong]} from the new configuration, and has {after[wrong]}; "
-            "nothing was written"
-        )
+    if written.names is None:
+        return
+    found, places = shapes_of(written.skeleton), open_checkpoint(folder).places
+    for name, shape in found.items():
+        shard = places.get(written.names.get(name, name))
+        stored = None if shard is None else shard.entries[written.names.get(name, name)].shape
+        if stored is not None and stored != shape:
+            raise VerificationError(
+                f"`{name}` is built with shape {shape} from the new configuration, and has {stored}; nothing was "
+                "written"
+            )
 
 
 def _describe(folder: Path, report: PruningReport, source: str, target: str, left_out: list[str]) -> None:
@@ -262,11 +287,13 @@ def _describe(folder: Path, report: PruningReport, source: str, target: str, lef
     (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     card = folder / CARD
     before = card.read_text(encoding="utf-8", errors="surrogateescape").rstrip() if card.exists() else f"# {target}"
+    criterion = report.settings.get("importance")
+    what = "a plan was carried out" if criterion is None else f"neurons were removed by the criterion {criterion}"
     share = f"{report.params_after / report.params_before:.1%}".replace("%", " %")
     card.write_text(
         f"{before}\n\n## Pruned\n\n"
         f"This is `{source}` with {report.params_after:,} of its {report.params_before:,} parameters ({share}): "
-        f"neurons were removed by the criterion {report.settings['importance']} with netopt {netopt.__version__}. "
+        f"{what} with netopt {netopt.__version__}. "
         f"It loads with `from_pretrained` and needs no other code. `{RECORD}` has the plan and what became of every "
         "layer; what is said above of quality was measured before.\n",
         encoding="utf-8",

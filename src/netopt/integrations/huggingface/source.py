@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from netopt.errors import CheckpointError, InvalidArgumentError, MissingPackageError
 from netopt.integrations.huggingface.meta_build import build
-from netopt.plan.checkpoint import CONFIG, INDEX, Stored, open_checkpoint
+from netopt.plan.checkpoint import CONFIG
+from netopt.plan.shards import INDEX, Stored, open_checkpoint
 
 __all__ = ["Source", "import_transformers", "open_source"]
 
