@@ -14,7 +14,6 @@ from netopt.importance.contractions import Contraction
 from netopt.importance.differentiation import Differentiation
 from netopt.importance.inputs import Matrix
 from netopt.model.parameters import Place
-from netopt.model.ranks import add_up_all
 
 __all__ = ["OutputCosts", "output_costs"]
 
@@ -91,13 +90,6 @@ class _Squares(Differentiation):
         found = gradient.to(torch.promote_types(gradient.dtype, torch.float32)).square().sum(1) / self.passes
         known = self.rows.get(name)
         self.rows[name] = found if known is None or known.shape != found.shape else known + found
-
-    def add_up(self) -> None:
-        super().add_up()
-        self.rows = add_up_all(self.rows)
-        inputs = {(name, matrix): one for name, known in self.columns.items() for matrix, one in known.items()}
-        for (name, matrix), total in add_up_all(inputs).items():
-            self.columns.setdefault(name, {})[matrix] = total
 
     def costs(self) -> dict[str, OutputCosts]:
         """Of each weight that is read as one matrix and met by gradients."""
