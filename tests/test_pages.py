@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import netopt
+from netopt.importance import registry
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -86,6 +87,7 @@ def name_of(page: Path) -> str:
 @pytest.mark.parametrize("page", [page for page, blocks in BLOCKS.items() if blocks], ids=name_of)
 def test_code_of_the_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(registry, "_REGISTERED", {**registry._REGISTERED})  # what a page adds is gone after it
     mpl.use("agg")
     namespace, text = setting(), page.read_text(encoding="utf-8")
     for block in BLOCKS[page]:

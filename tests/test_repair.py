@@ -396,27 +396,6 @@ def test_forwards_end_with_the_last_weight():
     assert len(ends) <= 1  # that of the look at how weights are used
 
 
-def in_a_process(rank, path):
-    """Prunes and repairs in one of two processes that work together."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{path}/meet", rank=rank, world_size=2)
-    try:
-        model, data = built("residual")
-        netopt.prune_neurons(model, data[0], 0.4, importance="reconstruction", data=data, progress=False)
-        torch.save(model.state_dict(), f"{path}/{rank}.pt")
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-def test_two_processes_with_the_same_data_do_what_one_does(tmp_path):
-    torch.multiprocessing.spawn(in_a_process, (str(tmp_path),), nprocs=2)
-    model, data = built("residual")
-    netopt.prune_neurons(model, data[0], 0.4, importance="reconstruction", data=data, progress=False)
-    for rank in range(2):
-        found = torch.load(tmp_path / f"{rank}.pt")
-        assert all(torch.equal(found[name], one) for name, one in model.state_dict().items())
-
-
 @pytest.mark.parametrize("sizes", [(40, 24), (24, 40), (4, 40, 24, 4)], ids=str)
 @pytest.mark.parametrize("kind", [ByShape, HalfOnTheClass], ids=lambda kind: kind.__name__)
 def test_batches_in_flight_do_not_see_what_a_model_keeps_of_one_another(kind, sizes):

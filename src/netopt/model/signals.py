@@ -210,22 +210,22 @@ class UndoLog(Handlers):
         return result
 
     def __enter__(self) -> Self:
-        while True:
-            self._holds = True
-            try:
+        try:
+            while True:
+                self._holds = True
                 self.install()
                 if self._whole or _nested.logs:
                     _nested.logs.append(self)
                 self.callback(_thread_state())
                 if self._start is not None:
                     self._start(self)
-            except BaseException as error:
-                self.close(error)
-                raise
-            if not self._pending:
-                self._holds = False
-                return self
-            self.close()  # which raises, unless the user's handler does not
+                if not self._pending:
+                    self._holds = False
+                    return self
+                self.close()  # which raises, unless the user's handler does not
+        except BaseException as error:
+            self.close(error)
+            raise
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -91,7 +91,10 @@ def best_pull(own: Sequence[Tensor], lost: Sequence[Tensor]) -> tuple[float | No
     rows = [one[:, ::step] for one in lost]
     best, least = None, 0.0
     for pull in PULLS:
-        fall = sum(_fall(own[fitted], rows[fitted], own[held], rows[held], pull) for fitted, held in ((0, 1), (1, 0)))
+        try:
+            fall = sum(_fall(own[one], rows[one], own[other], rows[other], pull) for one, other in ((0, 1), (1, 0)))
+        except torch.linalg.LinAlgError:  # too weak for the rounding of these moments
+            break
         if not fall < least:
             break
         best, least = pull, fall
