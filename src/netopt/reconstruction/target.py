@@ -93,7 +93,7 @@ def best_pull(own: Sequence[Tensor], lost: Sequence[Tensor]) -> tuple[float | No
     for pull in PULLS:
         try:
             fall = sum(_fall(own[one], rows[one], own[other], rows[other], pull) for one, other in ((0, 1), (1, 0)))
-        except torch.linalg.LinAlgError:  # too weak for the rounding of these moments
+        except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage] - too weak for rounded moments
             break
         if not fall < least:
             break
