@@ -7,7 +7,6 @@ folder is found before a weight is read.
 from __future__ import annotations
 
 import copy
-import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from netopt.errors import CheckpointError, InvalidArgumentError, MissingPackageError
 from netopt.integrations.huggingface.meta_build import build
 from netopt.plan.checkpoint import CONFIG
-from netopt.plan.shards import INDEX, Stored, open_checkpoint
+from netopt.plan.shards import INDEX, Stored, open_checkpoint, read_mapping
 
 __all__ = ["Source", "import_transformers", "open_source"]
 
@@ -120,13 +119,7 @@ def _described(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
         raise CheckpointError(f"{folder} has no {CONFIG}, which tells what model it is")
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path} is broken: it holds no mapping")
-    return found
+    return read_mapping(path)
 
 
 def _check_plain(described: Mapping[str, Any], where: Any) -> None:
