@@ -345,6 +345,10 @@ class Axes(Sequence[Axis]):
         found = self._counts.nearest(wanted)
         return {axis.name: found[index] for index, axis in enumerate(self._axes) if axis.frozen is None}
 
+    def satisfying(self, choices: Iterable[Mapping[str, int]]) -> list[Mapping[str, int]]:
+        """The choices of counts that satisfy every constraint among the axes they name."""
+        return [one for one in choices if self._counts.holds({self._index[name]: n for name, n in one.items()})]
+
     def tensor_indices(self, kept: Mapping[str, Tensor]) -> dict[str, dict[int, Tensor]]:
         """Which indices of which tensor dimension remain when these neurons are kept.
 

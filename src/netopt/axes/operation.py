@@ -6,6 +6,7 @@ result. The registry maps operations to rules; an operation without one freezes 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, final
 
@@ -29,6 +30,7 @@ from netopt.axes.layout import (
 )
 from netopt.axes.layout import unify as unify_layouts
 from netopt.errors import InvalidArgumentError
+from netopt.symbolic import DimSize, SymbolicInt
 
 if TYPE_CHECKING:
     from netopt.axes.tracing.dims import DimTracer
@@ -228,6 +230,12 @@ class Operation:
     def plays(self, role: str, dims: Iterable[Dim]) -> None:
         """Notes the part that dimensions play in this operation, such as heads, which tells the kind of their axes."""
         self.trace.roles[role].extend(dim.layout for dim in dims if dim.size > 1)
+
+    def keep_multiple(self, dim: Dim, step: int) -> None:
+        """States that the operation runs for multiples of a step alone, if this dimension is one."""
+        if dim.size % step == 0:
+            constraints = self.trace.constraints
+            constraints.guard(operator.eq, SymbolicInt(dim.size, DimSize(dim.layout), constraints) % step, 0, True)
 
     def note_slice(self, tensor: Tensor, whole: Dim, part: Dim) -> None:
         """Notes that a part of a weight was read by its position; what no operation reads is not a neuron."""

@@ -231,6 +231,10 @@ class CountSolver:
                 result.update(found)
         return result
 
+    def holds(self, counts: Mapping[Any, int]) -> bool:
+        """Whether every constraint holds that is about these unknowns alone."""
+        return all(one.holds(counts) for one in self.constraints if one.leaves <= counts.keys())
+
     def unshrinkable(self) -> dict[Hashable, str]:
         """The groups that no choice of counts can shrink, each with the constraint in its way."""
         found: dict[Hashable, str] = {}

@@ -151,7 +151,7 @@ def without(found: Found, remove: Mapping[str, Sequence[int]]) -> dict[str, Tens
 def _from_groups(found: Found, scores: Mapping[str, Tensor], budget: Budget, groups: Choices) -> dict[str, int]:
     """The counts of one choice of each group, within the budget."""
     sizes, amount = found.sizes, by_axis(found, budget.amount)
-    groups = [_rounded(one, budget.round_to) for one in groups]
+    groups = [_rounded([one[0], *found.axes.satisfying(one[1:])], budget.round_to) for one in groups]
     if isinstance(amount, Mapping):
         return choose_alike(
             groups, {name: size - removed(amount[name], size) for name, size in sizes.items() if name in amount}

@@ -141,6 +141,10 @@ def trilinear(
     return result
 
 
+_GROUPED_ROW = 16
+"""Bytes of which the kernel of grouped products wants rows to be a multiple."""
+
+
 @rule("aten::_grouped_mm")
 def grouped_mm(
     op: Operation, left: Tensor, right: Tensor, offs: Tensor | None = None, *rest: Any, **kwargs: Any
@@ -152,6 +156,9 @@ def grouped_mm(
         op.freeze(b[0], "is a number of groups of rows")
         op.plays("experts", b[:1])
     op.contract(right, [b[-2]], [b[-1]])
+    for tensor, dims in ((left, a), (right, b)):  # the rows of both, as they lie in memory
+        step = max(_GROUPED_ROW // tensor.element_size(), 1)
+        op.keep_multiple(dims[-1] if tensor.stride(-1) == 1 else dims[-2], step)
     return [*a[:-1], b[-1]]
 
 
