@@ -86,7 +86,9 @@ def prune_weights(
         NothingToPruneError: no candidate is left.
         SelectorError: ``include`` or ``exclude`` names nothing.
         UnknownNameError: no such criterion or scope.
-        MissingDataError: the criterion needs ``data`` or ``loss_fn``.
+        MissingDataError: the criterion needs ``data`` or ``loss_fn``, or no output depends on the weights by which a
+            global amount could be shared out.
+        ForwardError: gradients are needed and the outputs cannot be differentiated.
         NonFiniteError: a weight or score is NaN; the message names it.
 
     Note:
