@@ -154,3 +154,22 @@ def test_positions_that_cannot_go_are_named(remove, error, why):
 def test_nothing_is_left_to_prune_where_everything_is_excluded():
     with pytest.raises(NothingToPruneError, match="is excluded"):
         names_removed(exclude=["width", "heads", "head_dim", "ffn"])
+
+
+@pytest.mark.parametrize("much", [{"amount": 0.5}, {"max_params": 0.6}], ids=["amount", "budget"])
+def test_every_kind_loses_the_same_share(much):
+    report = prune_neurons(Block(), torch.randn(2, 6, 5), **much, importance="l2", scope="kind", progress=False)
+    kinds_found = {row.kind for row in report.rows}
+    before = {kind: sum(row.before for row in report.rows if row.kind == kind) for kind in kinds_found}
+    after = {kind: sum(row.after for row in report.rows if row.kind == kind) for kind in kinds_found}
+    gone = {kind: 1 - after[kind] / size for kind, size in before.items()}
+    assert len(gone) == 4
+    assert min(gone.values()) > 0
+    assert all(abs(one - gone["ffn"]) <= 1 / size for one, size in zip(gone.values(), before.values(), strict=True))
+    assert report.settings["scope"] == "kind"
+
+
+@pytest.mark.parametrize("more", [{"loadable": True}, {"of": "original"}], ids=["loadable", "original"])
+def test_what_shares_of_kinds_do_not_go_with_is_refused(more):
+    with pytest.raises(InvalidArgumentError, match="kind"):
+        prune_neurons(Block(), torch.randn(2, 6, 5), 0.5, importance="l2", scope="kind", progress=False, **more)

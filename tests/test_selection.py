@@ -17,9 +17,11 @@ from netopt.errors import (
     SelectorError,
     UnknownNameError,
 )
-from netopt.selection import NORMALIZATIONS, Limits, normalized, select, select_within
+from netopt.selection import NORMALIZATIONS, Limits, grouped, normalized, select, select_within
 
 TABLES = st.lists(st.integers(1, 9), min_size=1, max_size=4)
+GROUPS = ([None] * 4, ["a", "b", "a", None])
+"""Kinds of axes that are ranked one by one, and together."""
 
 
 def table(sizes, seed=0):
@@ -27,19 +29,18 @@ def table(sizes, seed=0):
     return {f"axis{place}": torch.rand(size, generator=generator) + 0.1 for place, size in enumerate(sizes)}
 
 
-@given(TABLES, st.floats(0, 0.99), st.sampled_from(["global", "layer"]), st.integers(0, 5))
+@given(TABLES, st.floats(0, 0.99), st.sampled_from([None, *GROUPS]), st.integers(0, 5))
 @settings(deadline=None, max_examples=80)
-def test_the_amount_asked_for_goes_and_the_best_stay(sizes, amount, scope, seed):
+def test_the_amount_asked_for_goes_and_the_best_stay(sizes, amount, kinds, seed):
     scores = table(sizes, seed)
-    kept = select(scores, amount, scope=scope)
-    total, left = sum(sizes), sum(len(one) for one in kept.values())
-    if scope == "global":
-        assert total - left == min(int(amount * total + 0.5), total - len(sizes))
+    groups = None if kinds is None else grouped(kinds[: len(sizes)], scores)
+    kept = select(scores, amount, groups=groups)
+    for names in groups or [list(scores)]:
+        total, left = sum(len(scores[name]) for name in names), sum(len(kept[name]) for name in names)
+        assert total - left == min(int(amount * total + 0.5), total - len(names))
     for name, one in scores.items():
         assert len(kept[name]) >= 1
         assert torch.equal(kept[name], kept[name].sort().values)
-        if scope == "layer":
-            assert len(kept[name]) == max(1, len(one) - int(amount * len(one) + 0.5))
         gone = [place for place in range(len(one)) if place not in kept[name]]
         assert not gone or float(one[gone].max()) <= float(one[kept[name]].min())
 
@@ -55,7 +56,7 @@ def test_a_larger_amount_removes_a_superset(sizes, amount, more, seed):
 def test_a_count_removes_so_many():
     kept = select(table([5, 5]), 3)
     assert sum(len(one) for one in kept.values()) == 7
-    assert [len(one) for one in select(table([5, 4]), 3, scope="layer").values()] == [2, 1]
+    assert [len(one) for one in select(table([5, 4]), 3, groups=[["axis0"], ["axis1"]]).values()] == [2, 1]
 
 
 def test_a_threshold_removes_what_scores_below():
@@ -84,7 +85,7 @@ def test_equations_between_counts_have_the_last_word():
     def equal(counts):
         return dict.fromkeys(counts, min(counts.values()))
 
-    kept = select(table([5, 7]), 0.5, scope="layer", limits=Limits(feasible=equal))
+    kept = select(table([5, 7]), 0.5, groups=[["axis0"], ["axis1"]], limits=Limits(feasible=equal))
     assert {len(one) for one in kept.values()} == {2}
 
 
@@ -142,7 +143,8 @@ def test_a_budget_by_layer_takes_the_same_share_of_every_axis_and_no_more_than_n
     whole = product_cost({name: torch.arange(len(one)) for name, one in scores.items()})
     smallest = product_cost({name: torch.arange(min(step, len(one))) for name, one in scores.items()})
     limit = max(int(share * whole), smallest)
-    kept = select_within(scores, product_cost, limit, unit_costs=None, limits=Limits(round_to=step))
+    alone = {"unit_costs": dict.fromkeys(scores, 1.0), "groups": [[name] for name in scores]}
+    kept = select_within(scores, product_cost, limit, **alone, limits=Limits(round_to=step))
     assert product_cost(kept) <= limit
     if step == 1:
         # Some share gives just these counts, and the next smaller share that gives others costs too much.
@@ -152,6 +154,23 @@ def test_a_budget_by_layer_takes_the_same_share_of_every_axis_and_no_more_than_n
         at = counts.index({name: len(one) for name, one in kept.items()})
         less = {name: torch.arange(count) for name, count in counts[max(at - 1, 0)].items()}
         assert at == 0 or product_cost(less) > limit
+
+
+@given(st.lists(st.integers(2, 9), min_size=3, max_size=3), st.floats(0.1, 1.0), st.integers(0, 9))
+@settings(deadline=None, max_examples=40)
+def test_a_budget_by_groups_takes_the_same_share_of_each_and_the_lowest_within(sizes, share, seed):
+    scores, groups, costs = table(sizes, seed), [["axis0", "axis2"], ["axis1"]], dict.fromkeys(table(sizes), 1.0)
+    limit = max(int(share * sum(sizes)), 3)
+
+    def count(kept):
+        return sum(len(one) for one in kept.values())
+
+    kept = select_within(scores, count, limit, unit_costs=costs, groups=groups)
+    assert limit >= count(kept) > limit - 2 or count(kept) == sum(sizes)
+    for names in groups:
+        size, own = sum(len(scores[name]) for name in names), {name: scores[name] for name in names}
+        gone = size - sum(len(kept[name]) for name in names)
+        assert all(torch.equal(one, kept[name]) for name, one in select(own, gone).items())
 
 
 def test_the_greedy_choice_keeps_nearly_the_best_score_there_is():
@@ -198,7 +217,6 @@ def test_a_budget_below_the_smallest_model_is_refused():
         ({"amount": {"axis0": {}}}, ArgumentTypeError, "inside a mapping"),
         ({"threshold": float("nan")}, InvalidArgumentError, "NaN"),
         ({"threshold": "low"}, ArgumentTypeError, "threshold must be a number"),
-        ({"amount": 0.5, "scope": "layers"}, UnknownNameError, "Did you mean 'layer'"),
     ],
 )
 def test_wrong_calls_say_what_is_wrong(arguments, error, message):

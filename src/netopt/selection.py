@@ -1,13 +1,13 @@
 """Which neurons stay: from scores to kept positions.
 
-Scores of different axes are made comparable by one stated normalisation, ranked together or axis by axis, and cut at an
+Scores of different axes are made comparable by one stated normalisation, ranked together or in groups, and cut at an
 amount, a threshold, or a budget. Names, numbers and scores only: nothing here knows a model.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from fractions import Fraction
@@ -35,6 +35,7 @@ __all__ = [
     "check_amount",
     "check_scope",
     "check_threshold",
+    "grouped",
     "normalized",
     "removed",
     "select",
@@ -44,7 +45,10 @@ __all__ = [
 Amount = float | int | Mapping[str, float | int]
 """A fraction in [0, 1), a count, or one of these for each axis name or pattern."""
 
-Scope = Literal["global", "layer"]
+Scope = Literal["global", "kind", "layer"]
+
+Groups = Sequence[Sequence[str]]
+"""Names of axes, each in one group, whose neurons are ranked together; every group loses the same share."""
 
 Scores = Mapping[str, Tensor]
 """One score a neuron, higher means keep, by axis name."""
@@ -126,7 +130,7 @@ def select(
     amount: Amount | None = None,
     *,
     threshold: float | None = None,
-    scope: Scope = "global",
+    groups: Groups | None = None,
     limits: Limits = Limits(),
     normalization: str | None = None,
 ) -> dict[str, Tensor]:
@@ -137,7 +141,7 @@ def select(
         amount: Fraction in [0, 1) of all neurons, a count, or a mapping from axis names or patterns to these, whose
             amounts are each of one axis and which leaves the other axes whole.
         threshold: Instead of an amount: neurons that score below are removed.
-        scope: ``"global"`` ranks all axes together, ``"layer"`` removes the amount of every axis.
+        groups: Axes that are ranked together; the amount is of each group. By default all are one.
         limits: Multiples and equations to respect.
         normalization: What makes scores of different axes comparable; by default the one in use.
 
@@ -162,7 +166,7 @@ def select(
     else:
         assert amount is not None
         check_amount(amount)
-        counts = _counts(scores, amount, check_scope(scope), normalization)
+        counts = _counts(scores, amount, groups, normalization)
     return best(scores, limits.settle(counts, sizes))
 
 
@@ -178,22 +182,24 @@ def select_within(
     cost: Callable[[Mapping[str, Tensor]], int],
     limit: int,
     *,
-    unit_costs: Mapping[str, float] | None,
+    unit_costs: Mapping[str, float],
+    groups: Groups | None = None,
     limits: Limits = Limits(),
     normalization: str | None = None,
 ) -> dict[str, Tensor]:
     """Keeps as much as a budget allows.
 
-    With ``unit_costs`` neurons go in the order of least score for the cost they free: that of the greedy solution of
-    the knapsack problem, with each neuron's cost taken in the whole model. Without, every axis loses the same share.
-    How many go is found by bisection on the true cost, so that the result is never above ``limit``, and with one
-    neuron, or the next smaller share, removed it would be.
+    Neurons go in the order of least score for the cost they free: that of the greedy solution of the knapsack problem,
+    with each neuron's cost taken in the whole model; of several groups each loses the same share. How many go is found
+    by bisection on the true cost, so that the result is never above ``limit``, and with one neuron, or the next smaller
+    share, removed it would be.
 
     Args:
         scores: One score a neuron, by axis; higher means keep.
         cost: What a model with these kept positions costs (parameters, MACs); falls as neurons go.
         limit: The most it may cost.
         unit_costs: What one neuron of each axis costs in the whole model; only their ratios matter.
+        groups: Axes that are ranked together; by default all.
         limits: Multiples and equations to respect.
         normalization: What makes scores of different axes comparable; by default the one in use.
 
@@ -202,7 +208,7 @@ def select_within(
     """
     _check_scores(scores)
     sizes = {name: len(one) for name, one in scores.items()}
-    steps = _share_by_share(sizes) if unit_costs is None else _one_by_one(scores, sizes, unit_costs, normalization)
+    steps = _Steps.of([_Queue(scores, group, unit_costs, normalization) for group in groups or [list(scores)]])
     tried: dict[int, tuple[dict[str, Tensor], int]] = {}
 
     def attempt(step: int) -> tuple[dict[str, Tensor], int]:
@@ -226,40 +232,48 @@ def select_within(
     return attempt(high)[0]
 
 
+class _Queue:
+    """The neurons of axes that are ranked together, in the order in which they go; one stays on every axis."""
+
+    def __init__(
+        self, scores: Scores, names: Sequence[str], unit_costs: Mapping[str, float], normalization: str | None
+    ) -> None:
+        self._sizes = {name: len(scores[name]) for name in names}
+        self._order = _cheapest_first({name: scores[name] for name in names}, unit_costs, normalization)
+        self.size = sum(self._sizes.values())
+
+    def __len__(self) -> int:
+        """How many may go."""
+        return len(self._order)
+
+    def counts(self, gone: int) -> Counts:
+        """How many neurons each axis keeps when so many go, or all that may."""
+        order = self._order[:gone]
+        return {name: size - int((order == place).sum()) for place, (name, size) in enumerate(self._sizes.items())}
+
+
 @dataclass(frozen=True)
 class _Steps:
-    """Counts by axis after each of so many steps; none grows from one to the next, and at the end each is one."""
+    """Counts by axis once the same share of every group has gone; it grows by as little as removes one neuron more."""
 
-    count: int
-    counts: Callable[[int], Counts]
+    queues: Sequence[_Queue]
+    shares: Sequence[Fraction]
+
+    @classmethod
+    def of(cls, queues: Sequence[_Queue]) -> _Steps:
+        # Half a neuron is rounded up, so at these shares one more goes.
+        shares = {Fraction(2 * gone - 1, 2 * one.size) for one in queues for gone in range(1, len(one) + 1)}
+        return cls(queues, [Fraction(0), *sorted(shares)])
+
+    @property
+    def count(self) -> int:
+        return len(self.shares) - 1
 
     def __call__(self, step: int) -> Counts:
-        return self.counts(step)
-
-
-def _one_by_one(
-    scores: Scores, sizes: Mapping[str, int], unit_costs: Mapping[str, float], normalization: str | None
-) -> _Steps:
-    """One neuron a step."""
-    order = _cheapest_first(scores, unit_costs, normalization)
-
-    def counts(step: int) -> Counts:
-        gone = order[:step]
-        return {name: size - int((gone == place).sum()) for place, (name, size) in enumerate(sizes.items())}
-
-    return _Steps(len(order), counts)
-
-
-def _share_by_share(sizes: Mapping[str, int]) -> _Steps:
-    """The same share of every axis, larger by as little as removes one neuron more from some axis."""
-    # Half a neuron is rounded up, so at these shares one more goes.
-    shares = sorted({Fraction(2 * gone - 1, 2 * size) for size in sizes.values() for gone in range(1, size)})
-
-    def counts(step: int) -> Counts:
-        share = shares[step - 1] if step else Fraction(0)
-        return {name: max(1, size - math.floor(share * size + Fraction(1, 2))) for name, size in sizes.items()}
-
-    return _Steps(len(shares), counts)
+        share, found = self.shares[step], {}
+        for one in self.queues:
+            found |= one.counts(math.floor(share * one.size + Fraction(1, 2)))
+        return found
 
 
 def normalized(scores: Tensor, how: str | None = None) -> Tensor:
@@ -303,23 +317,18 @@ def check_amount(amount: Amount) -> None:
         raise InvalidArgumentError(f"amount must be 0 or more, got {amount}")
 
 
-def _counts(scores: Scores, amount: Amount, scope: Scope, normalization: str | None) -> Counts:
+def _counts(scores: Scores, amount: Amount, groups: Groups | None, normalization: str | None) -> Counts:
     """How many neurons each axis keeps."""
-    sizes = {name: len(one) for name, one in scores.items()}
     if isinstance(amount, Mapping):
-        return _counts_by_name(sizes, amount)
-    if scope == "layer":
-        return {name: max(1, size - removed(amount, size)) for name, size in sizes.items()}
-    total = sum(sizes.values())
-    wanted = removed(amount, total)
-    removable = total - len(sizes)
-    if isinstance(amount, int) and amount > removable:
+        return _counts_by_name({name: len(one) for name, one in scores.items()}, amount)
+    alike = dict.fromkeys(scores, 1.0)
+    queues = [_Queue(scores, group, alike, normalization) for group in groups or [list(scores)]]
+    if isinstance(amount, int) and groups is None and amount > len(queues[0]):
         raise InvalidArgumentError(
-            f"amount asks for {amount} neurons and {removable} can go: {total} on {len(sizes)} axes, of which each "
-            f"keeps one"
+            f"amount asks for {amount} neurons and {len(queues[0])} can go: {queues[0].size} on {len(scores)} axes, of "
+            "which each keeps one"
         )
-    gone = _cheapest_first(scores, dict.fromkeys(scores, 1.0), normalization)[:wanted]
-    return {name: size - int((gone == place).sum()) for place, (name, size) in enumerate(sizes.items())}
+    return {name: count for one in queues for name, count in one.counts(removed(amount, one.size)).items()}
 
 
 def _counts_by_name(sizes: Mapping[str, int], amounts: Mapping[str, float | int]) -> Counts:
@@ -369,13 +378,26 @@ def _check_scores(scores: Scores) -> None:
             raise NonFiniteError(f"scores of axis `{name}` are not finite; look for NaN or infinity in its weights")
 
 
+def grouped(kinds: Iterable[str | None], names: Iterable[str]) -> list[list[str]]:
+    """The names of each kind; one of no kind is by itself.
+
+    Example:
+        >>> grouped(["ffn", "width", "ffn", None], ["fc1", "out", "fc2", "rest"])
+        [['fc1', 'fc2'], ['out'], ['rest']]
+    """
+    found: dict[str | int, list[str]] = {}
+    for place, (kind, name) in enumerate(zip(kinds, names, strict=True)):
+        found.setdefault(place if kind is None else kind, []).append(name)
+    return list(found.values())
+
+
 def check_scope(scope: str) -> Scope:
     """The scope of that name.
 
     Raises:
         UnknownNameError: There is none.
     """
-    scopes: Sequence[Scope] = ("global", "layer")
+    scopes: Sequence[Scope] = ("global", "kind", "layer")
     for known in scopes:
         if scope == known:
             return known

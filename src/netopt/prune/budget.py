@@ -25,6 +25,7 @@ from netopt.selection import (
     check_amount,
     check_scope,
     check_threshold,
+    grouped,
     removed,
     select,
     select_within,
@@ -63,6 +64,10 @@ class Budget:
             check_amount(self.amount)
         if self.threshold is not None:
             check_threshold(self.threshold)
+        if self.loadable and self.scope == "kind":
+            raise InvalidArgumentError(
+                "loadable=True ties the counts of axes of several kinds; use scope='global', or 'layer'."
+            )
         if self.loadable and self.threshold is not None:
             raise InvalidArgumentError(
                 "loadable=True ties the counts of axes, which a threshold decides one by one; give amount, max_params "
@@ -99,22 +104,37 @@ def choose(found: Found, scored: NeuronScores, budget: Budget, groups: Choices |
     scores, normalization = scored.scores, "none" if scored.comparable else None
     if groups is not None:
         return best(scores, {**found.sizes, **_from_groups(found, scores, budget, groups)})
-    limits = Limits(budget.round_to, _feasible(found))
+    limits, ranked = Limits(budget.round_to, _feasible(found)), _together(found, budget.scope)
     if budget.amount is not None or budget.threshold is not None:
         return select(
             scores,
             by_axis(found, budget.amount),
             threshold=budget.threshold,
-            scope=budget.scope,
+            groups=ranked,
             limits=limits,
             normalization=normalization,
         )
     cost_of, share = _cost(found, budget)
     whole = cost_of({})
-    costs = _unit_costs(found.sizes, cost_of, whole, limits) if budget.scope == "global" else None
+    costs = dict.fromkeys(scores, 1.0)
+    if budget.scope != "layer":  # where the order on an axis is all that counts
+        costs = _unit_costs(found.sizes, cost_of, whole, limits)
     return select_within(
-        scores, cost_of, int(share * whole), unit_costs=costs, limits=limits, normalization=normalization
+        scores,
+        cost_of,
+        int(share * whole),
+        unit_costs=costs,
+        groups=ranked,
+        limits=limits,
+        normalization=normalization,
     )
+
+
+def _together(found: Found, scope: Scope) -> list[list[str]] | None:
+    """The axes whose neurons are ranked together, ``None`` for all."""
+    if scope == "global":
+        return None
+    return grouped([axis.kind if scope == "kind" else None for axis in found.chosen], found.sizes)
 
 
 def without(found: Found, remove: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:

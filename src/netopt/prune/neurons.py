@@ -94,7 +94,8 @@ def prune_neurons(
             ``example_inputs``.
         loss_fn: Of the model's result and a batch's targets, for criteria that need the loss.
         scope: ``"global"`` ranks the neurons of all axes together, each score as its share of those of its axis that
-            are not below it; ``"layer"`` removes the amount, or for a budget the same share, of every axis.
+            are not below it; ``"kind"`` those of one kind (heads, inner neurons, the width), and every kind loses the
+            amount, or for a budget the same share; ``"layer"`` does so for every axis.
         include: Names, patterns, types, modules, or predicates of an :class:`~netopt.axes.Axis`, whose neurons may go.
         exclude: The same, whose neurons all stay.
         outputs: Which results must keep their shape; see :func:`netopt.find_axes`.
@@ -123,7 +124,8 @@ def prune_neurons(
         VerificationError: The smaller model fails, or its outputs have other shapes; everything was put back.
 
     References:
-        Importance Estimation for Neural Network Pruning (Molchanov et al., 2019), https://arxiv.org/abs/1906.10771
+        Importance Estimation for Neural Network Pruning (Molchanov et al., 2019), https://arxiv.org/abs/1906.10771;
+        isomorphic pruning, for ``scope="kind"`` (Fang et al., 2024), https://arxiv.org/abs/2407.04616
 
     Example:
         >>> net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))

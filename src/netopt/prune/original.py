@@ -22,8 +22,11 @@ _FIRST_SIZES: WeakKeyDictionary[nn.Module, dict[str, int]] = WeakKeyDictionary()
 
 def check_of(of: str, budget: Budget) -> None:
     """Raises an `InvalidArgumentError` unless ``of`` is known, and fits the budget."""
-    if of not in OF or (of == "original" and (budget.amount is None or budget.loadable)):
-        raise InvalidArgumentError(f"of={of!r} is 'now', or 'original' for an amount and without loadable=True.")
+    refused = budget.amount is None or budget.loadable or budget.scope == "kind"
+    if of not in OF or (of == "original" and refused):
+        raise InvalidArgumentError(
+            f"of={of!r} is 'now', or 'original' for an amount, without loadable=True or scope='kind'."
+        )
 
 
 def as_of_now(found: Found, budget: Budget, of: str) -> Budget:
