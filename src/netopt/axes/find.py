@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_iter
 from netopt import batches
 from netopt.axes import rules as _rules  # noqa: F401 - registers the rules
 from netopt.axes.axes import Axes
-from netopt.axes.layout import Layout, freeze, mark_inexact
+from netopt.axes.layout import OUTPUT, Layout, freeze, mark_inexact
 from netopt.axes.tracing.attributes import symbolic_integers
 from netopt.axes.tracing.described_sizes import bind_described_sizes
 from netopt.axes.tracing.dims import DimTracer
@@ -176,7 +176,7 @@ def _run(
         results = [tuple([dim.layout for dim in trace.dims(tensor)]) for tensor in counted]
         for layouts in results:
             for layout in layouts:
-                freeze(layout, "is a dimension of the model's output")
+                freeze(layout, OUTPUT)
     return tracer, results
 
 

@@ -103,10 +103,9 @@ def shrink_pretrained(
     import_transformers()
     if not isinstance(source, (str, os.PathLike, nn.Module)):
         raise ArgumentTypeError(f"source must be a folder or a model of transformers, not {type(source).__name__}.")
-    if plan is not None and not all(one is None for one in (amount, max_params, max_macs, importance, data, repair)):
-        raise InvalidArgumentError(
-            "plan= says what is removed; leave out amount, budgets, importance, data and repair."
-        )
+    others = (amount, max_params, max_macs, importance, data, loss_fn, include, exclude, repair)
+    if plan is not None and (round_to != 1 or any(one is not None for one in others)):
+        raise InvalidArgumentError("plan= says all that is removed; leave out what chooses neurons, data and repair.")
     if importance is None:
         importance = "magnitude" if data is None else "saliency"
     arguments = {
