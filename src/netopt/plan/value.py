@@ -164,9 +164,7 @@ class Plan(JSONFile):
             view.model,
             plan.tensors,
             attributes=plan.attributes,
-            values=plan.values,
-            shifts=plan.shifts,
-            scales=plan.scales,
+            contents=surgery.Contents(plan.values, plan.shifts, plan.scales),
             optimizer=optimizer,
             view=view,
         )

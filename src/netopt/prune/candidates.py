@@ -11,10 +11,11 @@ from torch import nn
 
 from netopt.axes import KINDS, Axes, Axis
 from netopt.errors import NothingToPruneError, SelectorError
+from netopt.importance.scoring import ScoredAxes
 from netopt.model.view import ModelView
 from netopt.selectors import Selector, matches
 
-__all__ = ["AxisSelector", "candidates", "choices", "explain", "fits", "names_of"]
+__all__ = ["AxisSelector", "candidates", "choices", "explain", "fits", "names_of", "scored"]
 
 AxisSelector: TypeAlias = Selector | Callable[[Axis], bool] | Sequence[Any]
 """A selector, or a predicate of an :class:`~netopt.axes.Axis`, or the name or pattern of axes, or several of these."""
@@ -52,6 +53,12 @@ def candidates(
     if not chosen:
         raise NothingToPruneError(explain(axes, kept_out))
     return chosen, kept_out
+
+
+def scored(axes: Axes, chosen: Sequence[Axis]) -> ScoredAxes:
+    """The chosen axes as criteria see them."""
+    members = {axis.name: axes.members(axis) for axis in chosen}
+    return ScoredAxes({axis.name: axis.size for axis in chosen}, members, lambda name: axes.taps(axes[name]))
 
 
 def explain(axes: Axes, kept_out: dict[str, str], shown: int = 12) -> str:
