@@ -34,7 +34,7 @@ from netopt.plan import Plan
 from netopt.plan.build import make_plan
 from netopt.plan.hooks import Note, complete, expressible
 from netopt.prune.budget import Budget, choose, without
-from netopt.prune.candidates import AxisSelector, scored
+from netopt.prune.candidates import AxisSelector, holding, scored
 from netopt.prune.exactness.dead_neurons import may_exist
 from netopt.prune.exactness.folding import Folds, fold_removed, shifted
 from netopt.prune.exactness.rescaling import Rescaling, find_rescalings, rescaled
@@ -355,7 +355,7 @@ def _decide_loadable(found: Found, scores: NeuronScores, budget: Budget, *, fold
         try:
             decision = _complete(found, scores, choose(found, scores, budget, some), fold=fold)
         except NothingToPruneError as error:
-            refused.append(error)
+            refused.append(NothingToPruneError(f"{error}{holding(found.axes, found.kept_out)}"))
             continue
         why = next((f"{name} {note.text}" for name, note in decision.hook_notes.items() if not note.is_complete), None)
         if why is None:
@@ -390,7 +390,7 @@ def _complete(found: Found, scores: NeuronScores, kept: dict[str, Tensor], *, fo
     view, axes, model = found.view, found.axes, found.view.model
     rescalings = find_rescalings(view, axes, kept, found.forward)
     plan = rescaled(make_plan(view, axes, kept), rescalings)
-    plan, hook_notes = complete(model, plan)
+    plan, hook_notes = complete(model, plan, axes)
     nonzero = measure.nonzero_of(view)
     folds = fold_removed(found.forward, axes, kept, plan) if fold and may_exist(view, plan, nonzero) else Folds()
     plan = shifted(plan, folds.of(list(folds.shifts)))
