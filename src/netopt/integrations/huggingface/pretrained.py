@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from netopt import measure
+from netopt.axes import Outputs
 from netopt.batches import Batch, Inputs, device_of, move
 from netopt.errors import ArgumentTypeError, CheckpointError, InvalidArgumentError, VerificationError
 from netopt.importance import Importance, lookup
@@ -48,6 +49,7 @@ def shrink_pretrained(
     loss_fn: Callable[[Any, Any], Tensor] | None = None,
     include: AxisSelector = None,
     exclude: AxisSelector = None,
+    outputs: Outputs = None,
     round_to: int = 1,
     repair: Any = None,
     plan: Plan | BlockPlan | ExpertPlan | PlanSequence | None = None,
@@ -74,6 +76,7 @@ def shrink_pretrained(
         loss_fn: Of the model's result and a batch's targets.
         include: Whose neurons may go; see :func:`netopt.prune_neurons`.
         exclude: Whose neurons all stay.
+        outputs: Which results must keep their shape; a width that only other results show may then go.
         round_to: Keep a multiple of this many neurons on every axis that has more.
         repair: As in :func:`netopt.prune_neurons`; the model is loaded.
         plan: What to remove, decided before, of any kind; the model is loaded, and nothing else is asked for.
@@ -103,7 +106,7 @@ def shrink_pretrained(
     import_transformers()
     if not isinstance(source, (str, os.PathLike, nn.Module)):
         raise ArgumentTypeError(f"source must be a folder or a model of transformers, not {type(source).__name__}.")
-    others = (amount, max_params, max_macs, importance, data, loss_fn, include, exclude, repair)
+    others = (amount, max_params, max_macs, importance, data, loss_fn, include, exclude, outputs, repair)
     if plan is not None and (round_to != 1 or any(one is not None for one in others)):
         raise InvalidArgumentError("plan= says all that is removed; leave out what chooses neurons, data and repair.")
     if importance is None:
@@ -117,6 +120,7 @@ def shrink_pretrained(
         "loss_fn": loss_fn,
         "include": include,
         "exclude": exclude,
+        "outputs": outputs,
         "round_to": round_to,
         "repair": repair,
         "progress": progress,
