@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from netopt import measure
 from netopt.axes import Outputs
-from netopt.batches import Batch, Inputs, device_of, move
-from netopt.errors import ArgumentTypeError, CheckpointError, InvalidArgumentError, VerificationError
+from netopt.batches import Batch, Inputs, call, device_of, move
+from netopt.errors import ArgumentTypeError, CheckpointError, ForwardError, InvalidArgumentError, VerificationError
 from netopt.importance import Importance, lookup
 from netopt.integrations.huggingface.inputs import inputs_of
 from netopt.integrations.huggingface.source import Source, import_transformers, model_class, open_source
@@ -169,6 +169,15 @@ class _Job:
             return inputs_of(model)
         return move(self.example_inputs, device_of(model) or "cpu")
 
+    def runs(self, model: nn.Module) -> bool:
+        """Whether a model without values runs; one that looks at what its masks hold needs them."""
+        try:
+            with torch.no_grad():
+                call(model, self.inputs(model))
+        except (ForwardError, InvalidArgumentError):
+            return False
+        return True
+
     def prune(self, model: nn.Module, **changed: Any) -> PruningReport:
         """Prunes a model such that its configuration builds the smaller one.
 
@@ -240,7 +249,7 @@ class _Loaded:
 
 def _from_folder(source: str | os.PathLike[str], job: _Job) -> _Streamed | _Loaded:
     opened = open_source(Path(source))
-    if job.reads_weights_alone and opened.names is not None:
+    if job.reads_weights_alone and opened.names is not None and job.runs(opened.skeleton):
         return _Streamed(opened, opened.names, job)
     return _Loaded(opened.load(job.dtype), opened, job)
 
