@@ -214,3 +214,18 @@ def test_of_two_groups_the_best_choices_are_taken(seed):
 def test_named_axes_are_at_most_their_target():
     assert choose_alike(GROUPS, {"a": 3, "c": 5}) == {"a": 3, "b": 3, "c": 4}
     assert choose_alike(GROUPS, {"c": 6}) == {"c": 6}
+
+
+def test_a_family_whose_layers_have_configurations_of_their_own_loads_again(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "hidden_size_per_layer_input": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "global_head_dim": 8}
+    words = {"vocab_size": 50, "vocab_size_per_layer_input": 50, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
+    kinds = [*["sliding_attention"] * 3, "full_attention"]
+    config = transformers.Gemma4TextConfig(**sizes, **heads, **words, num_kv_shared_layers=0, layer_types=kinds)
+    assert config.is_heterogeneous
+    model, inputs = transformers.Gemma4ForCausalLM(config).eval(), {"input_ids": torch.arange(3, 11)[None]}
+    report = prune_neurons(model, inputs, max_params=0.7, importance="magnitude", loadable=True, progress=False)
+    assert report.params_after <= 0.7 * report.params_before
+    assert report.notes["configuration"] == LOADS
+    loads_again(model, inputs, tmp_path)
