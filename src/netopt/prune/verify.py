@@ -95,7 +95,9 @@ class Forward:
         # A masked row divided by its own length is no number, which the fused kernel makes one of in short sequences.
         with restored(self.view) as log:
             log.enter_context(Unfused(), torch.no_grad(), *modes)
-            return [tensor.detach().clone() for tensor in self.counted(batches.call(self.model.eval(), inputs))]
+            return [
+                tensor.detach().clone() for tensor in self.counted(batches.call(batches.set_eval(self.model), inputs))
+            ]
 
     @cached_property
     def variations(self) -> tuple[Inputs, ...]:

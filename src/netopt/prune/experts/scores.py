@@ -81,7 +81,7 @@ def _observed(
     sums = {one.scores.router: torch.zeros(one.size, dtype=torch.float64) for one in mixtures}
     with restored(view) as log:
         log.enter_context(torch.no_grad())
-        view.model.eval()
+        batches.set_eval(view.model)
         for batch in data():
             before = {router: count.clone() for router, count in counts.items()}
             for mixture, call in _run(view, mixtures, batch, counts, keep=parts):

@@ -152,7 +152,7 @@ def prune_vocabulary(
         log.callback(words.put_back, on=BaseException)
         return operation.run(finish)
 
-    return UndoLog().run(work)
+    return UndoLog(whole=True).run(work)
 
 
 def _check(keep: Any, coverage: Any, round_to: Any) -> None:
@@ -233,7 +233,7 @@ class _Trial:
 
     def _run(self, inputs: Inputs) -> list[Tensor]:
         with restored(self._view), torch.no_grad():
-            self._view.model.eval()
+            batches.set_eval(self._view.model)
             result = batches.call(self._view.model, inputs)
             leaves = [tensor for _, tensor in batches.tensors(result)]
         return [one.detach().clone() for one in leaves if one.is_floating_point()]
