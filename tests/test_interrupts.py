@@ -173,6 +173,66 @@ def blocks() -> tuple[nn.Module, torch.optim.Optimizer]:
     return model, optimizer
 
 
+class Branched(nn.Module):
+    """Two branches, each with a norm of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(4), nn.LayerNorm(4)
+        self.mixer, self.up, self.down = nn.Linear(4, 4), nn.Linear(4, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = x + self.mixer(self.norm1(x))
+        return x + self.down(self.up(self.norm2(x)).relu())
+
+
+class Mixture(nn.Module):
+    """Two of four experts a row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.last = nn.Linear(4, 4), nn.Linear(4, 3)
+        self.experts = nn.ModuleList([nn.Linear(4, 4) for _ in range(4)])
+
+    def forward(self, x):
+        gates, chosen = self.router(x).softmax(-1).topk(2)
+        made = x
+        for place, expert in enumerate(self.experts):
+            made = made + (gates * (chosen == place)).sum(-1, keepdim=True) * expert(x)
+        return self.last(made)
+
+
+def branched() -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    return stepped(nn.Sequential(Branched(), Branched()))
+
+
+def mixture() -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    return stepped(Mixture())
+
+
+def stepped(model: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer]:
+    optimizer = torch.optim.Adam(model.parameters())
+    model(X).sum().backward()
+    optimizer.step()
+    return model, optimizer
+
+
+def with_tokenizer() -> tuple[Any, ...]:
+    """A model over words, with the tokenizer that is changed along with it."""
+    torch.manual_seed(0)
+    tokenizers = pytest.importorskip("tokenizers")
+    ids = {word: place for place, word in enumerate(["[UNK]", "a", "b", "c", "##b", "ab", "abc", "##c"])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordPiece(ids, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    model = nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 8))
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.arange(8)[None]).sum().backward()
+    optimizer.step()
+    return model, optimizer, tokenizer
+
+
 def pruned_gradually(steps: int, *, kind: str = "weights", **options: Any) -> Callable[[], tuple[Any, ...]]:
     """A model in the middle of being pruned gradually, with its optimizer and the pruner."""
 
@@ -218,6 +278,13 @@ CALLS: dict[str, Callable[..., Any]] = {
     ),
     "repair": lambda model, _: netopt.repair(model, PLAN["plan"], DENSE, [X, -X], progress=False),
     "prune_blocks": lambda model, optimizer: netopt.prune_blocks(model, X, 1, optimizer=optimizer, progress=False),
+    "prune_blocks branches": lambda model, optimizer: netopt.prune_blocks(
+        model, X, 1, kind="branches", optimizer=optimizer, progress=False
+    ),
+    "prune_experts": lambda model, optimizer: netopt.prune_experts(model, X, 1, optimizer=optimizer, progress=False),
+    "prune_vocabulary": lambda model, optimizer, tokenizer: netopt.prune_vocabulary(
+        model, tokenizer, ["ab b a"], optimizer=optimizer, progress=False
+    ),
     "step of weights": lambda model, optimizer, pruner: pruner.step(),
     "step with regrowth": lambda model, optimizer, pruner: pruner.step(),
     "step of masked neurons": lambda model, optimizer, pruner: pruner.step(),
@@ -236,6 +303,9 @@ MAKE: dict[str, Callable[[], tuple[Any, ...]]] = {
     **dict.fromkeys(("bake", "strip", "finish", "rewind"), masked),
     "repair": smaller,
     "prune_blocks": blocks,
+    "prune_blocks branches": branched,
+    "prune_experts": mixture,
+    "prune_vocabulary": with_tokenizer,
     "step of weights": pruned_gradually(2),
     "step with regrowth": pruned_gradually(2, regrow=True),
     "step of masked neurons": pruned_gradually(2, kind="neurons"),
@@ -250,10 +320,12 @@ def measured(model: nn.Module) -> float:
     return float(model(X).sum())
 
 
-def state_of_all(model: nn.Module, optimizer: torch.optim.Optimizer, pruner: GradualPruner | None = None) -> Any:
-    """The state of what a call is given, apart from the model's."""
+def state_of_all(model: nn.Module, optimizer: torch.optim.Optimizer, pruner: Any = None) -> Any:
+    """The state of what a call is given, apart from the model's; a pruner's, or a tokenizer's."""
     if pruner is None:
         return state_of_optimizer(optimizer)
+    if not isinstance(pruner, GradualPruner):
+        return state_of_optimizer(optimizer), pruner.to_str()
     plan = None if pruner.plan is None else pruner.plan.to_dict()
     return state_of_optimizer(optimizer), pruner.steps, [*pruner.history], pruner._total, str(plan)
 
@@ -319,7 +391,7 @@ def interrupted(name: str, sender: Sender, tries: int, twice: bool) -> dict[str,
             counts["raised"] += 1
             differing = [key for key in before[0] | after[0] if before[0].get(key) != after[0].get(key)]
             assert not differing, f"the call raised, and the model has changed: {differing[:5]}"
-            assert after[1] == before[1], "the call raised, and the optimizer or the pruner has changed"
+            assert after[1] == before[1], "the call raised, and the optimizer, the pruner or the tokenizer has changed"
             continue
         counts["returned"] += 1
         if name == "distill":

@@ -220,7 +220,13 @@ def test_a_family_whose_layers_have_configurations_of_their_own_loads_again(tmp_
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "hidden_size_per_layer_input": 8}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "global_head_dim": 8}
-    words = {"vocab_size": 50, "vocab_size_per_layer_input": 50, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
+    words = {
+        "vocab_size": 50,
+        "vocab_size_per_layer_input": 50,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "bos_token_id": 2,
+    }
     kinds = [*["sliding_attention"] * 3, "full_attention"]
     config = transformers.Gemma4TextConfig(**sizes, **heads, **words, num_kv_shared_layers=0, layer_types=kinds)
     assert config.is_heterogeneous

@@ -287,6 +287,38 @@ def test_the_optimizer_and_the_plan_follow():
     assert json.dumps(report.to_dict())
 
 
+def ordinary(kind):
+    """A tokenizer none of whose tokens is an added one, whatever is put around texts."""
+    data = json.loads(_TRAINED.get(kind) or trained(kind).to_str())
+    return Tokenizer.from_str(json.dumps({**data, "added_tokens": [], "post_processor": None}))
+
+
+TEMPLATE = {"single": "<mask> $A </s>", "special_tokens": [("<mask>", 4), ("</s>", 2)]}
+AROUND = {
+    "bert": processors.BertProcessing(("</s>", 2), ("<mask>", 4)),
+    "roberta": processors.RobertaProcessing(("</s>", 2), ("<mask>", 4)),
+    "template": processors.TemplateProcessing(**TEMPLATE),
+    "several": processors.Sequence([processors.ByteLevel(), processors.TemplateProcessing(**TEMPLATE)]),
+    "none": None,
+}
+
+
+@pytest.mark.parametrize("around", AROUND)
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_tokens_put_around_and_behind_stay(kind, around):
+    """Though they are ordinary ones, which no text of the corpus has."""
+    tokenizer = ordinary(kind)
+    if AROUND[around] is not None:
+        tokenizer.post_processor = AROUND[around]
+    tokenizer.enable_padding(pad_id=3, pad_token="<unk>", length=40)
+    before = tokenizer.encode(ANIMALS[0])
+    report = netopt.prune_vocabulary(made("own", tokenizer), tokenizer, ANIMALS, progress=False)
+    after = tokenizer.encode(ANIMALS[0])
+    assert after.ids == report.ids[before.ids].tolist()
+    assert after.tokens == before.tokens
+    assert tokenizer.padding["pad_id"] == report.ids[3] == after.ids[-1]
+
+
 class Counted(Own):
     """Uses the numbers of tokens as numbers."""
 
@@ -303,7 +335,13 @@ class Untabled(nn.Module):
         return self.fc(x.float().expand(4))
 
 
+def padded(tokenizer):
+    tokenizer.enable_padding(pad_id=5000)
+    return tokenizer
+
+
 WRONG = {
+    "padding with no token": (lambda t: (made("own", t), padded(t), ANIMALS), {}, InvalidArgumentError),
     "no corpus": (lambda t: (made("own", t), t, []), {}, EmptyDataError),
     "one text": (lambda t: (made("own", t), t, "a cat"), {}, ArgumentTypeError),
     "no texts": (lambda t: (made("own", t), t, [1, 2]), {}, ArgumentTypeError),

@@ -43,6 +43,7 @@ __all__ = [
     "move",
     "normalize",
     "primary",
+    "set_eval",
     "split",
     "tensors",
 ]
@@ -109,6 +110,21 @@ def call(model: nn.Module, inputs: Inputs) -> Any:
         raise
     except Exception as error:  # a forward is the user's, and may raise anything
         raise _forward_error(model, args, kwargs, error) from error
+
+
+def set_eval(model: nn.Module) -> nn.Module:
+    """Puts ``model`` in evaluation mode by its own ``eval``, whatever that returns, and returns it.
+
+    Raises:
+        ForwardError: its ``train`` or ``eval`` failed.
+    """
+    try:
+        model.eval()
+    except NetoptError:
+        raise
+    except Exception as error:  # a model's own may raise anything
+        raise ForwardError(f"eval() of {type(model).__name__} failed; see the chained exception.") from error
+    return model
 
 
 def split(batch: Batch) -> tuple[Inputs, Any]:

@@ -175,7 +175,7 @@ def count_macs(model: nn.Module | ModelView, inputs: Inputs) -> int:
     check_values(view.model)
     with restored(view) as log:
         log.enter_context(torch.no_grad(), TorchCalls())  # no fast path of attention
-        view.model.eval()
+        batches.set_eval(view.model)
         with UndoLog() as counting:
             counting.enter_context(counter)
             batches.call(view.model, inputs)
@@ -249,7 +249,7 @@ def latencies(models: Sequence[nn.Module], inputs: Inputs, repeats: int = 30, wa
     with restored(*views) as log:
         log.enter_context(torch.no_grad())
         for model in models:
-            model.eval()
+            batches.set_eval(model)
             for _ in range(warmup):
                 batches.call(model, inputs)
         for _ in range(repeats):

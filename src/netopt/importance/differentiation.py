@@ -94,7 +94,7 @@ class Differentiation(ABC):
             log.callback(self.writes.undo)
             log.enter_context(torch.inference_mode(False), Unfused(attention=False))
             with self.writes.saving():
-                self.model.eval()
+                batches.set_eval(self.model)
             for parameter in self.model.parameters():
                 parameter.requires_grad_(False)
             shown = bar(batches.iterate(data), "moments", shown=progress, total=batches.steps(data))

@@ -185,7 +185,7 @@ def samples(batch: Batch) -> Iterator[Batch]:
 @contextlib.contextmanager
 def _ready(model: nn.Module, wanted: Mapping[str, Place], needs: Collection[str]) -> Iterator[None]:
     """Sets flags so that every contraction is seen and only the wanted gradients are computed."""
-    model.eval()
+    batches.set_eval(model)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     differentiated = any(need != "input_norm" for need in needs)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from netopt.errors import InvalidArgumentError, PlanMismatchError
@@ -20,7 +20,7 @@ from netopt.plan.providers import load
 from netopt.plan.value import shapes_of
 from netopt.surgery import Operation, as_optimizers, read
 from netopt.surgery.attributes import Path, assignment
-from netopt.surgery.lists import ListCut, dropped_states
+from netopt.surgery.lists import ListCut, dropped_states, left_behind
 
 __all__ = ["BlockPlan", "Counted", "DepthHook", "StackCut", "counted_by_hooks", "register_depth_hook"]
 
@@ -152,22 +152,10 @@ class BlockPlan(JSONFile):
         for path, _ in self.attributes:
             read(model, path, view.modules)
         changes += [assignment(view.modules[path[0]], path, value) for path, value in self.attributes]
-        changes += [ListCut(self._list(view, name, cut), cut.kept) for cut in self.stacks for name in cut.lists]
-        changes += [change for branch in self.branches for change in branch.changes(view)]
-        changes += dropped_states(optimizers, self.gone(view))
-        return Operation(model, changes, view)
-
-    def gone(self, view: ModelView) -> list[Tensor]:
-        """The parameters that are removed: those of removed blocks that nothing else holds."""
-        removed = [
-            f"{name}.{list(self._list(view, name, cut)._modules)[place]}.".removeprefix(".")
-            for cut in self.stacks
-            for name in cut.lists
-            for place in cut.removed
-        ]
-        removed += [f"{part.name}." for branch in self.branches for part in branch.parts]
-        stays = {id(one) for name, one in view.parameters.items() if not name.startswith(tuple(removed))}
-        return list({id(one): one for one in view.parameters.values() if id(one) not in stays}.values())
+        cuts: list[Any] = [ListCut(self._list(view, name, cut), cut.kept) for cut in self.stacks for name in cut.lists]
+        cuts += [change for branch in self.branches for change in branch.changes(view)]
+        leaving = {one for cut in cuts for one in cut.leaving}
+        return Operation(model, [*changes, *cuts, *dropped_states(optimizers, left_behind(model, leaving))], view)
 
     def _list(self, view: ModelView, name: str, cut: StackCut) -> nn.Module:
         container = view.modules.get(name)

@@ -18,7 +18,7 @@ from netopt.plan.files import JSONFile
 from netopt.plan.providers import load
 from netopt.surgery import Operation, as_optimizers, prepare
 from netopt.surgery.attributes import Path
-from netopt.surgery.lists import Dropped, ListCut
+from netopt.surgery.lists import Dropped, ListCut, left_behind
 
 __all__ = ["ExpertCut", "ExpertHook", "ExpertPlan", "counted_by_hooks", "register_expert_hook"]
 
@@ -131,20 +131,9 @@ class ExpertPlan(JSONFile):
                 cuts.setdefault(name, {})[dim] = cut.indices(length)
         lists = [ListCut(_list(view, name, cut), cut.kept) for cut in self.mixtures for name in cut.lists]
         narrowed = prepare(model, cuts, attributes=self.attributes, optimizer=optimizers, view=view)
-        gone = {id(one) for one in self._gone(view)}
+        gone = {id(one) for one in left_behind(model, {one for cut in lists for one in cut.leaving})}
         dropped = [Dropped(optimizer, gone) for optimizer in optimizers if gone]
         return Operation(model, [*narrowed.changes, *lists, *dropped], view)
-
-    def _gone(self, view: ModelView) -> list[Tensor]:
-        """The parameters of entries that leave their list, that nothing else holds."""
-        removed = tuple(
-            f"{name}.{list(view.modules[name]._modules)[place]}."
-            for cut in self.mixtures
-            for name in cut.lists
-            for place in cut.removed
-        )
-        stays = {id(one) for name, one in view.parameters.items() if not name.startswith(removed)}
-        return [one for one in view.parameters.values() if id(one) not in stays]
 
     def with_prediction(self, predicted: Mapping[str, int]) -> ExpertPlan:
         """The same plan with what it costs before and after."""

@@ -36,6 +36,7 @@ __all__ = [
     "masked_tensors",
     "proved",
     "reference_outputs",
+    "trains",
     "varied",
     "zeroed",
 ]
@@ -95,7 +96,9 @@ class Forward:
         # A masked row divided by its own length is no number, which the fused kernel makes one of in short sequences.
         with restored(self.view) as log:
             log.enter_context(Unfused(), torch.no_grad(), *modes)
-            return [tensor.detach().clone() for tensor in self.counted(batches.call(self.model.eval(), inputs))]
+            return [
+                tensor.detach().clone() for tensor in self.counted(batches.call(batches.set_eval(self.model), inputs))
+            ]
 
     @cached_property
     def variations(self) -> tuple[Inputs, ...]:
@@ -103,6 +106,24 @@ class Forward:
         given = tree_leaves(self.inputs)
         tried = (varied(self.inputs), varied(self.inputs, integers=False))
         return tuple(one for one in tried if list(map(id, tree_leaves(one))) != list(map(id, given)))
+
+
+def trains(view: ModelView, inputs: Inputs, *modes: AbstractContextManager[Any]) -> bool:
+    """Whether the model runs in training mode too, where its forward may do other things; it is given back as it was.
+
+    Args:
+        view: Of the model.
+        inputs: Of one forward call.
+        modes: Entered for the run.
+    """
+    try:
+        with restored(view) as log:
+            log.enter_context(torch.no_grad(), *modes)
+            view.model.train()
+            batches.call(view.model, inputs)
+    except Exception:  # code of the user's, which may raise anything
+        return False
+    return True
 
 
 def varied(inputs: Inputs, *, integers: bool = True) -> Inputs:

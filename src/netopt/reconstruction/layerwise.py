@@ -69,7 +69,7 @@ def reconstruct(
         solved = {id(place.parameter) for place in wanted.values()}
         others = CopyOnWrite(one for one in model.parameters() if id(one) not in solved)
         looking.enter_context(others.watching(), Unfused(attention=False))
-        model.eval()
+        batches.set_eval(model)
         container = container_of(model, wanted)
         order, chain = stages(model, held, wanted, container)
         # Who aims at no outputs needs no unpruned model, and makes up for nothing done before in the same block.

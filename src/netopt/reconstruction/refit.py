@@ -153,8 +153,8 @@ class _Fitting:
         """Refits everything there is, or what lost inputs; what each batch gave in either model at the end."""
         with restored(self.model, self.dense, writes=False) as log:
             log.enter_context(Unfused(attention=False))
-            self.model.eval()
-            self.dense.eval()
+            batches.set_eval(self.model)
+            batches.set_eval(self.dense)
             for tensor in self._look():
                 log.callback(write, tensor, tensor.detach().clone())
             able = [name for name in self.uses if self._obstacle(name) is None]

@@ -8,7 +8,7 @@ run to reach a block, nor need it fit beside the activations.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from netopt import batches
+from netopt.model.hooks import put_hook
 from netopt.model.parameters import Place
+from netopt.model.precision import autocast_state
+from netopt.model.signals import UndoLog
 
 __all__ = ["Chain", "Runner", "container_of", "noting"]
 
@@ -76,10 +79,14 @@ class _Notes:
 
     def __init__(self) -> None:
         self.active: nn.Module | None = None
+        self.precision = autocast_state()
+        self.casts = False  # whether a forward enters another one, outside of which blocks cannot be run
         self.calls: list[Call] = []
 
     def chain(self) -> Chain:
         """Returns the longest chain among the calls."""
+        if self.casts:
+            return Chain()
         chains, counts = [Chain()], [sum(call.block is one.block for one in self.calls) for call in self.calls]
         before: Call | None = None
         for call, count in zip(self.calls, counts, strict=True):
@@ -109,18 +116,19 @@ def container_of(model: nn.Module, wanted: Mapping[str, Place]) -> nn.Module | N
 def noting(container: nn.Module | None) -> Iterator[_Notes]:
     """Notes the calls of the children of ``container``, while it is entered."""
     notes = _Notes()
-    with ExitStack() as stack:
+    with UndoLog() as log:
         for block in dict.fromkeys(container.children()) if container is not None else ():
-            stack.callback(block.register_forward_pre_hook(_enter(notes), with_kwargs=True).remove)
-            stack.callback(block.register_forward_hook(_leave(notes)).remove)
+            put_hook(log, block, _enter(notes), before=True)
+            put_hook(log, block, _leave(notes), with_kwargs=False)
         yield notes
 
 
 def _enter(notes: _Notes) -> Callable[..., None]:
     def hook(block: nn.Module, args: Any, kwargs: Any) -> None:
+        notes.active = block
         given, form = tree_flatten((args, kwargs))
         notes.calls.append(Call(block, given, form))
-        notes.active = block
+        notes.casts |= autocast_state() != notes.precision
 
     return hook
 
@@ -269,14 +277,10 @@ class Runner:
             caught.extend(tree_flatten((args, kwargs))[0])
             raise _Reached
 
-        handle = chain.blocks[0].register_forward_pre_hook(hook, with_kwargs=True)
-        try:
+        with UndoLog() as log, suppress(_Reached):
+            put_hook(log, chain.blocks[0], hook, before=True)
             with self.being(dense), torch.no_grad():
                 batches.feed(self.model, batch)
-        except _Reached:
-            pass
-        finally:
-            handle.remove()
         return caught
 
 

@@ -41,10 +41,14 @@ class PartCut:
         parent: What holds it.
         key: Under this name.
         part: What stands in its place.
+
+    Attributes:
+        leaving: What goes, as the table that holds it, by identity, and its key there.
     """
 
     def __init__(self, parent: nn.Module, key: str, part: RemovedPart) -> None:
         self._held, self._key, self._after, self._before = parent._modules, key, part, parent._modules[key]
+        self.leaving = {(id(self._held), key)}
         part.train(parent.training)
 
     def do(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from netopt.errors import InvalidArgumentError, OptimizerStateError
 
-__all__ = ["Dropped", "ListCut", "dropped_states", "former_prefixes"]
+__all__ = ["Dropped", "ListCut", "dropped_states", "former_prefixes", "left_behind"]
 
 
 class ListCut:
@@ -19,11 +19,15 @@ class ListCut:
     Args:
         container: Whose entries go.
         kept: Positions that stay, ascending.
+
+    Attributes:
+        leaving: Each entry that goes, as the table that holds it, by identity, and its key there.
     """
 
     def __init__(self, container: nn.Module, kept: Sequence[int]) -> None:
         self._held = container._modules
         self._before = dict(self._held)
+        self.leaving = {(id(self._held), key) for place, key in enumerate(self._held) if place not in kept}
         self._after = {new: self._before[old] for new, old in _keys(container, kept)}
 
     def do(self) -> None:
@@ -51,6 +55,21 @@ def _keys(container: nn.Module, kept: Sequence[int]) -> Iterator[tuple[str, str]
     numbered = names == [str(place) for place in range(len(names))]
     for new, old in enumerate(kept):
         yield str(new) if numbered else names[old], names[old]
+
+
+def left_behind(model: nn.Module, leaving: Collection[tuple[int, str]]) -> list[Tensor]:
+    """The parameters that nothing holds any more once these entries have left, whatever names they had."""
+    stays: dict[int, nn.Module] = {}
+
+    def visit(module: nn.Module) -> None:
+        stays[id(module)] = module
+        for key, child in module._modules.items():
+            if child is not None and id(child) not in stays and (id(module._modules), key) not in leaving:
+                visit(child)
+
+    visit(model)
+    kept = {id(one) for module in stays.values() for one in module._parameters.values()}
+    return [one for one in model.parameters() if id(one) not in kept]
 
 
 class Dropped:

@@ -17,6 +17,8 @@ from netopt import batches
 from netopt.axes.layout import freeze, unify
 from netopt.axes.tracing.dims import DimTracer
 from netopt.model.attributes import Parts
+from netopt.model.hooks import put_hook
+from netopt.model.signals import UndoLog
 
 Substitutes = Mapping[nn.Module, list[nn.Module]]
 _WHY = "comes from a layer that these inputs do not reach"
@@ -57,12 +59,10 @@ def experts_substituted(substitutes: Substitutes, trace: DimTracer) -> Iterator[
             with contextlib.suppress(Exception):
                 _tie(trace, expert(*args, **kwargs), result)
 
-    handles = [sibling.register_forward_hook(run, with_kwargs=True) for sibling in substitutes]
-    try:
+    with UndoLog() as log:
+        for sibling in substitutes:
+            put_hook(log, sibling, run)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _tie(trace: DimTracer, made: Any, result: Any) -> None:

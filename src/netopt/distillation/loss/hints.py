@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from netopt import batches
 from netopt.errors import ArgumentTypeError, InvalidArgumentError, ShapeMismatchError, UnknownNameError
+from netopt.model.hooks import put_hook
+from netopt.model.signals import UndoLog
 
 if TYPE_CHECKING:
     from netopt.distillation.loss.objective import Items
@@ -178,13 +180,11 @@ def captured(model: nn.Module, layers: Mapping[str, Any] | list[str]) -> Iterato
 
         return hook
 
-    handles = [model.get_submodule(name).register_forward_hook(remember(name)) for name in dict.fromkeys(layers)]
-    try:
+    with UndoLog() as log:
+        log.callback(seen.clear)
+        for name in dict.fromkeys(layers):
+            put_hook(log, model.get_submodule(name), remember(name), with_kwargs=False)
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
-        seen.clear()
 
 
 def _from_plan(tensors: Mapping[str, Mapping[int, Tensor]], student: nn.Module, teacher: nn.Module) -> list[HintTerm]:

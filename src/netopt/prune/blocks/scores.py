@@ -158,7 +158,7 @@ def _divergence(model: nn.Module, data: Batches, dense: Sequence[Tensor]) -> flo
 def _run(model: nn.Module, data: Batches, look: Callable[[Any], None]) -> None:
     with restored(model) as log:
         log.enter_context(torch.no_grad())
-        model.eval()
+        batches.set_eval(model)
         for batch in data():
             look(batches.feed(model, batch))
 

@@ -20,7 +20,7 @@ from netopt.prune.blocks.branches import Branch, make_branch_plan
 from netopt.prune.blocks.follow import Followers, make_block_plan
 from netopt.prune.blocks.stacks import Block
 from netopt.prune.blocks.standins import Kind
-from netopt.prune.verify import Forward
+from netopt.prune.verify import Forward, trains
 from netopt.surgery import Operation
 
 __all__ = ["Trials", "same"]
@@ -53,6 +53,7 @@ class Trials:
                 continue
             self.inputs.append(inputs)
             break
+        self._trains = trains(view, forward.inputs)
         if stepping:
             self._again = self._arguments_again()
 
@@ -148,7 +149,7 @@ class Trials:
             VerificationError: They differ.
         """
         try:
-            found = self.outputs()
+            found = self._smaller()
         except ForwardError as error:
             raise VerificationError(f"the smaller model cannot be run: {error.__cause__}. All was put back.") from error
         if not same(found, expected):
@@ -159,9 +160,16 @@ class Trials:
 
     def _outputs_of(self, plan: BlockPlan, why: str = "cannot leave its list") -> list[list[Tensor]] | str:
         try:
-            return plan.prepare(self._forward.model).dry_run(self.outputs)
+            return plan.prepare(self._forward.model).dry_run(self._smaller)
         except NetoptError as error:
             return f"{why}: {described(error)}"
+
+    def _smaller(self) -> list[list[Tensor]]:
+        """What a smaller model returns, which runs in training mode too, if the model did."""
+        found = self.outputs()
+        if self._trains and not trains(self._view, self._forward.inputs):
+            raise VerificationError("without it the forward does not run in training mode")
+        return found
 
     def _skipped(self, block: Block, kind: Kind) -> list[list[Tensor]] | str:
         try:

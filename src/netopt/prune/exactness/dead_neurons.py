@@ -145,7 +145,7 @@ def constant_outputs(
         with restored(view) as log:
             ranges = log.enter_context(torch.no_grad(), _Ranges(view, taps))
             try:
-                batches.call(view.model.eval(), given)
+                batches.call(batches.set_eval(view.model), given)
             except ForwardError:
                 if given is inputs:
                     raise

@@ -74,7 +74,7 @@ def fold(
     constants = {name: [(tap, _at(tap, gone[name], values)) for tap, values in outputs[name].values] for name in gone}
     with restored(forward.view) as log:
         consumers = log.enter_context(torch.no_grad(), _Consumers(forward.view, constants))
-        batches.call(model.eval(), forward.inputs)
+        batches.call(batches.set_eval(model), forward.inputs)
     found = consumers.folds()
     found.positions = {name: torch.nonzero(gone[name]).flatten() for name in found.shifts}
 

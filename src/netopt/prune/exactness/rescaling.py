@@ -222,7 +222,7 @@ def _of_queries(
         return {}
     makers = _Makers(view, {axis: products[axis] for axis in weights}, weights)
     with restored(view), torch.enable_grad(), torch.inference_mode(False), makers:
-        view.model.eval().requires_grad_(False)
+        batches.set_eval(view.model).requires_grad_(False)
         for own in weights.values():
             for weight in own.values():
                 weight.requires_grad_(weight.is_floating_point())

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from netopt import batches, measure
+from netopt import batches, masking, measure
 from netopt.axes import Outputs
 from netopt.batches import Batch, Inputs
 from netopt.errors import ArgumentTypeError, InvalidArgumentError, NothingToPruneError
@@ -201,7 +201,7 @@ class _Call:
         frozen = {mixture.name or "the model": mixture.frozen for mixture in mixtures if mixture.frozen}
         free = [mixture for mixture in mixtures if mixture.frozen is None]
         if not free:
-            raise NothingToPruneError(_nothing(frozen))
+            raise NothingToPruneError(_nothing(frozen, bool(masking.masks(self.view.model))))
         counts = _counts(free, self._amount)
         free = [mixture for mixture in free if mixture.scores.router in counts]
         scores, idle = score(self.view, free, self._importance, self._batches)
@@ -296,7 +296,12 @@ def _check_amount(amount: Any) -> None:
         raise InvalidArgumentError("amount names no mixture.")
 
 
-def _nothing(frozen: Mapping[str, str]) -> str:
+def _nothing(frozen: Mapping[str, str], masked: bool) -> str:
+    if not frozen and masked:
+        return (
+            "no mixture of experts was found, and weights of this model are masked, so that the forward reads products "
+            "of them; write the masks into the weights first, netopt.finish(model)."
+        )
     if not frozen:
         return (
             "this model has no mixture of experts: no scores made by a matrix product are chosen from by topk, max or "

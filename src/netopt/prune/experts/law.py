@@ -18,7 +18,7 @@ from netopt.plan.value import shapes_of
 from netopt.prune.blocks.trial import described
 from netopt.prune.experts.mixtures import Mixture
 from netopt.prune.experts.watch import Watch
-from netopt.prune.verify import Forward, alike
+from netopt.prune.verify import Forward, alike, trains
 from netopt.surgery.attributes import Path
 
 __all__ = ["Law", "Removed", "make_plan"]
@@ -45,6 +45,7 @@ class Law:
                 continue
             self._inputs.append(inputs)
             break
+        self._trains = trains(view, forward.inputs)
 
     def settle(self, mixture: Mixture) -> str | None:
         """Tries to remove one expert of each group; notes which numbers follow, or says why none can go."""
@@ -91,7 +92,10 @@ class Law:
             )
 
     def _outputs(self) -> list[list[Tensor]]:
-        return [self._forward.run(inputs) for inputs in self._inputs]
+        found = [self._forward.run(inputs) for inputs in self._inputs]
+        if self._trains and not trains(self._view, self._forward.inputs):
+            raise VerificationError("without them it does not run in training mode")
+        return found
 
 
 def make_plan(view: ModelView, mixtures: Sequence[Mixture], removed: Removed, *, configured: bool = True) -> ExpertPlan:

@@ -13,10 +13,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from netopt.model.signals import entered
 from netopt.model.view import ModelView
 from netopt.model.visits import Visits
 from netopt.prune.experts.watch import PRODUCTS, Choice, Read, Scores, Step, Watch
-from netopt.prune.verify import Forward
+from netopt.prune.verify import Forward, trains
 from netopt.surgery.attributes import ROWS_OF, Path
 
 __all__ = ["Mixture", "find_mixtures"]
@@ -80,8 +81,9 @@ class Mixture:
 def find_mixtures(forward: Forward, view: ModelView) -> list[Mixture]:
     """Runs a model and tells where it chooses among experts; those whose experts were not found say why."""
     finder = _Finder(view)
-    with finder.visits:
+    with entered(finder.visits):
         forward.run(None, Watch(view, finder.look))
+        trains(view, forward.inputs, Watch(view, finder.look_beside))  # where noise may be added to the scores
     return [mixture for mixture in map(finder.settled, finder.found.values()) if mixture is not None]
 
 
@@ -93,6 +95,7 @@ class _Finder:
         self.found: dict[str, Mixture] = {}
         self._latest: dict[int, Mixture] = {}
         self._beside: dict[str, dict[str, int]] = {}
+        self._joined: dict[str, dict[str, int]] = {}
         self._counted: dict[str, tuple[Any, int]] = {}
         self._lists = {
             name: len(module._modules)
@@ -104,14 +107,23 @@ class _Finder:
         """Notes a choice, what stands beside scores, and what is read by expert."""
         if step.choice is not None:
             self._note(step.choice)
+        self.look_beside(step)
         for read in step.reads:
-            if step.scores is not None and read.stored.shape == (step.scores.size,):
-                self._beside.setdefault(step.scores.router, {})[read.name] = 0
             for size, mixture in self._latest.items():
                 dim = _by_expert(step, read, size)
                 if dim is not None and read.name != mixture.scores.router:
                     mixture.stacked.setdefault(read.name, dim)
         self._note_list()
+
+    def look_beside(self, step: Step) -> None:
+        """Notes what stands beside scores: tensors, and other scores with those that made them."""
+        if step.scores is None:
+            return
+        if step.name in _POINTWISE:
+            self._joined.setdefault(step.scores.router, {}).update({one.router: one.dim for one in step.others})
+        for read in step.reads:
+            if read.stored.shape == (step.scores.size,):
+                self._beside.setdefault(step.scores.router, {})[read.name] = 0
 
     def _note(self, choice: Choice) -> None:
         scores = choice.scores
@@ -151,6 +163,8 @@ class _Finder:
         while mixture.name and mixture.name not in self.visits.counts:
             mixture.name = mixture.name.rpartition(".")[0]
         mixture.beside = {router: mixture.scores.dim, **self._beside.get(router, {})}
+        for other, dim in self._joined.get(router, {}).items():
+            mixture.beside |= {other: dim, **self._beside.get(other, {})}
         mixture.stacked = {
             name: dim
             for name, dim in mixture.stacked.items()

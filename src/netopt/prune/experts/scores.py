@@ -18,7 +18,10 @@ from torch.utils._pytree import tree_leaves
 from netopt import batches
 from netopt.errors import ArgumentTypeError, InvalidArgumentError, NonFiniteError, UnknownNameError
 from netopt.importance.registry import name_of
+from netopt.model.hooks import put_hook, take_hook
+from netopt.model.precision import autocast_now
 from netopt.model.restore import restored
+from netopt.model.signals import UndoLog
 from netopt.model.view import ModelView
 from netopt.prune.experts.mixtures import Mixture
 from netopt.prune.experts.watch import Step, Watch
@@ -72,7 +75,7 @@ def _observed(
     sums = {one.scores.router: torch.zeros(one.size, dtype=torch.float64) for one in mixtures}
     with restored(view) as log:
         log.enter_context(torch.no_grad())
-        view.model.eval()
+        batches.set_eval(view.model)
         for batch in data():
             before = {router: count.clone() for router, count in counts.items()}
             for mixture, call in _run(view, mixtures, batch, counts, keep=parts):
@@ -96,18 +99,21 @@ def _run(
 
     def hook(mixture: Mixture) -> Any:
         def note(module: nn.Module, args: Any, kwargs: Any) -> None:
-            calls.append((mixture, lambda: module(*args, **kwargs)))
+            precision = autocast_now((args, kwargs))
+
+            def again() -> Any:
+                with precision:
+                    return module(*args, **kwargs)
+
+            calls.append((mixture, again))
 
         return note
 
-    hooked = [(view.modules[one.name], hook(one)) for one in mixtures] if keep else []
-    handles = [module.register_forward_pre_hook(note, with_kwargs=True) for module, note in hooked]
-    try:
-        with Watch(view, partial(_count, counts)):
-            batches.feed(view.model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with UndoLog() as log:
+        for one in mixtures if keep else ():
+            put_hook(log, view.modules[one.name], hook(one), before=True)
+        log.enter_context(Watch(view, partial(_count, counts)))
+        batches.feed(view.model, batch)
     return calls
 
 
@@ -134,7 +140,7 @@ def _silenced(view: ModelView, mixture: Mixture, place: int) -> Iterator[_Silent
     for name, dim in mixture.stacked.items():
         yield _Silent(view.tensors[name], dim, place, mixture.size)
     for name in mixture.lists:
-        yield _Zeros(list(view.modules[name].children())[place])
+        yield _Zeros(_entry(view, name, place))
 
 
 class _Silent:
@@ -159,16 +165,16 @@ class _Zeros:
     """A module returns zeros for the time being."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._module, self._handle = module, None
+        self._module = module
+        self._hook: Any = lambda _module, _args, result: _zeros(result)
 
     def do(self) -> None:
         """Hooks the module."""
-        self._handle: Any = self._module.register_forward_hook(lambda _module, _args, result: _zeros(result))
+        self._module.register_forward_hook(self._hook)
 
     def undo(self) -> None:
         """Takes the hook away."""
-        if self._handle is not None:
-            self._handle.remove()
+        take_hook(self._module, self._hook)
 
 
 def _zeros(result: Any) -> Any:
@@ -192,9 +198,16 @@ def _magnitude(view: ModelView, mixture: Mixture, place: int) -> float:
         each = view.tensors[name].shape[dim] // mixture.size
         squares += float(view.tensors[name].detach().narrow(dim, place * each, each).double().square().sum())
     for name in mixture.lists:
-        entry = list(view.modules[name].children())[place]
-        squares += sum(float(one.detach().double().square().sum()) for one in entry.parameters())
+        own = _entry(view, name, place).parameters()
+        squares += sum(float(one.detach().double().square().sum()) for one in own)
     return math.sqrt(squares)
+
+
+def _entry(view: ModelView, name: str, place: int) -> nn.Module:
+    """An entry of a list, which may be there twice."""
+    entry = list(view.modules[name]._modules.values())[place]
+    assert entry is not None, "every expert of a list is run"
+    return entry
 
 
 def _given(scores: Mapping[str, Any], mixture: Mixture) -> list[Any]:

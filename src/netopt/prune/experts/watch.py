@@ -87,6 +87,7 @@ class Step:
         args: What it was given.
         reads: Which of that are parameters and buffers.
         scores: The scores it was given or has made.
+        others: Other scores it was given, which it joins with these.
         choice: What it has chosen.
         result: What it has returned.
     """
@@ -95,6 +96,7 @@ class Step:
     args: Any
     reads: list[Read]
     scores: Scores | None
+    others: list[Scores]
     choice: Choice | None
     result: Any
 
@@ -130,7 +132,8 @@ class Watch(ThreadDispatchMode):
         name, kwargs = func.overloadpacket.__name__, kwargs or {}
         given = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
         reads = [read for one in given if (read := self._read(one)) is not None]
-        scores = next((self._scores[one] for one in given if one in self._scores), None)
+        known = [self._scores[one] for one in given if one in self._scores]
+        scores = known[0] if known else None
         choice = _choice(name, scores, args, kwargs) if scores is not None and name in _CHOOSING else None
         if choice is not None:
             args = self._chosen_from(choice, args)
@@ -143,7 +146,8 @@ class Watch(ThreadDispatchMode):
             if scores is not None and choice is None and _holds(one, scores.size):
                 self._scores[one] = scores
             self._follow(name, one, reads)
-        self._look(Step(name, args, reads, scores, choice, result))
+        others = [one for one in known if scores is not None and one.size == scores.size and one != scores]
+        self._look(Step(name, args, reads, scores, others, choice, result))
         return result
 
     def _chosen_from(self, choice: Choice, args: Any) -> Any:

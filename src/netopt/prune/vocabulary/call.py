@@ -22,6 +22,7 @@ from netopt.model.signals import UndoLog
 from netopt.model.view import ModelView
 from netopt.plan.hooks import complete
 from netopt.prune.look import check_model
+from netopt.prune.verify import trains
 from netopt.prune.vocabulary.choice import choose
 from netopt.prune.vocabulary.tables import find_tables, fixed_ids, make_plan
 from netopt.prune.vocabulary.tokenizer import Words
@@ -152,7 +153,7 @@ def prune_vocabulary(
         log.callback(words.put_back, on=BaseException)
         return operation.run(finish)
 
-    return UndoLog().run(work)
+    return UndoLog(whole=True).run(work)
 
 
 def _check(keep: Any, coverage: Any, round_to: Any) -> None:
@@ -213,10 +214,13 @@ class _Trial:
         self.after = _with_tokens(inputs, lambda one: len(kept) - 1 - one % len(kept))
         self.before = _with_tokens(self.after, lambda one: kept.to(one.device)[one])
         self._expected = self._run(self.before)
+        self._trains = trains(view, self.before)
 
     def check(self) -> None:
         """Compares the results; of dimensions that have shrunk, what is kept."""
         found = self._run(self.after)
+        if self._trains and not trains(self._view, self.after):
+            raise VerificationError("with fewer tokens the model does not run in training mode; all was put back.")
         for one, other in zip(self._expected, found, strict=True):
             wanted = self._left(one, other.shape)
             if wanted.shape != other.shape or not torch.allclose(wanted, other, rtol=1e-4, atol=1e-5, equal_nan=True):
@@ -233,7 +237,7 @@ class _Trial:
 
     def _run(self, inputs: Inputs) -> list[Tensor]:
         with restored(self._view), torch.no_grad():
-            self._view.model.eval()
+            batches.set_eval(self._view.model)
             result = batches.call(self._view.model, inputs)
             leaves = [tensor for _, tensor in batches.tensors(result)]
         return [one.detach().clone() for one in leaves if one.is_floating_point()]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import islice
 from typing import Any
@@ -33,11 +33,11 @@ class Words:
 
     Attributes:
         backend: Of ``tokenizers``.
-        special: Ids that stay whatever the corpus: added tokens, bytes, the unknown one.
+        special: Ids that stay whatever the corpus: added tokens, bytes, the unknown one, those put around or behind.
 
     Raises:
         ArgumentTypeError: It is none of these.
-        InvalidArgumentError: Its kind is not known, or parts of it are Python code.
+        InvalidArgumentError: Its kind is not known, parts of it are Python code, or it puts ids that are no tokens.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -61,6 +61,7 @@ class Words:
         self._plain.no_truncation()
         self._segmentation: Segmentation = segmentation_of(self._data["model"])
         self.special = {self.ids[one] for one in (*self._segmentation.always(), *self._added) if one in self.ids}
+        self.special |= self._put_around()
 
     @cached_property
     def ids(self) -> dict[str, int]:
@@ -74,6 +75,18 @@ class Words:
     @property
     def _added(self) -> dict[str, int]:
         return {one["content"]: one["id"] for one in self._data["added_tokens"]}
+
+    def _put_around(self) -> set[int]:
+        """Ids that the post-processor puts around a text, and padding behind it."""
+        found = [self._data["padding"]["pad_id"]] if self._data.get("padding") else []
+        _renumbered(self._data.get("post_processor"), lambda one: found.append(one) or one)
+        lost = {*found} - {*self.ids.values()}
+        if lost:
+            raise InvalidArgumentError(
+                f"the tokenizer's post-processor or padding puts the ids {sorted(lost)}, which are no tokens of it; "
+                f"correct tokenizer.post_processor, or enable_padding(pad_id=...)."
+            )
+        return {*found}
 
     def counts(self, corpus: Iterable[str], progress: bool) -> Counter[int]:
         """How often the corpus has each token.
@@ -120,7 +133,7 @@ class Words:
         kept = {token: ids[place] for token, place in self._segmentation.ids.items() if place in ids}
         data = {**self._data, "model": self._segmentation.narrowed(kept)}
         data["added_tokens"] = [{**one, "id": ids[one["id"]]} for one in self._data["added_tokens"]]
-        data["post_processor"] = _renumbered(self._data.get("post_processor"), self.ids, ids)
+        data["post_processor"] = _renumbered(self._data.get("post_processor"), ids.__getitem__)
         if data.get("padding"):
             data["padding"] = {**data["padding"], "pad_id": ids[data["padding"]["pad_id"]]}
         text = json.dumps(data, ensure_ascii=False)
@@ -155,15 +168,16 @@ class Words:
         self.put(self._state)
 
 
-def _renumbered(part: Any, known: Mapping[str, int], ids: Mapping[int, int]) -> Any:
+def _renumbered(part: Any, number: Callable[[int], int]) -> Any:
     """A post-processor with new numbers: of ``{"ids": [...]}`` and of pairs of a token and its id."""
     if isinstance(part, dict):
-        own = {key: [ids[one] for one in value] for key, value in part.items() if key == "ids"}
-        return {key: own.get(key) or _renumbered(value, known, ids) for key, value in part.items()}
+        return {
+            key: [*map(number, value)] if key == "ids" else _renumbered(value, number) for key, value in part.items()
+        }
     if isinstance(part, list):
-        if len(part) == 2 and isinstance(part[0], str) and known.get(part[0]) == part[1]:
-            return [part[0], ids[part[1]]]
-        return [_renumbered(one, known, ids) for one in part]
+        if [type(one) for one in part] == [str, int]:
+            return [part[0], number(part[1])]
+        return [_renumbered(one, number) for one in part]
     return part
 
 

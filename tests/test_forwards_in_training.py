@@ -1,0 +1,147 @@
+"""What a forward does in training mode alone, in another precision, or with modules that stand in two places."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import netopt
+from conftest import unchanged
+from netopt.errors import ForwardError, NothingToPruneError
+
+X = torch.randn(9, 5, generator=torch.Generator().manual_seed(3))
+
+
+class Mixture(nn.Module):
+    """Two of six experts, with one habit."""
+
+    def __init__(self, habit: str = "") -> None:
+        super().__init__()
+        self.habit = habit
+        self.router, self.experts = nn.Linear(8, 6), nn.ModuleList([nn.Linear(8, 8) for _ in range(6)])
+        if habit == "noise":
+            self.noise = nn.Linear(8, 6)
+        if habit == "twice in the list":
+            self.experts[2] = self.experts[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.router(x)
+        if self.habit == "noise" and self.training:
+            scores = scores + torch.randn_like(scores) * functional.softplus(self.noise(x))
+        if self.habit == "six of them" and self.training:
+            scores = scores * torch.ones(6)
+        gates, chosen = scores.softmax(-1).topk(2)
+        made = x
+        for place, expert in enumerate(self.experts):
+            made = made + (gates * (chosen == place)).sum(-1, keepdim=True) * expert(x).relu()
+        return made
+
+
+class Mixtures(nn.Module):
+    def __init__(self, habit: str = "") -> None:
+        super().__init__()
+        self.first, self.last, self.habit = nn.Linear(5, 8), nn.Linear(8, 3), habit
+        self.layers = nn.ModuleList([Mixture(habit), Mixture(habit)])
+        if habit == "twice in the model":
+            self.layers[1] = self.layers[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.habit == "autocast"):
+            x = self.first(x)
+            for layer in self.layers:
+                x = layer(x)
+        return self.last(x.float())
+
+
+@pytest.mark.parametrize("importance", ["reap", "magnitude"])
+@pytest.mark.parametrize("habit", ["", "noise", "autocast", "twice in the list", "twice in the model"])
+def test_mixtures_are_trained_on(habit: str, importance: Any) -> None:
+    model = Mixtures(habit)
+    dense, optimizer = copy.deepcopy(model).eval(), torch.optim.AdamW(model.parameters())
+    model(X).square().sum().backward()
+    report = netopt.prune_experts(model, X, 2, importance=importance, optimizer=optimizer, progress=False)
+    assert {id(one) for one in optimizer.param_groups[0]["params"]} == {id(one) for one in model.parameters()}
+    for cut in report.plan.mixtures:
+        gone = torch.tensor(cut.removed)
+        router: Any = dense.get_submodule(f"{cut.name}.router")
+        router.register_forward_hook(lambda _, __, made, gone=gone: made.index_fill(-1, gone, -torch.inf))
+    torch.testing.assert_close(copy.deepcopy(model).eval()(-X), dense(-X), rtol=1e-2, atol=1e-2)
+    model(X).square().sum().backward()
+    optimizer.step()
+
+
+def test_mixtures_that_could_not_be_trained_stay() -> None:
+    model = Mixtures("six of them")
+    with unchanged(model), pytest.raises(NothingToPruneError, match="training mode"):
+        netopt.prune_experts(model, X, 2, progress=False)
+
+
+def test_masked_mixtures_are_refused_with_what_to_do() -> None:
+    model = Mixtures()
+    netopt.prune_weights(model, 0.5, progress=False)
+    with unchanged(model), pytest.raises(NothingToPruneError, match=r"netopt\.finish"):
+        netopt.prune_experts(model, X, 2, progress=False)
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(5, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.inner(x).relu()
+
+
+class Supervised(nn.Module):
+    """Looks at its third block too, while it is trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks, self.last = nn.ModuleList([Residual() for _ in range(3)]), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Any:
+        for block in self.blocks:
+            x = block(x)
+        return (self.last(x), self.blocks[2](x)) if self.training else self.last(x)
+
+
+def test_blocks_that_training_needs_stay() -> None:
+    model = Supervised()
+    with unchanged(model), pytest.raises(NothingToPruneError, match="training mode"):
+        netopt.prune_blocks(model, X, 1, progress=False)
+
+
+def test_an_optimizer_forgets_blocks_that_have_two_names() -> None:
+    model = nn.Sequential(nn.Sequential(*[Residual() for _ in range(3)]), nn.Linear(5, 2))
+    model.add_module("again", nn.Identity())
+    model[2].held = model[0]
+    optimizer = torch.optim.AdamW(model.parameters())
+    netopt.prune_blocks(model, X, 1, optimizer=optimizer, progress=False)
+    assert {id(one) for one in optimizer.param_groups[0]["params"]} == {id(one) for one in model.parameters()}
+
+
+class ReturnsNothing(nn.Sequential):
+    def train(self, mode: bool = True) -> None:  # type: ignore[override]
+        super().train(mode)
+
+
+class Refuses(nn.Sequential):
+    def train(self, mode: bool = True) -> None:  # type: ignore[override]
+        raise RuntimeError("no modes here")
+
+
+def test_a_train_of_its_own_may_return_anything() -> None:
+    model = ReturnsNothing(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 2))
+    netopt.prune_neurons(model, X, 0.5, progress=False)
+    assert model[0].out_features == 4
+
+
+def test_a_train_of_its_own_that_raises_is_named() -> None:
+    model = Refuses(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 2))
+    with unchanged(model), pytest.raises(ForwardError, match="Refuses failed"):
+        netopt.prune_neurons(model, X, 0.5, progress=False)
