@@ -469,6 +469,7 @@ class _Report:
             settings=settings,
             batch=measure.batch_size(found.forward.inputs),
             already=self._already,
+            scores=decision.scores.scores,
             notes={name: note.text for name, note in decision.hook_notes.items()},
             subject=found.view.model,
             repair=repair,
