@@ -1,4 +1,4 @@
-"""What a forward does in training mode alone, in another precision, or with modules that stand in two places."""
+"""What a forward does in training mode alone or in another precision, with modules in two places, weights anywhere."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn import functional
 
 import netopt
 from conftest import unchanged
-from netopt.errors import ForwardError, NothingToPruneError
+from netopt.errors import EmptyDataError, ForwardError, NothingToPruneError
 
 X = torch.randn(9, 5, generator=torch.Generator().manual_seed(3))
 
@@ -145,3 +145,64 @@ def test_a_train_of_its_own_that_raises_is_named() -> None:
     model = Refuses(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 2))
     with unchanged(model), pytest.raises(ForwardError, match="Refuses failed"):
         netopt.prune_neurons(model, X, 0.5, progress=False)
+
+
+class Cast(nn.Sequential):
+    """Enters autocast itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return super().forward(x).float()
+
+
+def perceptron(kind: type[nn.Sequential] = nn.Sequential) -> Any:
+    torch.manual_seed(1)
+    return kind(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+
+
+CALLS: dict[str, Any] = {
+    "saliency": lambda model: netopt.prune_neurons(model, X, 0.5, progress=False),
+    "reconstruction": lambda model: netopt.prune_neurons(
+        model, X, 0.5, importance="reconstruction", data=[X], progress=False
+    ),
+    "repair": lambda model: netopt.prune_neurons(model, X, 0.5, importance="magnitude", data=[X, -X], progress=False),
+    "sparsegpt": lambda model: netopt.prune_weights(model, 0.5, importance="sparsegpt", data=[X], progress=False),
+    "wanda": lambda model: netopt.prune_weights(model, 0.5, importance="wanda", data=[X], progress=False),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("where", ["inside", "around"])
+def test_what_autocast_keeps_hides_nothing(call: str, where: str) -> None:
+    """Its casts of weights are those of the weights as they are, whoever has entered it, also where a forward was."""
+    model = perceptron(Cast if where == "inside" else nn.Sequential)
+    with torch.autocast("cpu", torch.bfloat16, enabled=where == "around"):
+        model(X)
+        CALLS[call](model)
+        assert torch.is_autocast_cache_enabled()
+        found = model(-X)
+    fresh = copy.deepcopy(model)
+    with torch.autocast("cpu", torch.bfloat16, enabled=where == "around"):
+        assert torch.equal(found, fresh(-X))
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("kind", ["masked", "with gaps"])
+def test_reconstruction_reads_weights_wherever_they_lie(call: str, kind: str) -> None:
+    model = perceptron()
+    if kind == "masked":
+        netopt.prune_weights(model, 0.3, progress=False)
+    else:
+        wide = torch.zeros(8, 10)
+        wide[:, ::2] = model[0].weight.detach()
+        model[0].weight = nn.Parameter(wide[:, ::2])
+    dense = copy.deepcopy(model) if kind == "masked" else perceptron()
+    CALLS[call](model)
+    CALLS[call](dense)
+    torch.testing.assert_close(model(-X), dense(-X), rtol=1e-4, atol=1e-5)
+
+
+def test_without_a_sample_there_is_nothing_to_score_on() -> None:
+    model = perceptron()
+    with unchanged(model), pytest.raises(EmptyDataError, match="length of 0"):
+        netopt.prune_neurons(model, X[:0], 0.5, progress=False)

@@ -123,7 +123,8 @@ class UnknownNameError(InvalidArgumentError):
             "unknown importance 'magnitud'. Did you mean 'magnitude'? Known are: magnitude, saliency."
         """
         known = sorted(known)
-        parts = [f"unknown {what} {name!r}.", nearest(name, known), f"Known are: {', '.join(known)}."]
+        near = nearest(name, known) if isinstance(name, str) else ""
+        parts = [f"unknown {what} {name!r}.", near, f"Known are: {', '.join(known)}."]
         return cls(" ".join(part for part in parts if part))
 
 
