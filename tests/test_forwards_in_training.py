@@ -1,8 +1,9 @@
-"""What a forward does in training mode alone, in another precision, or with modules that stand in two places."""
+"""What a forward does in training mode alone or in another precision, with modules in two places, weights anywhere."""
 
 from __future__ import annotations
 
 import copy
+import json
 from typing import Any
 
 import pytest
@@ -12,7 +13,14 @@ from torch.nn import functional
 
 import netopt
 from conftest import unchanged
-from netopt.errors import ForwardError, NothingToPruneError
+from netopt.errors import (
+    ArgumentTypeError,
+    CheckpointError,
+    EmptyDataError,
+    ForwardError,
+    InvalidArgumentError,
+    NothingToPruneError,
+)
 
 X = torch.randn(9, 5, generator=torch.Generator().manual_seed(3))
 
@@ -145,3 +153,123 @@ def test_a_train_of_its_own_that_raises_is_named() -> None:
     model = Refuses(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 2))
     with unchanged(model), pytest.raises(ForwardError, match="Refuses failed"):
         netopt.prune_neurons(model, X, 0.5, progress=False)
+
+
+class Cast(nn.Sequential):
+    """Enters autocast itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return super().forward(x).float()
+
+
+def perceptron(kind: type[nn.Sequential] = nn.Sequential) -> Any:
+    torch.manual_seed(1)
+    return kind(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+
+
+CALLS: dict[str, Any] = {
+    "saliency": lambda model: netopt.prune_neurons(model, X, 0.5, progress=False),
+    "reconstruction": lambda model: netopt.prune_neurons(
+        model, X, 0.5, importance="reconstruction", data=[X], progress=False
+    ),
+    "repair": lambda model: netopt.prune_neurons(model, X, 0.5, importance="magnitude", data=[X, -X], progress=False),
+    "sparsegpt": lambda model: netopt.prune_weights(model, 0.5, importance="sparsegpt", data=[X], progress=False),
+    "wanda": lambda model: netopt.prune_weights(model, 0.5, importance="wanda", data=[X], progress=False),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("where", ["inside", "around"])
+def test_what_autocast_keeps_hides_nothing(call: str, where: str) -> None:
+    """Its casts of weights are those of the weights as they are, whoever has entered it, also where a forward was."""
+    model = perceptron(Cast if where == "inside" else nn.Sequential)
+    with torch.autocast("cpu", torch.bfloat16, enabled=where == "around"):
+        model(X)
+        CALLS[call](model)
+        assert torch.is_autocast_cache_enabled()
+        found = model(-X)
+    fresh = copy.deepcopy(model)
+    with torch.autocast("cpu", torch.bfloat16, enabled=where == "around"):
+        assert torch.equal(found, fresh(-X))
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("kind", ["masked", "with gaps"])
+def test_reconstruction_reads_weights_wherever_they_lie(call: str, kind: str) -> None:
+    model = perceptron()
+    if kind == "masked":
+        netopt.prune_weights(model, 0.3, progress=False)
+    else:
+        wide = torch.zeros(8, 10)
+        wide[:, ::2] = model[0].weight.detach()
+        model[0].weight = nn.Parameter(wide[:, ::2])
+    dense = copy.deepcopy(model) if kind == "masked" else perceptron()
+    CALLS[call](model)
+    CALLS[call](dense)
+    torch.testing.assert_close(model(-X), dense(-X), rtol=1e-4, atol=1e-5)
+
+
+def test_without_a_sample_there_is_nothing_to_score_on() -> None:
+    model = perceptron()
+    with unchanged(model), pytest.raises(EmptyDataError, match="length of 0"):
+        netopt.prune_neurons(model, X[:0], 0.5, progress=False)
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("masks", [False, True])
+def test_any_plan_of_neurons_is_read_again_and_fits_the_bare_model(call: str, masks: bool, tmp_path: Any) -> None:
+    model = perceptron()
+    if masks:
+        netopt.prune_weights(model, 0.3, progress=False)
+    report = CALLS[call](model)
+    if report.call == "prune_weights":
+        return
+    again = netopt.Plan.from_dict(json.loads(json.dumps(report.plan.to_dict())))
+    assert dict(again.predicted) == pytest.approx(dict(report.plan.predicted))
+    netopt.finish(model)
+    netopt.save_pruned(model, again, tmp_path / "small")
+    loaded = netopt.load_pruned(perceptron, tmp_path / "small")
+    assert torch.equal(loaded(X), model(X))
+
+
+def test_masked_models_are_not_saved_as_they_are(tmp_path: Any) -> None:
+    model = perceptron()
+    netopt.prune_weights(model, 0.3, progress=False)
+    report = netopt.prune_neurons(model, X, 0.5, progress=False)
+    with pytest.raises(InvalidArgumentError, match=r"netopt\.finish"):
+        netopt.save_pruned(model, report.plan, tmp_path / "small")
+    assert not (tmp_path / "small").exists()
+
+
+def test_weights_that_are_parts_of_others_are_named_when_saved(tmp_path: Any) -> None:
+    model = perceptron()
+    plan = netopt.plan_neurons(model, X, {"2": 2}, progress=False)
+    plan.apply(model)
+    model[0].weight = nn.Parameter(torch.randn(8, 10)[:, ::2])
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        netopt.save_pruned(model, plan, tmp_path / "small")
+
+
+@pytest.mark.parametrize("value", [0.0, 3.0])
+def test_inputs_that_never_differ_can_be_repaired_on(value: float) -> None:
+    dense = perceptron()
+    model = copy.deepcopy(dense)
+    plan = netopt.plan_neurons(model, X, 0.5, progress=False)
+    plan.apply(model)
+    netopt.repair(model, plan, dense, [torch.full((32, 5), value) for _ in range(4)], progress=False)
+    assert all(bool(one.isfinite().all()) for one in model.parameters())
+
+
+@pytest.mark.parametrize("call", [netopt.plan_neurons, netopt.plan_blocks, netopt.plan_experts])
+def test_outputs_must_be_names(call: Any) -> None:
+    model = Mixtures()
+    with unchanged(model), pytest.raises(ArgumentTypeError, match="outputs must be names"):
+        call(model, X, 1, outputs=3, progress=False)
+
+
+@pytest.mark.parametrize("state", [None, 3])
+def test_a_state_of_a_pruner_must_be_one(state: Any) -> None:
+    pruner = netopt.GradualPruner(perceptron(), end=3)
+    with unchanged(pruner.model), pytest.raises(ArgumentTypeError, match="state_dict"):
+        pruner.load_state_dict(state)

@@ -244,3 +244,36 @@ def test_broken_files_are_named(data, tmp_path):
 def test_what_is_no_plan_is_told():
     with pytest.raises(ArgumentTypeError, match="dict"):
         PlanSequence([NEURONS, {}])
+
+
+class Layered(nn.Module):
+    """Blocks with inner neurons of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            [nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 6)) for _ in range(4)]
+        )
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+
+@pytest.mark.parametrize("calls", ["nb", "bn", "nbn", "nbnb", "bnbn"])
+def test_neurons_and_blocks_by_turns(calls, tmp_path):
+    """Blocks get new numbers, and with them names that others had before."""
+    model, x = Layered(), torch.randn(5, 6)
+    large, plans = copy.deepcopy(model), []
+    for call in calls:
+        if call == "n":
+            report = netopt.prune_neurons(model, x, 0.2, importance="magnitude", progress=False)
+        else:
+            report = netopt.prune_blocks(model, x, 1, include="blocks.[01]", progress=False)
+        plans.append(report.plan)
+    safetensors.save_file(large.state_dict(), tmp_path / "large.safetensors")
+    PlanSequence(plans).apply_to_checkpoint(tmp_path / "large.safetensors", tmp_path / "small.safetensors")
+    found, expected = safetensors.load_file(tmp_path / "small.safetensors"), model.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(one, expected[name]) for name, one in found.items())

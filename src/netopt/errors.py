@@ -52,10 +52,17 @@ __all__ = [
     "UnknownNameError",
     "VerificationError",
     "nearest",
+    "percent",
 ]
 
 
 _MEANT = {
+    "attention": ("branches",),
+    "bfloat16": ("bf16",),
+    "channels": ("neurons",),
+    "cosine": ("influence",),
+    "crossentropy": ("kl",),
+    "filters": ("neurons",),
     "gradient": ("taylor",),
     "hessian": ("fisher",),
     "kd": ("kl",),
@@ -64,7 +71,12 @@ _MEANT = {
     "l1norm": ("magnitude",),
     "l2": ("magnitude", "mse"),
     "l2norm": ("l2", "magnitude"),
+    "layers": ("blocks",),
     "local": ("layer",),
+    "polynomial": ("cubic",),
+    "rows": ("row", "layer"),
+    "uniform": ("layer",),
+    "usage": ("frequency",),
 }
 """What other libraries call things, written small and without dashes, and our names."""
 
@@ -87,6 +99,16 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
 
 def _folded(name: str) -> str:
     return re.sub(r"[-_ ]", "", name).casefold()
+
+
+def percent(amount: float) -> str:
+    """What to write for a number out of range that looks like a percentage, or an empty string.
+
+    Example:
+        >>> percent(90)
+        '; 90 percent is 0.9'
+    """
+    return f"; {amount:g} percent is {amount / 100:g}" if 1 < amount < 100 else ""
 
 
 def quoted(names: Iterable[str]) -> str:
@@ -123,7 +145,8 @@ class UnknownNameError(InvalidArgumentError):
             "unknown importance 'magnitud'. Did you mean 'magnitude'? Known are: magnitude, saliency."
         """
         known = sorted(known)
-        parts = [f"unknown {what} {name!r}.", nearest(name, known), f"Known are: {', '.join(known)}."]
+        near = nearest(name, known) if isinstance(name, str) else ""
+        parts = [f"unknown {what} {name!r}.", near, f"Known are: {', '.join(known)}."]
         return cls(" ".join(part for part in parts if part))
 
 

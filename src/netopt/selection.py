@@ -25,6 +25,7 @@ from netopt.errors import (
     SelectorError,
     UnknownNameError,
     nearest,
+    percent,
 )
 
 __all__ = [
@@ -325,8 +326,7 @@ def check_amount(amount: Amount) -> None:
         raise ArgumentTypeError(f"amount must be a fraction in [0, 1), a count or a mapping of these, got {amount!r}")
     if isinstance(amount, float) and not 0 <= amount < 1:
         hint = f"; for a count write {int(amount)}" if amount.is_integer() and amount >= 1 else ""
-        percent = f"; {amount:g} percent is {amount / 100:g}" if 1 < amount < 100 else ""
-        raise InvalidArgumentError(f"amount must be a fraction in [0, 1), got {amount}{hint}{percent}")
+        raise InvalidArgumentError(f"amount must be a fraction in [0, 1), got {amount}{hint}{percent(amount)}")
     if amount < 0:
         raise InvalidArgumentError(f"amount must be 0 or more, got {amount}")
 
@@ -339,7 +339,7 @@ def _counts(scores: Scores, amount: Amount, ranking: Ranking) -> Counts:
     if isinstance(amount, int) and ranking.groups is None and amount > len(queues[0]):
         raise InvalidArgumentError(
             f"amount asks for {amount} neurons and {len(queues[0])} can go: {queues[0].size} on {len(scores)} axes, of "
-            "which each keeps one"
+            f"which each keeps one{percent(amount)}"
         )
     return {name: count for one in queues for name, count in one.counts(removed(amount, one.size)).items()}
 

@@ -35,6 +35,7 @@ from netopt.batches import Inputs
 from netopt.errors import ArgumentTypeError, ForwardError, InvalidArgumentError
 from netopt.model.attributes import Parts
 from netopt.model.checks import check_values, problem
+from netopt.model.precision import uncached
 from netopt.model.restore import Snapshot, preserve_random_state
 from netopt.model.signals import UndoLog
 from netopt.model.turns import InTurn
@@ -163,6 +164,7 @@ class _Forward:
         view, attributes, trace = self.view, self.attributes, self.trace
         tracer = SizeTracer(view, trace, symbolic=symbolic)
         with UndoLog() as log:
+            uncached(log)
             mode = None if lent else training
             log.enter_context(attributes.in_mode(view.model, writes=trace.writes, training=mode))
             if lent:
@@ -190,7 +192,9 @@ def counted_outputs(result: Any, outputs: Outputs) -> list[Tensor]:
         if len(inspect.signature(outputs).parameters) > 1:
             return [tensor for name, tensor in named if outputs(name, tensor)]
         return [tensor for _, tensor in batches.tensors(outputs(result))]
-    names = [outputs] if isinstance(outputs, str) else list(outputs)
+    names = [outputs] if isinstance(outputs, str) else outputs
+    if not isinstance(names, Iterable) or not all(isinstance(name, str) for name in names):
+        raise ArgumentTypeError(f"outputs must be names of results, or a function of the result, not {outputs!r}.")
     chosen = []
     for name in names:
         found = [tensor for path, tensor in named if path == name or path.startswith(f"{name}.")]

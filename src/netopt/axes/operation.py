@@ -220,7 +220,11 @@ class Operation:
         known = self.trace._info(tensor)
         if known is None or known.data or known.source is None:
             return False
-        return self.trace.members[known.source].dtype == tensor.dtype and len(known.parents) < 2
+        if self.trace.members[known.source].dtype != tensor.dtype:
+            return False
+        while len(known.parents) == 1:
+            (known,) = known.parents
+        return not known.parents
 
     def contract(self, tensor: Tensor, summed: Iterable[Dim], kept: Iterable[Dim]) -> None:
         """Notes which dimensions of a weight an operation sums over (reads) and which remain (makes)."""

@@ -19,7 +19,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from netopt import batches
 from netopt.batches import Batch, Data
-from netopt.errors import ForwardError, MissingDataError, NonFiniteError
+from netopt.errors import EmptyDataError, ForwardError, MissingDataError, NonFiniteError
 from netopt.importance.batch_dimension import as_batch, begins_with, sample_count, samples_of
 from netopt.importance.evidence import _ready, gradients
 from netopt.importance.scoring import USUAL_ERROR, Precision, ScoredAxes
@@ -271,6 +271,8 @@ class _Differentiation:
         count = sample_count(inputs)
         if self.separate is None and count > 1:
             self.separate = self._are_separate(inputs, count)
+        if not count:
+            return
         self.samples += count
         if not self.separate:
             self._add(inputs, count)
@@ -288,6 +290,8 @@ class _Differentiation:
 
     def finish(self) -> Saliency:
         """The averages."""
+        if not self.samples:
+            raise EmptyDataError("there is no sample to score on: batches and example inputs have a length of 0.")
         if not self.reached:
             raise MissingDataError(
                 "no output depends on the activations in a differentiable way; the forward must not run under no_grad, "

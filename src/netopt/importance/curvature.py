@@ -16,7 +16,7 @@ from netopt.importance.activations import float_outputs
 from netopt.importance.contractions import Contraction
 from netopt.importance.differentiation import Differentiation
 from netopt.importance.elimination import Consumer, eliminate, shrunk
-from netopt.importance.inputs import Matrix
+from netopt.importance.inputs import Matrix, filled_like
 from netopt.importance.scoring import Member, ScoredAxes, Scoring
 from netopt.model.parameters import places
 from netopt.model.ranks import add_up_all, add_up_numbers
@@ -221,7 +221,7 @@ class _Moments(Differentiation):
 
     def _value(self, name: str) -> Tensor:
         parameter = self.watched[name].parameter.detach()
-        return torch.empty_like(parameter).copy_(self.watched[name].value)
+        return filled_like(parameter, 0).copy_(self.watched[name].value)
 
     def _columns_owned(self, member: Member, matrix: Matrix) -> Tensor | None:
         """The axis's position of each column, ``(groups, columns)``; ``None`` if the axis is not along the columns."""
@@ -239,7 +239,7 @@ class _Moments(Differentiation):
         parameter = self.watched[name].parameter.detach()
         shape = [-1 if index == dim else 1 for index in range(parameter.dim())]
         spread = positions.to(parameter.device).view(shape).expand(parameter.shape)
-        return matrix.rows(torch.empty_like(parameter, dtype=torch.int64).copy_(spread))
+        return matrix.rows(filled_like(parameter, 0, torch.int64).copy_(spread))
 
     def _gate(self, member: Member, size: int) -> Tensor | None:
         """The part of the weight that makes an axis along this dimension, times the number of samples."""

@@ -119,7 +119,8 @@ class Differentiation(ABC):
             return False
 
         with _sources(self.model, inputs) as (given, sources), torch.enable_grad():
-            with ContractionWatch(self.watched, visit, uses.after), self.writes.first_run():
+            watch = ContractionWatch(self.watched, visit, uses.after)
+            with watch, self.writes.first_run():
                 result = batches.feed(self.model, given if isinstance(given, (Tensor, Mapping)) else (given, None))
             self.uses = uses.found | self.uses
             found = [one for one in self.outputs(result) if one.requires_grad]
@@ -131,7 +132,7 @@ class Differentiation(ABC):
             loss = None if self.loss_fn is None else self.loss_fn(result, targets) * self.count
             for turn in range(self.passes):
                 value = self._signed(found) if loss is None else loss
-                with _GradientWatch(self.watched, self.see_gradient):
+                with _GradientWatch(self.watched, self.see_gradient).knowing(watch):
                     gradients(value, sources, retain_graph=turn < self.passes - 1)
 
     def _signed(self, found: Sequence[Tensor]) -> Tensor:

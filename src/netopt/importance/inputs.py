@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,10 @@ from torch import Tensor
 from netopt.model.dispatch import ThreadDispatchMode
 from netopt.model.parameters import Place
 
-__all__ = ["Convolution", "InputWatch", "Matrix", "Reading"]
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["Convolution", "InputWatch", "Matrix", "Reading", "filled_like"]
 
 aten = torch.ops.aten
 CHUNK = 1 << 24
@@ -68,7 +71,7 @@ class Matrix:
             ordered = spread[0].permute([dim - 1 for dim in order])
             if ordered.shape == like.shape:
                 return ordered
-        full = torch.zeros_like(like, dtype=values.dtype)
+        full = filled_like(like, 0, values.dtype)
         self._view(full).copy_(spread)
         return full
 
@@ -101,6 +104,12 @@ class Convolution(NamedTuple):
         for dim, (size, step, gap) in enumerate(zip(kernel, stride, self.dilation, strict=True)):
             x = x.unfold(2 + dim, gap * (size - 1) + 1, step)[..., ::gap]
         return x.flip(list(range(-len(kernel), 0))) if self.transposed else x
+
+
+def filled_like(tensor: Tensor, value: float, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor that lies in memory as ``tensor`` does, gaps among them, which ``torch.full_like`` leaves out."""
+    made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype or tensor.dtype, device=tensor.device)
+    return made.fill_(value)
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,6 +200,11 @@ class InputWatch(ThreadDispatchMode):
         self._derived: dict[str, Tensor] = {}
         for place in watched.values():
             self._register(place.parameter.detach(), place)
+
+    def knowing(self, other: InputWatch) -> Self:
+        """The same, which recognises the copies and masked products of weights that another has seen made."""
+        self._by_storage, self._derived = other._by_storage, other._derived
+        return self
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from netopt.batches import Data
 from netopt.importance.contractions import Contraction
 from netopt.importance.differentiation import Differentiation
-from netopt.importance.inputs import Matrix
+from netopt.importance.inputs import Matrix, filled_like
 from netopt.model.parameters import Place
 
 __all__ = ["OutputCosts", "output_costs"]
@@ -34,7 +34,7 @@ class OutputCosts:
 
     def scores(self, value: Tensor) -> Tensor:
         """What each entry of a weight costs if it is zero, in the weight's shape."""
-        scores = torch.zeros_like(value, dtype=torch.float32)
+        scores = filled_like(value, 0, torch.float32)
         cost = self.outputs[:, :, None] * self.inputs[:, None, :]
         self.matrix.write(scores, self.matrix.rows(value).float().square() * cost.to(value.device))
         return scores

@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from netopt.errors import CheckpointError, MissingPackageError, PlanMismatchError
+from netopt import masking
+from netopt.errors import CheckpointError, InvalidArgumentError, MissingPackageError, PlanMismatchError
 from netopt.integrations.huggingface.target import appearing
 from netopt.plan import Plan, shapes_of
 from netopt.plan.shards import open_checkpoint
@@ -33,6 +34,7 @@ def save_pruned(model: nn.Module, plan: Plan, directory: str | os.PathLike[str])
 
     Raises:
         PlanMismatchError: The model does not have the sizes that the plan leaves.
+        InvalidArgumentError: The model is masked.
         CheckpointError: The folder exists or cannot be written.
         MissingPackageError: safetensors is not installed.
 
@@ -47,11 +49,22 @@ def save_pruned(model: nn.Module, plan: Plan, directory: str | os.PathLike[str])
         2
     """
     found = shapes_of(model)
+    masked = next(iter(masking.masks(model)), None)
+    if masked is not None:
+        raise InvalidArgumentError(
+            f"`{masked}` is masked, and the model that is built to load this has no masks; write them into the weights "
+            "first: netopt.finish(model)."
+        )
+    plan = plan.without_masks()
     for name, shape in plan.shapes_after.items():
         if name in found and found[name] != shape:
             raise PlanMismatchError(f"`{name}` has shape {found[name]}, and the plan leaves {shape}; which is older?")
     with appearing(Path(directory)) as folder:
-        _safetensors().save_model(model, str(folder / WEIGHTS))
+        try:
+            _safetensors().save_model(model, str(folder / WEIGHTS))
+        except RuntimeError as error:  # of tensors that are parts of one another
+            why = " ".join(str(error).split())
+            raise CheckpointError(f"the weights of {type(model).__name__} cannot be written: {why}") from error
         plan.save(folder / PLAN)
     return Path(directory)
 

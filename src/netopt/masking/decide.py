@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from netopt.errors import InvalidArgumentError, NonFiniteError
+from netopt.errors import InvalidArgumentError, NonFiniteError, percent
 from netopt.masking.patterns import Shape, expand_blocks, keep_n_of_m, keep_per_row, mean_of_blocks
 from netopt.masking.quantile import Scores, keep_above, keep_best
 from netopt.model.parameters import Place
@@ -42,7 +42,7 @@ class Request:
             if self.amount > size:
                 raise InvalidArgumentError(
                     f"amount={self.amount} is more than the {size} entries of {where}; "
-                    "give a smaller count, or a fraction in [0, 1)."
+                    f"give a smaller count, or a fraction in [0, 1){percent(self.amount)}."
                 )
             return self.amount
         return round((self.amount or 0.0) * size)

@@ -1,4 +1,8 @@
-"""Autocast as the forward has entered it, for what is called again outside of it."""
+"""Autocast around a forward: what is called again outside of it, and the casts that it keeps.
+
+Autocast keeps its casts of weights until it is left: they would hide what is written to the weights meanwhile, and
+which weights an operation reads, and their weak references keep tensors from being exchanged.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +11,16 @@ from typing import Any
 import torch
 
 from netopt import batches
+from netopt.model.signals import UndoLog
 
-__all__ = ["autocast_now", "autocast_state"]
+__all__ = ["autocast_now", "autocast_state", "uncached"]
+
+
+def uncached(log: UndoLog) -> None:
+    """Has autocast forget its casts of weights, and keep none in this thread until the log is left."""
+    log.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
+    torch.set_autocast_cache_enabled(False)
+    torch.clear_autocast_cache()
 
 
 def autocast_state() -> tuple[Any, ...]:

@@ -36,6 +36,7 @@ from netopt.model.attributes import (
     own_classes,
     refill,
 )
+from netopt.model.precision import uncached
 from netopt.model.signals import UndoLog
 from netopt.model.turns import InTurn
 from netopt.model.view import ModelView
@@ -72,6 +73,7 @@ def restored(*models: nn.Module | ModelView, rng: bool = True, writes: bool = Tr
     def start(log: UndoLog) -> None:
         if rng:
             log.callback(_common_random_state())
+            uncached(log)
         snapshot = Snapshot(*views)
         log.callback(snapshot.put_back)
         snapshot.gradients.set_aside()

@@ -46,7 +46,7 @@ def fields(data: Any) -> dict[str, Any]:
         ),
         "axes": tuple(_list(data, "axes", lambda row, where: _axis(row, where, indices))),
         "shapes": shapes,
-        "predicted": _mapping(data, "predicted", _whole),
+        "predicted": _mapping(data, "predicted", _real),
         "unsaved": tuple(_list(data, "unsaved", _text)),
         "shifts": _mapping(data, "shifts", unpack),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -211,7 +212,8 @@ class _Edit:
                     raise PlanMismatchError(
                         f"the plan keeps index {int(kept[-1])} of dimension {dim} of `{name}` {after[name]}"
                     )
-        self.plan = self.plan.then(plan)
+        # An axis may have the name that another had before blocks left.
+        self.plan = self.plan.then(dataclasses.replace(plan, axes=()))
 
     def _experts(self, step: ExpertPlan) -> dict[str, dict[int, torch.Tensor]]:
         after, found = self.plan.shapes_after, dict[str, dict[int, torch.Tensor]]()

@@ -6,6 +6,7 @@ model that has the same names and shapes, without running it.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import html
 import json
@@ -151,7 +152,7 @@ class Plan(JSONFile):
             PlanMismatchError: Some tensor or attribute is missing or has another shape; the message names the first.
             OptimizerStateError: Some optimizer state cannot be narrowed.
         """
-        return self.prepare(model, optimizer).run(_nothing)
+        return self.prepare(model, optimizer).run(lambda: None)
 
     def prepare(
         self, model: nn.Module | ModelView, optimizer: Optimizer | Iterable[Optimizer] | None = None
@@ -232,8 +233,25 @@ class Plan(JSONFile):
         known = {*shapes_of(view), *view.buffers}
         if known.issuperset(self.tensors):
             return self
+        if not any(name.endswith("_mask") for name in view.buffers) and self._masks:
+            return self.without_masks()._fitted(view)
         rename = renaming({*self.tensors, *self.shapes}, known)
         return self if rename is None else self._renamed(rename, innermost(view.modules))
+
+    @property
+    def _masks(self) -> set[str]:
+        """Names of the masks that were on the model the plan was made for."""
+        return {name for name in self.tensors if f"{name.removesuffix('_mask')}_orig" in self.tensors}
+
+    def without_masks(self) -> Plan:
+        """The same plan for the model without the masks of ``torch.nn.utils.prune`` that it was made with."""
+        gone = self._masks
+        names = {f"{name.removesuffix('_mask')}_orig": name.removesuffix("_mask") for name in gone}
+        fields = ("tensors", "values", "scales", "shapes", "shifts")
+        left = {
+            field: {name: one for name, one in getattr(self, field).items() if name not in gone} for field in fields
+        }
+        return dataclasses.replace(self, **left).renamed(names)
 
     def renamed(self, names: Mapping[str, str]) -> Plan:
         """The same plan for files in which tensors have other names, given by those of the model."""
@@ -424,10 +442,6 @@ def shapes_of(model: nn.Module | ModelView, also: Iterable[str] = ()) -> dict[st
 
 def _has_mask(model: nn.Module, name: str) -> bool:
     return surgery.find_tensor(model, f"{name.removesuffix('_orig')}_mask") is not None
-
-
-def _nothing() -> None:
-    """Nothing is left to be done after the changes."""
 
 
 def _indices(kept: Tensor | Sequence[int], name: str, dim: int) -> Tensor:

@@ -116,7 +116,7 @@ def choose(found: Found, scored: NeuronScores, budget: Budget, groups: Choices |
     """
     scores, normalization = scored.scores, "none" if scored.comparable else None
     if groups is not None:
-        return best(scores, {**found.sizes, **_from_groups(found, scores, budget, groups)})
+        return best(scores, {**found.sizes, **_from_groups(found, scored, budget, groups)})
     limits, ranked = Limits(budget.round_to, _feasible(found)), _together(found, budget.scope)
     if budget.amount is not None or budget.threshold is not None:
         return select(
@@ -178,7 +178,7 @@ def without(found: Found, remove: Mapping[str, Sequence[int]]) -> dict[str, Tens
     return kept
 
 
-def _from_groups(found: Found, scores: Mapping[str, Tensor], budget: Budget, groups: Choices) -> dict[str, int]:
+def _from_groups(found: Found, scored: NeuronScores, budget: Budget, groups: Choices) -> dict[str, int]:
     """The counts of one choice of each group, within the budget."""
     sizes, amount = found.sizes, by_axis(found, budget.amount)
     groups = [_rounded([one[0], *found.axes.satisfying(one[1:])], budget.round_to) for one in groups]
@@ -189,12 +189,18 @@ def _from_groups(found: Found, scores: Mapping[str, Tensor], budget: Budget, gro
     if amount is not None and budget.scope == "layer":
         return choose_alike(groups, {name: size - removed(amount, size) for name, size in sizes.items()})
     cost, share = _cost(found, budget)
+    scores, comparable = scored.scores, scored.comparable
     if amount is not None:
         whole = sum(sizes.values())
         return choose_within(
-            scores, groups, lambda counts: sum({**sizes, **counts}.values()), whole - removed(amount, whole)
+            scores,
+            groups,
+            lambda counts: sum({**sizes, **counts}.values()),
+            whole - removed(amount, whole),
+            comparable=comparable,
         )
-    return choose_within(scores, groups, lambda counts: cost(positions(counts)), int(share * cost({})))
+    limit = int(share * cost({}))
+    return choose_within(scores, groups, lambda counts: cost(positions(counts)), limit, comparable=comparable)
 
 
 def _rounded(group: Sequence[Mapping[str, int]], step: int) -> list[Mapping[str, int]]:

@@ -30,7 +30,12 @@ _LEAST_PRICE, _MOST_PRICE = 1e-12, 1e12
 
 
 def choose_within(
-    scores: Mapping[str, Tensor], groups: Choices, cost: Callable[[Mapping[str, int]], int], limit: int
+    scores: Mapping[str, Tensor],
+    groups: Choices,
+    cost: Callable[[Mapping[str, int]], int],
+    limit: int,
+    *,
+    comparable: bool = False,
 ) -> Counts:
     """The choices that lose the least of the scores, at a cost of at most ``limit``.
 
@@ -39,11 +44,13 @@ def choose_within(
         groups: Of choices.
         cost: Of counts by axis; axes not named keep theirs.
         limit: The most it may cost.
+        comparable: Whether scores of different axes can be added up as they are. Otherwise the share that an axis keeps
+            counts.
 
     Raises:
         NothingToPruneError: No choices cost as little.
     """
-    lost = _losses(scores)
+    lost = _losses(scores, comparable=comparable)
     groups = [_worthwhile(group, lost, cost) for group in groups if len(group) > 1]
     losses = [[sum(lost[name][count] for name, count in one.items()) for one in group] for group in groups]
     gone = [[sum(group[0].values()) - sum(one.values()) for one in group] for group in groups]
@@ -98,15 +105,17 @@ def choose_alike(groups: Choices, targets: Mapping[str, int]) -> Counts:
     return chosen
 
 
-def _losses(scores: Mapping[str, Tensor]) -> dict[str, list[float]]:
-    """By axis, how much is lost where so many of its best neurons stay: minus the logarithm of the share kept."""
+def _losses(scores: Mapping[str, Tensor], *, comparable: bool) -> dict[str, list[float]]:
+    """By axis, how much is lost where so many of its best neurons stay: minus the logarithm of the share kept, or the
+    sum of what goes."""
     found = {}
     for name, one in scores.items():
         values = one.double()
         values = (values - values.min().clamp(max=0)).sort(descending=True).values
         values = values + values.sum() * 1e-9 + 1e-300  # so that none is worth nothing
         kept = values.cumsum(0) / values.sum()
-        found[name] = [math.inf, *(-kept.clamp(max=1).log()).tolist()]
+        loss = values.sum() * (1 - kept.clamp(max=1)) if comparable else -kept.clamp(max=1).log()
+        found[name] = [math.inf, *loss.tolist()]
     return found
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from netopt import batches
 from netopt.errors import MissingDataError, NonFiniteError, ShapeMismatchError
 from netopt.importance import Criterion, lookup
-from netopt.importance.inputs import Matrix
+from netopt.importance.inputs import Matrix, filled_like
 from netopt.importance.scoring import Scoring
 from netopt.masking.decide import Request
 from netopt.model.kernels import Unfused
@@ -62,7 +62,8 @@ def reconstruct(
         raise MissingDataError(f"importance {solver.name!r} needs the layers' inputs; pass data=, a list of batches.")
     held = list(batches.iterate(scoring.data))
     shares = shared_out(model, wanted, requests, held, loss_fn=scoring.loss_fn, progress=progress)
-    before = {name: place.parameter.detach().clone() for name, place in wanted.items()}
+    own = {name: place.parameter.detach() for name, place in wanted.items()}
+    before = {name: filled_like(one, 0).copy_(one) for name, one in own.items()}
     masks: dict[str, Tensor] = {}
     log.callback(_write, wanted, before, on=BaseException)
     with restored(model, writes=False) as looking:
@@ -107,9 +108,9 @@ def _solve(place: Place, parts: Sequence[tuple[Matrix, Moments]], share: Share, 
     if not torch.isfinite(parameter).all():
         raise NonFiniteError(f"the weight {place.name!r} holds NaN or infinity; repair it, or exclude it.")
     # In memory as the parameter is, so that a matrix is the same entries of each.
-    weight = torch.empty_like(parameter).copy_(place.value)
-    alive = None if place.mask is None else torch.empty_like(parameter, dtype=torch.bool).copy_(place.mask)
-    mask = torch.ones_like(parameter, dtype=torch.bool)
+    weight = filled_like(parameter, 0).copy_(place.value)
+    alive = None if place.mask is None else filled_like(parameter, 0, torch.bool).copy_(place.mask)
+    mask = filled_like(parameter, 1, torch.bool)
     counts = in_proportion(share.count, [matrix.count for matrix, _ in parts])
     for (matrix, moment), count in zip(parts, counts, strict=True):
         if not (torch.isfinite(moment.own).all() and torch.isfinite(moment.cross).all()):

@@ -21,7 +21,7 @@ from netopt import batches
 from netopt.batches import Batch
 from netopt.importance.contractions import Contraction, ContractionWatch, Use, Uses
 from netopt.importance.differentiation import padding, squares
-from netopt.importance.inputs import Matrix
+from netopt.importance.inputs import Matrix, filled_like
 from netopt.model.kernels import Unfused
 from netopt.model.parameters import Place, places
 from netopt.model.restore import restored
@@ -180,7 +180,7 @@ class _Fitting:
         return results
 
     def _loses_inputs(self, name: str) -> bool:
-        kept = torch.ones_like(self.large[name].parameter, dtype=torch.bool)
+        kept = filled_like(self.large[name].parameter, 1, torch.bool)
         for dim, indices in self.tensors.get(name, {}).items():
             stays = torch.zeros(kept.shape[dim], dtype=torch.bool, device=kept.device)
             stays[indices.to(kept.device)] = True
@@ -320,11 +320,11 @@ class _Fitting:
         owner = torch.empty(large.numel(), dtype=torch.int64, device=large.device)
         numbers = torch.arange(groups * (rows if outputs else columns), device=large.device)
         spread = numbers.view(groups, rows, 1) if outputs else numbers.view(groups, 1, columns)
-        read = full.rows(torch.empty_like(large, dtype=torch.int64).copy_(entries))
+        read = full.rows(filled_like(large, 0, torch.int64).copy_(entries))
         owner[read.flatten()] = spread.expand(groups, rows, columns).flatten()
         for dim, kept in self.tensors[name].items():
             entries = entries.index_select(dim, kept.to(entries.device))
-        left = owner[matrix.rows(torch.empty_like(small, dtype=torch.int64).copy_(entries))]
+        left = owner[matrix.rows(filled_like(small, 0, torch.int64).copy_(entries))]
         return left[:, :, 0] if outputs else left[:, 0]
 
     # A weight used several times in a forward.

@@ -8,6 +8,7 @@ halves of the data as for :mod:`~netopt.reconstruction.target`. Inputs are taken
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -106,7 +107,7 @@ def correction(halves: Sequence[Sums], *, with_offset: bool) -> Correction:
     whole = halves[0] + halves[1]
     error = whole.square / max(whole.scale, 1e-300)
     nothing = Correction(None, None, error, 0.0)
-    if error < ALIKE or min(half.count for half in halves) == 0:
+    if error < ALIKE or not math.isfinite(error) or min(half.count for half in halves) == 0:
         return nothing
     mean, lacking = whole.inputs / whole.count, whole.lacking / whole.count
     if not with_offset:
@@ -124,7 +125,10 @@ def correction(halves: Sequence[Sums], *, with_offset: bool) -> Correction:
         return nothing
     change = None
     if pull is not None:
-        change = ridge(scaled(total, norm), lost[0] + lost[1], pull) / norm[:, None, :]
+        try:
+            change = ridge(scaled(total, norm), lost[0] + lost[1], pull) / norm[:, None, :]
+        except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage] - rounding is all they differ by
+            return nothing
         lacking = lacking - (change @ mean[:, :, None])[:, :, 0]
     return Correction(change, lacking if with_offset else None, error, 1 - left / whole.square)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from netopt import batches
 from netopt.errors import InvalidArgumentError, quoted
-from netopt.importance.inputs import InputWatch, Matrix, Reading
+from netopt.importance.inputs import InputWatch, Matrix, Reading, filled_like
 from netopt.model.parameters import Place
 from netopt.reconstruction.replay import Chain, Runner, noting
 from netopt.reconstruction.target import Moments
@@ -154,7 +154,7 @@ class _Survey:
         if name not in self.found:
             return f"{name!r} met no inputs on this data"
         matrices = self.found[name].matrices[name]
-        covered = torch.zeros_like(parameter, dtype=torch.bool)
+        covered = filled_like(parameter, 0, torch.bool)
         for matrix in matrices:
             matrix.write(covered, torch.ones((), dtype=torch.bool).expand(matrix.size))
         count = int(torch.count_nonzero(covered))

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from netopt.errors import PlanMismatchError, ShapeMismatchError
+from netopt.model.precision import uncached
 from netopt.model.signals import UndoLog, entered
 from netopt.model.view import ModelView
 from netopt.surgery.attributes import Path, assignment, described, read
@@ -84,6 +85,7 @@ class Operation:
         log = UndoLog(whole=undone_on is not None)
 
         def change(log: UndoLog) -> Result:
+            uncached(log)
             log.callback(self._flatten, on=undone_on)
             log.callback(self._revive, on=undone_on)
             for change in self.changes:

@@ -196,9 +196,12 @@ class GradualPruner:
             state: Of a pruner with the same arguments.
 
         Raises:
+            ArgumentTypeError: The state is no mapping.
             InvalidArgumentError: Something is missing from the state.
             PlanMismatchError: The model is another one.
         """
+        if not isinstance(state, Mapping):
+            raise ArgumentTypeError(f"state must be what state_dict() gave, not {type(state).__name__}.")
         missing = [key for key in ("steps", "history", "total", "masks", "plan") if key not in state]
         if missing:
             raise InvalidArgumentError(f"the state of a GradualPruner lacks {', '.join(map(repr, missing))}.")

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from netopt import batches, measure
 from netopt.axes import Outputs
 from netopt.batches import Batch, Inputs
-from netopt.errors import ArgumentTypeError, InvalidArgumentError, NothingToPruneError, UnknownNameError
+from netopt.errors import ArgumentTypeError, InvalidArgumentError, NothingToPruneError, UnknownNameError, percent
 from netopt.model.view import ModelView
 from netopt.plan.blocks import BlockPlan, notes_of_hooks
 from netopt.prune.blocks.branches import Branch, find_branches, make_branch_plan
@@ -198,7 +198,8 @@ class _Budget:
         if name != "amount" and not 0 < value <= 1:
             raise InvalidArgumentError(f"{name} must be a fraction of the model's, in (0, 1], not {value}.")
         if name == "amount" and (value < 0 or (isinstance(value, float) and not value < 1)):
-            raise InvalidArgumentError(f"amount must be a fraction in [0, 1) or a count of blocks, not {value}.")
+            hint = percent(value)
+            raise InvalidArgumentError(f"amount must be a fraction in [0, 1) or a count of blocks, not {value}{hint}.")
 
     def given(self) -> dict[str, Any]:
         """What was given, by name."""
@@ -336,7 +337,7 @@ class _Call:
         if amount is not None:
             target = amount if isinstance(amount, int) else min(round(amount * count), most)
             if target > most:
-                raise InvalidArgumentError(f"amount={amount} blocks are to go, and only {most} may.")
+                raise InvalidArgumentError(f"amount={amount} blocks are to go, and only {most} may{percent(amount)}.")
             return lambda removed: len(removed) >= target
 
         def met(removed: Sequence[Block]) -> bool:
@@ -391,7 +392,9 @@ def _counts(stacks: Sequence[Stack], room: Mapping[str, int], amount: Mapping[st
         if fits and stack.free:
             own, most = amount[fits[0]], room[stack.name]
             if isinstance(own, int) and own > most:
-                raise InvalidArgumentError(f"{own} blocks are to go from `{stack.name}`, and only {most} may.")
+                raise InvalidArgumentError(
+                    f"{own} blocks are to go from `{stack.name}`, and only {most} may{percent(own)}."
+                )
             found[stack.name] = own if isinstance(own, int) else min(round(own * len(stack.free)), most)
     if set(amount) - used:
         known = ", ".join(stack.name or "''" for stack in stacks if stack.free)

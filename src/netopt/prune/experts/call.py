@@ -15,7 +15,7 @@ from tqdm import tqdm
 from netopt import batches, masking, measure
 from netopt.axes import Outputs
 from netopt.batches import Batch, Inputs
-from netopt.errors import ArgumentTypeError, InvalidArgumentError, NothingToPruneError
+from netopt.errors import ArgumentTypeError, InvalidArgumentError, NothingToPruneError, percent
 from netopt.model.signals import entered
 from netopt.plan.blocks import notes_of_hooks
 from netopt.plan.experts import ExpertPlan
@@ -279,7 +279,7 @@ def _count(mixture: Mixture, amount: float) -> int:
             groups = f", {mixture.groups} at a time" if mixture.groups > 1 else ""
             raise InvalidArgumentError(
                 f"amount={amount} experts are to go from `{mixture.name}`, and up to {mixture.spare} of its "
-                f"{mixture.size} may{groups}."
+                f"{mixture.size} may{groups}{percent(amount)}."
             )
         return amount
     return min(round(amount * mixture.size / mixture.groups) * mixture.groups, mixture.spare)
@@ -291,7 +291,8 @@ def _check_amount(amount: Any) -> None:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ArgumentTypeError(f"amount must be a number, or numbers by name, not {value!r}.")
         if value < 0 or (isinstance(value, float) and not value < 1):
-            raise InvalidArgumentError(f"amount must be a fraction in [0, 1) or a count of experts, not {value}.")
+            hint = percent(value)
+            raise InvalidArgumentError(f"amount must be a fraction in [0, 1) or a count of experts, not {value}{hint}.")
     if not values:
         raise InvalidArgumentError("amount names no mixture.")
 
