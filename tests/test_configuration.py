@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from netopt.axes import find_axes
 from netopt.errors import InvalidArgumentError
 from netopt.integrations.huggingface.config import LOADS
 from netopt.integrations.huggingface.meta_build import build, entries, with_changes
@@ -443,13 +444,14 @@ def test_a_llama_that_its_configuration_would_refuse_to_save_is_named():
 
 def test_a_name_of_a_plan_hook_is_taken_once():
     with pytest.raises(InvalidArgumentError, match="'configuration' exists already"):
-        register_hook("configuration", lambda model, plan: (plan, None))
+        register_hook("configuration", lambda model, plan, axes: (plan, None))
 
 
 def test_hooks_leave_the_plan_of_another_model_alone():
     model = nn.Linear(3, 4)
-    plan = plan_neurons(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), torch.ones(1, 3), 0.5, progress=False)
-    assert complete(model, plan) == (plan, {})
+    other = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    plan = plan_neurons(other, torch.ones(1, 3), 0.5, progress=False)
+    assert complete(model, plan, find_axes(other, torch.ones(1, 3))) == (plan, {})
 
 
 class Choosing(TwoLayers):

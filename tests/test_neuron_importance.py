@@ -18,6 +18,8 @@ from netopt.importance import activations as activations_module
 from netopt.importance import names, registry
 from netopt.importance.activations import saliency
 from netopt.importance.neurons import neuron_scores, reduce
+from netopt.importance.scoring import Precision, ScoredAxes, Scoring
+from netopt.prune.candidates import scored
 from netopt.surgery import named_tensors
 
 
@@ -54,11 +56,7 @@ def built(name, dtype=torch.float64):
 
 def read(model, x):
     axes = find_axes(model, x)
-    return (
-        {axis.name: axes.taps(axis) for axis in axes.free},
-        {axis.name: axis.size for axis in axes.free},
-        {axis.name: axes.members(axis) for axis in axes.free},
-    )
+    return scored(axes, axes.free)
 
 
 def brute_force(model, module, x, positions_dim=1):
@@ -85,8 +83,8 @@ def brute_force(model, module, x, positions_dim=1):
 
 def test_saliency_is_the_squared_jacobian_of_a_perceptron():
     model, x = built("mlp")
-    taps, sizes, _ = read(model, x)
-    found = saliency(model, taps, sizes, [x[:3], (x[3:], torch.zeros(1))])
+    axes = read(model, x)
+    found = saliency(model, axes, [x[:3], (x[3:], torch.zeros(1))])
     assert found.exact
     assert (found.error, found.probes, found.samples) == (0, 0, 4)
     torch.testing.assert_close(found.scores["0"], brute_force(model, model[2], x), rtol=1e-10, atol=0)
@@ -95,8 +93,8 @@ def test_saliency_is_the_squared_jacobian_of_a_perceptron():
 
 def test_saliency_counts_pixels_and_every_consumer_once():
     model, x = built("residual")
-    taps, sizes, _ = read(model, x)
-    found = saliency(model, taps, sizes, [x]).scores
+    axes = read(model, x)
+    found = saliency(model, axes, [x]).scores
     assert len(found) == 1
     whole = brute_force(model.eval(), model.head, x, 1).view(4, -1).sum(1)
 
@@ -112,10 +110,10 @@ def test_saliency_counts_pixels_and_every_consumer_once():
 
 def test_random_signs_converge_to_the_exact_sum():
     model, x = built("mlp")
-    taps, sizes, _ = read(model, x)
-    exact = saliency(model, taps, sizes, [x]).scores
-    few = saliency(model, taps, sizes, [x], exact_outputs=0, relative_error=0.3)
-    many = saliency(model, taps, sizes, [x] * 200, exact_outputs=0)
+    axes = read(model, x)
+    exact = saliency(model, axes, [x]).scores
+    few = saliency(model, axes, [x], precision=Precision(0.3, 0))
+    many = saliency(model, axes, [x] * 200, precision=Precision(exact_outputs=0))
     assert 0 < few.probes <= 64
     assert not few.exact
     assert 0 < many.error < few.error <= 0.5
@@ -144,10 +142,10 @@ def test_the_error_of_an_estimate_can_be_asked_for():
 def test_batches_of_any_size_give_the_same():
     model, _ = built("mlp")
     x = torch.randn(150, 5, dtype=torch.float64)
-    taps, sizes, _ = read(model, x)
-    whole = saliency(model, taps, sizes, [x]).scores
-    parts = saliency(model, taps, sizes, list(x.split(7))).scores
-    singles = saliency(model, taps, sizes, list(x.split(1))).scores
+    axes = read(model, x)
+    whole = saliency(model, axes, [x]).scores
+    parts = saliency(model, axes, list(x.split(7))).scores
+    singles = saliency(model, axes, list(x.split(1))).scores
     for name, one in whole.items():
         torch.testing.assert_close(parts[name], one)
         torch.testing.assert_close(singles[name], one)
@@ -155,13 +153,13 @@ def test_batches_of_any_size_give_the_same():
 
 def test_memory_is_bounded_by_parts_of_batches_and_of_outputs(monkeypatch):
     model, x = built("residual")
-    taps, sizes, _ = read(model, x)
+    axes = read(model, x)
     x = torch.randn(11, 2, 4, 4, dtype=torch.float64)
-    whole = saliency(model, taps, sizes, [x]).scores
+    whole = saliency(model, axes, [x]).scores
     seen = []
     model.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
     monkeypatch.setattr(activations_module, "ENTRIES_AT_ONCE", 300)
-    parts = saliency(model, taps, sizes, [x]).scores
+    parts = saliency(model, axes, [x]).scores
     assert max(seen[1:]) < 11
     for name, one in whole.items():
         torch.testing.assert_close(parts[name], one)
@@ -181,8 +179,8 @@ class OverSamples(nn.Module):
 def test_samples_that_act_on_one_another_are_noticed():
     torch.manual_seed(0)
     model, x = OverSamples().double(), torch.randn(5, 3, dtype=torch.float64)
-    taps, sizes, _ = read(model, x)
-    found = saliency(model, taps, sizes, [x]).scores["first"] * 5
+    axes = read(model, x)
+    found = saliency(model, axes, [x]).scores["first"] * 5
     seen = model.first(x).tanh().cumsum(0).detach()
     jacobian = torch.autograd.functional.jacobian(model.last, seen)
     torch.testing.assert_close(found, jacobian.square().sum((0, 1, 2)))
@@ -192,7 +190,7 @@ def test_samples_that_act_on_one_another_are_noticed():
 def test_scoring_leaves_no_trace_and_repeats(name):
     model, x = built("residual", torch.float32)
     nn.init.normal_(model.norm.weight)
-    taps, sizes, members = read(model, x)
+    axes = read(model, x)
     model.head.weight.requires_grad_(False)
     model.train()
     model.conv.eval()
@@ -202,15 +200,13 @@ def test_scoring_leaves_no_trace_and_repeats(name):
 
     def score():
         with torch.no_grad():
-            return neuron_scores(
-                model, members, taps.__getitem__, sizes, importance=name, data=data, loss_fn=nn.functional.cross_entropy
-            ).scores
+            return neuron_scores(model, axes, Scoring(name, data, nn.functional.cross_entropy)).scores
 
     state = torch.get_rng_state()
     first, second = score(), score()
     assert torch.equal(state, torch.get_rng_state())
     for axis, one in first.items():
-        assert one.shape == (sizes[axis],)
+        assert one.shape == (axes.sizes[axis],)
         assert torch.equal(one, second[axis])
         assert float(one.std()) > 0
     for key, tensor in named_tensors(model).items():
@@ -225,11 +221,11 @@ def test_scoring_leaves_no_trace_and_repeats(name):
 
 def test_scores_of_weights_are_summed_over_every_member():
     model, x = built("mlp")
-    taps, sizes, members = read(model, x)
-    found = neuron_scores(model, members, taps.__getitem__, sizes, importance="magnitude").scores["0"]
+    axes = read(model, x)
+    found = neuron_scores(model, axes, Scoring("magnitude")).scores["0"]
     expected = model[0].weight.abs().sum(1) + model[0].bias.abs() + model[2].weight.abs().sum(0)
     torch.testing.assert_close(found, expected.detach())
-    squares = neuron_scores(model, members, taps.__getitem__, sizes, importance="l2").scores["0"]
+    squares = neuron_scores(model, axes, Scoring("l2")).scores["0"]
     expected = model[0].weight.square().sum(1) + model[0].bias.square() + model[2].weight.square().sum(0)
     torch.testing.assert_close(squares, expected.detach().sqrt())
 
@@ -240,12 +236,12 @@ def test_weights_behind_a_norm_by_hooks_are_scored():
     normed = copy.deepcopy(plain)
     nn.utils.spectral_norm(normed[0])
     axes = find_axes(plain, torch.randn(2, 5, dtype=torch.float64))
-    expected = neuron_scores(plain, {"0": axes.members(axes["0"])}, axes.taps, {"0": 6}, importance="magnitude")
+    expected = neuron_scores(plain, scored(axes, [axes["0"]]), Scoring("magnitude"))
     axes = find_axes(normed, torch.randn(2, 5, dtype=torch.float64))
     found = axes.free[0]
-    scored = neuron_scores(normed, {"0": axes.members(found)}, axes.taps, {"0": 6}, importance="magnitude")
+    again = neuron_scores(normed, ScoredAxes({"0": 6}, {"0": axes.members(found)}, axes.taps), Scoring("magnitude"))
     # The vector of the power iteration is one more member, and no weight.
-    assert torch.allclose(scored.scores["0"], expected.scores["0"])
+    assert torch.allclose(again.scores["0"], expected.scores["0"])
 
 
 def test_products_and_concatenations_reduce_alike():
@@ -259,74 +255,70 @@ def test_products_and_concatenations_reduce_alike():
 
 def test_the_geometric_median_is_found_by_distances():
     model, x = built("mlp")
-    taps, sizes, members = read(model, x)
-    found = neuron_scores(model, members, taps.__getitem__, sizes, importance="fpgm").scores["0"]
+    axes = read(model, x)
+    found = neuron_scores(model, axes, Scoring("fpgm")).scores["0"]
     vectors = torch.cat([model[0].weight, model[0].bias[:, None], model[2].weight.T], 1).detach()
     torch.testing.assert_close(found, torch.cdist(vectors, vectors).sum(1))
 
 
 def test_activations_are_averaged_over_positions():
     model, x = built("mlp")
-    taps, sizes, members = read(model, x)
-    found = neuron_scores(model, members, taps.__getitem__, sizes, importance="activation", example_inputs=(x,)).scores
+    axes = read(model, x)
+    found = neuron_scores(model, axes, Scoring("activation"), (x,)).scores
     torch.testing.assert_close(found["0"], model[:2](x).abs().mean(0).detach())
 
 
 def test_scales_of_normalisations():
     model, x = built("residual")
-    taps, sizes, members = read(model, x)
+    axes = read(model, x)
     nn.init.normal_(model.norm.weight)
-    found = neuron_scores(model, members, taps.__getitem__, sizes, importance="bn_scale").scores
+    found = neuron_scores(model, axes, Scoring("bn_scale")).scores
     torch.testing.assert_close(next(iter(found.values())), model.norm.weight.detach().abs())
     plain, x = built("mlp")
-    taps, sizes, members = read(plain, x)
+    axes = read(plain, x)
     with pytest.raises(MissingDataError, match="axis `0` has none"):
-        neuron_scores(plain, members, taps.__getitem__, sizes, importance="bn_scale")
+        neuron_scores(plain, axes, Scoring("bn_scale"))
 
 
 def test_functions_and_tensors_serve_as_importance():
     model, x = built("mlp")
-    taps, sizes, members = read(model, x)
+    axes = read(model, x)
     given = {"0": torch.arange(6), "2": torch.arange(4)}
-    assert neuron_scores(model, members, taps.__getitem__, sizes, importance=given).scores["0"].tolist() == list(
-        range(6)
-    )
-    squares = neuron_scores(
-        model, members, taps.__getitem__, sizes, importance=lambda seen: seen.weight.square()
-    ).scores
+    assert neuron_scores(model, axes, Scoring(given)).scores["0"].tolist() == list(range(6))
+    squares = neuron_scores(model, axes, Scoring(lambda seen: seen.weight.square())).scores
     torch.testing.assert_close(
         squares["0"],
         (model[0].weight.square().sum(1) + model[0].bias.square() + model[2].weight.square().sum(0)).detach(),
     )
     with pytest.raises(ShapeMismatchError, match=r"axis `0` has 6 neurons and scores of shape \(5,\)"):
-        neuron_scores(model, members, taps.__getitem__, sizes, importance={"0": torch.ones(5)})
+        neuron_scores(model, axes, Scoring({"0": torch.ones(5)}))
     with pytest.raises(UnknownNameError, match="Did you mean 'saliency'"):
-        neuron_scores(model, members, taps.__getitem__, sizes, importance="salliency")
+        neuron_scores(model, axes, Scoring("salliency"))
 
 
 def test_what_cannot_be_scored_is_refused():
     model, x = built("mlp")
-    taps, sizes, members = read(model, x)
+    axes = read(model, x)
     with pytest.raises(MissingDataError, match="pass data="):
-        neuron_scores(model, members, taps.__getitem__, sizes)
+        neuron_scores(model, axes, Scoring())
     blind = copy.deepcopy(model)
     blind.forward = torch.no_grad()(blind.forward)
     with pytest.raises(MissingDataError, match="differentiable"):
-        neuron_scores(blind, members, taps.__getitem__, sizes, example_inputs=x)
+        neuron_scores(blind, axes, Scoring(), x)
     with torch.no_grad():
         model[0].weight[0, 0] = float("nan")
     with pytest.raises(NonFiniteError, match=r"0\.weight"):
-        neuron_scores(model, members, taps.__getitem__, sizes, importance="magnitude")
+        neuron_scores(model, axes, Scoring("magnitude"))
 
 
 @pytest.mark.parametrize("frozen", ["all", "stem"])
 def test_frozen_parameters_do_not_hide_activations(frozen):
     model, x = built("residual")
-    taps, sizes, _ = read(model, x)
-    expected = saliency(model, taps, sizes, [x]).scores
+    axes = read(model, x)
+    expected = saliency(model, axes, [x]).scores
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(frozen != "all" and not name.startswith("stem"))
-    found = saliency(model, taps, sizes, [x]).scores
+    found = saliency(model, axes, [x]).scores
     for name, one in expected.items():
         torch.testing.assert_close(found[name], one)
 
@@ -334,7 +326,7 @@ def test_frozen_parameters_do_not_hide_activations(frozen):
 @pytest.mark.parametrize("name", MODELS)
 def test_judged_in_parts_or_together_is_judged_one_by_one(monkeypatch, name):
     model, x = built(name, torch.float32)
-    taps, sizes, members = read(model, x)
+    axes = read(model, x)
     seen = []
 
     def cubes(evidence):
@@ -342,25 +334,23 @@ def test_judged_in_parts_or_together_is_judged_one_by_one(monkeypatch, name):
         return evidence.weight.abs() ** 3
 
     alone = importance.Criterion("cubes", cubes)
-    each = neuron_scores(model, members, taps.__getitem__, sizes, importance=alone).scores
+    each = neuron_scores(model, axes, Scoring(alone)).scores
     one_by_one = len(seen)
     monkeypatch.setattr(registry, "PART", 24)
     monkeypatch.setattr(registry, "MANY", 2)
-    parts = neuron_scores(
-        model, members, taps.__getitem__, sizes, importance=importance.Criterion("cubes", cubes, entrywise=True)
-    ).scores
+    parts = neuron_scores(model, axes, Scoring(importance.Criterion("cubes", cubes, entrywise=True))).scores
     vectors = [shape for shape in seen[one_by_one:] if len(shape) == 1]
     assert len(vectors) == 1
     assert len([shape for shape in seen[one_by_one:] if len(shape) > 1]) > one_by_one // 2
-    for axis in sizes:
+    for axis in axes.sizes:
         torch.testing.assert_close(parts[axis], each[axis], rtol=1e-6, atol=0)
 
 
 def test_scores_share_no_memory_with_the_weights_they_are():
     model, x = built("mlp")
-    taps, sizes, members = read(model, x)
+    axes = read(model, x)
     with unchanged(model):
-        neuron_scores(model, members, taps.__getitem__, sizes, importance=lambda evidence: evidence.weight)
+        neuron_scores(model, axes, Scoring(lambda evidence: evidence.weight))
 
 
 class Tree(nn.Module):
@@ -384,7 +374,7 @@ def test_what_is_no_batch_is_run_whole(strict):
     model, x = Tree(strict), torch.randn(7, 6)
     axes = netopt.find_axes(model, x)
     axis = axes["inner"]
-    found = saliency(model, {axis.name: axes.taps(axis)}, {axis.name: axis.size}, [x])
+    found = saliency(model, scored(axes, [axis]), [x])
     hidden = model.inner(x).tanh().detach().requires_grad_()
     read = hidden + torch.zeros_like(hidden).index_add(0, model.parent, hidden)
     grad = torch.autograd.functional.jacobian(model.out, read.detach())
@@ -397,15 +387,15 @@ def test_samples_share_random_signs(monkeypatch):
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 500)), torch.randn(256, 6)
     axes = netopt.find_axes(model, x)
-    taps, sizes = {"0": axes.taps(axes["0"])}, {"0": 12}
-    exact = saliency(model, taps, sizes, [x], exact_outputs=500).scores["0"]
-    found = saliency(model, taps, sizes, list(x.split(16)))
+    axes = scored(axes, [axes["0"]])
+    exact = saliency(model, axes, [x], precision=Precision(exact_outputs=500)).scores["0"]
+    found = saliency(model, axes, list(x.split(16)))
     assert not found.exact
     assert 2 <= found.probes < 5
     assert found.error <= 0.1
     assert float((found.scores["0"] - exact).norm() / exact.norm()) < 0.3
     monkeypatch.setattr("netopt.importance.activations.PROBES_AT_MOST", 3)
-    assert saliency(model, taps, sizes, [x[:1]]).probes == 3
+    assert saliency(model, axes, [x[:1]]).probes == 3
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")

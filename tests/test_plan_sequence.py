@@ -157,8 +157,9 @@ def test_shrink_pretrained_takes_a_plan(case, tmp_path):
         record = json.loads((tmp_path / f"small{place}" / "netopt.json").read_text())
         assert PlanSequence.from_dict(record["plan"]) == PlanSequence(plans)
     assert all(torch.equal(large.state_dict()[name], one) for name, one in before.items())
-    with pytest.raises(InvalidArgumentError, match="plan"):
-        netopt.shrink_pretrained(tmp_path / "large", tmp_path / "other", plan=PlanSequence(plans), amount=0.5)
+    for other in ({"amount": 0.5}, {"include": "*ffn*"}, {"round_to": 4}):
+        with pytest.raises(InvalidArgumentError, match="plan"):
+            netopt.shrink_pretrained(tmp_path / "large", tmp_path / "other", plan=PlanSequence(plans), **other)
 
 
 def nets():

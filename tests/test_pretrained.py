@@ -17,7 +17,14 @@ from torch import nn
 from conftest import unchanged
 from netopt import load_pruned, prune_neurons, save_pruned, shrink_pretrained
 from netopt.__main__ import main
-from netopt.errors import ArgumentTypeError, CheckpointError, InvalidArgumentError, NetoptError, PlanMismatchError
+from netopt.errors import (
+    ArgumentTypeError,
+    CheckpointError,
+    InvalidArgumentError,
+    NetoptError,
+    NothingToPruneError,
+    PlanMismatchError,
+)
 from netopt.integrations.huggingface import target as target_module
 from netopt.integrations.huggingface.inputs import inputs_of
 from netopt.plan import Plan
@@ -123,6 +130,19 @@ def test_with_data_the_model_is_loaded(name, tmp_path):
     assert report.settings["importance"] == "saliency"
     assert report.plan == expected.plan
     assert torch.equal(result(reloaded(model, tmp_path / "small")), result(model))
+
+
+def test_a_width_that_only_another_result_shows_may_go(tmp_path):
+    sizes = {"d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "vocab_size": 40}
+    sizes |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    config = transformers.BartConfig(**sizes, encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=20)
+    transformers.BartForConditionalGeneration(config).save_pretrained(tmp_path / "large")
+    given = {"max_params": 0.5, "progress": False}
+    with pytest.raises(NothingToPruneError, match="outputs="):
+        shrink_pretrained(tmp_path / "large", tmp_path / "small", **given)
+    shrink_pretrained(tmp_path / "large", tmp_path / "small", **given, outputs="logits")
+    loaded = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "small")
+    assert loaded.config.d_model < 16
 
 
 def test_experts_that_files_hold_one_by_one_are_loaded(tmp_path):

@@ -22,9 +22,11 @@ from netopt import masking, measure
 from netopt.axes import find_axes
 from netopt.errors import ArgumentTypeError, NothingToPruneError, VerificationError
 from netopt.importance.neurons import neuron_scores
+from netopt.importance.scoring import Scoring
 from netopt.model.view import ModelView
 from netopt.plan import Plan
 from netopt.prune import plan_neurons, prune_neurons
+from netopt.prune.candidates import scored
 from netopt.prune.verify import Forward, Reference, differing, varied
 from netopt.surgery import named_tensors
 
@@ -110,13 +112,7 @@ def test_the_smaller_model_computes_what_the_masked_one_does(name, scope, import
 def test_the_least_salient_neurons_go():
     model, x = built("mlp")
     axes = find_axes(model, x)
-    found = neuron_scores(
-        model,
-        {axis.name: axes.members(axis) for axis in axes.free},
-        lambda name: axes.taps(axes[name]),
-        {axis.name: axis.size for axis in axes.free},
-        example_inputs=x,
-    ).scores["0"]
+    found = neuron_scores(model, scored(axes, axes.free), Scoring(), x).scores["0"]
     weight = model[0].weight.detach().clone()
     prune_quietly(model, x, {"0": 4})
     best = found.topk(6).indices.sort().values

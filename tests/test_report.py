@@ -18,6 +18,7 @@ from conftest import unchanged
 from netopt import batches
 from netopt.distillation.report import Epoch
 from netopt.errors import InvalidArgumentError, MissingPackageError, NetoptError
+from netopt.figures import scores_by_kind, tradeoff
 from netopt.measure import Cost, Latency
 from netopt.progress import bar
 from netopt.report import PruningReport, Row
@@ -254,6 +255,43 @@ def test_a_distillation_is_drawn_with_a_legend_and_shown():
     assert drawn.axes[0].get_ylabel() == "loss, mean of the epoch"
     ours = report.plot()
     assert report.plot(ours.axes[0]) is ours
+
+
+def test_scores_are_drawn_by_kind_with_what_stays_and_what_goes():
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(6, 40), nn.ReLU(), nn.Linear(40, 3)), torch.randn(8, 6)
+    report = netopt.prune_neurons(net, x, amount=10, progress=False)
+    assert {name: len(one) for name, one in report.scores.items()} == {"0": 40}
+    drawn = report.plot_scores()
+    assert drawn.axes[0].get_title() == "ffn"
+    labels = [text.get_text() for text in drawn.axes[0].get_legend().get_texts()]
+    assert labels == ["30 stay", "10 go"]
+    stay, go = (sum(patch.get_height() for patch in bars) for bars in drawn.axes[0].containers)
+    assert (stay, go) == (30, 10)
+    assert report.scores["0"].min() not in report.scores["0"][report.plan.axes[0].kept]
+    given = netopt.prune_weights(net, 0.5)
+    with pytest.raises(InvalidArgumentError, match="no scores of neurons"):
+        given.plot_scores()
+
+
+def test_scores_of_zero_and_a_kind_of_one_value_are_drawn():
+    scores = {"a": torch.zeros(4), "b": torch.ones(3), "c": torch.tensor([0.0, 2.0])}
+    drawn = scores_by_kind(scores, {"b": torch.tensor([0, 2])}, {"a": "heads", "b": "ffn", "c": None})
+    assert [axes.get_title() for axes in drawn.axes] == ["heads", "ffn", "other"]
+    assert [sum(patch.get_height() for bars in axes.containers for patch in bars) for axes in drawn.axes] == [4, 3, 2]
+
+
+def test_quality_is_drawn_against_what_is_left():
+    report = a_report()
+    left = 100 * report.params_after / report.params_before
+    drawn = tradeoff({"ours": [(report, 0.9), (0.01, 0.5)]}, cost="params", quality="accuracy", dense=0.97)
+    line, dense = drawn.axes[0].get_lines()
+    assert line.get_xdata().tolist() == pytest.approx([1, left])
+    assert line.get_ydata().tolist() == [0.5, 0.9]
+    assert set(dense.get_ydata()) == {0.97}
+    assert drawn.axes[0].get_xlabel() == "params left, %"
+    with pytest.raises(InvalidArgumentError, match="not 50"):
+        tradeoff({"ours": [(50, 0.9)]}, dense=1.0)
 
 
 def test_plot_without_matplotlib_says_what_to_install(monkeypatch):

@@ -17,7 +17,7 @@ from netopt.errors import (
     SelectorError,
     UnknownNameError,
 )
-from netopt.selection import NORMALIZATIONS, Limits, grouped, normalized, select, select_within
+from netopt.selection import NORMALIZATIONS, Limits, Ranking, grouped, normalized, select, select_within
 
 TABLES = st.lists(st.integers(1, 9), min_size=1, max_size=4)
 GROUPS = ([None] * 4, ["a", "b", "a", None])
@@ -34,7 +34,7 @@ def table(sizes, seed=0):
 def test_the_amount_asked_for_goes_and_the_best_stay(sizes, amount, kinds, seed):
     scores = table(sizes, seed)
     groups = None if kinds is None else grouped(kinds[: len(sizes)], scores)
-    kept = select(scores, amount, groups=groups)
+    kept = select(scores, amount, ranking=Ranking(groups))
     for names in groups or [list(scores)]:
         total, left = sum(len(scores[name]) for name in names), sum(len(kept[name]) for name in names)
         assert total - left == min(int(amount * total + 0.5), total - len(names))
@@ -56,7 +56,7 @@ def test_a_larger_amount_removes_a_superset(sizes, amount, more, seed):
 def test_a_count_removes_so_many():
     kept = select(table([5, 5]), 3)
     assert sum(len(one) for one in kept.values()) == 7
-    assert [len(one) for one in select(table([5, 4]), 3, groups=[["axis0"], ["axis1"]]).values()] == [2, 1]
+    assert [len(one) for one in select(table([5, 4]), 3, ranking=Ranking([["axis0"], ["axis1"]])).values()] == [2, 1]
 
 
 def test_a_threshold_removes_what_scores_below():
@@ -85,7 +85,7 @@ def test_equations_between_counts_have_the_last_word():
     def equal(counts):
         return dict.fromkeys(counts, min(counts.values()))
 
-    kept = select(table([5, 7]), 0.5, groups=[["axis0"], ["axis1"]], limits=Limits(feasible=equal))
+    kept = select(table([5, 7]), 0.5, ranking=Ranking([["axis0"], ["axis1"]]), limits=Limits(feasible=equal))
     assert {len(one) for one in kept.values()} == {2}
 
 
@@ -125,7 +125,7 @@ def test_budgets_are_met_and_one_neuron_more_would_break_them(sizes, share, seed
     whole = product_cost({name: torch.arange(len(one)) for name, one in scores.items()})
     smallest = product_cost({name: torch.arange(1) for name in scores})
     limit = max(int(share * whole), smallest)
-    kept = select_within(scores, product_cost, limit, unit_costs=unit_costs(sizes))
+    kept = select_within(scores, product_cost, limit, ranking=Ranking(unit_costs=unit_costs(sizes)))
     assert product_cost(kept) <= limit
     if any(len(kept[name]) < len(scores[name]) for name in scores):
         more = [
@@ -143,8 +143,8 @@ def test_a_budget_by_layer_takes_the_same_share_of_every_axis_and_no_more_than_n
     whole = product_cost({name: torch.arange(len(one)) for name, one in scores.items()})
     smallest = product_cost({name: torch.arange(min(step, len(one))) for name, one in scores.items()})
     limit = max(int(share * whole), smallest)
-    alone = {"unit_costs": dict.fromkeys(scores, 1.0), "groups": [[name] for name in scores]}
-    kept = select_within(scores, product_cost, limit, **alone, limits=Limits(round_to=step))
+    alone = Ranking([[name] for name in scores])
+    kept = select_within(scores, product_cost, limit, ranking=alone, limits=Limits(round_to=step))
     assert product_cost(kept) <= limit
     if step == 1:
         # Some share gives just these counts, and the next smaller share that gives others costs too much.
@@ -165,7 +165,7 @@ def test_a_budget_by_groups_takes_the_same_share_of_each_and_the_lowest_within(s
     def count(kept):
         return sum(len(one) for one in kept.values())
 
-    kept = select_within(scores, count, limit, unit_costs=costs, groups=groups)
+    kept = select_within(scores, count, limit, ranking=Ranking(groups, unit_costs=costs))
     assert limit >= count(kept) > limit - 2 or count(kept) == sum(sizes)
     for names in groups:
         size, own = sum(len(scores[name]) for name in names), {name: scores[name] for name in names}
@@ -188,7 +188,7 @@ def test_the_greedy_choice_keeps_nearly_the_best_score_there_is():
             for counts in itertools.product(*(range(1, size + 1) for size in sizes))
         ]
         optimum = max(value(kept) for kept in choices if product_cost(kept) <= limit)
-        greedy = value(select_within(scores, product_cost, limit, unit_costs=unit_costs(sizes)))
+        greedy = value(select_within(scores, product_cost, limit, ranking=Ranking(unit_costs=unit_costs(sizes))))
         assert greedy <= optimum + 1e-6
         shares.append(greedy / optimum)
     assert min(shares) > 0.8
@@ -197,7 +197,7 @@ def test_the_greedy_choice_keeps_nearly_the_best_score_there_is():
 
 def test_a_budget_below_the_smallest_model_is_refused():
     with pytest.raises(NothingToPruneError, match="allows 1, and with one neuron left"):
-        select_within(table([3, 3]), product_cost, 1, unit_costs={"axis0": 1, "axis1": 1})
+        select_within(table([3, 3]), product_cost, 1, ranking=Ranking(unit_costs={"axis0": 1, "axis1": 1}))
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,7 @@ def _shrink(given: argparse.Namespace) -> Any:
         data=None if given.data is None else TextBatches(given.source, given.data),
         include=given.include,
         exclude=given.exclude,
+        outputs=given.outputs,
         round_to=given.round_to,
         progress=not given.quiet,
     )
@@ -78,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     shrink.add_argument("--include", action="append", metavar="NAME", help="whose neurons may go; may be repeated")
     shrink.add_argument("--exclude", action="append", metavar="NAME", help="whose neurons all stay; may be repeated")
+    shrink.add_argument("--outputs", action="append", metavar="NAME", help="results whose shape stays, such as logits")
     shrink.add_argument("--round-to", type=int, default=1, metavar="N", help="keep multiples of N neurons")
     shrink.add_argument("--quiet", action="store_true", help="show no progress bar")
     return parser

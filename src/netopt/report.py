@@ -10,12 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from netopt.axes import KINDS
 from netopt.batches import Inputs
 from netopt.errors import InvalidArgumentError
-from netopt.figures import figure
+from netopt.figures import figure, scores_by_kind
 from netopt.measure import Cost, Latency, latencies, latency
 from netopt.tables import WIDTH, columns, groups, html_table, pattern, reasons, shortened, span
 
@@ -87,6 +87,7 @@ class PruningReport:
         repair: What the repair did, weight by weight; ``None`` where nothing was repaired.
         batch: Samples in the example inputs, where their first dimension counts them; MACs are shown for one.
         already: The fraction of the parameters that earlier calls had removed, of which this one knows nothing.
+        scores: Of neurons, by axis, higher means keep; empty where nothing was scored.
         subject: The pruned model, given as it is and kept as a weak reference, for :meth:`measure` alone.
 
     Example:
@@ -125,6 +126,7 @@ class PruningReport:
     repair: Any = None
     batch: int | None = None
     already: float = 0.0
+    scores: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
     subject: Any = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -276,6 +278,20 @@ class PruningReport:
             text = f"... and {len(left)} smaller ones, {share:.1%} of the {self._unit()}; plot(rows=None) draws all"
             axes.annotate(text, (0, 0), (0, -38), "axes fraction", "offset points", fontsize=8)
         return drawn_on
+
+    def plot_scores(self) -> Figure:
+        """Draws how the scores of neurons are distributed, a panel a kind, those that stay and those that go.
+
+        Raises:
+            InvalidArgumentError: The report holds no scores: weights were pruned, or what goes was given.
+            MissingPackageError: matplotlib is not installed.
+        """
+        if not self.scores or self.plan is None:
+            raise InvalidArgumentError(
+                "this report holds no scores of neurons; prune_neurons with a criterion has them."
+            )
+        kinds = {row.name: row.kind for row in self.rows}
+        return scores_by_kind(self.scores, {cut.name: cut.kept for cut in self.plan.axes}, kinds)
 
     def __str__(self) -> str:
         return self.table(SHOWN, grouped=True)

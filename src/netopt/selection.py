@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from fractions import Fraction
 from typing import Literal
@@ -32,6 +32,7 @@ __all__ = [
     "NORMALIZATIONS",
     "Amount",
     "Limits",
+    "Ranking",
     "best",
     "check_amount",
     "check_scope",
@@ -53,6 +54,22 @@ Groups = Sequence[Sequence[str]]
 
 Scores = Mapping[str, Tensor]
 """One score a neuron, higher means keep, by axis name."""
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """In which order neurons go.
+
+    Attributes:
+        groups: Axes that are ranked together; by default all.
+        normalization: What makes scores of different axes comparable; by default the one in use.
+        unit_costs: What one neuron of each axis costs in the whole model, only their ratios matter; by default alike.
+    """
+
+    groups: Groups | None = None
+    normalization: str | None = None
+    unit_costs: Mapping[str, float] | None = None
+
 
 Counts = dict[str, int]
 
@@ -131,9 +148,8 @@ def select(
     amount: Amount | None = None,
     *,
     threshold: float | None = None,
-    groups: Groups | None = None,
+    ranking: Ranking = Ranking(),
     limits: Limits = Limits(),
-    normalization: str | None = None,
 ) -> dict[str, Tensor]:
     """Keeps what an amount or a threshold leaves; at least one neuron on every axis.
 
@@ -142,9 +158,8 @@ def select(
         amount: Fraction in [0, 1) of all neurons, a count, or a mapping from axis names or patterns to these, whose
             amounts are each of one axis and which leaves the other axes whole.
         threshold: Instead of an amount: neurons that score below are removed.
-        groups: Axes that are ranked together; the amount is of each group. By default all are one.
+        ranking: What is ranked together; the amount is of each group, and costs do not matter.
         limits: Multiples and equations to respect.
-        normalization: What makes scores of different axes comparable; by default the one in use.
 
     Returns:
         Kept positions, ascending, of every axis.
@@ -167,7 +182,7 @@ def select(
     else:
         assert amount is not None
         check_amount(amount)
-        counts = _counts(scores, amount, groups, normalization)
+        counts = _counts(scores, amount, replace(ranking, unit_costs=None))
     return best(scores, limits.settle(counts, sizes))
 
 
@@ -183,10 +198,8 @@ def select_within(
     cost: Callable[[Mapping[str, Tensor]], int],
     limit: int,
     *,
-    unit_costs: Mapping[str, float],
-    groups: Groups | None = None,
+    ranking: Ranking = Ranking(),
     limits: Limits = Limits(),
-    normalization: str | None = None,
 ) -> dict[str, Tensor]:
     """Keeps as much as a budget allows.
 
@@ -199,17 +212,15 @@ def select_within(
         scores: One score a neuron, by axis; higher means keep.
         cost: What a model with these kept positions costs (parameters, MACs); falls as neurons go.
         limit: The most it may cost.
-        unit_costs: What one neuron of each axis costs in the whole model; only their ratios matter.
-        groups: Axes that are ranked together; by default all.
+        ranking: What is ranked together, and what one neuron of each axis costs.
         limits: Multiples and equations to respect.
-        normalization: What makes scores of different axes comparable; by default the one in use.
 
     Raises:
         NothingToPruneError: Even one neuron on every axis costs more than ``limit``.
     """
     _check_scores(scores)
     sizes = {name: len(one) for name, one in scores.items()}
-    steps = _Steps.of([_Queue(scores, group, unit_costs, normalization) for group in groups or [list(scores)]])
+    steps = _Steps.of(_queues(scores, ranking))
     tried: dict[int, tuple[dict[str, Tensor], int]] = {}
 
     def attempt(step: int) -> tuple[dict[str, Tensor], int]:
@@ -236,11 +247,9 @@ def select_within(
 class _Queue:
     """The neurons of axes that are ranked together, in the order in which they go; one stays on every axis."""
 
-    def __init__(
-        self, scores: Scores, names: Sequence[str], unit_costs: Mapping[str, float], normalization: str | None
-    ) -> None:
-        self._sizes = {name: len(scores[name]) for name in names}
-        self._order = _cheapest_first({name: scores[name] for name in names}, unit_costs, normalization)
+    def __init__(self, scores: Scores, ranking: Ranking) -> None:
+        self._sizes = {name: len(one) for name, one in scores.items()}
+        self._order = _cheapest_first(scores, ranking)
         self.size = sum(self._sizes.values())
 
     def __len__(self) -> int:
@@ -251,6 +260,11 @@ class _Queue:
         """How many neurons each axis keeps when so many go, or all that may."""
         order = self._order[:gone]
         return {name: size - int((order == place).sum()) for place, (name, size) in enumerate(self._sizes.items())}
+
+
+def _queues(scores: Scores, ranking: Ranking) -> list[_Queue]:
+    groups = ranking.groups or [list(scores)]
+    return [_Queue({name: scores[name] for name in group}, ranking) for group in groups]
 
 
 @dataclass(frozen=True)
@@ -317,13 +331,12 @@ def check_amount(amount: Amount) -> None:
         raise InvalidArgumentError(f"amount must be 0 or more, got {amount}")
 
 
-def _counts(scores: Scores, amount: Amount, groups: Groups | None, normalization: str | None) -> Counts:
+def _counts(scores: Scores, amount: Amount, ranking: Ranking) -> Counts:
     """How many neurons each axis keeps."""
     if isinstance(amount, Mapping):
         return _counts_by_name({name: len(one) for name, one in scores.items()}, amount)
-    alike = dict.fromkeys(scores, 1.0)
-    queues = [_Queue(scores, group, alike, normalization) for group in groups or [list(scores)]]
-    if isinstance(amount, int) and groups is None and amount > len(queues[0]):
+    queues = _queues(scores, ranking)
+    if isinstance(amount, int) and ranking.groups is None and amount > len(queues[0]):
         raise InvalidArgumentError(
             f"amount asks for {amount} neurons and {len(queues[0])} can go: {queues[0].size} on {len(scores)} axes, of "
             f"which each keeps one{percent(amount)}"
@@ -350,15 +363,16 @@ def removed(amount: float, size: int) -> int:
     return math.floor(amount * size + 0.5) if isinstance(amount, float) else min(amount, size)
 
 
-def _cheapest_first(scores: Scores, unit_costs: Mapping[str, float], normalization: str | None) -> Tensor:
+def _cheapest_first(scores: Scores, ranking: Ranking) -> Tensor:
     """The axis (by place) of every neuron that may go, in the order they go; the best of every axis stays.
 
     Only axes are listed: on each, the neurons with the lowest scores go first.
     """
+    costs = ranking.unit_costs or dict.fromkeys(scores, 1.0)
     ranks, places = [], []
     for place, (name, one) in enumerate(scores.items()):
-        going = normalized(one.double(), normalization).sort().values[:-1]
-        ranks.append(going / max(float(unit_costs[name]), 1e-12))
+        going = normalized(one.double(), ranking.normalization).sort().values[:-1]
+        ranks.append(going / max(float(costs[name]), 1e-12))
         places.append(torch.full((len(going),), place))
     if not ranks:
         return torch.empty(0, dtype=torch.int64)

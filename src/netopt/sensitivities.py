@@ -19,11 +19,13 @@ from netopt.errors import ArgumentTypeError, InvalidArgumentError, MissingDataEr
 from netopt.figures import figure
 from netopt.importance.neurons import neuron_scores
 from netopt.importance.scores import scores as weight_scores
+from netopt.importance.scoring import Scoring
 from netopt.model.restore import restored
 from netopt.model.view import ModelView
 from netopt.plan.build import make_plan
 from netopt.progress import bar
-from netopt.prune.candidates import candidates
+from netopt.prune.candidates import candidates, scored
+from netopt.prune.look import Where
 from netopt.prune.repair import copy_of, repaired
 
 if TYPE_CHECKING:
@@ -195,11 +197,12 @@ def sensitivity(
         raise MissingDataError("repair=True needs data=, calibration batches of inputs.")
     dense = _measured(model, metric)
     data = list(batches.iterate(data)) if isinstance(data, Iterator) else data
-    chosen = {"importance": importance, "data": data, "loss_fn": loss_fn, "include": include, "exclude": exclude}
+    usual = "magnitude" if over == "tensors" else "saliency"
+    scoring = Scoring(usual if importance is None else importance, data, loss_fn, progress=progress)
     if over == "tensors":
-        trials = _tensors(model, progress=progress, **chosen)
+        trials = _tensors(model, scoring, include, exclude)
     else:
-        trials = _axes(model, example_inputs, over=over, repair=repair, progress=progress, **chosen)
+        trials = _axes(model, example_inputs, over, scoring, Where(include, exclude), repair=repair)
     curves: dict[str, dict[float, float]] = {name: {} for name in trials}
     with bar(None, "sensitivity", total=len(trials) * len(tried), shown=progress, unit="trial") as shown:
         for name, trial in trials.items():
@@ -220,32 +223,12 @@ def _measured(model: nn.Module, metric: Metric) -> float:
 
 
 def _axes(
-    model: nn.Module,
-    inputs: Inputs,
-    *,
-    over: str,
-    importance: Any,
-    data: Any,
-    loss_fn: Any,
-    include: Any,
-    exclude: Any,
-    repair: bool,
-    progress: bool,
+    model: nn.Module, inputs: Inputs, over: str, scoring: Scoring, where: Where, *, repair: bool
 ) -> dict[str, Trial]:
     view = ModelView(model)
     axes = axes_of(view, inputs)
-    chosen, _ = candidates(model, axes, include, exclude)
-    scores = neuron_scores(
-        view,
-        {axis.name: axes.members(axis) for axis in chosen},
-        lambda name: axes.taps(axes[name]),
-        {axis.name: axis.size for axis in chosen},
-        importance="saliency" if importance is None else importance,
-        data=data,
-        example_inputs=inputs,
-        loss_fn=loss_fn,
-        progress=progress,
-    ).scores
+    chosen, _ = candidates(model, axes, where.include, where.exclude)
+    scores = neuron_scores(view, scored(axes, chosen), scoring, inputs).scores
 
     def trial_of(names: Sequence[str]) -> Trial:
         def trial(amount: float, measure: Callable[[nn.Module], float]) -> float:
@@ -260,7 +243,7 @@ def _axes(
                 return plan.prepare(model).dry_run(lambda: measure(model))
             smaller = copy_of(model)
             plan.apply(smaller)
-            repaired(smaller, plan, model, data, progress=False)
+            repaired(smaller, plan, model, scoring.data, progress=False)
             return measure(smaller)
 
         return trial
@@ -279,24 +262,15 @@ def _block(name: str) -> str:
     return f"{found.group()}.*" if found else name
 
 
-def _tensors(
-    model: nn.Module,
-    *,
-    importance: Any,
-    data: Any,
-    loss_fn: Any,
-    include: Any,
-    exclude: Any,
-    progress: bool,
-) -> dict[str, Trial]:
+def _tensors(model: nn.Module, scoring: Scoring, include: Any, exclude: Any) -> dict[str, Trial]:
     found = weight_scores(
         model,
-        data,
-        "magnitude" if importance is None else importance,
-        loss_fn=loss_fn,
+        scoring.data,
+        scoring.importance,
+        loss_fn=scoring.loss_fn,
         include=include,
         exclude=exclude,
-        progress=progress,
+        progress=scoring.progress,
     )
 
     def trial_of(name: str) -> Trial:

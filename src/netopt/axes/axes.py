@@ -380,12 +380,16 @@ class Axes(Sequence[Axis]):
 
     def attribute_terms(self) -> dict[tuple[str | int, ...], Term]:
         """The integers of the model that follow from counts, by path, as terms whose leaves are names of free axes."""
-        bound = {place.path: term for place, term in self._counts.bound_attributes()}
-        return {
-            path: substitute(term, self._named)
-            for path, term in bound.items()
-            if all(isinstance(key, int) for key in leaves(term))
-        }
+        bound = ((place.path, term) for place, term in self._counts.bound_attributes())
+        known = ((path, term) for path, term in bound if all(isinstance(key, int) for key in leaves(term)))
+        return {path: substitute(term, self._named) for path, term in known}
+
+    def attribute_equations(self) -> list[tuple[Term, Term]]:
+        """What sizes and the integers of the model must fulfil together: a term in counts equals one in integers.
+
+        The leaves of the first are names of free axes, those of the second :class:`~netopt.symbolic.AttributeRef`.
+        """
+        return [(substitute(count, self._named), number) for count, number in self._counts.attribute_equations()]
 
     def _named(self, one: Expression) -> Term:
         """An unknown of the solver under the name of its axis."""

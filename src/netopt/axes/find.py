@@ -13,7 +13,7 @@ import contextlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_iter
 from netopt import batches
 from netopt.axes import rules as _rules  # noqa: F401 - registers the rules
 from netopt.axes.axes import Axes
-from netopt.axes.layout import Layout, freeze, mark_inexact
+from netopt.axes.layout import OUTPUT, Layout, freeze, mark_inexact
 from netopt.axes.tracing.attributes import symbolic_integers
 from netopt.axes.tracing.described_sizes import bind_described_sizes
 from netopt.axes.tracing.dims import DimTracer
@@ -93,7 +93,7 @@ def axes_of(view: ModelView, example_inputs: Inputs, outputs: Outputs = None) ->
             borrowed.enter_context(torch.inference_mode(False), torch.no_grad(), _fake_mode(trace.members.values()))
             trace.inputs(leaf for leaf in tree_iter(batches.normalize(example_inputs)) if isinstance(leaf, Tensor))
             _freeze_scripted(view.parts, trace)
-            run = partial(_run, view, attributes, trace, example_inputs, outputs)
+            run = _Forward(view, attributes, trace, example_inputs, outputs).run
             tracer, results = _first(run, trace, lent=_sets_flags_alone(view, attributes, trace))
             substitutes = unrouted(view.parts, tracer.reached, trace.touched)
             if substitutes:
@@ -149,37 +149,38 @@ def _first(run: Callable[..., Traced], trace: DimTracer, *, lent: bool) -> Trace
         trace.counting = False
 
 
-def _run(
-    view: ModelView,
-    attributes: Snapshot,
-    trace: DimTracer,
-    inputs: Inputs,
-    outputs: Outputs,
-    *,
-    training: bool,
-    symbolic: bool,
-    lent: bool = False,
-) -> Traced:
-    """One traced forward: its tracer, and the layouts of the results that count."""
-    tracer = SizeTracer(view, trace, symbolic=symbolic)
-    with UndoLog() as log:
-        uncached(log)
-        mode = None if lent else training
-        log.enter_context(attributes.in_mode(view.model, writes=trace.writes, training=mode))
-        if lent:
-            tracer.flag = log.enter_context(TrainingFlag(view.parts, tracer))
-        if symbolic:
-            log.enter_context(symbolic_integers(view.parts, attributes, trace.constraints))
-        with UndoLog() as modes:
-            modes.enter_context(trace, tracer)
-            result = batches.call(view.model, inputs)
-        counted = counted_outputs(result, outputs)
-        trace.reach(counted)
-        results = [tuple([dim.layout for dim in trace.dims(tensor)]) for tensor in counted]
-        for layouts in results:
-            for layout in layouts:
-                freeze(layout, "is a dimension of the model's output")
-    return tracer, results
+@dataclass(frozen=True)
+class _Forward:
+    """The forward that is traced: once, or once in each mode."""
+
+    view: ModelView
+    attributes: Snapshot
+    trace: DimTracer
+    inputs: Inputs
+    outputs: Outputs
+
+    def run(self, *, training: bool, symbolic: bool, lent: bool = False) -> Traced:
+        """One traced forward: its tracer, and the layouts of the results that count."""
+        view, attributes, trace = self.view, self.attributes, self.trace
+        tracer = SizeTracer(view, trace, symbolic=symbolic)
+        with UndoLog() as log:
+            uncached(log)
+            mode = None if lent else training
+            log.enter_context(attributes.in_mode(view.model, writes=trace.writes, training=mode))
+            if lent:
+                tracer.flag = log.enter_context(TrainingFlag(view.parts, tracer))
+            if symbolic:
+                log.enter_context(symbolic_integers(view.parts, attributes, trace.constraints))
+            with UndoLog() as modes:
+                modes.enter_context(trace, tracer)
+                result = batches.call(view.model, self.inputs)
+            counted = counted_outputs(result, self.outputs)
+            trace.reach(counted)
+            results = [tuple([dim.layout for dim in trace.dims(tensor)]) for tensor in counted]
+            for layouts in results:
+                for layout in layouts:
+                    freeze(layout, OUTPUT)
+        return tracer, results
 
 
 def counted_outputs(result: Any, outputs: Outputs) -> list[Tensor]:

@@ -13,6 +13,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeAlias, final
 
 _MOST_ROWS = 64  # a concatenation is compared row by row up to this many
+LOOKED_UP = "is looked up by number"
+"""Why an axis with an entry for each number that comes in is frozen."""
+OUTPUT = "is a dimension of the model's output"
+"""Why an axis of a result is frozen."""
 
 
 class SizeReason(str):

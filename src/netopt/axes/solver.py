@@ -280,6 +280,14 @@ class CountSolver:
                 found = found.union(keys)
         return frozenset(key for key in found if not isinstance(key, AttributeRef))
 
+    def attribute_equations(self) -> Iterable[tuple[Term, Term]]:
+        """Terms in counts that equal terms in attributes, besides those of attributes that are bound."""
+        for one in self.constraints:
+            for left, right in ((one.left, one.right), (one.right, one.left)):
+                counts, integers = ({isinstance(key, AttributeRef) for key in leaves(side)} for side in (left, right))
+                if one.compare is operator.eq and one.outcome and counts == {False} and integers == {True}:
+                    yield left, right
+
     def bound_attributes(self) -> Iterable[tuple[AttributeRef, Term]]:
         """Attributes and the terms they are bound to."""
         return ((attribute, self._resolve(term)) for attribute, term in self._bound.items())

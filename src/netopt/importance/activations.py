@@ -22,6 +22,7 @@ from netopt.batches import Batch, Data
 from netopt.errors import EmptyDataError, ForwardError, MissingDataError, NonFiniteError
 from netopt.importance.batch_dimension import as_batch, begins_with, sample_count, samples_of
 from netopt.importance.evidence import _ready, gradients
+from netopt.importance.scoring import USUAL_ERROR, Precision, ScoredAxes
 from netopt.model.calls import Call, CallNames
 from netopt.model.parameters import places
 from netopt.model.ranks import add_up_all, add_up_numbers, gathered
@@ -32,9 +33,6 @@ from netopt.progress import bar
 
 __all__ = ["Saliency", "Tap", "activations", "float_outputs", "recordable", "saliency"]
 
-EXACT_OUTPUTS = 64
-"""Up to so many outputs a sample every one is differentiated; beyond, random signs estimate their sum of squares."""
-
 SAMPLES_AT_ONCE = 64
 ENTRIES_AT_ONCE = 2**26
 """So many activations, and so many entries of their gradients, are held at a time; at least those of one sample."""
@@ -42,8 +40,6 @@ ENTRIES_AT_ONCE = 2**26
 PROBES_AT_LEAST, PROBES_AT_MOST, PROBES_IF_ASKED = 2, 9, 64
 """Random signs a sample: with the most, all take 20 forwards' time; more where an error is asked for, a hundred times
 as many for a tenth of it. Samples share them: once the sum is known well enough, each further one gets the least."""
-
-USUAL_ERROR = 0.1
 
 Taps = Mapping[str, Sequence["Tap"]]
 
@@ -100,13 +96,11 @@ class Saliency:
 
 def saliency(
     model: nn.Module | ModelView,
-    taps: Taps,
-    sizes: Mapping[str, int],
+    axes: ScoredAxes,
     data: Data,
     *,
     outputs: Callable[[Any], list[Tensor]] | None = None,
-    relative_error: float = USUAL_ERROR,
-    exact_outputs: int = EXACT_OUTPUTS,
+    precision: Precision | None = None,
     progress: bool = False,
 ) -> Saliency:
     r"""Importance of every neuron, :math:`\sum_j (\partial y_j / \partial x_i)^2`.
@@ -117,13 +111,11 @@ def saliency(
 
     Args:
         model: Any module.
-        taps: For each axis, where its activations are read.
-        sizes: Number of neurons of each axis.
+        axes: Whose neurons are scored.
         data: Batches of inputs; targets are not used.
         outputs: From the forward's result to the outputs that count; by default all floating tensors of the result
             but the loss and internal states.
-        relative_error: Wanted of the estimate where outputs are many; decides the number of random sign vectors.
-        exact_outputs: Up to so many outputs a sample, each is differentiated.
+        precision: Of the estimate where outputs are many.
         progress: Whether to show a progress bar.
 
     Raises:
@@ -137,9 +129,7 @@ def saliency(
     view = ModelView.of(model)
     with restored(view) as log:
         log.enter_context(_differentiable(view))
-        run = _Differentiation(
-            view, taps, sizes, outputs=outputs or float_outputs, exact=exact_outputs, error=relative_error
-        )
+        run = _Differentiation(view, axes, outputs or float_outputs, precision or Precision())
         for batch in bar(batches.iterate(data), "saliency", shown=progress, total=batches.steps(data)):
             run.see(batch)
         run.add_up()
@@ -147,17 +137,17 @@ def saliency(
 
 
 def activations(
-    model: nn.Module | ModelView, taps: Taps, sizes: Mapping[str, int], data: Data, *, progress: bool = False
+    model: nn.Module | ModelView, axes: ScoredAxes, data: Data, *, progress: bool = False
 ) -> dict[str, Tensor]:
     """Mean absolute activation of every neuron, over samples, positions and consumers; by axis, float64.
 
     Args:
         model: Run in eval mode, and given back as it was.
-        taps: For each axis, where its activations are read.
-        sizes: Number of neurons of each axis.
+        axes: Whose activations are averaged.
         data: Batches of inputs.
         progress: Whether to show a progress bar.
     """
+    taps, sizes = read_at(axes), axes.sizes
     sums = {name: torch.zeros(size, dtype=torch.float64) for name, size in sizes.items()}
     seen = {name: torch.zeros(size, dtype=torch.float64) for name, size in sizes.items()}
     view = ModelView.of(model)
@@ -174,6 +164,11 @@ def activations(
                 seen[name] += gather(full, positions, sizes[name])
     sums, seen = add_up_all(sums), add_up_all(seen)
     return {name: total / seen[name].clamp(min=1) for name, total in sums.items()}
+
+
+def read_at(axes: ScoredAxes) -> Taps:
+    """Where the activations of each axis are read."""
+    return {name: axes.taps(name) for name in axes.sizes}
 
 
 def gather(values: Tensor, positions: Tensor, size: int) -> Tensor:
@@ -249,18 +244,16 @@ class _Differentiation:
     def __init__(
         self,
         view: ModelView,
-        taps: Taps,
-        sizes: Mapping[str, int],
-        *,
+        axes: ScoredAxes,
         outputs: Callable[[Any], list[Tensor]],
-        exact: int,
-        error: float,
+        precision: Precision,
     ) -> None:
         self.view, self.model = view, view.model
-        self.taps, self.sizes, self.outputs = taps, sizes, outputs
-        self.exact_outputs, self.relative_error = exact, error
-        asked = PROBES_IF_ASKED * math.ceil((USUAL_ERROR / error) ** 2)
-        self.probes_at_most = PROBES_AT_MOST if error == USUAL_ERROR else asked
+        sizes, self.outputs = axes.sizes, outputs
+        self.taps, self.sizes = read_at(axes), sizes
+        self.relative_error, self.exact_outputs = precision
+        asked = PROBES_IF_ASKED * math.ceil((USUAL_ERROR / self.relative_error) ** 2)
+        self.probes_at_most = PROBES_AT_MOST if self.relative_error == USUAL_ERROR else asked
         self.generator = torch.Generator().manual_seed(0)
         self.sums = {name: torch.zeros(size, dtype=torch.float64) for name, size in sizes.items()}
         self.variances = {name: torch.zeros(size, dtype=torch.float64) for name, size in sizes.items()}

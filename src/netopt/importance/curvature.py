@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from netopt.batches import Data
 from netopt.errors import MissingDataError
+from netopt.importance.activations import float_outputs
 from netopt.importance.contractions import Contraction
 from netopt.importance.differentiation import Differentiation
 from netopt.importance.elimination import Consumer, eliminate, shrunk
 from netopt.importance.inputs import Matrix, filled_like
+from netopt.importance.scoring import Member, ScoredAxes, Scoring
 from netopt.model.parameters import places
 from netopt.model.ranks import add_up_all, add_up_numbers
 from netopt.progress import bar
@@ -30,31 +31,16 @@ COLUMNS_AT_MOST = 1300
 OUTPUTS_AT_MOST = 4096
 """Of more outputs, only the squares of their gradients are kept."""
 
-Member = tuple[str, int, Tensor]
 
-
-def reconstruction_scores(
-    model: nn.Module,
-    members: Mapping[str, Sequence[Member]],
-    sizes: Mapping[str, int],
-    data: Data,
-    *,
-    loss_fn: Callable[[Any, Any], Tensor] | None = None,
-    outputs: Callable[[Any], list[Tensor]],
-    progress: bool = False,
-) -> tuple[dict[str, Tensor], float]:
+def reconstruction_scores(model: nn.Module, axes: ScoredAxes, scoring: Scoring) -> tuple[dict[str, Tensor], float]:
     """What is lost when neurons go and everything that reads them is refitted, by axis.
 
     Sums of the lowest scores estimate the squared change of a sample's outputs, or of its loss with ``loss_fn``.
 
     Args:
         model: Run in eval mode, forwards once and backwards twice on every batch, and given back as it was.
-        members: Where each axis appears among the model's tensors.
-        sizes: Number of neurons of each axis.
-        data: Batches of inputs.
-        loss_fn: If given, gradients are those of the loss.
-        outputs: From the forward's result to the outputs that count.
-        progress: Whether to show a progress bar.
+        axes: Whose neurons are scored.
+        scoring: The data; with ``loss_fn`` gradients are those of the loss, else those of ``outputs``.
 
     Returns:
         Scores, and the outputs' sum of squares, a sample; 0 with ``loss_fn``.
@@ -67,12 +53,13 @@ def reconstruction_scores(
         for name, place in places(model).items()
         if place.parameter.is_floating_point() and place.parameter.dim() > 1
     }
-    seen = _Moments(members, sizes, model, watched, loss_fn, outputs)
-    seen.run(data, progress)
+    seen = _Moments(axes.members, axes.sizes, model, watched, scoring.loss_fn, scoring.outputs or float_outputs)
+    assert scoring.data is not None
+    seen.run(scoring.data, scoring.progress)
     if not seen.is_differentiable:
         raise MissingDataError("no output depends on the weights in a differentiable way; nothing can be scored.")
-    axes = bar(sizes.items(), "elimination", shown=progress, unit="axis")
-    return {name: seen.scores(members[name], size) for name, size in axes}, seen.square / seen.samples
+    shown = bar(axes.sizes.items(), "elimination", shown=scoring.progress, unit="axis")
+    return {name: seen.scores(axes.members[name], size) for name, size in shown}, seen.square / seen.samples
 
 
 @dataclass

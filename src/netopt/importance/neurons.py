@@ -24,19 +24,17 @@ from netopt.errors import (
     NonFiniteError,
     ShapeMismatchError,
 )
-from netopt.importance.activations import Saliency, Tap, activations, float_outputs, gather, over_others, saliency
+from netopt.importance.activations import Saliency, activations, gather, over_others, saliency
 from netopt.importance.curvature import reconstruction_scores
 from netopt.importance.evidence import Evidence, missing_data
-from netopt.importance.registry import PART, Criterion, Importance, criterion, lookup
+from netopt.importance.registry import PART, Criterion, criterion, lookup
 from netopt.importance.scores import scores
+from netopt.importance.scoring import Member, Precision, ScoredAxes, Scoring
 from netopt.model.parameters import effective, places
 from netopt.model.view import ModelView
 from netopt.progress import bar
 
 __all__ = ["ComparableScores", "Member", "NeuronScores", "Neurons", "neuron_scores", "reduce", "saliency_within"]
-
-Member = tuple[str, int, Tensor]
-"""A tensor's name, a dimension, and the position of the axis at each index of it, -1 elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -115,31 +113,15 @@ class ComparableScores(dict[str, Tensor]):
 
 
 def neuron_scores(
-    model: nn.Module | ModelView,
-    members: Mapping[str, Sequence[Member]],
-    taps: Callable[[str], Sequence[Tap]],
-    sizes: Mapping[str, int],
-    *,
-    importance: Importance | Mapping[str, Tensor] = "saliency",
-    data: Data | None = None,
-    example_inputs: Inputs | None = None,
-    loss_fn: Callable[[Any, Any], Tensor] | None = None,
-    outputs: Callable[[Any], list[Tensor]] | None = None,
-    progress: bool = False,
+    model: nn.Module | ModelView, axes: ScoredAxes, scoring: Scoring, example_inputs: Inputs | None = None
 ) -> NeuronScores:
-    """Scores every neuron of the axes named in ``sizes``.
+    """Scores every neuron of some axes.
 
     Args:
         model: Run only if the criterion needs that, in eval mode, and given back as it was.
-        members: Where each axis appears among the model's tensors.
-        taps: Where the activations of the axis of that name are read.
-        sizes: Number of neurons of each axis.
-        importance: A criterion's name, a criterion, a function of its evidence, or one tensor of scores for each axis.
-        data: Batches; what needs inputs and no targets falls back to ``example_inputs``.
+        axes: Whose neurons are scored.
+        scoring: By what; data that hold inputs and no targets fall back to ``example_inputs``.
         example_inputs: Of one forward call.
-        loss_fn: Of the model's result and a batch's targets, for criteria that need the loss.
-        outputs: From the forward's result to the outputs that count for saliency.
-        progress: Whether to show a progress bar.
 
     Raises:
         UnknownNameError: No such criterion.
@@ -147,36 +129,35 @@ def neuron_scores(
         NonFiniteError: A weight or a score is NaN.
         ShapeMismatchError: A criterion gives no score, or several, for some neuron.
     """
-    if isinstance(importance, Mapping):
-        return _given(importance, sizes)
-    chosen = lookup(importance, of="neurons")
-    if data is None and chosen.of == "weights" and chosen.needs:
-        raise missing_data(f"importance {chosen.name!r}", chosen.needs, loss_fn)
+    sizes, members = axes.sizes, axes.members
+    if isinstance(scoring.importance, Mapping):
+        return _given(scoring.importance, sizes)
+    chosen = lookup(scoring.importance, of="neurons")
+    if scoring.data is None and chosen.of == "weights" and chosen.needs:
+        raise missing_data(f"importance {chosen.name!r}", chosen.needs, scoring.loss_fn)
     view = ModelView.of(model)
     values, model = _values(view, {name for axis in sizes for name, _, _ in members[axis]}), view.model
     if chosen.of == "weights" and not chosen.needs:
-        return NeuronScores(_streamed(chosen, values, members, sizes, progress=progress))
+        return NeuronScores(_streamed(chosen, values, members, sizes, progress=scoring.progress))
     _check_finite(values)
     if chosen.of == "weights":
         wanted = {name: place for name, place in places(view).items() if name in values and _floating(place.parameter)}
-        elementwise = scores(model, data, chosen, loss_fn=loss_fn, wanted=wanted, progress=progress)
+        elementwise = scores(
+            model, scoring.data, chosen, loss_fn=scoring.loss_fn, wanted=wanted, progress=scoring.progress
+        )
         reduced = {name: reduce(elementwise, members[name], size) for name, size in sizes.items()}
         return NeuronScores({name: _checked(one, name, sizes[name]) for name, one in reduced.items()})
+    seen: Data = ()
+    if chosen.needs:
+        seen = _only(example_inputs) if scoring.data is None else scoring.data
     found, active, lost, scale = None, {}, {}, 0.0
     if "reconstruction" in chosen.needs:
-        seen = data if data is not None else _only(example_inputs)
-        lost, scale = reconstruction_scores(
-            model, members, sizes, seen, loss_fn=loss_fn, outputs=outputs or float_outputs, progress=progress
-        )
-    if chosen.needs & {"saliency", "activation"}:
-        read = {name: taps(name) for name in sizes}
-        seen = data if data is not None else _only(example_inputs)
-        if "saliency" in chosen.needs:
-            found = saliency(
-                view, read, sizes, seen, outputs=outputs, relative_error=chosen.relative_error, progress=progress
-            )
-        if "activation" in chosen.needs:
-            active = activations(view, read, sizes, seen, progress=progress)
+        lost, scale = reconstruction_scores(model, axes, replace(scoring, data=seen))
+    if "saliency" in chosen.needs:
+        precision = Precision(chosen.relative_error)
+        found = saliency(view, axes, seen, outputs=scoring.outputs, precision=precision, progress=scoring.progress)
+    if "activation" in chosen.needs:
+        active = activations(view, axes, seen, progress=scoring.progress)
     scales = _scales(view)
     result = {}
     for name, size in sizes.items():

@@ -7,7 +7,7 @@ moments of its inputs it decides what is kept, and returns new values for that.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from netopt.errors import ArgumentTypeError, InvalidArgumentError, UnknownNameError
 
-__all__ = ["Criterion", "Importance", "criterion", "lookup", "names", "updates_layers"]
+__all__ = ["Criterion", "Importance", "criterion", "lookup", "name_of", "names", "updates_layers"]
 
 KINDS = ("weights", "neurons", "layers")
 MANY = 8
@@ -154,6 +154,24 @@ def updates_layers(importance: Any) -> bool:
     if isinstance(importance, str):
         return (importance, "layers") in _REGISTERED
     return isinstance(importance, Criterion) and importance.of == "layers"
+
+
+def name_of(importance: Any, what: str, known: Sequence[str], others: str) -> str:
+    """The name, for a report, of a criterion of whole parts: one that is known, a function, or scores.
+
+    Raises:
+        UnknownNameError: There is none of this name.
+        ArgumentTypeError: It is neither a name nor one of the ``others``.
+    """
+    if isinstance(importance, str):
+        if importance not in known:
+            raise UnknownNameError.of(what, importance, known)
+        return importance
+    if isinstance(importance, Mapping):
+        return "given"
+    if not callable(importance):
+        raise ArgumentTypeError(f"importance must be a name, {others}, not {type(importance).__name__}.")
+    return getattr(importance, "__name__", type(importance).__name__)
 
 
 def _found(importance: Importance, of: str) -> Criterion:

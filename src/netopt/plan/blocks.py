@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -16,7 +15,7 @@ from torch.optim import Optimizer
 from netopt.errors import InvalidArgumentError, PlanMismatchError
 from netopt.model.view import ModelView
 from netopt.plan.branches import BranchCut
-from netopt.plan.files import load_json, save_json
+from netopt.plan.files import JSONFile
 from netopt.plan.providers import load
 from netopt.plan.value import shapes_of
 from netopt.surgery import Operation, as_optimizers, read
@@ -100,7 +99,7 @@ class StackCut:
 
 
 @dataclass(frozen=True)
-class BlockPlan:
+class BlockPlan(JSONFile):
     """Which blocks stay, and the numbers that follow; see :func:`netopt.plan_blocks`.
 
     Attributes:
@@ -202,24 +201,6 @@ class BlockPlan:
             if isinstance(error, InvalidArgumentError):
                 raise
             raise InvalidArgumentError(f"no plan of blocks: {type(error).__name__} {error}.") from error
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the plan as JSON; an existing file is replaced whole or not at all.
-
-        Raises:
-            CheckpointError: The file cannot be written.
-        """
-        save_json(path, self.to_dict())
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> BlockPlan:
-        """Reads a plan that :meth:`save` wrote.
-
-        Raises:
-            CheckpointError: The file cannot be read.
-            InvalidArgumentError: The file holds no plan of blocks.
-        """
-        return load_json(path, cls.from_dict)
 
     def __str__(self) -> str:
         lines = [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -15,7 +14,7 @@ from torch.optim import Optimizer
 from netopt.errors import InvalidArgumentError, PlanMismatchError
 from netopt.model.view import ModelView
 from netopt.plan.blocks import fingerprint_of, path_of
-from netopt.plan.files import load_json, save_json
+from netopt.plan.files import JSONFile
 from netopt.plan.providers import load
 from netopt.surgery import Operation, as_optimizers, prepare
 from netopt.surgery.attributes import Path
@@ -78,7 +77,7 @@ class ExpertCut:
 
 
 @dataclass(frozen=True)
-class ExpertPlan:
+class ExpertPlan(JSONFile):
     """Which experts stay, and the numbers that follow; see :func:`netopt.plan_experts`.
 
     Attributes:
@@ -178,24 +177,6 @@ class ExpertPlan:
             if isinstance(error, InvalidArgumentError):
                 raise
             raise InvalidArgumentError(f"no plan of experts: {type(error).__name__} {error}.") from error
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the plan as JSON; an existing file is replaced whole or not at all.
-
-        Raises:
-            CheckpointError: The file cannot be written.
-        """
-        save_json(path, self.to_dict())
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> ExpertPlan:
-        """Reads a plan that :meth:`save` wrote.
-
-        Raises:
-            CheckpointError: The file cannot be read.
-            InvalidArgumentError: The file holds no plan of experts.
-        """
-        return load_json(path, cls.from_dict)
 
     def __str__(self) -> str:
         return "\n".join(

@@ -8,11 +8,14 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 from netopt.errors import CheckpointError, InvalidArgumentError
 
-__all__ = ["checksum", "inside", "load_json", "partial", "replace", "save_json"]
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["JSONFile", "checksum", "inside", "load_json", "partial", "replace", "save_json"]
 
 Read = TypeVar("Read")
 BLOCK = 1 << 20
@@ -71,6 +74,37 @@ def load_json(path: str | os.PathLike[str], read: Callable[[Any], Read]) -> Read
         return read(data)
     except InvalidArgumentError as error:
         raise InvalidArgumentError(f"{path} holds no plan: {error}") from error
+
+
+class JSONFile:
+    """What becomes a mapping for JSON by ``to_dict``, and is made of one by ``from_dict``, as a file."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """A mapping that JSON can hold."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Self:
+        """What :meth:`to_dict` gave."""
+        raise NotImplementedError
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the plan as JSON; an existing file is replaced whole or not at all.
+
+        Raises:
+            CheckpointError: The file cannot be written.
+        """
+        save_json(path, self.to_dict())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Reads a plan that :meth:`save` wrote.
+
+        Raises:
+            CheckpointError: The file cannot be read.
+            InvalidArgumentError: The file holds no such plan; the message names the field that is broken.
+        """
+        return load_json(path, cls.from_dict)
 
 
 def inside(name: str, where: Path) -> PurePosixPath:

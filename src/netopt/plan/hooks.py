@@ -29,8 +29,8 @@ class Note:
     is_complete: bool
 
 
-PlanHook: TypeAlias = Callable[[nn.Module, Plan], "tuple[Plan, Note | None]"]
-"""From a model before surgery and a plan for it to the completed plan, and a note unless it is of no concern."""
+PlanHook: TypeAlias = Callable[[nn.Module, Plan, Axes], "tuple[Plan, Note | None]"]
+"""From a model before surgery, a plan for it and its axes to the completed plan, and a note if it is of concern."""
 CountsHook: TypeAlias = Callable[[nn.Module, Axes, Collection[str]], "list[list[dict[str, int]]] | str | None"]
 """From a model, its axes and the names of those that may shrink to groups of choices of counts, the present counts
 first: one of each group, together, is a model whose plan the hook can complete. A reason where there are none; None
@@ -56,12 +56,12 @@ def register_hook(name: str, hook: PlanHook, counts: CountsHook | None = None) -
     _HOOKS[name] = hook, counts
 
 
-def complete(model: nn.Module, plan: Plan) -> tuple[Plan, dict[str, Note]]:
+def complete(model: nn.Module, plan: Plan, axes: Axes) -> tuple[Plan, dict[str, Note]]:
     """The plan as all hooks complete it, and their notes by name."""
     load()
     notes: dict[str, Note] = {}
     for name, (hook, _) in _HOOKS.items():
-        plan, note = hook(model, plan)
+        plan, note = hook(model, plan, axes)
         if note is not None:
             notes[name] = note
     return plan, notes

@@ -19,7 +19,7 @@ from netopt.errors import ArgumentTypeError, InvalidArgumentError, PlanMismatchE
 from netopt.plan.blocks import BlockPlan
 from netopt.plan.checkpoint import rewrite
 from netopt.plan.experts import ExpertPlan
-from netopt.plan.files import load_json, save_json
+from netopt.plan.files import JSONFile, load_json
 from netopt.plan.shards import Stored, open_checkpoint
 from netopt.plan.value import Plan
 from netopt.plan.wrapped import renaming
@@ -32,7 +32,7 @@ FORMAT = "netopt.plans"
 
 
 @dataclass(frozen=True)
-class PlanSequence:
+class PlanSequence(JSONFile):
     """Plans that are carried out one after the other, each made for what the one before leaves.
 
     Args:
@@ -131,14 +131,6 @@ class PlanSequence:
                 raise InvalidArgumentError(f"steps[{place}] is a sequence itself, and one holds plans alone")
             found.append(step)
         return cls(found)
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the plans as JSON; an existing file is replaced whole or not at all.
-
-        Raises:
-            CheckpointError: The file cannot be written.
-        """
-        save_json(path, self.to_dict())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PlanSequence:

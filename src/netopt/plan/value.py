@@ -27,7 +27,7 @@ from netopt.model.view import ModelView
 from netopt.plan import schema
 from netopt.plan.checkpoint import rewrite
 from netopt.plan.codec import IndexCodec, pack
-from netopt.plan.files import load_json, save_json
+from netopt.plan.files import JSONFile
 from netopt.plan.shards import open_checkpoint
 from netopt.plan.wrapped import innermost, renaming
 from netopt.surgery.attributes import Path, show
@@ -54,7 +54,7 @@ class AxisCut:
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
+class Plan(JSONFile):
     """What to keep of a model's tensors, as names and indices; immutable.
 
     Args:
@@ -165,9 +165,7 @@ class Plan:
             view.model,
             plan.tensors,
             attributes=plan.attributes,
-            values=plan.values,
-            shifts=plan.shifts,
-            scales=plan.scales,
+            contents=surgery.Contents(plan.values, plan.shifts, plan.scales),
             optimizer=optimizer,
             view=view,
         )
@@ -377,24 +375,6 @@ class Plan:
         """
         read = schema.fields(data)
         return cls(**{**read, "axes": tuple(AxisCut(**row) for row in read["axes"])})
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the plan as JSON; an existing file is replaced whole or not at all.
-
-        Raises:
-            CheckpointError: The file cannot be written.
-        """
-        save_json(path, self.to_dict())
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Plan:
-        """Reads a plan that :meth:`save` wrote.
-
-        Raises:
-            CheckpointError: The file cannot be read.
-            InvalidArgumentError: The file holds no plan; the message names the field that is broken.
-        """
-        return load_json(path, cls.from_dict)
 
     def __eq__(self, other: object) -> bool:
         return self.to_dict() == other.to_dict() if isinstance(other, Plan) else NotImplemented

@@ -16,10 +16,11 @@ from netopt.importance.activations import recordable
 from netopt.importance.contractions import Use
 from netopt.importance.elimination import calibrated
 from netopt.importance.neurons import ComparableScores, neuron_scores
+from netopt.importance.scoring import Scoring
 from netopt.plan import Plan
 from netopt.plan.build import make_plan
 from netopt.progress import bar
-from netopt.prune.candidates import AxisSelector, candidates
+from netopt.prune.candidates import AxisSelector, candidates, scored
 from netopt.prune.repair import calibration, copy_of, samples_of
 from netopt.reconstruction.refit import change_when_refitted
 
@@ -75,17 +76,8 @@ def reconstruction_scores(
     def differentiated(result: Any) -> list[Tensor]:
         return [tensor for tensor in counted_outputs(result, outputs) if tensor.is_floating_point()]
 
-    found = neuron_scores(
-        model,
-        {axis.name: axes.members(axis) for axis in chosen},
-        lambda name: axes.taps(axes[name]),
-        {axis.name: axis.size for axis in chosen},
-        importance="reconstruction",
-        data=data,
-        loss_fn=loss_fn,
-        outputs=None if outputs is None else differentiated,
-        progress=progress,
-    )
+    counted = None if outputs is None else differentiated
+    found = neuron_scores(model, scored(axes, chosen), Scoring("reconstruction", data, loss_fn, counted, progress))
     scores = found.scores
     if measured:
         trials = _Trials(model, axes, data, differentiated)

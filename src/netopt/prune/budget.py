@@ -20,6 +20,7 @@ from netopt.prune.look import Found
 from netopt.selection import (
     Amount,
     Limits,
+    Ranking,
     Scope,
     best,
     check_amount,
@@ -37,6 +38,9 @@ __all__ = ["Budget", "by_axis", "choose", "without"]
 Cost: TypeAlias = Callable[[Mapping[str, Tensor]], int]
 
 
+OF = ("now", "original")
+
+
 @dataclass(frozen=True)
 class Budget:
     """How much is to be removed: exactly one of the first four is given."""
@@ -48,6 +52,7 @@ class Budget:
     scope: Scope
     round_to: int
     loadable: bool = False
+    of: str = "now"
 
     def check(self) -> None:
         """Checks everything before any work is done.
@@ -74,6 +79,7 @@ class Budget:
                 "or max_macs."
             )
         check_scope(self.scope)
+        self._check_of()
         Limits(self.round_to)
         for name in ("max_params", "max_macs"):
             value = getattr(self, name)
@@ -83,6 +89,13 @@ class Budget:
                 raise ArgumentTypeError(f"{name} must be a fraction of the model's, in (0, 1], not {value!r}.")
             if not 0 < value <= 1:
                 raise InvalidArgumentError(f"{name} must be a fraction of the model's, in (0, 1], not {value}.")
+
+    def _check_of(self) -> None:
+        refused = self.amount is None or self.loadable or self.scope == "kind"
+        if self.of not in OF or (self.of == "original" and refused):
+            raise InvalidArgumentError(
+                f"of={self.of!r} is 'now', or 'original' for an amount, without loadable=True or scope='kind'."
+            )
 
     def _given(self) -> dict[str, Any]:
         four = {name: getattr(self, name) for name in ("amount", "threshold", "max_params", "max_macs")}
@@ -110,23 +123,20 @@ def choose(found: Found, scored: NeuronScores, budget: Budget, groups: Choices |
             scores,
             by_axis(found, budget.amount),
             threshold=budget.threshold,
-            groups=ranked,
+            ranking=Ranking(ranked, normalization),
             limits=limits,
-            normalization=normalization,
         )
     cost_of, share = _cost(found, budget)
     whole = cost_of({})
-    costs = dict.fromkeys(scores, 1.0)
+    costs = None
     if budget.scope != "layer":  # where the order on an axis is all that counts
         costs = _unit_costs(found.sizes, cost_of, whole, limits)
     return select_within(
         scores,
         cost_of,
         int(share * whole),
-        unit_costs=costs,
-        groups=ranked,
+        ranking=Ranking(ranked, normalization, costs),
         limits=limits,
-        normalization=normalization,
     )
 
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
 
 from torch import nn
 
 from netopt.axes import KINDS, Axes, Axis
+from netopt.axes.layout import OUTPUT
 from netopt.errors import NothingToPruneError, SelectorError
+from netopt.importance.scoring import ScoredAxes
 from netopt.model.view import ModelView
 from netopt.selectors import Selector, matches
 
-__all__ = ["AxisSelector", "candidates", "choices", "explain", "fits", "names_of"]
+__all__ = ["AxisSelector", "candidates", "choices", "explain", "fits", "holding", "names_of", "scored"]
 
 AxisSelector: TypeAlias = Selector | Callable[[Axis], bool] | Sequence[Any]
 """A selector, or a predicate of an :class:`~netopt.axes.Axis`, or the name or pattern of axes, or several of these."""
@@ -54,6 +56,12 @@ def candidates(
     return chosen, kept_out
 
 
+def scored(axes: Axes, chosen: Sequence[Axis]) -> ScoredAxes:
+    """The chosen axes as criteria see them."""
+    members = {axis.name: axes.members(axis) for axis in chosen}
+    return ScoredAxes({axis.name: axis.size for axis in chosen}, members, lambda name: axes.taps(axes[name]))
+
+
 def explain(axes: Axes, kept_out: dict[str, str], shown: int = 12) -> str:
     """Why nothing can be removed, axis by axis."""
     by_hand = {"is not included", "is excluded"}
@@ -62,6 +70,18 @@ def explain(axes: Axes, kept_out: dict[str, str], shown: int = 12) -> str:
     more = [f"  ... and {len(kept_out) - shown} more"] if len(kept_out) > shown else []
     head = f"all {len(kept_out)} axes of this model are {what}, so there is nothing to remove."
     return "\n".join([head, *rows, *more])
+
+
+def holding(axes: Axes, kept_out: Mapping[str, str], shown: int = 2) -> str:
+    """What keeps the most weights from going, and what to write where that is only that a result shows it."""
+    named = [axes[name] for name in kept_out if axes[name].kind is not None]
+    most = sorted(named, key=lambda axis: -axis.size * len(axis.members))[:shown]
+    if not most:
+        return ""
+    rows = [f"`{axis.name}` ({axis.kind}, {axis.size}) {kept_out[axis.name]}" for axis in most]
+    seen = any(OUTPUT in kept_out[axis.name] for axis in most)
+    way = "; outputs= names the results that must keep their shape, such as outputs='logits'" if seen else ""
+    return f". What stays: {', '.join(rows)}{way}"
 
 
 def names_of(view: ModelView, axes: Axes) -> dict[str, set[str]]:

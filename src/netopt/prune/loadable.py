@@ -2,14 +2,16 @@
 
 Each group is a list of choices, of which one is taken; which neurons then go is free on every axis. The choices taken
 lose the least of the scores for what they save, by one price for all groups that is found by bisection, as Everett,
-Generalized Lagrange Multiplier Method (1963), https://doi.org/10.1287/opre.11.3.399; what is left of the budget is then
-given back group by group.
+Generalized Lagrange Multiplier Method (1963), https://doi.org/10.1287/opre.11.3.399; two
+groups at a time are then chosen anew, which uses up the budget.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations
 from typing import TypeAlias
 
 import torch
@@ -23,6 +25,7 @@ Choices: TypeAlias = Sequence[Sequence[Mapping[str, int]]]
 """Groups of choices, each the counts of some axes; the first of every group are the present ones."""
 Counts = dict[str, int]
 _HALVINGS = 60
+_MOST_TRIED = 128  # choices of the smaller of two groups
 _LEAST_PRICE, _MOST_PRICE = 1e-12, 1e12
 
 
@@ -40,8 +43,8 @@ def choose_within(
     Raises:
         NothingToPruneError: No choices cost as little.
     """
-    groups = [group for group in groups if len(group) > 1]
     lost = _losses(scores)
+    groups = [_worthwhile(group, lost, cost) for group in groups if len(group) > 1]
     losses = [[sum(lost[name][count] for name, count in one.items()) for one in group] for group in groups]
     gone = [[sum(group[0].values()) - sum(one.values()) for one in group] for group in groups]
     units = _unit_costs(groups, gone, cost)
@@ -67,7 +70,21 @@ def choose_within(
             high, chosen = middle, found
         else:
             low = middle
-    return _taken(groups, _given_back(groups, losses, chosen, lambda picked: cost(_taken(groups, picked)) <= limit))
+    return _taken(groups, _improved(groups, losses, chosen, lambda picked: cost(_taken(groups, picked)) <= limit))
+
+
+def _worthwhile(
+    group: Sequence[Mapping[str, int]], lost: Mapping[str, Sequence[float]], cost: Callable[[Mapping[str, int]], int]
+) -> list[Mapping[str, int]]:
+    """The choices beside which none loses as little and costs less, the present one first."""
+    found: list[Mapping[str, int]] = []
+    least = math.inf
+    for _, one in sorted(enumerate(group), key=lambda two: (sum(lost[n][c] for n, c in two[1].items()), two[0])):
+        price = cost(one)
+        if price < least:
+            found.append(one)
+            least = price
+    return found
 
 
 def choose_alike(groups: Choices, targets: Mapping[str, int]) -> Counts:
@@ -108,28 +125,36 @@ def _taken(groups: Choices, picked: Sequence[int]) -> Counts:
     return {name: n for group, at in zip(groups, picked, strict=True) for name, n in group[at].items()}
 
 
-def _given_back(
+def _improved(
     groups: Choices,
     losses: Sequence[Sequence[float]],
     picked: Sequence[int],
     fits: Callable[[Sequence[int]], bool],
 ) -> list[int]:
-    """Choices that lose less and still fit, group by group, those first that lost most."""
+    """Choices that lose less and still fit: of two groups at a time the best, until that gains nothing."""
+    orders = [sorted(range(len(one)), key=one.__getitem__) for one in losses]
+
+    def best_beside(now: list[int], place: int) -> list[int] | None:
+        """The choice of one group that loses least of those that fit beside the others."""
+        order = orders[place]
+        trials = [[*now[:place], choice, *now[place + 1 :]] for choice in order]
+        least = bisect_left(trials, True, key=fits)
+        return trials[least] if least < len(trials) else None
+
+    def lost(now: list[int]) -> float:
+        return sum(one[at] for one, at in zip(losses, now, strict=True))
+
     now = list(picked)
-    for place in sorted(range(len(groups)), key=lambda one: -losses[one][now[one]]):
-        better = sorted(range(len(groups[place])), key=losses[place].__getitem__)
-        better = better[: better.index(now[place])]
-        low, high = 0, len(better)
-        while low < high:
-            middle = (low + high) // 2
-            trial = [*now[:place], better[middle], *now[place + 1 :]]
-            if fits(trial):
-                high = middle
-            else:
-                low = middle + 1
-        if high < len(better):
-            now[place] = better[high]
-    return now
+    sizes = sorted(range(len(groups)), key=lambda place: len(groups[place]))
+    pairs = list(combinations(sizes, 2)) or [(0, 0)] * len(groups)
+    while True:
+        before = now
+        for one, other in pairs:
+            tried = {now[one], *orders[one][:: -(-len(orders[one]) // _MOST_TRIED)]}
+            found = [best_beside([*now[:one], at, *now[one + 1 :]], other) for at in sorted(tried)]
+            now = min([now, *(each for each in found if each is not None)], key=lost)
+        if now == before:
+            return now
 
 
 def positions(counts: Mapping[str, int]) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -24,6 +24,7 @@ from netopt.errors import (
 )
 from netopt.importance import Importance, lookup
 from netopt.importance.neurons import NeuronScores, neuron_scores
+from netopt.importance.scoring import Scoring
 from netopt.masking.lifecycle import masks_of_indices
 from netopt.masking.undo import all_or_nothing
 from netopt.model.ranks import check_alike, is_shared
@@ -33,12 +34,12 @@ from netopt.plan import Plan
 from netopt.plan.build import make_plan
 from netopt.plan.hooks import Note, complete, expressible
 from netopt.prune.budget import Budget, choose, without
-from netopt.prune.candidates import AxisSelector
+from netopt.prune.candidates import AxisSelector, holding, scored
 from netopt.prune.exactness.dead_neurons import may_exist
 from netopt.prune.exactness.folding import Folds, fold_removed, shifted
 from netopt.prune.exactness.rescaling import Rescaling, find_rescalings, rescaled
 from netopt.prune.look import Found, Where, check_model, look, without_gradients
-from netopt.prune.original import as_of_now, check_of
+from netopt.prune.original import as_of_now
 from netopt.prune.repair import RepairReport, copy_for_repair, repaired
 from netopt.prune.verify import DifferentOutputsError, Reference, Tensors, differing, proved, reference_outputs
 from netopt.report import PruningReport, Row
@@ -133,19 +134,18 @@ def prune_neurons(
         >>> net[0].out_features, net[2].in_features
         (12, 12)
     """
-    budget = Budget(amount, threshold, max_params, max_macs, scope, round_to, loadable)
+    budget = Budget(amount, threshold, max_params, max_macs, scope, round_to, loadable, of)
     data = list(batches.iterate(data)) if isinstance(data, Iterator) else data  # for scores, and again for repair
-    scoring = _Scoring(importance, data, loss_fn, progress)
+    scoring = Scoring(importance, data, loss_fn, progress=progress)
     view = check_model(model, example_inputs)
     _check(budget, scoring, mode)
-    check_of(of, budget)
     if is_shared() and repair:
         raise InvalidArgumentError("repair=True fits to one process's data; prune in one process, or repair=False.")
     dense = copy_for_repair(model, False if is_shared() else repair, data, mode)
     optimizers = surgery.as_optimizers(optimizer)
     # A mask can be taken off; what is folded into a bias could not.
     where = Where(include, exclude, outputs)
-    decision = _decide(view, example_inputs, budget, scoring, where, fold=mode == "remove", of=of)
+    decision = _decide(view, example_inputs, budget, scoring, where, fold=mode == "remove")
     check_alike(decision.plan.tensors, "neurons")
     report = _Report(decision, budget, scoring, mode)
     if mode == "mask":
@@ -200,7 +200,7 @@ def plan_neurons(
         (212, 160, 16)
     """
     budget = Budget(amount, threshold, max_params, max_macs, scope, round_to, loadable)
-    scoring = _Scoring(importance, data, loss_fn, progress)
+    scoring = Scoring(importance, data, loss_fn, progress=progress)
     view = check_model(model, example_inputs)
     if remove is None:
         _check(budget, scoring)
@@ -216,20 +216,6 @@ def plan_neurons(
     carry_out = decision.plan.prepare(view).dry_run
     done, after = proved(decision, carry_out, lambda done: (done, measure.cost(view, example_inputs)), verify=verify)
     return done.plan.with_prediction(_predicted(before, after) | done.output_change())
-
-
-@dataclass(frozen=True)
-class _Scoring:
-    """Where scores come from."""
-
-    importance: Importance | Mapping[str, Tensor]
-    data: Data | None
-    loss_fn: Callable[[Any, Any], Tensor] | None
-    progress: bool
-
-    @property
-    def name(self) -> str:
-        return "given" if isinstance(self.importance, Mapping) else lookup(self.importance, of="neurons").name
 
 
 @dataclass(frozen=True)
@@ -347,15 +333,14 @@ def _decide(
     view: ModelView,
     example_inputs: Inputs,
     budget: Budget,
-    scoring: _Scoring,
+    scoring: Scoring,
     where: Where,
     *,
     fold: bool = True,
-    of: str = "now",
 ) -> _Decision:
     """Look, score, select, complete."""
     found = look(view, example_inputs, where)
-    budget = as_of_now(found, budget, of)
+    budget = as_of_now(found, budget)
     scores = _score(found, scoring, where)
     if budget.loadable:
         return _decide_loadable(found, scores, budget, fold=fold)
@@ -370,7 +355,7 @@ def _decide_loadable(found: Found, scores: NeuronScores, budget: Budget, *, fold
         try:
             decision = _complete(found, scores, choose(found, scores, budget, some), fold=fold)
         except NothingToPruneError as error:
-            refused.append(error)
+            refused.append(NothingToPruneError(f"{error}{holding(found.axes, found.kept_out)}"))
             continue
         why = next((f"{name} {note.text}" for name, note in decision.hook_notes.items() if not note.is_complete), None)
         if why is None:
@@ -379,28 +364,25 @@ def _decide_loadable(found: Found, scores: NeuronScores, budget: Budget, *, fold
     raise refused[0]
 
 
-def _score(found: Found, scoring: _Scoring, where: Where) -> NeuronScores:
+def _name(scoring: Scoring) -> str:
+    if isinstance(scoring.importance, Mapping):
+        return "given"
+    return lookup(scoring.importance, of="neurons").name
+
+
+def _score(found: Found, scoring: Scoring, where: Where) -> NeuronScores:
     def differentiated(result: Any) -> list[Tensor]:
         return [tensor for tensor in where.counted(result) if tensor.is_floating_point()]
 
+    if where.outputs is not None:
+        scoring = replace(scoring, outputs=differentiated)
     try:
-        return neuron_scores(
-            found.view,
-            {axis.name: found.axes.members(axis) for axis in found.chosen},
-            lambda name: found.axes.taps(found.axes[name]),
-            found.sizes,
-            importance=scoring.importance,
-            data=scoring.data,
-            example_inputs=found.forward.inputs,
-            loss_fn=scoring.loss_fn,
-            outputs=None if where.outputs is None else differentiated,
-            progress=scoring.progress,
-        )
+        return neuron_scores(found.view, scored(found.axes, found.chosen), scoring, found.forward.inputs)
     except RuntimeError as error:
         why = without_gradients(found.view, error)
         if why is None:
             raise
-        raise InvalidArgumentError(f'importance "{scoring.name}" cannot be computed: {why}.') from error
+        raise InvalidArgumentError(f'importance "{_name(scoring)}" cannot be computed: {why}.') from error
 
 
 def _complete(found: Found, scores: NeuronScores, kept: dict[str, Tensor], *, fold: bool) -> _Decision:
@@ -408,7 +390,7 @@ def _complete(found: Found, scores: NeuronScores, kept: dict[str, Tensor], *, fo
     view, axes, model = found.view, found.axes, found.view.model
     rescalings = find_rescalings(view, axes, kept, found.forward)
     plan = rescaled(make_plan(view, axes, kept), rescalings)
-    plan, hook_notes = complete(model, plan)
+    plan, hook_notes = complete(model, plan, axes)
     nonzero = measure.nonzero_of(view)
     folds = fold_removed(found.forward, axes, kept, plan) if fold and may_exist(view, plan, nonzero) else Folds()
     plan = shifted(plan, folds.of(list(folds.shifts)))
@@ -450,9 +432,9 @@ _FIRST_SEEN: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 class _Report:
     """What there was before, noted at once, and the report, made when everything is done."""
 
-    def __init__(self, decision: _Decision, budget: Budget, scoring: _Scoring, mode: Mode) -> None:
+    def __init__(self, decision: _Decision, budget: Budget, scoring: Scoring, mode: Mode) -> None:
         view, plan = decision.found.view, decision.plan
-        self._settings = budget.settings() | {"importance": scoring.name, "mode": mode}
+        self._settings = budget.settings() | {"importance": _name(scoring), "mode": mode}
         self._removes = mode == "remove"
         # A budget of operations is one of those counted in a run; elsewhere those of the traced forward are counted.
         self._counted = budget.max_macs is not None
@@ -487,13 +469,14 @@ class _Report:
             settings=settings,
             batch=measure.batch_size(found.forward.inputs),
             already=self._already,
+            scores=decision.scores.scores,
             notes={name: note.text for name, note in decision.hook_notes.items()},
             subject=found.view.model,
             repair=repair,
         )
 
 
-def _check(budget: Budget, scoring: _Scoring, mode: str = "remove") -> None:
+def _check(budget: Budget, scoring: Scoring, mode: str = "remove") -> None:
     """Checks every argument that can be checked before the model is looked at."""
     budget.check()
     if mode not in MODES:

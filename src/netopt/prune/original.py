@@ -8,33 +8,22 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from netopt.errors import InvalidArgumentError
 from netopt.prune.budget import Budget, by_axis
 from netopt.prune.look import Found
 from netopt.selection import removed
 
-__all__ = ["as_of_now", "check_of"]
+__all__ = ["as_of_now"]
 
-OF = ("now", "original")
 _FIRST_SIZES: WeakKeyDictionary[nn.Module, dict[str, int]] = WeakKeyDictionary()
 """How many neurons each axis of a model had when a call first looked at it."""
 
 
-def check_of(of: str, budget: Budget) -> None:
-    """Raises an `InvalidArgumentError` unless ``of`` is known, and fits the budget."""
-    refused = budget.amount is None or budget.loadable or budget.scope == "kind"
-    if of not in OF or (of == "original" and refused):
-        raise InvalidArgumentError(
-            f"of={of!r} is 'now', or 'original' for an amount, without loadable=True or scope='kind'."
-        )
-
-
-def as_of_now(found: Found, budget: Budget, of: str) -> Budget:
+def as_of_now(found: Found, budget: Budget) -> Budget:
     """The budget in counts of what is still to go, where its amounts are of the original model."""
     first = _FIRST_SIZES.setdefault(found.view.model, {})
     for name, size in found.sizes.items():
         first.setdefault(name, size)
-    if of == "now":
+    if budget.of == "now":
         return budget
 
     def left(amount: float, names: Collection[str]) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -19,7 +19,7 @@ from netopt.model.view import ModelView
 from netopt.plan import Plan
 from netopt.plan.blocks import BlockPlan
 from netopt.plan.experts import ExpertPlan
-from netopt.reconstruction.refit import Refit, former_name, refitted
+from netopt.reconstruction.refit import Kept, Refit, former_name, refitted
 from netopt.surgery.lists import former_prefixes
 
 __all__ = ["RepairReport", "repair"]
@@ -131,22 +131,20 @@ def repair(model: nn.Module, plan: AnyPlan, dense: nn.Module, data: Data, *, pro
 def repaired(model: nn.Module, plan: AnyPlan, dense: nn.Module, data: Data | None, progress: bool) -> RepairReport:
     """As :func:`repair`, of what is known to fit."""
     assert data is not None, "there is no copy to repair from without"
-    held, (tensors, former) = calibration(data), _kept(plan, dense)
-    return UndoLog().run(
-        lambda log: RepairReport(tuple(refitted(log, model, dense, tensors, held, former, progress=progress)))
-    )
+    held, kept = calibration(data), _kept(plan, dense)
+    return UndoLog().run(lambda log: RepairReport(tuple(refitted(log, model, dense, kept, held, progress=progress))))
 
 
-def _kept(plan: AnyPlan, dense: nn.Module) -> tuple[Mapping[str, Mapping[int, Tensor]], Mapping[str, str]]:
+def _kept(plan: AnyPlan, dense: nn.Module) -> Kept:
     """What a plan keeps of each tensor, by its name in ``dense``; and the former prefixes of entries of cut lists."""
     if isinstance(plan, Plan):
-        return plan.tensors, {}
+        return Kept(plan.tensors, {})
     former: dict[str, str] = {}
     if isinstance(plan, BlockPlan):
         for stack in plan.stacks:
             for name in stack.lists:
                 former |= former_prefixes(dense.get_submodule(name), name, stack.kept)
-        return {}, former
+        return Kept({}, former)
     tensors: dict[str, dict[int, Tensor]] = {}
     for mixture in plan.mixtures:
         for name, dim in mixture.tensors:
@@ -154,7 +152,7 @@ def _kept(plan: AnyPlan, dense: nn.Module) -> tuple[Mapping[str, Mapping[int, Te
             tensors.setdefault(name, {})[dim] = mixture.indices(length)
         for name in mixture.lists:
             former |= former_prefixes(dense.get_submodule(name), name, mixture.kept)
-    return tensors, former
+    return Kept(tensors, former)
 
 
 def copy_for_repair(model: nn.Module, repair: bool | None, data: Data | None, mode: str) -> nn.Module | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping
 from fnmatch import fnmatchcase
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from netopt.batches import Data
 from netopt.errors import ArgumentTypeError, InvalidArgumentError, NothingToPruneError, UnknownNameError
 from netopt.importance import Importance, lookup, scores, updates_layers
+from netopt.importance.scoring import Scoring
 from netopt.masking.decide import Request, decide
 from netopt.masking.lifecycle import adopt
 from netopt.masking.patterns import Pattern, Shape, parse
@@ -109,6 +110,7 @@ def prune_weights(
     shape = _check_arguments(model, amount, threshold, scope, pattern)
     known = places(model)
     wanted = _candidates(model, known, include, exclude)
+    scoring = Scoring(importance, data, loss_fn, progress=progress)
     solves, passed = updates_layers(importance), {}
     if solves and is_shared():
         raise InvalidArgumentError(
@@ -130,14 +132,10 @@ def prune_weights(
         if solves:
             requests = _requests(wanted, amount, shape, scope, threshold)
             parts = [(list(group), request) for group, request in requests]
-            masks = reconstruct(
-                model, wanted, data, cast("Importance", importance), parts, log=log, loss_fn=loss_fn, progress=progress
-            )
+            masks = reconstruct(model, wanted, parts, scoring, log)
         else:
             named = [name for name, place in wanted.items() if _is_named(place, include)]
-            score, unread = _scorer(
-                model, wanted, named, importance=importance, data=data, loss_fn=loss_fn, progress=progress
-            )
+            score, unread = _scorer(model, wanted, named, scoring)
             passed = dict.fromkeys(unread, "met no inputs on this data")
             wanted = {name: place for name, place in wanted.items() if name not in unread}
             for group, request in _requests(wanted, amount, shape, scope, threshold):
@@ -340,17 +338,21 @@ def _scorer(
     model: nn.Module,
     wanted: Mapping[str, Place],
     named: Collection[str],
-    *,
-    importance: Importance | Mapping[str, Tensor],
-    data: Data | None,
-    loss_fn: Callable[[Any, Any], Tensor] | None,
-    progress: bool,
+    scoring: Scoring,
 ) -> tuple[Callable[[Place], Scores], set[str]]:
     """Returns what scores one weight, and the names of those that nothing can be said of on this data."""
-    if isinstance(importance, str) and importance == "magnitude":
+    if isinstance(scoring.importance, str) and scoring.importance == "magnitude":
         # Read from the weights themselves: no second tensor of their size.
         return _by_magnitude, set()
-    found = scores(model, data, importance, loss_fn=loss_fn, wanted=wanted, named=named, progress=progress)
+    found = scores(
+        model,
+        scoring.data,
+        scoring.importance,
+        loss_fn=scoring.loss_fn,
+        wanted=wanted,
+        named=named,
+        progress=scoring.progress,
+    )
 
     def score(place: Place) -> Scores:
         given = found[place.name]

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from netopt import batches
-from netopt.batches import Data
 from netopt.errors import MissingDataError, NonFiniteError, ShapeMismatchError
-from netopt.importance import Criterion, Importance, lookup
+from netopt.importance import Criterion, lookup
 from netopt.importance.inputs import Matrix, filled_like
+from netopt.importance.scoring import Scoring
 from netopt.masking.decide import Request
 from netopt.model.kernels import Unfused
 from netopt.model.parameters import Place
@@ -21,7 +21,7 @@ from netopt.model.signals import UndoLog
 from netopt.model.writes import CopyOnWrite
 from netopt.progress import bar
 from netopt.reconstruction.replay import Runner, container_of
-from netopt.reconstruction.shares import LossOf, Share, in_proportion, shared_out
+from netopt.reconstruction.shares import Share, in_proportion, shared_out
 from netopt.reconstruction.solvers import Problem
 from netopt.reconstruction.stages import by_block, moments, stages
 from netopt.reconstruction.target import Moments, regression_target
@@ -32,25 +32,19 @@ __all__ = ["reconstruct"]
 def reconstruct(
     model: nn.Module,
     wanted: Mapping[str, Place],
-    data: Data | None,
-    importance: Importance,
     requests: Sequence[tuple[Sequence[str], Request]],
-    *,
+    scoring: Scoring,
     log: UndoLog,
-    loss_fn: LossOf | None = None,
-    progress: bool = False,
 ) -> dict[str, Tensor]:
     """Decides masks and updates the weights below them, layer by layer.
 
     Args:
         model: Run in eval mode, and given back as it was, except for the values of ``wanted``.
         wanted: The weights.
-        data: Calibration batches; inputs are kept, activations are not.
-        importance: A criterion of layers, or its name; see :func:`netopt.importance.names`.
         requests: For groups of names, how much and in what pattern.
+        scoring: A criterion of layers, and calibration batches, whose inputs are kept and whose activations are not; a
+            global amount is shared out by ``loss_fn``, or else by the change of all outputs.
         log: Puts the weights back if its block fails.
-        loss_fn: What a global amount is shared out by, instead of the change of all outputs.
-        progress: Whether to show a progress bar.
 
     Returns:
         A mask for each name; the weights hold the updated values where it is ``True``.
@@ -61,11 +55,13 @@ def reconstruct(
             entries should be: it is looked up, or used in several ways that share entries.
         ShapeMismatchError: the criterion returns something of another shape than the weight.
     """
+    importance, progress = scoring.importance, scoring.progress
+    assert not isinstance(importance, Mapping), "scores that are given update nothing"
     solver = lookup(importance, of="layers")
-    if data is None:
+    if scoring.data is None:
         raise MissingDataError(f"importance {solver.name!r} needs the layers' inputs; pass data=, a list of batches.")
-    held = list(batches.iterate(data))
-    shares = shared_out(model, wanted, requests, held, loss_fn=loss_fn, progress=progress)
+    held = list(batches.iterate(scoring.data))
+    shares = shared_out(model, wanted, requests, held, loss_fn=scoring.loss_fn, progress=progress)
     own = {name: place.parameter.detach() for name, place in wanted.items()}
     before = {name: filled_like(one, 0).copy_(one) for name, one in own.items()}
     masks: dict[str, Tensor] = {}

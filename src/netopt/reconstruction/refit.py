@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -61,13 +61,24 @@ class Refit:
     note: str = ""
 
 
+class Kept(NamedTuple):
+    """What a smaller model has of the one it was made from.
+
+    Attributes:
+        tensors: The indices it keeps of tensors.
+        former: The prefixes of names in the larger model by its own, where entries of lists were numbered anew.
+    """
+
+    tensors: Cuts
+    former: Mapping[str, str]
+
+
 def refitted(
     log: UndoLog,
     model: nn.Module,
     dense: nn.Module,
-    tensors: Cuts,
+    kept: Kept,
     held: Sequence[Batch],
-    former: Mapping[str, str] | None = None,
     *,
     progress: bool = False,
 ) -> list[Refit]:
@@ -77,12 +88,11 @@ def refitted(
         log: Puts them back if its block fails.
         model: The smaller model; run in eval mode.
         dense: The model it was made from, with parameters of its own; given back as it was.
-        tensors: The indices ``model`` keeps of the tensors of ``dense``.
+        kept: What ``model`` has of ``dense``.
         held: Calibration batches.
-        former: The prefixes of names in ``dense`` by those in ``model``, where entries of lists were numbered anew.
         progress: Whether to show a progress bar.
     """
-    fitting = _Fitting(model, dense, tensors, held, former or {})
+    fitting = _Fitting(model, dense, kept.tensors, held, kept.former)
     log.callback(fitting.undo, on=BaseException)
     with entered(torch.inference_mode(False), torch.no_grad()):
         fitting.run(progress)

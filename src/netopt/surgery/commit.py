@@ -7,6 +7,7 @@ interruption anywhere ends with the model as it was.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -114,14 +115,27 @@ class Operation:
                 flatten(module)
 
 
+@dataclass(frozen=True)
+class Contents:
+    """What changes of tensors besides their sizes, by name.
+
+    Attributes:
+        values: New contents of integer buffers.
+        shifts: What is added to narrowed tensors.
+        scales: Factors on narrowed tensors, applied after the shifts.
+    """
+
+    values: Mapping[str, Tensor] = field(default_factory=dict)
+    shifts: Mapping[str, Tensor] = field(default_factory=dict)
+    scales: Mapping[str, float | Tensor] = field(default_factory=dict)
+
+
 def prepare(
     model: nn.Module,
     tensors: Mapping[str, Cuts],
     *,
     attributes: Iterable[tuple[Path, Any]] = (),
-    values: Mapping[str, Tensor] | None = None,
-    shifts: Mapping[str, Tensor] | None = None,
-    scales: Mapping[str, float | Tensor] | None = None,
+    contents: Contents | None = None,
     optimizer: Optimizer | Iterable[Optimizer] | None = None,
     view: ModelView | None = None,
 ) -> Operation:
@@ -131,9 +145,7 @@ def prepare(
         model: To be operated on.
         tensors: Kept indices by tensor name and dimension.
         attributes: Path and new value of modules' and configurations' integers.
-        values: New contents of integer buffers, by name.
-        shifts: What is added to narrowed tensors, by name.
-        scales: Factors on narrowed tensors, by name, applied after the shifts.
+        contents: What changes of tensors besides their sizes.
         optimizer: Whose state follows; one, several or none.
         view: What the model holds, if it is listed already.
 
@@ -147,7 +159,7 @@ def prepare(
     with entered(torch.inference_mode(False), torch.no_grad()):
         named = view.tensors
         cuts, shapes = _collect(model, tensors, named)
-        replacements = _replacements(cuts, values or {}, shifts or {}, scales or {}, model, named)
+        replacements = _replacements(cuts, contents or Contents(), model, named)
         assignments = list(attributes)
         for path, _ in assignments:
             read(model, path, view.modules)
@@ -203,12 +215,7 @@ def same_cuts(first: Cuts, second: Cuts) -> bool:
 
 
 def _replacements(
-    cuts: list[tuple[Tensor, Cuts]],
-    values: Mapping[str, Tensor],
-    shifts: Mapping[str, Tensor],
-    scales: Mapping[str, float | Tensor],
-    model: nn.Module,
-    named: Mapping[str, Tensor],
+    cuts: list[tuple[Tensor, Cuts]], contents: Contents, model: nn.Module, named: Mapping[str, Tensor]
 ) -> list[tuple[Tensor, Tensor]]:
     built: dict[int, tuple[Tensor, Tensor]] = {}
     shared: dict[int, list[tuple[Tensor, Tensor, Cuts]]] = {}
@@ -218,7 +225,7 @@ def _replacements(
         new = successor(tensor, own, alias)
         built[id(tensor)] = (tensor, new)
         alike.append((tensor, new, own))
-    for name, shift in shifts.items():
+    for name, shift in contents.shifts.items():
         tensor, new = _pending(model, name, built, named)
         if new.shape != shift.shape:
             raise ShapeMismatchError(
@@ -226,7 +233,7 @@ def _replacements(
             )
         new.detach().add_(shift.to(new))
         built[id(tensor)] = (tensor, new)
-    for name, factor in scales.items():
+    for name, factor in contents.scales.items():
         tensor, new = _pending(model, name, built, named)
         if isinstance(factor, Tensor) and not broadcasts(factor.shape, new.shape):
             raise ShapeMismatchError(
@@ -234,7 +241,7 @@ def _replacements(
             )
         new.detach().mul_(factor.to(new.device) if isinstance(factor, Tensor) else factor)
         built[id(tensor)] = (tensor, new)
-    for name, value in values.items():
+    for name, value in contents.values.items():
         tensor, new = _pending(model, name, built, named)
         if new.shape != value.shape:
             raise ShapeMismatchError(

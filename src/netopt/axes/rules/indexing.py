@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch.utils._mode_utils import no_dispatch
 
-from netopt.axes.layout import Atom, atoms, concat, shatter
+from netopt.axes.layout import LOOKED_UP, Atom, atoms, concat, shatter
 from netopt.axes.operation import Dim, Dims, Operation, is_zero, rule
 from netopt.axes.rules.pointwise import aligned
 
@@ -19,7 +19,7 @@ from netopt.axes.rules.pointwise import aligned
 def embedding(op: Operation, weight: Tensor, indices: Tensor, *args: Any) -> Dims:
     """Rows of a table."""
     table = op.dims(weight)
-    op.freeze(table[0], "is looked up by number")
+    op.freeze(table[0], LOOKED_UP)
     op.contract(weight, [], table[1:])
     return [*(Dim(dim.layout) for dim in op.dims(indices)), *table[1:]]
 
@@ -28,7 +28,7 @@ def embedding(op: Operation, weight: Tensor, indices: Tensor, *args: Any) -> Dim
 def embedding_bag(op: Operation, weight: Tensor, indices: Tensor, offsets: Tensor, *args: Any) -> Any:
     """Rows of a table, summed bag by bag."""
     table = op.dims(weight)
-    op.freeze(table[0], "is looked up by number")
+    op.freeze(table[0], LOOKED_UP)
     op.freeze(op.dims(indices), "is a list of bags")
     op.contract(weight, [], table[1:])
     return ([op.frozen(op.out[0].shape[0], "is a number of bags"), table[1]], None, None, None)
@@ -38,7 +38,7 @@ def embedding_bag(op: Operation, weight: Tensor, indices: Tensor, offsets: Tenso
 def embedding_renorm(op: Operation, weight: Tensor, indices: Tensor, *args: Any) -> Dims:
     """Rows brought to a length."""
     table = op.dims(weight)
-    op.freeze(table[0], "is looked up by number")
+    op.freeze(table[0], LOOKED_UP)
     op.inexact(table[1], "is normalised over by embedding_renorm")
     return table
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from netopt.axes.layout import Atom
+from netopt.axes.layout import LOOKED_UP, Atom
 from netopt.axes.operation import Dim, Dims, Operation, rule
 from netopt.axes.rules.pointwise import aligned, pointwise
 from netopt.axes.rules.reduction import reduced_over
@@ -55,7 +55,7 @@ def class_likelihood(
     """The entry of one class is taken by its number, at every position."""
     dims = list(op.dims(tensor))
     classes = dims.pop(1 if len(dims) > 1 else 0)
-    op.freeze(classes, "is looked up by number")
+    op.freeze(classes, LOOKED_UP)
     if isinstance(weight, Tensor):
         op.same(op.dims(weight)[0], classes)
     for one, other in zip(dims, op.dims(target), strict=False):

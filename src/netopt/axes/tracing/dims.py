@@ -364,22 +364,20 @@ class DimTracer(ThreadDispatchMode):
         self.operations += 1
         outs = [out] if isinstance(out, Tensor) else _tensors_in((out,), [])
         if outs:
-            self._state(traits, args, kwargs, tensors, known, out, outs)
+            self._state(traits, Operation(self, traits.name, tensors, out), args, kwargs, known, outs)
             if self.counting and traits.formula is not None:
                 self._note_work(traits.formula, args, kwargs, outs)
 
     def _state(
         self,
         traits: Traits,
+        op: Operation,
         args: Any,
         kwargs: Any,
-        tensors: list[Tensor],
         known: list[_TensorInfo],
-        out: Any,
         outs: list[Tensor],
     ) -> None:
-        op = Operation(self, traits.name, tensors, out)
-        found_rule = find_rule(traits.name)
+        found_rule = find_rule(op.name)
         if kwargs:
             kwargs.pop("out", None)
         if found_rule is None:
@@ -397,12 +395,12 @@ class DimTracer(ThreadDispatchMode):
             written = self._info(tensor)
             dims = lists[index] if index < len(lists) else None
             if dims is None:
-                dims = self._default_dims(traits.name if found_rule is None else None, tensor, written)
+                dims = self._default_dims(op.name if found_rule is None else None, tensor, written)
             dims = [dim if type(dim) is Dim else Dim(dim) for dim in dims]
             if [dim[0].size for dim in dims] != list(tensor.shape):
-                self._mismatch(traits.name, tensor, dims)
+                self._mismatch(op.name, tensor, dims)
             if written is not None and traits.writes:
-                self._note_write(tensor, tensors, written.dims, dims)
+                self._note_write(tensor, op.tensors, written.dims, dims)
             now = self._record_result(tensor, dims, known, written)
             self._share(now, traits, known, written)
             now.marks = [*op.marks, *op.when_read.get(index, ())] if op.when_read else op.marks
@@ -483,7 +481,7 @@ class DimTracer(ThreadDispatchMode):
         sizes = tuple(dim.size for dim in dims)
         raise TraceError(f"the rule of {name} gives sizes {sizes} to a result of shape {tuple(tensor.shape)}.")
 
-    def _note_write(self, tensor: Tensor, tensors: list[Tensor], before: Dims, after: Dims) -> None:
+    def _note_write(self, tensor: Tensor, tensors: Sequence[Tensor], before: Dims, after: Dims) -> None:
         """After a write of what need not be zero, nothing in that storage need be zero."""
         reshaped = len(before) != len(after)  # as by unsqueeze_, which leaves the entries alone
         if (

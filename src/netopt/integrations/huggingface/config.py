@@ -12,18 +12,20 @@ import dataclasses
 import functools
 import inspect
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from netopt.axes import Axes
 from netopt.integrations.huggingface.meta_build import ConfigPath, Shapes, build, entries, is_size, with_changes
 from netopt.integrations.huggingface.solve import SizeEquation, equations, out_of_proportion, solve
 from netopt.integrations.huggingface.symbolic_build import ShapeFormulas, Target, derive_formulas, exact_value
 from netopt.plan import Plan, shapes_of
 from netopt.plan.hooks import Note
 from netopt.surgery import read
+from netopt.symbolic import leaves
 
 __all__ = ["LOADS", "build_formulas", "follow", "kept_numbers", "takes_config", "unsaved_buffers", "validate"]
 
@@ -37,12 +39,13 @@ LOADS = "loads with from_pretrained"
 _UNKNOWN = "does not load with from_pretrained: it does not build this model, so it was left as it is"
 
 
-def follow(model: nn.Module, plan: Plan) -> tuple[Plan, Note | None]:
+def follow(model: nn.Module, plan: Plan, axes: Axes) -> tuple[Plan, Note | None]:
     """Adds to a plan what the model's configuration becomes, so that its constructor gives the smaller shapes.
 
     Args:
         model: Before the surgery.
         plan: What is going to be done.
+        axes: Of the model.
 
     Returns:
         The plan with new values of the configuration, and a note of whether it can express the smaller model, or why
@@ -57,12 +60,19 @@ def follow(model: nn.Module, plan: Plan) -> tuple[Plan, Note | None]:
         return plan, Note(f"{_CANNOT}: `{lost}` is computed from it, and has lost entries; {_ADVICE}", False)
     given = {path[2:]: value for path, value in plan.attributes if path[:2] == ("", "config")}
     floats = _floats(model, plan, config)
-    search = _Rebuild(type(model), plan, modules, config, with_changes(config, given), shapes_of(model), floats)
+    trial, used = with_changes(config, given), _used(axes)
+    search = _Rebuild(type(model), plan, modules, config, trial, shapes_of(model), floats, used)
     found = search.changes()
     if isinstance(found, str):
         return plan, Note(found if found == _UNKNOWN else f"{_CANNOT}: {found}; {_ADVICE}", False)
     more = tuple((("", "config", *path), value) for path, value in {**found, **floats}.items())
     return dataclasses.replace(plan, attributes=(*plan.attributes, *more)), Note(LOADS, True)
+
+
+def _used(axes: Axes) -> set[tuple[str | int, ...]]:
+    """Paths of the integers of which the forward makes sizes."""
+    alone = [leaves(number) for _, number in axes.attribute_equations()]
+    return {one.path for keys in alone if len(keys) == 1 for one in keys} | {*axes.attribute_terms()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +87,7 @@ class _Rebuild:
         trial: The configuration to start from: with what the plan changes.
         shapes: Of the model.
         floats: What is changed in any case.
+        used: Paths of the integers of which the forward makes sizes.
     """
 
     kind: type[nn.Module]
@@ -86,6 +97,7 @@ class _Rebuild:
     trial: Any
     shapes: Shapes
     floats: Mapping[ConfigPath, float]
+    used: Collection[tuple[str | int, ...]]
 
     def changes(self) -> dict[ConfigPath, Any] | str:
         """The changes, or why there are none."""
@@ -126,13 +138,13 @@ class _Rebuild:
 
     @functools.cached_property
     def attributes(self) -> dict[tuple[str, str], tuple[Any, Any]]:
-        """Numbers of modules and what they are to be: integers that the plan sets, and all floats."""
+        """Numbers of modules and what they are to be: integers that the forward uses, and all floats."""
         planned = {path: value for path, value in self.plan.attributes if len(path) == 2}
         return {
             (prefix, name): (value, planned.get((prefix, name), value))
             for prefix, module in self.modules.items()
             for name, value in vars(module).items()
-            if type(value) is float or (type(value) is int and (prefix, name) in planned)
+            if type(value) is float or (type(value) is int and (prefix, name) in {*planned, *self.used})
         }
 
     @functools.cached_property
@@ -185,7 +197,7 @@ class _Rebuild:
 
     def _computed_anew(self, modules: Mapping[str, nn.Module]) -> str | None:
         for path, (_, wanted) in self.attributes.items():
-            if type(wanted) is float and getattr(modules.get(path[0]), path[1], wanted) != wanted:
+            if getattr(modules.get(path[0]), path[1], wanted) != wanted:
                 return f"`{'.'.join(filter(None, path))}` is computed from it, and stays"
         return None
 

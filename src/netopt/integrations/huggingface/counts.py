@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import operator
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -23,7 +24,7 @@ from netopt.integrations.huggingface.meta_build import ConfigPath, with_changes
 from netopt.integrations.huggingface.solve import SizeEquation, solve
 from netopt.integrations.huggingface.symbolic_build import ShapeFormulas, exact_value
 from netopt.plan import shapes_of
-from netopt.symbolic import Term, leaves, substitute
+from netopt.symbolic import Term, combine, leaves, substitute, walk
 
 __all__ = ["possible_counts"]
 
@@ -113,6 +114,10 @@ class _Sizes:
             number = formulas.attribute(str(path[0]), str(path[1])) if len(path) == 2 else None
             if number is not None and exact_value(number, formulas.dense) == exact_value(count, {}):
                 found.setdefault((count, number))
+        for count, integers in axes.attribute_equations():
+            number = _in_numbers(integers, formulas)
+            if number is not None and exact_value(number, formulas.dense) == exact_value(count, {}):
+                found.setdefault((count, number))
         fixed = {axis.name: axis.size for axis in axes if axis.name not in free}
         equations = [(_at(count, fixed), number) for count, number in found]
         return cls(
@@ -120,6 +125,13 @@ class _Sizes:
             list(dict.fromkeys(one.term for one in kept_numbers(model, formulas))),
             {name: axes[name].size for name in free},
         )
+
+
+def _in_numbers(term: Term, formulas: ShapeFormulas) -> Term | None:
+    """A term in integers of modules as one in numbers of the configuration, where each of them is known."""
+    found = {one: formulas.attribute(*map(str, one.path)) for one in leaves(term) if len(one.path) == 2}
+    known = {one: number for one, number in found.items() if number is not None}
+    return substitute(term, lambda one: known[one.key]) if len(known) == len(leaves(term)) else None
 
 
 def _at(term: Term, fixed: Mapping[str, int]) -> Term:
@@ -179,6 +191,7 @@ class _Counting:
             (number, self._size_test(count, exact_value(number, self._dense))) for count, number in equations
         ]
         tests += [(one, _equals(exact_value(one, self._dense))) for one in kept]
+        tests += [(one, _equals(0)) for _, number in equations for one in _remainders(number)]
         by_depth = [
             [
                 (term, test)
@@ -281,6 +294,15 @@ class _Counting:
 def _some(choices: Sequence[dict[ConfigPath, Any]]) -> list[dict[ConfigPath, Any]]:
     """The first few choices and the middle one."""
     return [*choices[:_TRIED], choices[len(choices) // 2]]
+
+
+def _remainders(number: Term) -> Iterator[Term]:
+    """What divisions and roundings in a number leave over, where that is nothing as it is and so must be."""
+    for one in walk(number):
+        if one.operation is operator.floordiv and one.is_lossless():
+            yield combine(operator.mod, one.operands)
+        elif one.operation is not None and one.is_lossless():
+            yield combine(operator.sub, [*one.operands[:1], one])
 
 
 def _equals(wanted: Any) -> Callable[[Any], bool]:

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from netopt import measure
-from netopt.batches import Batch, Inputs, device_of, move
-from netopt.errors import ArgumentTypeError, CheckpointError, InvalidArgumentError, VerificationError
+from netopt.axes import Outputs
+from netopt.batches import Batch, Inputs, call, device_of, move
+from netopt.errors import ArgumentTypeError, CheckpointError, ForwardError, InvalidArgumentError, VerificationError
 from netopt.importance import Importance, lookup
 from netopt.integrations.huggingface.inputs import inputs_of
 from netopt.integrations.huggingface.source import Source, import_transformers, model_class, open_source
@@ -48,6 +49,7 @@ def shrink_pretrained(
     loss_fn: Callable[[Any, Any], Tensor] | None = None,
     include: AxisSelector = None,
     exclude: AxisSelector = None,
+    outputs: Outputs = None,
     round_to: int = 1,
     repair: Any = None,
     plan: Plan | BlockPlan | ExpertPlan | PlanSequence | None = None,
@@ -74,6 +76,7 @@ def shrink_pretrained(
         loss_fn: Of the model's result and a batch's targets.
         include: Whose neurons may go; see :func:`netopt.prune_neurons`.
         exclude: Whose neurons all stay.
+        outputs: Which results must keep their shape; a width that only other results show may then go.
         round_to: Keep a multiple of this many neurons on every axis that has more.
         repair: As in :func:`netopt.prune_neurons`; the model is loaded.
         plan: What to remove, decided before, of any kind; the model is loaded, and nothing else is asked for.
@@ -103,10 +106,9 @@ def shrink_pretrained(
     import_transformers()
     if not isinstance(source, (str, os.PathLike, nn.Module)):
         raise ArgumentTypeError(f"source must be a folder or a model of transformers, not {type(source).__name__}.")
-    if plan is not None and not all(one is None for one in (amount, max_params, max_macs, importance, data, repair)):
-        raise InvalidArgumentError(
-            "plan= says what is removed; leave out amount, budgets, importance, data and repair."
-        )
+    others = (amount, max_params, max_macs, importance, data, loss_fn, include, exclude, outputs, repair)
+    if plan is not None and (round_to != 1 or any(one is not None for one in others)):
+        raise InvalidArgumentError("plan= says all that is removed; leave out what chooses neurons, data and repair.")
     if importance is None:
         importance = "magnitude" if data is None else "saliency"
     arguments = {
@@ -118,6 +120,7 @@ def shrink_pretrained(
         "loss_fn": loss_fn,
         "include": include,
         "exclude": exclude,
+        "outputs": outputs,
         "round_to": round_to,
         "repair": repair,
         "progress": progress,
@@ -165,6 +168,15 @@ class _Job:
         if self.example_inputs is None:
             return inputs_of(model)
         return move(self.example_inputs, device_of(model) or "cpu")
+
+    def runs(self, model: nn.Module) -> bool:
+        """Whether a model without values runs; one that looks at what its masks hold needs them."""
+        try:
+            with torch.no_grad():
+                call(model, self.inputs(model))
+        except (ForwardError, InvalidArgumentError):
+            return False
+        return True
 
     def prune(self, model: nn.Module, **changed: Any) -> PruningReport:
         """Prunes a model such that its configuration builds the smaller one.
@@ -237,7 +249,7 @@ class _Loaded:
 
 def _from_folder(source: str | os.PathLike[str], job: _Job) -> _Streamed | _Loaded:
     opened = open_source(Path(source))
-    if job.reads_weights_alone and opened.names is not None:
+    if job.reads_weights_alone and opened.names is not None and job.runs(opened.skeleton):
         return _Streamed(opened, opened.names, job)
     return _Loaded(opened.load(job.dtype), opened, job)
 

@@ -110,10 +110,24 @@ def solve(system: Sequence[SizeEquation], dense: Mapping[ConfigPath, Any]) -> Co
         if len(left) == len(pending):
             # No equation has a single unknown: one that holds as it is keeps its numbers.
             is_unique = False
-            kept = next((one for one in left if one.holds({**dense, **values})), left[0])
-            values |= {path: dense[path] for path in leaves(kept.term) - values.keys()}
+            kept = next((one for one in left if one.holds({**dense, **values})), None)
+            still = _one_to_keep(left[0], values, dense) if kept is None else leaves(kept.term) - values.keys()
+            values |= {path: dense[path] for path in still}
         pending = left
     return ConfigSolution(values, None, is_unique)
+
+
+def _one_to_keep(
+    equation: SizeEquation, values: Mapping[ConfigPath, Any], dense: Mapping[ConfigPath, Any]
+) -> list[ConfigPath]:
+    """The number to keep where several make up a size: the smallest beside which the rest has a solution."""
+    missing = sorted(leaves(equation.term) - values.keys(), key=lambda path: (dense[path], str(path)))
+    for path in missing if len(missing) == 2 else ():
+        assert isinstance(equation.term, Expression), "a number has no unknowns"
+        solution = equation.term.solve(equation.wanted, {**values, path: dense[path]})
+        if solution is not None and solution.value is not None:
+            return [path]
+    return missing[:1]
 
 
 def out_of_proportion(formulas: ShapeFormulas, wanted: Shapes) -> str | None:

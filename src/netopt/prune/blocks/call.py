@@ -111,7 +111,7 @@ def prune_blocks(
     """
     optimizers = as_optimizers(optimizer)
     data = list(batches.iterate(data)) if isinstance(data, Iterator) else data  # for scores, and again for repair
-    call = _Call(model, example_inputs, _Budget(amount, max_params, max_macs), importance, data, progress, kind)
+    call = _Call(model, example_inputs, _Budget(amount, max_params, max_macs, kind), importance, data, progress)
     dense = copy_for_repair(model, repair or False, data, "remove")
     decision = call.decide(include, exclude, outputs)
     operation = decision.plan.prepare(model, optimizers)
@@ -165,20 +165,23 @@ def plan_blocks(
         >>> len(net.layers)
         4
     """
-    call = _Call(model, example_inputs, _Budget(amount, max_params, max_macs), importance, data, progress, kind)
+    call = _Call(model, example_inputs, _Budget(amount, max_params, max_macs, kind), importance, data, progress)
     plan = call.decide(include, exclude, outputs).plan
     return plan.with_prediction(predicted(call.before, plan.prepare(model).dry_run(call.cost)))
 
 
 @dataclass(frozen=True)
 class _Budget:
-    """How much is to be removed: exactly one is given."""
+    """How much of what is to be removed: exactly one of the first three is given."""
 
     amount: Amount | None
     max_params: float | None
     max_macs: float | None
+    kind: Kind = "blocks"
 
     def check(self) -> None:
+        if self.kind not in ("blocks", "branches"):
+            raise UnknownNameError.of("kind of blocks", self.kind, ("blocks", "branches"))
         given = self.given()
         if len(given) != 1:
             got = " and ".join(given) if given else "none"
@@ -200,7 +203,7 @@ class _Budget:
 
     def given(self) -> dict[str, Any]:
         """What was given, by name."""
-        return {name: value for name, value in vars(self).items() if value is not None}
+        return {name: value for name, value in vars(self).items() if name != "kind" and value is not None}
 
 
 @dataclass(frozen=True)
@@ -226,16 +229,13 @@ class _Call:
         importance: BlockImportance,
         data: Iterable[Batch] | None,
         progress: bool,
-        kind: Kind,
     ) -> None:
         budget.check()
-        if kind not in ("blocks", "branches"):
-            raise UnknownNameError.of("kind of blocks", kind, ("blocks", "branches"))
         self.view = check_model(model, example_inputs)
         check_real(self.view, "blocks")
         self._budget, self._importance, self._progress = budget, importance, progress
         self._name = check_importance(importance)
-        self._inputs, self._data, self._kind = example_inputs, data, kind
+        self._inputs, self._data, self._kind = example_inputs, data, budget.kind
         self.before = self.cost()
 
     def cost(self) -> measure.Cost:

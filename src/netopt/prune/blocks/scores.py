@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from netopt import batches
 from netopt.errors import ArgumentTypeError, NonFiniteError, UnknownNameError
+from netopt.importance.registry import name_of
 from netopt.model.restore import restored
 from netopt.prune.blocks.branches import Branch
 from netopt.prune.blocks.stacks import Block
@@ -36,18 +37,8 @@ def check_importance(importance: Any) -> str:
         UnknownNameError: There is none of this name.
         ArgumentTypeError: It is none.
     """
-    if isinstance(importance, str):
-        if importance not in NAMES:
-            raise UnknownNameError.of("importance of blocks", importance, NAMES)
-        return importance
-    if isinstance(importance, Mapping):
-        return "given"
-    if not callable(importance):
-        raise ArgumentTypeError(
-            f"importance must be a name, a function of a block's name and module, or scores by name, not "
-            f"{type(importance).__name__}."
-        )
-    return getattr(importance, "__name__", type(importance).__name__)
+    others = "a function of a block's name and module, or scores by name"
+    return name_of(importance, "importance of blocks", NAMES, others)
 
 
 def ranking(

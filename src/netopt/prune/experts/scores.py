@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from netopt import batches
 from netopt.errors import ArgumentTypeError, InvalidArgumentError, NonFiniteError, UnknownNameError
+from netopt.importance.registry import name_of
 from netopt.model.hooks import put_hook, take_hook
 from netopt.model.precision import autocast_now
 from netopt.model.restore import restored
@@ -43,18 +44,8 @@ def check_importance(importance: Any) -> str:
         UnknownNameError: There is none of this name.
         ArgumentTypeError: It is none.
     """
-    if isinstance(importance, str):
-        if importance not in NAMES:
-            raise UnknownNameError.of("importance of experts", importance, NAMES)
-        return importance
-    if isinstance(importance, Mapping):
-        return "given"
-    if not callable(importance):
-        raise ArgumentTypeError(
-            f"importance must be a name, a function of a mixture's name and an expert's index, or scores by mixture, "
-            f"not {type(importance).__name__}."
-        )
-    return getattr(importance, "__name__", type(importance).__name__)
+    others = "a function of a mixture's name and an expert's index, or scores by mixture"
+    return name_of(importance, "importance of experts", NAMES, others)
 
 
 def score(

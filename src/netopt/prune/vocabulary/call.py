@@ -124,7 +124,7 @@ def prune_vocabulary(
     kept = choose(words, counts, fixed, most=most, coverage=coverage, round_to=round_to)
     if len(kept) == tables.size:
         raise NothingToPruneError("every token stays: the corpus needs all; ask for fewer by keep= or coverage=.")
-    plan, notes = complete(model, make_plan(view, axes, tables, kept))
+    plan, notes = complete(model, make_plan(view, axes, tables, kept), axes)
     ids = torch.full((tables.size,), -1).index_copy_(0, kept, torch.arange(len(kept)))
     numbers = {old: new for new, old in enumerate(kept.tolist())}
     small = words.narrowed(numbers)

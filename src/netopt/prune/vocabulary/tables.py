@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from netopt.axes import Axes, Axis
+from netopt.axes.layout import LOOKED_UP, OUTPUT
 from netopt.errors import InvalidArgumentError
 from netopt.model.view import ModelView
 from netopt.plan import Plan, shapes_of
@@ -19,9 +20,6 @@ from netopt.surgery.attributes import Path
 
 __all__ = ["Tables", "find_tables", "fixed_ids", "make_plan"]
 
-LOOKED_UP = "is looked up by number"
-"""How the trace says that an axis has an entry for each number that comes in."""
-OUTPUT = "is a dimension of the model's output"
 OPTIONAL = ("suppress_tokens", "bad_words_ids")
 """How values of configurations end that are numbers of tokens which need not stay."""
 
