@@ -214,12 +214,12 @@ class _Trial:
         self.after = _with_tokens(inputs, lambda one: len(kept) - 1 - one % len(kept))
         self.before = _with_tokens(self.after, lambda one: kept.to(one.device)[one])
         self._expected = self._run(self.before)
-        self._trains = trains(view, self.before)
+        self._trains = trains(view.model, self.before)
 
     def check(self) -> None:
         """Compares the results; of dimensions that have shrunk, what is kept."""
         found = self._run(self.after)
-        if self._trains and not trains(self._view, self.after):
+        if self._trains and not trains(self._view.model, self.after):
             raise VerificationError("with fewer tokens the model does not run in training mode; all was put back.")
         if all(one.shape == other.shape for one, other in zip(self._expected, found, strict=True)) and any(
             one.dim() and one.shape[-1] == self._size for one in found
