@@ -133,6 +133,28 @@ def test_an_optimizer_forgets_blocks_that_have_two_names() -> None:
     assert {id(one) for one in optimizer.param_groups[0]["params"]} == {id(one) for one in model.parameters()}
 
 
+class Merged(nn.Sequential):
+    """Adds a correction to its weights when it is evaluated, and takes it away when it is trained."""
+
+    merged = False
+
+    def train(self, mode: bool = True) -> Merged:
+        if mode == self.merged:
+            with torch.no_grad():
+                self[0].inner.weight.add_(-0.1 if mode else 0.1)
+            self.merged = not mode
+        return super().train(mode)
+
+
+@pytest.mark.parametrize("mode", [True, False])
+@pytest.mark.parametrize("call", [netopt.plan_blocks, netopt.plan_experts])
+def test_what_a_change_of_mode_writes_is_undone(call: Any, mode: bool) -> None:
+    model = Merged(Residual(), nn.Sequential(Mixtures(), nn.Linear(3, 2)))
+    model.train(mode)
+    with unchanged(model):
+        call(model, X, 1, include=["0", "1.0.layers.*"], progress=False)
+
+
 class ReturnsNothing(nn.Sequential):
     def train(self, mode: bool = True) -> None:  # type: ignore[override]
         super().train(mode)

@@ -34,6 +34,7 @@ from conftest import random_state, state_of, state_of_optimizer
 from netopt import importance, masking, measure
 from netopt.axes import find_axes
 from netopt.distillation import distill
+from netopt.model.signals import UndoLog
 from netopt.plan import Plan
 from netopt.prune import plan_neurons, prune_neurons, prune_weights, shrink
 from netopt.training import GradualPruner
@@ -423,3 +424,30 @@ def values(model: nn.Module) -> dict[str, torch.Tensor]:
 def test_ctrl_c_at_any_moment(name, twice, sender):
     counts = interrupted(name, sender, -(-TRIES // (2 * len(CALLS))), twice)
     assert sum(counts.values()) > 0
+
+
+@pytest.mark.parametrize("where", ["__enter__", "__exit__"])
+@pytest.mark.parametrize("event", ["call", "line"])
+def test_an_interruption_in_inference_mode_leaves_gradients_on(where, event):
+    """Whose guard gives the mode back that there was when it is forgotten, with the error."""
+    code = getattr(torch.inference_mode, where).__code__
+
+    def interrupt(frame, what, _):
+        if frame.f_code is code and what == event:
+            sys.settrace(None)
+            raise KeyboardInterrupt
+        return interrupt
+
+    def work(_: UndoLog) -> None:
+        with torch.no_grad():
+            sys.settrace(interrupt)
+            with torch.inference_mode(False):
+                pass
+
+    before = sys.gettrace()
+    try:
+        UndoLog().run(work)
+    except KeyboardInterrupt:
+        sys.settrace(before)
+    gc.collect()
+    assert torch.is_grad_enabled()

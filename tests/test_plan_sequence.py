@@ -277,3 +277,21 @@ def test_neurons_and_blocks_by_turns(calls, tmp_path):
     found, expected = safetensors.load_file(tmp_path / "small.safetensors"), model.state_dict()
     assert found.keys() == expected.keys()
     assert all(torch.equal(one, expected[name]) for name, one in found.items())
+
+
+def test_what_no_configuration_can_say_is_not_written(tmp_path):
+    large = llama().eval()
+    branches = netopt.plan_blocks(large, IDS_X, 1, kind="branches", progress=False)
+    for plan, error in (
+        (branches, InvalidArgumentError),
+        (PlanSequence([branches]), InvalidArgumentError),
+        (PlanSequence([]), InvalidArgumentError),
+        (branches.to_dict(), ArgumentTypeError),
+    ):
+        with pytest.raises(error, match="plan"):
+            netopt.shrink_pretrained(large, tmp_path / "small", plan=plan, progress=False)
+    plan = netopt.plan_blocks(large, IDS_X, 1, progress=False)
+    netopt.prune_weights(large, 0.3, progress=False)
+    with pytest.raises(InvalidArgumentError, match=r"netopt\.finish"):
+        netopt.shrink_pretrained(large, tmp_path / "small", plan=plan, progress=False)
+    assert not (tmp_path / "small").exists()

@@ -326,6 +326,17 @@ class Counted(Own):
         return super().forward(ids) + ids[..., None] / 7
 
 
+class Clustered(Own):
+    """Scores of clusters of tokens, which keep their numbers."""
+
+    def __init__(self, size):
+        super().__init__(size)
+        self.head = nn.AdaptiveLogSoftmaxWithLoss(16, size, [20, 30])
+
+    def forward(self, ids):
+        return self.head.log_prob(self.mix(self.table(ids)).flatten(0, 1))
+
+
 class Untabled(nn.Module):
     def __init__(self):
         super().__init__()
@@ -356,6 +367,7 @@ WRONG = {
     "small table": (lambda t: (Own(40), t, ANIMALS), {}, InvalidArgumentError),
     "no table": (lambda t: (Untabled(), t, ANIMALS), {"example_inputs": torch.ones(1)}, InvalidArgumentError),
     "all stay": (lambda t: (made("own", t, more=0), t, ANIMALS + OTHERS), {"keep": 1.0}, NothingToPruneError),
+    "numbers stay": (lambda t: (Clustered(t.get_vocab_size()), t, ANIMALS), {}, VerificationError),
     "numbers count": (lambda t: (Counted(t.get_vocab_size()), t, ANIMALS), {}, VerificationError),
 }
 

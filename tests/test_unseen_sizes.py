@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import decimal
 import math
 import struct
@@ -13,6 +14,9 @@ import torch
 from torch import Tensor, nn
 
 import netopt
+from netopt import masking
+from netopt.errors import NothingToPruneError
+from netopt.masking.lifecycle import masks_of_indices
 
 READ: dict[str, Callable[[int], float]] = {
     "math.log": math.log,
@@ -76,3 +80,39 @@ def test_where_nothing_can_be_compared_the_plan_says_so():
     assert "not compared" in str(plan)
     plan = netopt.plan_neurons(Sized(math.log), torch.randn(5, 4), 0.5, verify=False, progress=False)
     assert "not compared" in str(plan)
+
+
+CHUNKS: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "joined": lambda h, n: torch.cat([h[:, at : at + 4].tanh() for at in range(0, n, 4)], 1),
+    "reversed": lambda h, n: torch.cat([h[:, at : at + 4] for at in reversed(range(0, n, 4))], 1),
+    "normalised": lambda h, n: torch.cat([h[:, at : at + 4].softmax(1) for at in range(0, n, 4)], 1),
+    "added": lambda h, n: torch.cat([sum(h[:, at : at + 4] for at in range(0, n, 4)) for _ in range(n // 4)], 1),
+    "by twos": lambda h, n: torch.cat([h[:, at : at + 1] for start in (0, 1) for at in range(start, n, 2)], 1),
+    "one by one": lambda h, n: torch.stack([h[:, at] for at in range(n)], 1),
+    "counted": lambda h, n: h / len([*range(0, n, 4)]),
+}
+
+
+class Chunked(nn.Module):
+    def __init__(self, chunks: Callable[[Tensor, int], Tensor]) -> None:
+        super().__init__()
+        self.first, self.last, self.chunks = nn.Linear(4, 16), nn.Linear(16, 3), chunks
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x).relu()
+        return self.last(self.chunks(hidden, hidden.shape[1]))
+
+
+@pytest.mark.parametrize("chunks", CHUNKS)
+def test_loops_over_a_size_are_followed_or_frozen_with_the_line_or_inexact(chunks):
+    torch.manual_seed(0)
+    model, x = Chunked(CHUNKS[chunks]), torch.randn(5, 4)
+    masked = copy.deepcopy(model)
+    try:
+        plan = netopt.prune_neurons(model, x, 0.3, importance="magnitude", progress=False).plan
+    except NothingToPruneError as error:
+        assert "test_unseen_sizes.py" in str(error)  # noqa: PT017 - refused, or carried out
+        return
+    masking.put(masked, masks_of_indices(masked, plan.tensors))
+    assert not plan.exact or torch.allclose(model(-x), masked(-x), atol=1e-6)
+    assert plan.exact == (chunks in ("joined", "reversed"))

@@ -52,7 +52,6 @@ __all__ = [
     "UnknownNameError",
     "VerificationError",
     "nearest",
-    "percent",
 ]
 
 

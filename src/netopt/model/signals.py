@@ -335,7 +335,8 @@ def _batched_level() -> int:
 def _end_generators(error: BaseException | None) -> None:
     """Ends contexts that an interruption on the way in or out left halfway, not only when the error is forgotten.
 
-    Torch puts a mode back that was off the stack for a call at the end of such a context.
+    Torch puts a mode back that was off the stack for a call at the end of such a context, and whether there are
+    gradients at that of inference mode.
     """
     trace = None if error is None else error.__traceback__
     while trace is not None:
@@ -343,6 +344,9 @@ def _end_generators(error: BaseException | None) -> None:
             generator = getattr(trace.tb_frame.f_locals.get("self"), "gen", None)
             if isinstance(generator, GeneratorType) and not generator.gi_running:
                 generator.close()
+        context = trace.tb_frame.f_locals.get("self")
+        if isinstance(context, torch.inference_mode):
+            vars(context).pop("_inference_mode_context", None)  # which is left when it is forgotten
         trace = trace.tb_next
 
 

@@ -108,19 +108,20 @@ class Forward:
         return tuple(one for one in tried if list(map(id, tree_leaves(one))) != list(map(id, given)))
 
 
-def trains(view: ModelView, inputs: Inputs, *modes: AbstractContextManager[Any]) -> bool:
-    """Whether the model runs in training mode too, where its forward may do other things; it is given back as it was.
+def trains(model: nn.Module, inputs: Inputs, *modes: AbstractContextManager[Any]) -> bool:
+    """Whether a model runs in training mode too, where its forward may do other things; it is given back as it was.
 
     Args:
-        view: Of the model.
+        model: The model.
         inputs: Of one forward call.
         modes: Entered for the run.
     """
     try:
-        with restored(view) as log:
+        # Listed anew, so that what a change of mode writes into parameters is undone as well.
+        with restored(ModelView(model)) as log:
             log.enter_context(torch.no_grad(), *modes)
-            view.model.train()
-            batches.call(view.model, inputs)
+            model.train()
+            batches.call(model, inputs)
     except Exception:  # code of the user's, which may raise anything
         return False
     return True

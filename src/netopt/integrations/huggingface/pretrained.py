@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from netopt import measure
+from netopt import masking, measure
 from netopt.axes import Outputs
 from netopt.batches import Batch, Inputs, call, device_of, move
 from netopt.errors import ArgumentTypeError, CheckpointError, ForwardError, InvalidArgumentError, VerificationError
@@ -109,6 +109,8 @@ def shrink_pretrained(
     others = (amount, max_params, max_macs, importance, data, loss_fn, include, exclude, outputs, repair)
     if plan is not None and (round_to != 1 or any(one is not None for one in others)):
         raise InvalidArgumentError("plan= says all that is removed; leave out what chooses neurons, data and repair.")
+    if plan is not None:
+        _check_plan(plan)
     if importance is None:
         importance = "magnitude" if data is None else "saliency"
     arguments = {
@@ -256,12 +258,27 @@ def _from_folder(source: str | os.PathLike[str], job: _Job) -> _Streamed | _Load
 
 def _from_model(source: nn.Module, job: _Job) -> _Loaded:
     kind = type(source)
+    if masking.masks(source):
+        raise InvalidArgumentError(f"the {kind.__name__} is masked; write the masks first, netopt.finish(model).")
     if model_class([kind.__name__], f"the model {kind.__name__}") is not kind:
         raise InvalidArgumentError(f"{kind.__name__} is no class of transformers; use prune_neurons and save_pruned.")
     model: Any = copy.deepcopy(source)
     if getattr(model, "is_quantized", False):
         raise InvalidArgumentError("the model is quantised, and its weights are codes; shrink it before quantising.")
     return _Loaded(model if job.dtype is None else model.to(job.dtype), None, job)
+
+
+def _check_plan(plan: Any) -> None:
+    if not isinstance(plan, (Plan, BlockPlan, ExpertPlan, PlanSequence)):
+        raise ArgumentTypeError(f"plan must be a plan of netopt, not {type(plan).__name__}.")
+    steps = plan.steps if isinstance(plan, PlanSequence) else (plan,)
+    if not steps:
+        raise InvalidArgumentError("plan is a sequence of no plans; nothing would be removed.")
+    if any(isinstance(step, BlockPlan) and step.branches for step in steps):
+        raise InvalidArgumentError(
+            "no configuration can say that branches are gone, and from_pretrained would make them anew; load the large "
+            "model, apply the plan, and save its state."
+        )
 
 
 def _check_written(folder: Path) -> None:

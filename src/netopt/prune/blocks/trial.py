@@ -53,7 +53,7 @@ class Trials:
                 continue
             self.inputs.append(inputs)
             break
-        self._trains = trains(view, forward.inputs)
+        self._trains = trains(view.model, forward.inputs)
         if stepping:
             self._again = self._arguments_again()
 
@@ -167,7 +167,7 @@ class Trials:
     def _smaller(self) -> list[list[Tensor]]:
         """What a smaller model returns, which runs in training mode too, if the model did."""
         found = self.outputs()
-        if self._trains and not trains(self._view, self._forward.inputs):
+        if self._trains and not trains(self._view.model, self._forward.inputs):
             raise VerificationError("without it the forward does not run in training mode")
         return found
 

@@ -45,7 +45,7 @@ class Law:
                 continue
             self._inputs.append(inputs)
             break
-        self._trains = trains(view, forward.inputs)
+        self._trains = trains(view.model, forward.inputs)
 
     def settle(self, mixture: Mixture) -> str | None:
         """Tries to remove one expert of each group; notes which numbers follow, or says why none can go."""
@@ -93,7 +93,7 @@ class Law:
 
     def _outputs(self) -> list[list[Tensor]]:
         found = [self._forward.run(inputs) for inputs in self._inputs]
-        if self._trains and not trains(self._view, self._forward.inputs):
+        if self._trains and not trains(self._view.model, self._forward.inputs):
             raise VerificationError("without them it does not run in training mode")
         return found
 

@@ -83,7 +83,7 @@ def find_mixtures(forward: Forward, view: ModelView) -> list[Mixture]:
     finder = _Finder(view)
     with entered(finder.visits):
         forward.run(None, Watch(view, finder.look))
-        trains(view, forward.inputs, Watch(view, finder.look_beside))  # where noise may be added to the scores
+        trains(view.model, forward.inputs, Watch(view, finder.look_beside))  # where noise may be added to the scores
     return [mixture for mixture in map(finder.settled, finder.found.values()) if mixture is not None]
 
 

@@ -129,7 +129,7 @@ def prune_vocabulary(
     numbers = {old: new for new, old in enumerate(kept.tolist())}
     small = words.narrowed(numbers)
     words.check(small, numbers, texts)
-    trial = _Trial(view, inputs, kept)
+    trial = _Trial(view, inputs, tables.size, kept)
     operation = plan.prepare(view, optimizers)
     before = measure.cost(model, trial.before)
 
@@ -208,19 +208,26 @@ class _Trial:
         after: The same tokens by their new ones.
     """
 
-    def __init__(self, view: ModelView, inputs: Inputs, kept: Tensor) -> None:
-        self._view, self._kept = view, kept
+    def __init__(self, view: ModelView, inputs: Inputs, size: int, kept: Tensor) -> None:
+        self._view, self._size, self._kept = view, size, kept
         # The last ones, whose numbers change most.
         self.after = _with_tokens(inputs, lambda one: len(kept) - 1 - one % len(kept))
         self.before = _with_tokens(self.after, lambda one: kept.to(one.device)[one])
         self._expected = self._run(self.before)
-        self._trains = trains(view, self.before)
+        self._trains = trains(view.model, self.before)
 
     def check(self) -> None:
         """Compares the results; of dimensions that have shrunk, what is kept."""
         found = self._run(self.after)
-        if self._trains and not trains(self._view, self.after):
+        if self._trains and not trains(self._view.model, self.after):
             raise VerificationError("with fewer tokens the model does not run in training mode; all was put back.")
+        if all(one.shape == other.shape for one, other in zip(self._expected, found, strict=True)) and any(
+            one.dim() and one.shape[-1] == self._size for one in found
+        ):
+            raise VerificationError(
+                f"the outputs have {self._size} entries in their last dimension, as many as the table, and keep them: "
+                "what scores the tokens cannot follow; all was put back."
+            )
         for one, other in zip(self._expected, found, strict=True):
             wanted = self._left(one, other.shape)
             if wanted.shape != other.shape or not torch.allclose(wanted, other, rtol=1e-4, atol=1e-5, equal_nan=True):
