@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 
@@ -34,8 +35,9 @@ def pruned(name, **choice):
 def loads_again(model: nn.Module, inputs, folder) -> None:
     model.save_pretrained(folder)
     loaded = type(model).from_pretrained(folder).eval()
-    for one, other in zip(shown(loaded, inputs), shown(model, inputs), strict=True):
-        torch.testing.assert_close(one, other)
+    # A copy, since a mapped file's tensors are not aligned in memory, and kernels then add in another order.
+    for one, other in zip(shown(copy.deepcopy(loaded), inputs), shown(model, inputs), strict=True):
+        assert torch.equal(one, other)
     if loaded.can_generate() and set(inputs) == {"input_ids"}:
         made = [one.generate(**inputs, max_new_tokens=3, do_sample=False) for one in (loaded, model)]
         assert torch.equal(*made)
