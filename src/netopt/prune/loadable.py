@@ -106,8 +106,10 @@ def choose_alike(groups: Choices, targets: Mapping[str, int]) -> Counts:
 
 
 def _losses(scores: Mapping[str, Tensor], *, comparable: bool) -> dict[str, list[float]]:
-    """By axis, how much is lost where so many of its best neurons stay: minus the logarithm of the share kept, or the
-    sum of what goes."""
+    """By axis, how much is lost where so many of its best neurons stay.
+
+    That is the sum of what goes, or where scores cannot be compared minus the logarithm of the share kept.
+    """
     found = {}
     for name, one in scores.items():
         values = one.double()

@@ -357,10 +357,11 @@ def _decide_loadable(found: Found, scores: NeuronScores, budget: Budget, *, fold
         except NothingToPruneError as error:
             refused.append(NothingToPruneError(f"{error}{holding(found.axes, found.kept_out)}"))
             continue
-        why = next((f"{name} {note.text}" for name, note in decision.hook_notes.items() if not note.is_complete), None)
-        if why is None:
+        broken = next((one for one in decision.hook_notes.items() if not one[1].is_complete), None)
+        if broken is None:
             return decision
-        refused.append(InvalidArgumentError(f"loadable=True: the {why}."))
+        name, text = broken[0], broken[1].text
+        refused.append(InvalidArgumentError(f"loadable=True: the {name} {text.rpartition('; ')[0] or text}."))
     raise refused[0]
 
 
