@@ -93,8 +93,8 @@ class PlanSequence(JSONFile):
         """Writes a checkpoint of safetensors files as all steps leave it; see :meth:`netopt.Plan.apply_to_checkpoint`.
 
         Tensors of blocks and experts in lists are left out, and those after them get their new numbers. A tokenizer
-        beside the weights is copied as it is, and so is a configuration where branches are gone, which it cannot say: build
-        the large model, apply the plan and load then, as ``from_pretrained`` would make the branches anew.
+        beside the weights is copied as it is, and so is a configuration where branches are gone, which it cannot say:
+        build the large model, apply the plan and load then; ``from_pretrained`` would make the branches anew.
 
         Raises:
             PlanMismatchError: A tensor of a step is missing or has another shape.
