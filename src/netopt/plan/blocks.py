@@ -68,7 +68,7 @@ def counted_by_hooks(model: nn.Module, name: str) -> list[Counted]:
 
 
 def notes_of_hooks(model: nn.Module) -> dict[str, str]:
-    """What cannot be expressed of a smaller model, by the names of hooks."""
+    """What hooks have to say of a smaller model, by their names."""
     load()
     return {name: note for name, (_, check) in _HOOKS.items() if (note := check(model)) is not None}
 

@@ -27,11 +27,11 @@ from netopt.plan.hooks import Note
 from netopt.surgery import read
 from netopt.symbolic import leaves
 
-__all__ = ["LOADS", "build_formulas", "follow", "kept_numbers", "takes_config", "unsaved_buffers", "validate"]
+__all__ = ["CANNOT", "LOADS", "build_formulas", "follow", "kept_numbers", "takes_config", "unsaved_buffers", "validate"]
 
 _LEAST = (2, 17)
 """From where on numbers are enlarged, first and if that fails: what is small may count parts in other ways."""
-_CANNOT = "does not load with from_pretrained, it cannot express this"
+CANNOT = "does not load with from_pretrained, it cannot express this"
 _ADVICE = "prune with loadable=True, save with torch.save, or replay the plan on a fresh model"
 _POWERS = (-0.5, 0.5, -1.0)
 """Of sizes, in which the scale of attention is written."""
@@ -57,14 +57,14 @@ def follow(model: nn.Module, plan: Plan, axes: Axes) -> tuple[Plan, Note | None]
     modules = dict(model.named_modules())
     lost = next((name for name in unsaved_buffers(modules) if name in plan.tensors), None)
     if lost is not None:
-        return plan, Note(f"{_CANNOT}: `{lost}` is computed from it, and has lost entries; {_ADVICE}", False)
+        return plan, Note(f"{CANNOT}: `{lost}` is computed from it, and has lost entries; {_ADVICE}", False)
     given = {path[2:]: value for path, value in plan.attributes if path[:2] == ("", "config")}
     floats = _floats(model, plan, config)
     trial, used = with_changes(config, given), _used(axes)
     search = _Rebuild(type(model), plan, modules, config, trial, shapes_of(model), floats, used)
     found = search.changes()
     if isinstance(found, str):
-        return plan, Note(found if found == _UNKNOWN else f"{_CANNOT}: {found}; {_ADVICE}", False)
+        return plan, Note(found if found == _UNKNOWN else f"{CANNOT}: {found}; {_ADVICE}", False)
     more = tuple((("", "config", *path), value) for path, value in {**found, **floats}.items())
     return dataclasses.replace(plan, attributes=(*plan.attributes, *more)), Note(LOADS, True)
 

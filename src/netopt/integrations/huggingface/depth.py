@@ -12,14 +12,15 @@ from typing import Any
 
 from torch import nn
 
+from netopt.integrations.huggingface.config import CANNOT, LOADS
 from netopt.integrations.huggingface.meta_build import ConfigPath, build, entries, with_changes
 from netopt.plan.blocks import Counted
 from netopt.plan.value import shapes_of
 from netopt.surgery.attributes import Path
 
-__all__ = ["cannot_build", "counted"]
+__all__ = ["counted", "what_it_builds"]
 
-_LESS = "the configuration cannot express it: {}; save with torch.save, or replay the plan on a fresh model"
+_LESS = f"{CANNOT}: {{}}; save with torch.save, or replay the plan on a fresh model"
 
 
 def counted(model: nn.Module, name: str) -> list[Counted]:
@@ -39,8 +40,8 @@ def counted(model: nn.Module, name: str) -> list[Counted]:
     return list({one.path: one for one in found}.values())
 
 
-def cannot_build(model: nn.Module) -> str | None:
-    """Why the configuration of a smaller model does not build it; None if it does, or if there is none."""
+def what_it_builds(model: nn.Module) -> str | None:
+    """Whether the configuration of a smaller model builds it, or why not; None if there is none."""
     config = vars(model).get("config")
     if not hasattr(config, "__dict__"):
         return None
@@ -57,7 +58,7 @@ def cannot_build(model: nn.Module) -> str | None:
         for key, value in vars(module).items():
             if type(value) in (int, bool, str) and key != "training" and other.get(key, value) != value:
                 return _LESS.format(f"`{prefix}.{key}` is {value}, and it gives {other[key]}")
-    return None
+    return LOADS if hasattr(model, "save_pretrained") else None
 
 
 def _holders(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:

@@ -360,7 +360,7 @@ class _Call:
     def report(self, decision: _Decision, repair: RepairReport | None = None) -> PruningReport:
         """The report, of the model as it is now."""
         after = self.cost()
-        settings = {**self._budget.given(), "importance": self._name, **notes_of_hooks(self.view.model)}
+        settings = {**self._budget.given(), "importance": self._name}
         return PruningReport(
             call="prune_blocks",
             before=self.before,
@@ -369,6 +369,7 @@ class _Call:
             plan=cast("Any", decision.plan.with_prediction(predicted(self.before, after))),
             frozen=decision.frozen,
             settings=settings,
+            notes=notes_of_hooks(self.view.model),
             repair=repair,
             subject=self.view.model,
         )

@@ -219,7 +219,7 @@ class _Call:
         """The report, of the model as it is now."""
         after = self.cost()
         unused = {"unused": decision.idle} if decision.idle else {}
-        settings = {"amount": self._amount, "importance": self._name, **unused, **notes_of_hooks(self.view.model)}
+        settings = {"amount": self._amount, "importance": self._name, **unused}
         return PruningReport(
             call="prune_experts",
             before=self.before,
@@ -228,6 +228,7 @@ class _Call:
             plan=cast("Any", decision.plan.with_prediction(predicted(self.before, after))),
             frozen=decision.frozen,
             settings=settings,
+            notes=notes_of_hooks(self.view.model),
             subject=self.view.model,
         )
 
