@@ -213,6 +213,19 @@ def test_of_two_groups_the_best_choices_are_taken(seed):
     assert lost(found) == pytest.approx(least, abs=1e-5)
 
 
+def test_scores_that_can_be_compared_are_added_up():
+    groups = [[{"a": n} for n in (2, 1)], [{"b": n} for n in (2, 1)]]
+    scores = {"a": torch.tensor([100.0, 90.0]), "b": torch.tensor([5.0, 1e-3])}
+
+    def cost(counts):
+        return sum({"a": 2, "b": 2, **counts}.values())
+
+    assert choose_within(scores, groups, cost, 3, comparable=True) == {"a": 2, "b": 1}
+    scores["b"] = torch.tensor([1e3, 95.0])
+    assert choose_within(scores, groups, cost, 3, comparable=True) == {"a": 1, "b": 2}
+    assert choose_within(scores, groups, cost, 3) == {"a": 2, "b": 1}  # of `b` a smaller share goes
+
+
 def test_named_axes_are_at_most_their_target():
     assert choose_alike(GROUPS, {"a": 3, "c": 5}) == {"a": 3, "b": 3, "c": 4}
     assert choose_alike(GROUPS, {"c": 6}) == {"c": 6}

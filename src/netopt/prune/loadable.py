@@ -2,8 +2,8 @@
 
 Each group is a list of choices, of which one is taken; which neurons then go is free on every axis. The choices taken
 lose the least of the scores for what they save, by one price for all groups that is found by bisection, as Everett,
-Generalized Lagrange Multiplier Method (1963), https://doi.org/10.1287/opre.11.3.399; two
-groups at a time are then chosen anew, which uses up the budget.
+Generalized Lagrange Multiplier Method (1963), https://doi.org/10.1287/opre.11.3.399; two groups at a time are then
+chosen anew, which uses up the budget.
 """
 
 from __future__ import annotations
